@@ -1,0 +1,41 @@
+# Two commands for everybody: `make demo` and `make test`. Each sets itself up in .venv, with packages only.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint stubs clean
+
+demo: $(VENV)/.server
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# What a change must pass besides the tests.
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+# Regenerates what is committed under client/ganserve/v1.
+stubs: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=client --pyi_out=client --grpc_python_out=client \
+		proto/ganserve/v1/generation.proto
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "ganserve needs Python 3.11 or later; say which with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.server: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[server]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[server,trainer,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo.png .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,291 @@
+"""The clients: `Client` for threads, `AsyncClient` for asyncio. Twins: every method exists in both."""
+
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+from numpy.typing import ArrayLike
+
+from ganserve.conversion import Label, to_batch, to_model, to_request
+from ganserve.errors import translate
+from ganserve.images import ImageBatch, concatenate
+from ganserve.models import Model
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_TIMEOUT_S = 30.0
+_TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
+_STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them
+_SHEET_ROWS_UNCONDITIONAL = 4
+# The server decides how large an answer is, by its limit on images a request.
+_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+class _Twin:
+    """What both clients share: where to, how long, and how to ask for a sheet."""
+
+    def __init__(self, address: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Make a client; it connects with the first call.
+
+        Args:
+            address: HOST:PORT; None takes the environment's GANSERVE_ADDRESS, or 127.0.0.1:50051.
+            timeout_s: for each call; one for many images gets 0.02 s more for each.
+        """
+        self.address = address or os.environ.get("GANSERVE_ADDRESS") or DEFAULT_ADDRESS
+        self.timeout_s = timeout_s
+
+    def _timeout_s(self, given: float | None, images: int = 0) -> float:
+        return self.timeout_s + _TIMEOUT_S_PER_IMAGE * images if given is None else given
+
+    @staticmethod
+    def _sheet_rows(
+        model: Model, labels: Sequence[Label] | None, columns: int
+    ) -> tuple[int, list[Label] | None, list[str]]:
+        """Return the number of images, the label of each, and the rows' names."""
+        if not model.conditional:
+            return _SHEET_ROWS_UNCONDITIONAL * columns, None, []
+        rows = list(range(len(model.class_names))) if labels is None else list(labels)
+        names = [row if isinstance(row, str) else model.class_names[row] for row in rows]
+        return len(rows) * columns, [row for row in rows for _ in range(columns)], names
+
+
+class Client(_Twin):
+    """A blocking client; safe to share between threads.
+
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     client.generate("cdcgan-mnist", count=4, label=7).pixels.shape
+    (4, 28, 28, 1)
+    """
+
+    def __init__(self, address: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        super().__init__(address, timeout_s=timeout_s)
+        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+
+    def generate(
+        self,
+        model: str,
+        *,
+        count: int | None = None,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        latents: ArrayLike | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ImageBatch:
+        """Make images.
+
+        Args:
+            model: the model's name, as `models()` lists it.
+            count: how many; None makes 1, or one of each of the latents.
+            seed: of the first image; image i has seed + i. None lets the server draw one, which the batch reports.
+            label: for conditional models: an index or a class name, for all images, or a list with one an image. None
+                takes the classes in turn: the image of seed s has class s modulo the number of classes.
+            latents: instead of a seed: your own, float32 [count, latent_dim].
+            truncation: factor on the latents, 0 to 2; below 1 gives more typical, less varied images.
+            version: of the model; None takes the newest.
+            timeout_s: for this call.
+
+        Raises:
+            InvalidRequestError: an argument is wrong.
+            ModelNotFoundError: there is no such model or version.
+            OverloadedError: the server's queue is full.
+            UnavailableError: the server cannot be reached.
+            DeadlineExceededError: the timeout passed.
+            ServerError: the server failed.
+        """
+        request = to_request(
+            model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
+        )
+        timeout_s = self._timeout_s(timeout_s, request.count)
+        if request.count > _STREAM_ABOVE:
+            return concatenate(list(self._stream(request, timeout_s)))
+        return to_batch(self._call(self._stub.GenerateImages, request, timeout_s))
+
+    def stream(
+        self,
+        model: str,
+        *,
+        count: int,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[ImageBatch]:
+        """Make any number of images, and yield them in batches, in order, as they come.
+
+        Arguments and errors are `generate`'s. Closing the iterator cancels what is left.
+        """
+        request = to_request(
+            model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
+        )
+        return self._stream(request, self._timeout_s(timeout_s, count))
+
+    def contact_sheet(
+        self,
+        model: str,
+        *,
+        columns: int = 10,
+        labels: Sequence[Label] | None = None,
+        seed: int | None = None,
+        truncation: float = 1.0,
+        scale: int = 2,
+    ) -> "Image":
+        """Make a picture of many images: for a conditional model a named row for each class (or each of `labels`)."""
+        count, label, names = self._sheet_rows(self.model(model), labels, columns)
+        batch = self.generate(model, count=count, seed=seed, label=label, truncation=truncation)
+        return batch.sheet(columns, row_names=names, scale=scale)
+
+    def models(self) -> list[Model]:
+        """List the server's models, in alphabetical order, each in its newest version."""
+        response = self._call(self._stub.ListModels, pb.ListModelsRequest(), self.timeout_s)
+        return [to_model(model) for model in response.models]
+
+    def model(self, name: str, version: int | None = None) -> Model:
+        """Describe a model; None takes its newest version.
+
+        Raises:
+            ModelNotFoundError: there is no such model or version.
+        """
+        request = pb.GetModelRequest(model=name, version=version)
+        return to_model(self._call(self._stub.GetModel, request, self.timeout_s).model)
+
+    def close(self) -> None:
+        """Close the connection; calls that are running end with RequestCancelledError."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise translate(error, self.address) from None
+
+    def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> Iterator[ImageBatch]:
+        call = self._stub.StreamImages(pb.StreamImagesRequest(generate=request), timeout=timeout_s)
+        try:
+            for response in call:
+                yield to_batch(response.chunk)
+        except grpc.RpcError as error:
+            raise translate(error, self.address) from None
+        finally:
+            call.cancel()
+
+
+class AsyncClient(_Twin):
+    """The same for asyncio.
+
+    >>> async with AsyncClient("127.0.0.1:50051") as client:
+    ...     batch = await client.generate("cdcgan-mnist", count=4, label=7)
+    """
+
+    def __init__(self, address: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        super().__init__(address, timeout_s=timeout_s)
+        self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+
+    async def generate(
+        self,
+        model: str,
+        *,
+        count: int | None = None,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        latents: ArrayLike | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ImageBatch:
+        """Make images, as Client.generate does."""
+        request = to_request(
+            model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
+        )
+        timeout_s = self._timeout_s(timeout_s, request.count)
+        if request.count > _STREAM_ABOVE:
+            return concatenate([batch async for batch in self._stream(request, timeout_s)])
+        return to_batch(await self._call(self._stub.GenerateImages, request, timeout_s))
+
+    def stream(
+        self,
+        model: str,
+        *,
+        count: int,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[ImageBatch]:
+        """Yield images in batches, as Client.stream does."""
+        request = to_request(
+            model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
+        )
+        return self._stream(request, self._timeout_s(timeout_s, count))
+
+    async def contact_sheet(
+        self,
+        model: str,
+        *,
+        columns: int = 10,
+        labels: Sequence[Label] | None = None,
+        seed: int | None = None,
+        truncation: float = 1.0,
+        scale: int = 2,
+    ) -> "Image":
+        """Make a picture of many images, as Client.contact_sheet does."""
+        count, label, names = self._sheet_rows(await self.model(model), labels, columns)
+        batch = await self.generate(model, count=count, seed=seed, label=label, truncation=truncation)
+        return batch.sheet(columns, row_names=names, scale=scale)
+
+    async def models(self) -> list[Model]:
+        """List the server's models, as Client.models does."""
+        response = await self._call(self._stub.ListModels, pb.ListModelsRequest(), self.timeout_s)
+        return [to_model(model) for model in response.models]
+
+    async def model(self, name: str, version: int | None = None) -> Model:
+        """Describe a model, as Client.model does."""
+        request = pb.GetModelRequest(model=name, version=version)
+        return to_model((await self._call(self._stub.GetModel, request, self.timeout_s)).model)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise translate(error, self.address) from None
+
+    async def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> AsyncIterator[ImageBatch]:
+        call = self._stub.StreamImages(pb.StreamImagesRequest(generate=request), timeout=timeout_s)
+        try:
+            async for response in call:
+                yield to_batch(response.chunk)
+        except grpc.RpcError as error:
+            raise translate(error, self.address) from None
+        finally:
+            call.cancel()

@@ -1,0 +1,112 @@
+"""Between the SDK's types and the wire's messages: the only place of the SDK that knows both."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from google.protobuf import json_format
+from numpy.typing import ArrayLike, NDArray
+
+from ganserve.errors import InvalidRequestError, ServerError
+from ganserve.images import ImageBatch
+from ganserve.models import Model, QualityMetric
+from ganserve.v1 import generation_pb2 as pb
+
+Label = int | str
+
+_UINT32_LIMIT = 1 << 32
+
+
+def to_request(
+    model: str,
+    *,
+    count: int | None,
+    seed: int | None,
+    latents: ArrayLike | None,
+    label: Label | Sequence[Label] | None,
+    truncation: float,
+    version: int | None,
+) -> pb.GenerateImagesRequest:
+    """Write the message.
+
+    Raises:
+        InvalidRequestError: an argument cannot be written; whether the model takes it is the server's to judge.
+    """
+    if seed is not None and latents is not None:
+        raise _invalid("seed", "give a seed or latents, not both")
+    request = pb.GenerateImagesRequest(model=model, truncation=truncation)
+    if count is not None:
+        request.count = _uint32("count", count)
+    if version is not None:
+        request.version = _uint32("version", version)
+    if seed is not None:
+        request.seed = _uint32("seed", seed)
+    if latents is not None:
+        rows = np.atleast_2d(np.asarray(latents, np.float32))
+        request.latents.values.extend(rows.ravel().tolist())
+        request.count = len(rows) if count is None else request.count
+    if label is not None:
+        labels = [label] if isinstance(label, str | int | np.integer) else list(label)
+        if labels and all(isinstance(item, str) for item in labels):
+            request.label_names.extend(str(item) for item in labels)
+        elif labels and not any(isinstance(item, str) for item in labels):
+            request.labels.extend(_uint32("label", int(item)) for item in labels)
+        else:
+            raise _invalid("label", "label is one index or class name, or a list of either, one an image")
+    return request
+
+
+def _uint32(field: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < _UINT32_LIMIT:
+        raise _invalid(field, f"{field} is {value!r}; it must be an integer from 0 to {_UINT32_LIMIT - 1}")
+    return int(value)
+
+
+def _invalid(field: str, text: str) -> InvalidRequestError:
+    error = InvalidRequestError(text)
+    error.field = field
+    return error
+
+
+def to_batch(response: pb.GenerateImagesResponse) -> ImageBatch:
+    """Read a RAW answer.
+
+    Raises:
+        ServerError: the answer's size is not what it says.
+    """
+    shape = (response.count, response.height, response.width, response.channels)
+    pixels: NDArray[np.uint8] = np.frombuffer(response.pixels, np.uint8)
+    if pixels.size != np.prod(shape):
+        raise ServerError(f"the server's answer has {pixels.size} bytes of pixels, but says it is {shape}")
+    return ImageBatch(
+        pixels=pixels.reshape(shape),
+        seeds=tuple(response.seeds) or None,
+        labels=tuple(response.labels) or None,
+        model=response.model,
+        version=response.version,
+        digest=response.digest,
+        provider=response.provider,
+        truncation=response.truncation,
+        queue_s=response.queue_time.ToNanoseconds() / 1e9,
+        compute_s=response.compute_time.ToNanoseconds() / 1e9,
+    )
+
+
+def to_model(message: pb.Model) -> Model:
+    """Read a model's description."""
+    card = message.card
+    return Model(
+        name=message.name,
+        version=message.version,
+        versions=tuple(message.versions),
+        digest=message.digest,
+        provider=message.provider,
+        architecture=card.architecture,
+        dataset=card.dataset,
+        latent_dim=card.latent_dim,
+        height=card.height,
+        width=card.width,
+        channels=card.channels,
+        class_names=tuple(card.class_names),
+        metrics=tuple(QualityMetric(metric.name, metric.value, metric.method) for metric in card.metrics),
+        card=json_format.MessageToDict(card),
+    )

@@ -1,0 +1,222 @@
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENCODING_UNSPECIFIED: _ClassVar[Encoding]
+    ENCODING_RAW: _ClassVar[Encoding]
+    ENCODING_PNG: _ClassVar[Encoding]
+    ENCODING_JPEG: _ClassVar[Encoding]
+    ENCODING_WEBP: _ClassVar[Encoding]
+
+class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LAYOUT_UNSPECIFIED: _ClassVar[Layout]
+    LAYOUT_ONE_EACH: _ClassVar[Layout]
+    LAYOUT_CONTACT_SHEET: _ClassVar[Layout]
+ENCODING_UNSPECIFIED: Encoding
+ENCODING_RAW: Encoding
+ENCODING_PNG: Encoding
+ENCODING_JPEG: Encoding
+ENCODING_WEBP: Encoding
+LAYOUT_UNSPECIFIED: Layout
+LAYOUT_ONE_EACH: Layout
+LAYOUT_CONTACT_SHEET: Layout
+
+class GenerateImagesRequest(_message.Message):
+    __slots__ = ("model", "version", "count", "seed", "latents", "labels", "label_names", "truncation", "encoding", "layout", "omit_identity")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_NAMES_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    OMIT_IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    count: int
+    seed: int
+    latents: Latents
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    label_names: _containers.RepeatedScalarFieldContainer[str]
+    truncation: float
+    encoding: Encoding
+    layout: Layout
+    omit_identity: bool
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., latents: _Optional[_Union[Latents, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ..., label_names: _Optional[_Iterable[str]] = ..., truncation: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., omit_identity: bool = ...) -> None: ...
+
+class Latents(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class GenerateImagesResponse(_message.Message):
+    __slots__ = ("model", "version", "digest", "provider", "count", "height", "width", "channels", "truncation", "seeds", "labels", "encoding", "pixels", "files", "queue_time", "compute_time")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_TIME_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_TIME_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    digest: str
+    provider: str
+    count: int
+    height: int
+    width: int
+    channels: int
+    truncation: float
+    seeds: _containers.RepeatedScalarFieldContainer[int]
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    encoding: Encoding
+    pixels: bytes
+    files: _containers.RepeatedScalarFieldContainer[bytes]
+    queue_time: _duration_pb2.Duration
+    compute_time: _duration_pb2.Duration
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., provider: _Optional[str] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., truncation: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[int]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., pixels: _Optional[bytes] = ..., files: _Optional[_Iterable[bytes]] = ..., queue_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., compute_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class StreamImagesRequest(_message.Message):
+    __slots__ = ("generate",)
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    generate: GenerateImagesRequest
+    def __init__(self, generate: _Optional[_Union[GenerateImagesRequest, _Mapping]] = ...) -> None: ...
+
+class StreamImagesResponse(_message.Message):
+    __slots__ = ("chunk",)
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    chunk: GenerateImagesResponse
+    def __init__(self, chunk: _Optional[_Union[GenerateImagesResponse, _Mapping]] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("model", "version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("name", "version", "versions", "digest", "provider", "card")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    digest: str
+    provider: str
+    card: ModelCard
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., provider: _Optional[str] = ..., card: _Optional[_Union[ModelCard, _Mapping]] = ...) -> None: ...
+
+class ModelCard(_message.Message):
+    __slots__ = ("architecture", "dataset", "latent_dim", "height", "width", "channels", "class_names", "generator_parameters", "training", "metrics", "golden_images", "created_at", "trainer_version")
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    LATENT_DIM_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    CLASS_NAMES_FIELD_NUMBER: _ClassVar[int]
+    GENERATOR_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    GOLDEN_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    architecture: str
+    dataset: str
+    latent_dim: int
+    height: int
+    width: int
+    channels: int
+    class_names: _containers.RepeatedScalarFieldContainer[str]
+    generator_parameters: int
+    training: Training
+    metrics: _containers.RepeatedCompositeFieldContainer[QualityMetric]
+    golden_images: _containers.RepeatedCompositeFieldContainer[GoldenImage]
+    created_at: _timestamp_pb2.Timestamp
+    trainer_version: str
+    def __init__(self, architecture: _Optional[str] = ..., dataset: _Optional[str] = ..., latent_dim: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., generator_parameters: _Optional[int] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[QualityMetric, _Mapping]]] = ..., golden_images: _Optional[_Iterable[_Union[GoldenImage, _Mapping]]] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., trainer_version: _Optional[str] = ...) -> None: ...
+
+class Training(_message.Message):
+    __slots__ = ("images_seen", "duration", "device", "configuration")
+    class ConfigurationEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    IMAGES_SEEN_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURATION_FIELD_NUMBER: _ClassVar[int]
+    images_seen: int
+    duration: _duration_pb2.Duration
+    device: str
+    configuration: _containers.ScalarMap[str, str]
+    def __init__(self, images_seen: _Optional[int] = ..., duration: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., device: _Optional[str] = ..., configuration: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class QualityMetric(_message.Message):
+    __slots__ = ("name", "value", "method")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    method: str
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ..., method: _Optional[str] = ...) -> None: ...
+
+class GoldenImage(_message.Message):
+    __slots__ = ("seed", "label", "digest", "png")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PNG_FIELD_NUMBER: _ClassVar[int]
+    seed: int
+    label: int
+    digest: str
+    png: bytes
+    def __init__(self, seed: _Optional[int] = ..., label: _Optional[int] = ..., digest: _Optional[str] = ..., png: _Optional[bytes] = ...) -> None: ...

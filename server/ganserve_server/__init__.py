@@ -1,0 +1,1 @@
+"""Serves images from a repository of GAN generators over gRPC."""

@@ -1,0 +1,169 @@
+"""Puts the server together, runs it, and takes it down without losing a call."""
+
+import asyncio
+import importlib.metadata
+import logging
+import signal
+import time
+from collections.abc import Callable
+
+import grpc
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from ganserve_server.batcher import Batcher
+from ganserve_server.engine import ProviderUnavailable
+from ganserve_server.interceptor import CallInterceptor
+from ganserve_server.metrics import Metrics
+from ganserve_server.repository import ModelRejected, ModelVersion, find_versions, load_version
+from ganserve_server.servicer import GenerationServicer, ModelTable
+from ganserve_server.settings import ServerSettings
+
+_log = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_MAX_REQUEST_BYTES = 8 << 20  # two thousand latents of 512 values, twice
+
+
+class StartError(Exception):
+    """The server cannot start; the text says why and what to do."""
+
+
+async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain.
+
+    Raises:
+        StartError: no model can be served, or an address is taken.
+    """
+    started = time.perf_counter()
+    metrics = Metrics()
+    versions = load_models(settings, metrics)
+    batchers = [Batcher(version, settings.max_batch_size, settings.max_queue_images, metrics) for version in versions]
+    table = ModelTable(batchers)
+    server = grpc.aio.server(
+        interceptors=[CallInterceptor(SERVICE, frozenset(table.names), metrics)],
+        options=(
+            # Without this two servers share one port in silence.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
+            ("grpc.max_send_message_length", -1),
+        ),
+    )
+    pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(table, settings, metrics), server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    address = _bind(server, settings.address)
+    metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics)
+    try:
+        await server.start()
+        for name in ("", SERVICE, *table.names):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        _log.info(
+            "serving",
+            extra={
+                "address": address,
+                "metrics_address": metrics_address,
+                "models": table.names,
+                "provider": versions[0].engine.provider,
+                "start_s": round(time.perf_counter() - started, 3),
+                "version": importlib.metadata.version("ganserve"),
+            },
+        )
+        await stop.wait()
+        _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
+        await health_servicer.enter_graceful_shutdown()
+        await asyncio.sleep(settings.drain_delay_s)
+        await server.stop(settings.drain_timeout_s)
+        await asyncio.gather(*(batcher.close() for batcher in batchers))
+    finally:
+        stop_metrics()
+    _log.info("stopped")
+
+
+def load_models(settings: ServerSettings, metrics: Metrics) -> list[ModelVersion]:
+    """Load every version of the repository that passes the rules; log the others.
+
+    Raises:
+        StartError: there is none, or CUDA was asked for and is missing.
+    """
+    if not settings.models.is_dir():
+        raise StartError(f"the model repository {settings.models} is not a folder; give one by --models")
+    loaded: list[ModelVersion] = []
+    for name, version, path in find_versions(settings.models):
+        try:
+            model = load_version(
+                name,
+                version,
+                path,
+                max_model_mib=settings.max_model_mib,
+                provider=settings.provider,
+                threads=settings.threads,
+            )
+        except ModelRejected as error:
+            metrics.model_loads.labels("rejected").inc()
+            _log.error("model kept out", extra={"path": str(path), "reason": str(error)})
+        except ProviderUnavailable as error:
+            raise StartError(str(error)) from error
+        else:
+            metrics.model_loads.labels("loaded").inc()
+            metrics.model_info.labels(name, str(version)).info(
+                {"digest": model.digest, "provider": model.engine.provider}
+            )
+            loaded.append(model)
+    if not loaded:
+        raise StartError(
+            f"{settings.models} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
+            "as `ganserve-trainer export` writes it"
+        )
+    return loaded
+
+
+def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Set `stop` on SIGTERM and SIGINT; a second one ends the process at once."""
+
+    def begin(number: signal.Signals) -> None:
+        stop.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, begin, number)
+
+
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    host, _ = _split(address, "--address")
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartError(
+            f"cannot listen on {address}: is it in use, or not an address of this machine? (--address)"
+        ) from error
+    return f"{host}:{port}"
+
+
+def _serve_metrics(address: str, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:
+    """Start the Prometheus endpoint; return its address and what stops it."""
+    if address == "off":
+        return None, lambda: None
+    host, port = _split(address, "--metrics-address")
+    try:
+        http, thread = start_http_server(port, host.strip("[]"), metrics.registry)
+    except OSError as error:
+        raise StartError(f"cannot listen on {address}: {error.strerror} (--metrics-address, 'off' for none)") from error
+
+    def stop() -> None:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+    return f"{host}:{http.server_port}", stop
+
+
+def _split(address: str, flag: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise StartError(f"{flag} is {address!r}; it must be HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
+    return host, int(port)

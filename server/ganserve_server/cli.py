@@ -1,0 +1,105 @@
+"""The `ganserve-server` program: its flags are the fields of ServerSettings."""
+
+import asyncio
+import inspect
+import logging
+import signal
+import sys
+from typing import Annotated, Any
+
+import structlog
+import typer
+from pydantic import ValidationError
+
+from ganserve_server.settings import BUNDLED_MODELS, ENVIRONMENT_PREFIX, ServerSettings
+
+
+def _serve(**flags: Any) -> None:
+    """Serve images from a repository of ONNX generators over gRPC.
+
+    Answers GenerationService, grpc.health.v1 and server reflection. SIGTERM drains and exits with status 0.
+    """
+    try:
+        settings = ServerSettings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        for problem in error.errors():
+            name = str(problem["loc"][0])
+            print(
+                f"ganserve-server: {_flag(name)} (or {_variable(name)}) is {problem['input']!r}: {problem['msg']}",
+                file=sys.stderr,
+            )
+        raise typer.Exit(2) from error
+    _configure_logs(settings)
+    # Imported late: --help and a wrong flag should not wait for onnxruntime.
+    from ganserve_server import app
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        app.handle_signals(asyncio.get_running_loop(), stop)
+        await app.serve(settings, stop)
+
+    try:
+        asyncio.run(run())
+    except app.StartError as error:
+        logging.getLogger(__name__).error("cannot start", extra={"reason": str(error)})
+        raise typer.Exit(1) from error
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _variable(name: str) -> str:
+    return (ENVIRONMENT_PREFIX + name).upper()
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """Make a flag of every setting, so that name, type, help and default stand in one place."""
+    parameters = []
+    for name, field in ServerSettings.model_fields.items():
+        # Left to ServerSettings to fill in and check: only it knows the environment.
+        kind = field.annotation if field.annotation in (int, float) else str
+        help_ = typer.Option(
+            _flag(name), help=field.description, envvar=_variable(name), show_default=_default(field.default)
+        )
+        option = Annotated[kind | None, help_]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    return parameters
+
+
+def _default(value: object) -> str:
+    return "the bundled models" if value == BUNDLED_MODELS else str(value)
+
+
+def _configure_logs(settings: ServerSettings) -> None:
+    """Send every log record, ours and the libraries', to standard error: as JSON lines, or coloured on a terminal."""
+    console = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[Any] = (
+        [structlog.dev.ConsoleRenderer()]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    )
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+_serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Run the program."""
+    # First of all, and until the loop has its own handler: a container's process 1 ignores SIGTERM without one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(_serve)
+    app()

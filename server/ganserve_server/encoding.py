@@ -1,0 +1,52 @@
+"""Images as files: PNG, JPEG, WebP. A file carries its own identity, so that the image can be made again."""
+
+import io
+import json
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from ganserve.v1 import generation_pb2 as pb
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+# A PNG text chunk has a keyword; JPEG and WebP carry the same JSON as EXIF's ImageDescription.
+IDENTITY_KEY = "ganserve"
+_EXIF_IMAGE_DESCRIPTION = 0x010E
+_SHEET_GAP = 2  # pixels
+
+Identity = Mapping[str, str | int | float | None]
+
+
+def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity | None) -> bytes:
+    """Write one image, [height, width, channels], as a file; `identity` None leaves the metadata out."""
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    file = io.BytesIO()
+    text = None if identity is None else json.dumps(identity, ensure_ascii=True)
+    if encoding == pb.ENCODING_PNG:
+        info = PngInfo()
+        if text is not None:
+            info.add_text(IDENTITY_KEY, text)
+        image.save(file, "PNG", pnginfo=info)
+        return file.getvalue()
+    exif = Image.Exif()
+    if text is not None:
+        exif[_EXIF_IMAGE_DESCRIPTION] = text
+    if encoding == pb.ENCODING_JPEG:
+        image.save(file, "JPEG", quality=95, exif=exif)
+    else:
+        image.save(file, "WEBP", lossless=True, exif=exif)
+    return file.getvalue()
+
+
+def contact_sheet(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay [n, height, width, channels] out as one near-square image, row by row, on black."""
+    count, height, width, channels = pixels.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    cells = np.zeros((rows * columns, height + _SHEET_GAP, width + _SHEET_GAP, channels), np.uint8)
+    cells[:count, :height, :width] = pixels
+    sheet = cells.reshape(rows, columns, height + _SHEET_GAP, width + _SHEET_GAP, channels).swapaxes(1, 2)
+    whole = sheet.reshape(rows * (height + _SHEET_GAP), columns * (width + _SHEET_GAP), channels)
+    return np.ascontiguousarray(whole[:-_SHEET_GAP, :-_SHEET_GAP])

@@ -1,0 +1,85 @@
+"""What can be wrong with a request: each class is one gRPC status. The interceptor answers with it."""
+
+from collections.abc import Sequence
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+
+class ServingError(Exception):
+    """The root. The text goes to the caller: what was wrong, the limit, and what to do."""
+
+    code: grpc.StatusCode
+    reason: str  # short and stable, for metrics
+
+    def details(self) -> Sequence[any_pb2.Any]:
+        """Return the google.rpc details that go with the status."""
+        return ()
+
+
+class InvalidRequest(ServingError):  # noqa: N818
+    """A field of the request is wrong."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "invalid"
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text)
+        self.field = field
+
+    def details(self) -> Sequence[any_pb2.Any]:
+        """Name the field."""
+        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=str(self))
+        return (_packed(error_details_pb2.BadRequest(field_violations=[violation])),)
+
+
+class ModelNotFound(ServingError):  # noqa: N818
+    """No such model, or no such version of it."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "not_found"
+
+
+class QueueFull(ServingError):  # noqa: N818
+    """More images are waiting than the server will hold."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "queue_full"
+
+    def __init__(self, text: str, retry_after_s: float) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+    def details(self) -> Sequence[any_pb2.Any]:
+        """Say when to try again."""
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(max(1, round(self.retry_after_s * 1000)))
+        return (_packed(error_details_pb2.RetryInfo(retry_delay=delay)),)
+
+
+class DeadlineExceeded(ServingError):  # noqa: N818
+    """The caller's deadline passed while the images were waiting."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "deadline"
+
+
+class EngineFailed(ServingError):  # noqa: N818
+    """The engine raised; the log has the cause, the caller has not."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "engine"
+
+
+def status_details(error: ServingError) -> bytes:
+    """Serialise the error as a google.rpc.Status, for the trailer `grpc-status-details-bin`."""
+    status = status_pb2.Status(code=error.code.value[0], message=str(error), details=error.details())
+    serialized: bytes = status.SerializeToString()
+    return serialized
+
+
+def _packed(message: error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,109 @@
+"""Around every call of GenerationService: a request id, the metrics, and errors as gRPC statuses."""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from ganserve_server.errors import ServingError, status_details
+from ganserve_server.metrics import OTHER, Metrics
+
+_log = logging.getLogger(__name__)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
+REQUEST_ID_KEY = "x-request-id"
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the service's handlers; health and reflection pass through."""
+
+    def __init__(self, service: str, model_names: frozenset[str], metrics: Metrics) -> None:
+        self._prefix = f"/{service}/"
+        self._model_names = model_names
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Replace the handler by one that watches it."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefix):
+            return handler
+        method = handler_call_details.method.removeprefix(self._prefix)
+        if handler.unary_stream:
+
+            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+                watch = _Watch(self._metrics, method, self._model_label(request), context)
+                chunks = handler.unary_stream(request, context)
+                try:
+                    async for chunk in chunks:
+                        yield chunk
+                    watch.finish(grpc.StatusCode.OK)
+                except BaseException as error:
+                    await chunks.aclose()
+                    await watch.fail(error)
+                    raise
+
+            return grpc.unary_stream_rpc_method_handler(
+                stream, handler.request_deserializer, handler.response_serializer
+            )
+
+        async def unary(request: Any, context: Any) -> Any:
+            watch = _Watch(self._metrics, method, self._model_label(request), context)
+            try:
+                response = await handler.unary_unary(request, context)
+            except BaseException as error:
+                await watch.fail(error)
+                raise
+            watch.finish(grpc.StatusCode.OK)
+            return response
+
+        return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+
+    def _model_label(self, request: Any) -> str:
+        """Name the model for the metrics; a name that is no model of ours must not become a label."""
+        name = getattr(getattr(request, "generate", request), "model", "")
+        return name if name in self._model_names else OTHER
+
+
+class _Watch:
+    """One call: its id, its start, and its end."""
+
+    def __init__(self, metrics: Metrics, method: str, model: str, context: Any) -> None:
+        self._metrics = metrics
+        self._method = method
+        self._model = model
+        self._context = context
+        self._started = time.perf_counter()
+        given = next((value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY), "")
+        self._id = given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
+
+    def finish(self, code: grpc.StatusCode) -> None:
+        """Count the call."""
+        self._metrics.requests.labels(self._method, self._model, code.name).inc()
+        self._metrics.request_seconds.labels(self._method, self._model).observe(time.perf_counter() - self._started)
+
+    async def fail(self, error: BaseException) -> None:
+        """Count the call and end it with the error's status; what nobody foresaw is logged and told to nobody."""
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            left_s = self._context.time_remaining()
+            late = left_s is not None and left_s <= 0
+            self.finish(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
+            return
+        trailer: tuple[tuple[str, str | bytes], ...] = ((REQUEST_ID_KEY, self._id),)
+        if isinstance(error, ServingError):
+            self.finish(error.code)
+            self._metrics.rejections.labels(error.reason).inc()
+            trailer += (("grpc-status-details-bin", status_details(error)),)
+            await self._context.abort(error.code, str(error), trailer)
+        else:
+            self.finish(grpc.StatusCode.INTERNAL)
+            _log.error("internal error", exc_info=error, extra={"request_id": self._id, "method": self._method})
+            await self._context.abort(grpc.StatusCode.INTERNAL, "internal error", trailer)

@@ -1,0 +1,77 @@
+"""What the server counts and times, for Prometheus. Labels are bounded: an unknown model counts as "other"."""
+
+import importlib.metadata
+import platform
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+OTHER = "other"
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each, which nobody asked for
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.requests = Counter(
+            "ganserve_requests",
+            "Finished calls by method, model (unknown ones: other) and gRPC status.",
+            ["method", "model", "code"],
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "ganserve_request_seconds",
+            "From the call's arrival in the servicer until its last message is handed to gRPC.",
+            ["method", "model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.images = Counter("ganserve_images", "Images made.", ["model", "version"], registry=registry)
+        self.queue_seconds = Histogram(
+            "ganserve_queue_seconds",
+            "From acceptance until the request's (or the stream's chunk's) first batch starts.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.compute_seconds = Histogram(
+            "ganserve_compute_seconds",
+            "One batch in the engine, latents included.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.encode_seconds = Histogram(
+            "ganserve_encode_seconds",
+            "Encoding one answer's images (not for RAW).",
+            ["encoding"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "ganserve_batch_size", "Images in one batch.", ["model"], buckets=_IMAGES, registry=registry
+        )
+        self.queue_images = Gauge("ganserve_queue_images", "Images waiting now.", ["model"], registry=registry)
+        self.rejections = Counter(
+            "ganserve_rejections", "Requests refused by the server, by reason.", ["reason"], registry=registry
+        )
+        self.model_loads = Counter(
+            "ganserve_model_loads", "Model files loaded or kept out.", ["outcome"], registry=registry
+        )
+        self.model_info = Info(
+            "ganserve_model", "A version that is served, and what it runs on.", ["model", "version"], registry=registry
+        )
+        Info("ganserve_build", "Versions.", registry=registry).info(
+            {
+                "version": importlib.metadata.version("ganserve"),
+                "grpc": importlib.metadata.version("grpcio"),
+                "python": platform.python_version(),
+            }
+        )

@@ -1,0 +1,174 @@
+"""The model repository: finds the versions, reads each file, and keeps out what breaks a rule.
+
+A file is data from outside. Its rules: at most so large; ONNX that onnx's checker accepts; standard operators only; all
+weights inside; a model card; inputs and output as the card says; golden images within one grey level.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from ganserve.v1 import generation_pb2 as pb
+from google.protobuf import json_format
+from numpy.typing import NDArray
+from PIL import Image
+
+from ganserve_server.engine import Draw, Engine, Provider, SessionRefused
+
+CARD_KEY = "ganserve.model_card"
+MODEL_FILE_NAME = "model.onnx"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_STANDARD_DOMAINS = {"", "ai.onnx"}
+
+
+class ModelRejected(Exception):  # noqa: N818
+    """A model file breaks a rule; the text names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """A model that passed all rules, ready to run."""
+
+    name: str
+    version: int
+    digest: str
+    card: pb.ModelCard
+    engine: Engine
+
+
+def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
+    """Yield (model, version, file) of every version in the repository, in order; other files are passed over."""
+    for folder in sorted(repository.iterdir()):
+        if not folder.is_dir() or not _NAME.fullmatch(folder.name):
+            continue
+        versions = (path for path in folder.iterdir() if _VERSION.fullmatch(path.name))
+        for path in sorted(versions, key=lambda path: int(path.name)):
+            yield folder.name, int(path.name), path / MODEL_FILE_NAME
+
+
+def load_version(
+    name: str, version: int, path: Path, *, max_model_mib: int, provider: Provider, threads: int
+) -> ModelVersion:
+    """Read one version, check it against the rules, warm it up.
+
+    Raises:
+        ModelRejected: a rule is broken.
+        ProviderUnavailable: the provider that was asked for is missing.
+    """
+    content = _read(path, max_model_mib)
+    card = _check_graph(content)
+    try:
+        engine = Engine(content, card.latent_dim, provider, threads)
+    except SessionRefused as error:
+        raise ModelRejected(str(error)) from error
+    _check_signature(engine, card)
+    _check_golden_images(engine, card)
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return ModelVersion(name, version, digest, card, engine)
+
+
+def _read(path: Path, max_model_mib: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > max_model_mib << 20:
+            raise ModelRejected(
+                f"the file has {size / 2**20:.0f} MiB; at most {max_model_mib} (--max-model-mib) are loaded"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelRejected(f"the file cannot be read: {error.strerror}") from error
+
+
+def _check_graph(content: bytes) -> pb.ModelCard:
+    """Check what can be checked without running; return the card."""
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's DecodeError, by another name in each implementation
+        raise ModelRejected("the file is not ONNX, or is truncated") from error
+    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node}
+    if custom := domains - _STANDARD_DOMAINS:
+        raise ModelRejected(f"only standard ONNX operators are run; this model uses domain {sorted(custom)[0]!r}")
+    if _has_external_data(model):
+        raise ModelRejected("weights must lie inside the file; this model refers to others (external data)")
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ModelRejected(f"onnx's checker refuses the file: {str(error).splitlines()[0]}") from error
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if CARD_KEY not in properties:
+        raise ModelRejected(f"the file has no model card: metadata_props[{CARD_KEY!r}] is missing")
+    try:
+        card = json_format.Parse(properties[CARD_KEY], pb.ModelCard(), ignore_unknown_fields=True)
+    except json_format.ParseError as error:
+        raise ModelRejected(f"the model card is not the JSON of a ganserve.v1.ModelCard: {error}") from error
+    if not (card.latent_dim and card.height and card.width and card.channels in (1, 3)):
+        raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1 or 3 channels")
+    return card
+
+
+def _has_external_data(model: onnx.ModelProto) -> bool:
+    def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for attribute in node.attribute:
+                yield attribute.t
+                yield from attribute.tensors
+                for inner in (attribute.g, *attribute.graphs):
+                    yield from tensors(inner)
+
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors(model.graph))
+
+
+def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
+    inputs: dict[str, tuple[str, int]] = {"latent": ("tensor(float)", 2)}
+    if card.class_names:
+        inputs["label"] = ("tensor(int64)", 1)
+    found = {name: (kind, len(shape)) for name, (kind, shape) in engine.inputs.items()}
+    if found != inputs:
+        raise ModelRejected(
+            f"by its card, the model's inputs must be {inputs} (name: type, dimensions); they are {found}"
+        )
+    if list(engine.outputs) != ["image"] or engine.outputs["image"][0] != "tensor(uint8)":
+        raise ModelRejected(f"the model's one output must be image, tensor(uint8); it has {engine.outputs}")
+
+
+def _check_golden_images(engine: Engine, card: pb.ModelCard) -> None:
+    """Run the model, which warms it up too, and compare what its card shows."""
+    shape = (card.height, card.width, card.channels)
+    probes = list(card.golden_images) or [pb.GoldenImage(seed=0)]
+    labels = np.array([golden.label for golden in probes], np.int64) if card.class_names else None
+    if labels is not None and labels.max() >= len(card.class_names):
+        raise ModelRejected(f"a golden image has label {labels.max()}; the card names {len(card.class_names)} classes")
+    seeds = np.array([golden.seed for golden in probes], np.uint32)
+    try:
+        made = engine.run([Draw(len(probes), seeds, None, labels, 1.0)])
+        engine.run([Draw(1, seeds[:1], None, None if labels is None else labels[:1], 1.0)])
+    except Exception as error:  # onnxruntime's exceptions have no common root
+        raise ModelRejected(f"the model fails when it runs: {error}") from error
+    if made.shape != (len(probes), *shape):
+        raise ModelRejected(f"by its card the model makes images of {shape}; it made {made.shape[1:]}")
+    for golden, pixels in zip(card.golden_images, made, strict=False):
+        if f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}" == golden.digest:
+            continue
+        difference = _largest_difference(pixels, golden.png)
+        if difference > 1:
+            raise ModelRejected(
+                f"the golden image of seed {golden.seed} is off by up to {difference} grey levels; 1 is allowed"
+            )
+
+
+def _largest_difference(pixels: NDArray[np.uint8], png: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            wanted = np.asarray(image.convert("L" if pixels.shape[2] == 1 else "RGB")).reshape(pixels.shape)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ModelRejected(f"a golden image in the card is no PNG of the model's size: {error}") from error
+    return int(np.abs(pixels.astype(np.int16) - wanted).max())

@@ -1,0 +1,174 @@
+"""From a message to a validated request, and back to a response: the only place that knows protobuf's fields."""
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+from ganserve.v1 import generation_pb2 as pb
+from numpy.typing import NDArray
+
+from ganserve_server.batcher import Made
+from ganserve_server.encoding import Identity, contact_sheet, encode
+from ganserve_server.engine import Draw
+from ganserve_server.errors import InvalidRequest
+from ganserve_server.repository import ModelVersion
+
+MAX_TRUNCATION = 2.0
+_SEED_MASK = np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A request that the model can answer. Its columns are made a draw at a time: a stream's would fill the memory."""
+
+    model: ModelVersion
+    count: int
+    first_seed: int | None
+    latents: NDArray[np.float32] | None  # [count, latent_dim], truncation applied; None: by seeds
+    labels: NDArray[np.int64] | None  # [1] for all, or [count]; None: by the seeds
+    truncation: float
+    encoding: pb.Encoding
+    sheet: bool
+    omit_identity: bool
+
+    def draw(self, start: int, stop: int) -> Draw:
+        """Return what is to be made for images start to stop."""
+        seeds = None
+        if self.first_seed is not None:
+            first = self.first_seed + start
+            seeds = (np.arange(first, first + stop - start, dtype=np.uint64) & _SEED_MASK).astype(np.uint32)
+        labels = None
+        if self.labels is not None:
+            labels = self.labels.repeat(stop - start) if len(self.labels) == 1 else self.labels[start:stop]
+        elif seeds is not None and self.model.card.class_names:
+            labels = (seeds % len(self.model.card.class_names)).astype(np.int64)
+        latents = None if self.latents is None else self.latents[start:stop]
+        return Draw(stop - start, seeds, latents, labels, self.truncation)
+
+
+def parse(message: pb.GenerateImagesRequest, model: ModelVersion, max_images: int) -> GenerationRequest:
+    """Check every field against the model and the limits.
+
+    Raises:
+        InvalidRequest: a field is wrong.
+    """
+    truncation = message.truncation if message.HasField("truncation") else 1.0
+    if not 0 <= truncation <= MAX_TRUNCATION:
+        raise InvalidRequest("truncation", f"truncation is {truncation:g}; it must be from 0 to {MAX_TRUNCATION:g}")
+    latents = _latents(message, model, truncation) if message.HasField("latents") else None
+    count = _count(message, None if latents is None else len(latents), max_images)
+    labels = _labels(message, model, count)
+    first_seed = None
+    if latents is None:
+        first_seed = message.seed if message.HasField("seed") else secrets.randbits(32)
+    elif labels is None and model.card.class_names:
+        raise InvalidRequest("labels", f"model {model.name} is conditional: latents need labels (or label_names)")
+    encoding, sheet = _encoding(message)
+    return GenerationRequest(
+        model, count, first_seed, latents, labels, truncation, encoding, sheet, message.omit_identity
+    )
+
+
+def _count(message: pb.GenerateImagesRequest, latents: int | None, max_images: int) -> int:
+    count = message.count if message.HasField("count") else (latents or 1)
+    if not 1 <= count <= max_images:
+        raise InvalidRequest("count", f"count is {count}; this server makes 1 to {max_images} images in such a call")
+    if latents is not None and count != latents:
+        raise InvalidRequest("count", f"count is {count}, but there are {latents} latents; leave count out")
+    return count
+
+
+def _latents(message: pb.GenerateImagesRequest, model: ModelVersion, truncation: float) -> NDArray[np.float32]:
+    values = np.array(message.latents.values, np.float32)
+    latent_dim = model.card.latent_dim
+    if values.size == 0 or values.size % latent_dim:
+        raise InvalidRequest(
+            "latents",
+            f"latents has {values.size} values; model {model.name} takes a multiple of {latent_dim}, 1 or more",
+        )
+    if not np.isfinite(values).all():
+        raise InvalidRequest("latents", "latents has values that are not finite")
+    return values.reshape(-1, latent_dim) * np.float32(truncation)
+
+
+def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) -> NDArray[np.int64] | None:
+    """Return the labels given, one or one an image, or None."""
+    names = list(model.card.class_names)
+    field = "label_names" if message.label_names else "labels"
+    given = len(message.labels) or len(message.label_names)
+    if not given:
+        return None
+    if message.labels and message.label_names:
+        raise InvalidRequest("label_names", "give labels or label_names, not both")
+    if not names:
+        raise InvalidRequest(field, f"model {model.name} is unconditional: it takes no labels")
+    if given not in (1, count):
+        raise InvalidRequest(field, f"there are {given} {field} for {count} images; give one, or one an image")
+    if message.label_names:
+        index = {name: label for label, name in enumerate(names)}
+        if unknown := next((name for name in message.label_names if name not in index), None):
+            raise InvalidRequest(field, f"model {model.name} has no class {unknown!r}; it has {', '.join(names)}")
+        labels = np.array([index[name] for name in message.label_names], np.int64)
+    else:
+        labels = np.array(message.labels, np.int64)
+        if labels.max() >= len(names):
+            raise InvalidRequest(
+                field, f"label {labels.max()} is too high; model {model.name} has 0 to {len(names) - 1}"
+            )
+    return labels
+
+
+def _encoding(message: pb.GenerateImagesRequest) -> tuple[pb.Encoding, bool]:
+    encoding = message.encoding or pb.ENCODING_RAW
+    if encoding not in pb.Encoding.values():
+        raise InvalidRequest("encoding", f"encoding {encoding} is unknown; this server knows RAW, PNG, JPEG and WEBP")
+    if message.layout not in pb.Layout.values():
+        raise InvalidRequest(
+            "layout", f"layout {message.layout} is unknown; this server knows ONE_EACH and CONTACT_SHEET"
+        )
+    sheet = message.layout == pb.LAYOUT_CONTACT_SHEET
+    if sheet and encoding == pb.ENCODING_RAW:
+        raise InvalidRequest("layout", "a contact sheet needs an encoding: PNG, JPEG or WEBP")
+    return encoding, sheet
+
+
+def respond(request: GenerationRequest, draw: Draw, made: Made) -> pb.GenerateImagesResponse:
+    """Describe the images, and put them in: as pixels, or as files."""
+    model = request.model
+    response = pb.GenerateImagesResponse(
+        model=model.name,
+        version=model.version,
+        digest=model.digest,
+        provider=model.engine.provider,
+        count=draw.count,
+        height=model.card.height,
+        width=model.card.width,
+        channels=model.card.channels,
+        truncation=draw.truncation,
+        seeds=None if draw.seeds is None else draw.seeds.tolist(),
+        labels=None if draw.labels is None else draw.labels.tolist(),
+        encoding=request.encoding,
+    )
+    response.queue_time.FromNanoseconds(round(made.queue_s * 1e9))
+    response.compute_time.FromNanoseconds(round(made.compute_s * 1e9))
+    if request.encoding == pb.ENCODING_RAW:
+        response.pixels = made.pixels.tobytes()
+    elif request.sheet:
+        identity: Identity | None = None if request.omit_identity else {**_identity(model, draw, 0), "count": draw.count}
+        response.files.append(encode(contact_sheet(made.pixels), request.encoding, identity))
+    else:
+        for index, pixels in enumerate(made.pixels):
+            identity = None if request.omit_identity else _identity(model, draw, index)
+            response.files.append(encode(pixels, request.encoding, identity))
+    return response
+
+
+def _identity(model: ModelVersion, draw: Draw, index: int) -> Identity:
+    return {
+        "model": model.name,
+        "version": model.version,
+        "digest": model.digest,
+        "seed": None if draw.seeds is None else int(draw.seeds[index]),
+        "label": None if draw.labels is None else int(draw.labels[index]),
+        "truncation": draw.truncation,
+    }

@@ -1,0 +1,48 @@
+"""The server's settings: each is a flag and an environment variable."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
+BUNDLED_MODELS = Path(__file__).parent / "models"
+
+
+class ServerSettings(BaseSettings):
+    """Flags go before environment variables, these before the defaults. Unknown values are errors."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, env_ignore_empty=True)
+
+    models: Annotated[Path, Field(description="Model repository: MODELS/NAME/VERSION/model.onnx.")] = BUNDLED_MODELS
+    address: Annotated[str, Field(description="Where to answer gRPC, HOST:PORT; port 0 takes a free one.")] = (
+        "127.0.0.1:50051"
+    )
+    metrics_address: Annotated[
+        str, Field(description="Where to answer Prometheus, HOST:PORT; port 0 takes a free one; 'off' for none.")
+    ] = "127.0.0.1:9464"
+    provider: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Field(description="Where to compute; auto takes CUDA if it works, cuda does not start without it."),
+    ] = "auto"
+    threads: Annotated[
+        int, Field(ge=0, le=1024, description="Threads a model computes with on the CPU; 0: one a core.")
+    ] = 0
+    max_batch_size: Annotated[int, Field(ge=1, le=4096, description="Images an engine makes at once, at most.")] = 64
+    max_queue_images: Annotated[
+        int, Field(ge=1, description="Images that may wait for one model; a request beyond is refused.")
+    ] = 4096
+    max_images_per_request: Annotated[int, Field(ge=1, description="Images in one GenerateImages call.")] = 1024
+    max_images_per_stream: Annotated[int, Field(ge=1, description="Images in one StreamImages call.")] = 10_000_000
+    max_model_mib: Annotated[int, Field(ge=1, description="Size of a model file; a larger one is not loaded.")] = 512
+    drain_delay_s: Annotated[
+        float,
+        Field(ge=0, le=3600, description="After SIGTERM: report NOT_SERVING and serve on this long, then refuse."),
+    ] = 0.0
+    drain_timeout_s: Annotated[
+        float, Field(ge=0, le=3600, description="After that: how long running calls may take to finish.")
+    ] = 30.0
+    log_format: Annotated[
+        Literal["auto", "json", "console"], Field(description="auto: console on a terminal, else JSON lines.")
+    ] = "auto"

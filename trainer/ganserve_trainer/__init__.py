@@ -1,0 +1,1 @@
+"""Trains GAN image generators and exports each to one self-describing ONNX file."""

@@ -1,0 +1,253 @@
+"""From a checkpoint to a published model: fold, export, check, compare with PyTorch, describe, publish.
+
+Inputs of the file: `latent` float32 [N, latent_dim] and, for a conditional model, `label` int64 [N]. Its output:
+`image` uint8 [N, height, width, channels]; the model card as JSON in its metadata.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from ganserve.v1 import generation_pb2 as pb
+from google.protobuf import json_format
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, sync_directory
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.networks import Generator, ImageSpec, parameter_count
+
+CARD_KEY = "ganserve.model_card"
+MODEL_FILE_NAME = "model.onnx"
+EVALUATION_FILE_NAME = "evaluation.json"
+
+_COMPARED_BATCH_SIZES = (1, 3, 64)
+_GOLDEN_SEEDS = range(10)
+_OPSET = 18
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class UInt8Generator(nn.Module):
+    """A generator whose images are uint8 [n, height, width, channels], as they are served."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
+        """Map tanh's -1…1 to 0…255, rounded half to even."""
+        image = self.generator(latent, label)
+        grey = torch.round((image + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        return grey.permute(0, 2, 3, 1).contiguous()
+
+
+def fold_batch_norm(layers: nn.Sequential) -> nn.Sequential:
+    """Merge every BatchNorm into the dense or transposed convolutional layer before it, for evaluation."""
+    folded: list[nn.Module] = []
+    for layer in copy.deepcopy(layers).eval():
+        before = folded[-1] if folded else None
+        if isinstance(layer, nn.BatchNorm1d) and isinstance(before, nn.Linear):
+            folded[-1] = fuse_linear_bn_eval(before, layer)
+        elif isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.ConvTranspose2d):
+            folded[-1] = fuse_conv_bn_eval(before, layer, transpose=True)
+        else:
+            folded.append(layer)
+    return nn.Sequential(*folded)
+
+
+def latents(seeds: NDArray[np.int64], latent_dim: int) -> NDArray[np.float32]:
+    """Draw the latents of these seeds, [n, latent_dim], by the contract of generation.proto."""
+    rows = [np.random.RandomState(seed).standard_normal(latent_dim) for seed in seeds]
+    return np.stack(rows).astype(np.float32)
+
+
+def load_session(model: bytes | str) -> onnxruntime.InferenceSession:
+    """Open a model on the CPU."""
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, latent: NDArray[np.float32], label: NDArray[np.int64] | None
+) -> NDArray[np.uint8]:
+    """Make images, [n, height, width, channels]; `label` is None for an unconditional model."""
+    feeds = {"latent": latent} if label is None else {"latent": latent, "label": label}
+    (image,) = session.run(["image"], feeds)
+    pixels: NDArray[np.uint8] = image
+    return pixels
+
+
+def export(checkpoint_path: Path, repository: Path, name: str) -> Path:
+    """Publish a checkpoint's EMA generator as the next version of model `name`; return the file.
+
+    Raises:
+        TrainerError: the name is not allowed, the checkpoint unreadable, or the exported model differs from PyTorch's.
+    """
+    if not _NAME.fullmatch(name):
+        raise TrainerError(
+            f"{name!r} is no model name: 1 to 64 lower-case letters, digits, '-', '_' and '.', a letter or digit first"
+        )
+    checkpoint = load_checkpoint(checkpoint_path)
+    generator = checkpoint.ema_generator()
+    module = UInt8Generator(generator).eval()
+    folded = copy.deepcopy(generator)
+    folded.layers = fold_batch_norm(generator.layers)
+    model = _to_onnx(UInt8Generator(folded).eval(), checkpoint)
+    session = load_session(model.SerializeToString())
+    _compare_with_pytorch(session, module, checkpoint)
+
+    entry = model.metadata_props.add()
+    entry.key = CARD_KEY
+    entry.value = json_format.MessageToJson(_card(checkpoint, session, _read_evaluation(checkpoint_path, checkpoint)))
+    onnx.checker.check_model(model, full_check=True)
+    return publish(model.SerializeToString(), repository, name)
+
+
+def _to_onnx(module: UInt8Generator, checkpoint: Checkpoint) -> onnx.ModelProto:
+    batch = torch.export.Dim("N", min=1)
+    arguments: dict[str, Tensor] = {"latent": torch.zeros(3, checkpoint.settings.latent_dim)}
+    if checkpoint.settings.conditional:
+        arguments["label"] = torch.zeros(3, dtype=torch.int64)
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        # The exporter warns of its own internals, and says what it is doing on standard output.
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        path = Path(scratch) / MODEL_FILE_NAME
+        torch.onnx.export(
+            module,
+            kwargs=arguments,
+            f=str(path),
+            dynamo=True,
+            opset_version=_OPSET,
+            input_names=list(arguments),
+            output_names=["image"],
+            dynamic_shapes={key: {0: batch} for key in arguments},
+            external_data=False,
+            verbose=False,
+        )
+        model = onnx.load(path)
+    _strip_exporter_notes(model)
+    return model
+
+
+def _strip_exporter_notes(model: onnx.ModelProto) -> None:
+    """Leave out the exporter's stack traces: they are half the size of a small graph, and paths of this machine."""
+    graph = model.graph
+    del graph.metadata_props[:]
+    parts: tuple[Any, ...] = (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in parts:
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _compare_with_pytorch(
+    session: onnxruntime.InferenceSession, module: UInt8Generator, checkpoint: Checkpoint
+) -> None:
+    settings = checkpoint.settings
+    for batch_size in _COMPARED_BATCH_SIZES:
+        latent = latents(np.arange(batch_size), settings.latent_dim)
+        label = np.arange(batch_size) % len(checkpoint.spec.class_names) if settings.conditional else None
+        got = run_session(session, latent, label)
+        with torch.no_grad():
+            wanted = module(torch.from_numpy(latent), None if label is None else torch.from_numpy(label)).numpy()
+        difference = int(np.abs(got.astype(np.int16) - wanted).max()) if got.shape == wanted.shape else None
+        if difference is None or difference > 1:
+            raise TrainerError(
+                f"the exported model differs from PyTorch at batch size {batch_size}: shapes {got.shape} and "
+                f"{wanted.shape}, largest difference {difference} grey levels (allowed: 1); nothing was published"
+            )
+
+
+def _card(
+    checkpoint: Checkpoint, session: onnxruntime.InferenceSession, metrics: list[dict[str, object]]
+) -> pb.ModelCard:
+    settings, spec = checkpoint.settings, checkpoint.spec
+    configuration = {key: str(value) for key, value in dataclasses.asdict(settings).items()}
+    card = pb.ModelCard(
+        architecture=settings.preset,
+        dataset=settings.dataset,
+        latent_dim=settings.latent_dim,
+        height=spec.height,
+        width=spec.width,
+        channels=spec.channels,
+        class_names=spec.class_names if settings.conditional else (),
+        generator_parameters=parameter_count(checkpoint.ema_generator()),
+        training=pb.Training(images_seen=checkpoint.images_seen, device=checkpoint.device, configuration=configuration),
+        golden_images=_golden_images(session, settings.latent_dim, spec if settings.conditional else None),
+        trainer_version=importlib.metadata.version("ganserve"),
+    )
+    card.training.duration.FromMilliseconds(round(checkpoint.elapsed_s * 1000))
+    card.created_at.GetCurrentTime()
+    for metric in metrics:
+        json_format.ParseDict(metric, card.metrics.add())
+    return card
+
+
+def _golden_images(
+    session: onnxruntime.InferenceSession, latent_dim: int, labelled: ImageSpec | None
+) -> list[pb.GoldenImage]:
+    golden = []
+    for seed in _GOLDEN_SEEDS:
+        label = None if labelled is None else np.array([seed % len(labelled.class_names)])
+        pixels = run_session(session, latents(np.array([seed]), latent_dim), label)[0]
+        file = io.BytesIO()
+        Image.fromarray(pixels.squeeze()).save(file, format="PNG", optimize=True)
+        digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
+        golden.append(
+            pb.GoldenImage(seed=seed, label=None if label is None else label[0], digest=digest, png=file.getvalue())
+        )
+    return golden
+
+
+def _read_evaluation(checkpoint_path: Path, checkpoint: Checkpoint) -> list[dict[str, object]]:
+    """Find what `evaluate` measured on this very checkpoint; nothing if it was not called."""
+    folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
+    try:
+        evaluation = json.loads((folder / EVALUATION_FILE_NAME).read_text())
+    except FileNotFoundError:
+        return []
+    metrics: list[dict[str, object]] = evaluation["metrics"]
+    return metrics if evaluation["images_seen"] == checkpoint.images_seen else []
+
+
+def publish(model: bytes, repository: Path, name: str) -> Path:
+    """Write the file as the model's next version, atomically: a half-written file is never a version."""
+    folder = repository / name
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".publishing-", dir=folder))
+    try:
+        beside.chmod(0o755)
+        with (beside / MODEL_FILE_NAME).open("wb") as file:
+            file.write(model)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(beside)
+        while True:
+            version = 1 + max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
+            try:
+                beside.rename(folder / str(version))
+            except OSError:
+                # Another export has just taken this number; anything else is a real failure.
+                if not (folder / str(version)).exists():
+                    raise
+            else:
+                sync_directory(folder)
+                return folder / str(version) / MODEL_FILE_NAME
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
