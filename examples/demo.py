@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 from ganserve import Client
+from PIL import Image, ImageDraw, ImageFont
 
 OUT = Path("demo.png")
 MEASURE_S = 3.0

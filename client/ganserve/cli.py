@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ganserve.client import DEFAULT_TIMEOUT_S, Client
@@ -72,13 +73,18 @@ def generate(
 @app.command()
 def models(address: Address = None, timeout_s: Timeout = DEFAULT_TIMEOUT_S) -> None:
     """List the server's models."""
-    table = Table("model", "version", "images", "classes", "trained on", "label accuracy")
+    table = Table()
+    for column in ("model", "version", "images"):
+        table.add_column(column, no_wrap=True)
+    for column in ("classes", "trained on", "label accuracy"):
+        table.add_column(column)
     with Client(address, timeout_s=timeout_s) as client:
         for model in client.models():
             accuracy = next((f"{m.value:.4f}" for m in model.metrics if m.name == "label_accuracy"), "")
             size = f"{model.height}x{model.width}x{model.channels}"
             classes = ", ".join(model.class_names)
-            table.add_row(model.name, str(model.version), size, classes, model.dataset, accuracy)
+            # Names come from model files: brackets in them are no markup.
+            table.add_row(model.name, str(model.version), size, escape(classes), escape(model.dataset), accuracy)
     Console().print(table)
 
 
@@ -90,5 +96,5 @@ def main() -> None:
         print(f"ganserve: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"ganserve: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"ganserve: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,5 +1,7 @@
 """The clients: `Client` for threads, `AsyncClient` for asyncio. Twins: every method exists in both."""
 
+import asyncio
+import functools
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
@@ -9,7 +11,7 @@ import grpc
 from numpy.typing import ArrayLike
 
 from ganserve.conversion import Label, to_batch, to_model, to_request
-from ganserve.errors import translate
+from ganserve.errors import InvalidRequestError, RequestCancelledError, translate
 from ganserve.images import ImageBatch, concatenate
 from ganserve.models import Model
 from ganserve.v1 import generation_pb2 as pb
@@ -23,6 +25,7 @@ DEFAULT_TIMEOUT_S = 30.0
 _TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
 _STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them
 _SHEET_ROWS_UNCONDITIONAL = 4
+_LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
 # The server decides how large an answer is, by its limit on images a request.
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -39,9 +42,17 @@ class _Twin:
         """
         self.address = address or os.environ.get("GANSERVE_ADDRESS") or DEFAULT_ADDRESS
         self.timeout_s = timeout_s
+        self._closed = False
 
     def _timeout_s(self, given: float | None, images: int = 0) -> float:
-        return self.timeout_s + _TIMEOUT_S_PER_IMAGE * images if given is None else given
+        timeout_s = self.timeout_s + _TIMEOUT_S_PER_IMAGE * images if given is None else given
+        if not timeout_s > 0:
+            raise InvalidRequestError(f"timeout_s is {timeout_s}; it must be above 0")
+        return min(timeout_s, _LONGEST_TIMEOUT_S)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestCancelledError("this client is closed")
 
     @staticmethod
     def _sheet_rows(
@@ -50,9 +61,9 @@ class _Twin:
         """Return the number of images, the label of each, and the rows' names."""
         if not model.conditional:
             return _SHEET_ROWS_UNCONDITIONAL * columns, None, []
-        rows = list(range(len(model.class_names))) if labels is None else list(labels)
-        names = [row if isinstance(row, str) else model.class_names[row] for row in rows]
-        return len(rows) * columns, [row for row in rows for _ in range(columns)], names
+        rows = [model.label(row) for row in (range(len(model.class_names)) if labels is None else labels)]
+        each: list[Label] = [row for row in rows for _ in range(columns)]
+        return len(each), each, [model.class_names[row] for row in rows]
 
 
 class Client(_Twin):
@@ -107,7 +118,7 @@ class Client(_Twin):
         timeout_s = self._timeout_s(timeout_s, request.count)
         if request.count > _STREAM_ABOVE:
             return concatenate(list(self._stream(request, timeout_s)))
-        return to_batch(self._call(self._stub.GenerateImages, request, timeout_s))
+        return to_batch(self._call("GenerateImages", request, timeout_s))
 
     def stream(
         self,
@@ -146,7 +157,7 @@ class Client(_Twin):
 
     def models(self) -> list[Model]:
         """List the server's models, in alphabetical order, each in its newest version."""
-        response = self._call(self._stub.ListModels, pb.ListModelsRequest(), self.timeout_s)
+        response = self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(None))
         return [to_model(model) for model in response.models]
 
     def model(self, name: str, version: int | None = None) -> Model:
@@ -156,10 +167,11 @@ class Client(_Twin):
             ModelNotFoundError: there is no such model or version.
         """
         request = pb.GetModelRequest(model=name, version=version)
-        return to_model(self._call(self._stub.GetModel, request, self.timeout_s).model)
+        return to_model(self._call("GetModel", request, self._timeout_s(None)).model)
 
     def close(self) -> None:
         """Close the connection; calls that are running end with RequestCancelledError."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -170,19 +182,21 @@ class Client(_Twin):
     ) -> None:
         self.close()
 
-    def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+    def _call(self, method: str, request: Any, timeout_s: float) -> Any:
+        self._check_open()
         try:
-            return method(request, timeout=timeout_s)
+            return getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise translate(error, self.address) from None
+            raise translate(error, self.address, closed=self._closed) from None
 
     def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> Iterator[ImageBatch]:
+        self._check_open()
         call = self._stub.StreamImages(pb.StreamImagesRequest(generate=request), timeout=timeout_s)
         try:
             for response in call:
                 yield to_batch(response.chunk)
         except grpc.RpcError as error:
-            raise translate(error, self.address) from None
+            raise translate(error, self.address, closed=self._closed) from None
         finally:
             call.cancel()
 
@@ -196,8 +210,13 @@ class AsyncClient(_Twin):
 
     def __init__(self, address: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         super().__init__(address, timeout_s=timeout_s)
+        self._channel: grpc.aio.Channel | None = None
+
+    @functools.cached_property
+    def _stub(self) -> Any:
+        # With the first call, in its event loop: a channel belongs to the loop it was made in.
         self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
-        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        return pb_grpc.GenerationServiceStub(self._channel)
 
     async def generate(
         self,
@@ -218,7 +237,7 @@ class AsyncClient(_Twin):
         timeout_s = self._timeout_s(timeout_s, request.count)
         if request.count > _STREAM_ABOVE:
             return concatenate([batch async for batch in self._stream(request, timeout_s)])
-        return to_batch(await self._call(self._stub.GenerateImages, request, timeout_s))
+        return to_batch(await self._call("GenerateImages", request, timeout_s))
 
     def stream(
         self,
@@ -254,17 +273,19 @@ class AsyncClient(_Twin):
 
     async def models(self) -> list[Model]:
         """List the server's models, as Client.models does."""
-        response = await self._call(self._stub.ListModels, pb.ListModelsRequest(), self.timeout_s)
+        response = await self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(None))
         return [to_model(model) for model in response.models]
 
     async def model(self, name: str, version: int | None = None) -> Model:
         """Describe a model, as Client.model does."""
         request = pb.GetModelRequest(model=name, version=version)
-        return to_model((await self._call(self._stub.GetModel, request, self.timeout_s)).model)
+        return to_model((await self._call("GetModel", request, self._timeout_s(None))).model)
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._channel.close()
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -274,18 +295,26 @@ class AsyncClient(_Twin):
     ) -> None:
         await self.close()
 
-    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+    async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
+        self._check_open()
         try:
-            return await method(request, timeout=timeout_s)
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            # The channel's end cancels its calls; a caller that was cancelled itself must see just that.
+            if self._closed and task is not None and not task.cancelling():
+                raise RequestCancelledError("the client was closed during the call") from None
+            raise
         except grpc.RpcError as error:
-            raise translate(error, self.address) from None
+            raise translate(error, self.address, closed=self._closed) from None
 
     async def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> AsyncIterator[ImageBatch]:
+        self._check_open()
         call = self._stub.StreamImages(pb.StreamImagesRequest(generate=request), timeout=timeout_s)
         try:
             async for response in call:
                 yield to_batch(response.chunk)
         except grpc.RpcError as error:
-            raise translate(error, self.address) from None
+            raise translate(error, self.address, closed=self._closed) from None
         finally:
             call.cancel()

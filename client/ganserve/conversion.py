@@ -1,6 +1,8 @@
 """Between the SDK's types and the wire's messages: the only place of the SDK that knows both."""
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from google.protobuf import json_format
@@ -33,7 +35,10 @@ def to_request(
     """
     if seed is not None and latents is not None:
         raise _invalid("seed", "give a seed or latents, not both")
-    request = pb.GenerateImagesRequest(model=model, truncation=truncation)
+    try:
+        request = pb.GenerateImagesRequest(model=model, truncation=truncation)
+    except (TypeError, ValueError) as error:
+        raise _invalid("model", f"model is a name and truncation a number: {error}") from error
     if count is not None:
         request.count = _uint32("count", count)
     if version is not None:
@@ -41,24 +46,31 @@ def to_request(
     if seed is not None:
         request.seed = _uint32("seed", seed)
     if latents is not None:
-        rows = np.atleast_2d(np.asarray(latents, np.float32))
+        try:
+            rows = np.atleast_2d(np.asarray(latents, np.float32))
+        except (TypeError, ValueError) as error:
+            raise _invalid("latents", f"latents is an array of numbers, [count, latent_dim]: {error}") from error
         request.latents.values.extend(rows.ravel().tolist())
         request.count = len(rows) if count is None else request.count
     if label is not None:
-        labels = [label] if isinstance(label, str | int | np.integer) else list(label)
-        if labels and all(isinstance(item, str) for item in labels):
-            request.label_names.extend(str(item) for item in labels)
-        elif labels and not any(isinstance(item, str) for item in labels):
-            request.labels.extend(_uint32("label", int(item)) for item in labels)
-        else:
-            raise _invalid("label", "label is one index or class name, or a list of either, one an image")
+        labels = [label] if isinstance(label, str) or np.ndim(label) == 0 else list(label)  # type: ignore[arg-type]
+        names = [item for item in labels if isinstance(item, str)]
+        if not labels or 0 < len(names) < len(labels):
+            raise _invalid("label", "label is one index or class name, or a list of either kind with one an image")
+        request.label_names.extend(names)
+        if not names:
+            request.labels.extend(_uint32("label", item) for item in labels)
     return request
 
 
-def _uint32(field: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < _UINT32_LIMIT:
-        raise _invalid(field, f"{field} is {value!r}; it must be an integer from 0 to {_UINT32_LIMIT - 1}")
-    return int(value)
+def _uint32(field: str, value: Any) -> int:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < _UINT32_LIMIT:
+        raise _invalid(field, f"{field} is {value}; it must be an integer from 0 to {_UINT32_LIMIT - 1}")
+    return number
 
 
 def _invalid(field: str, text: str) -> InvalidRequestError:

@@ -87,13 +87,26 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[GanserveError]] = {
 }
 
 
-def translate(error: Any, address: str) -> GanserveError:
-    """Turn a grpc.RpcError (of either kind of stub) into the SDK's exception for its status."""
+def translate(error: Any, address: str, *, closed: bool = False) -> GanserveError:
+    """Turn a grpc.RpcError (of either kind of stub) into the SDK's exception for its status.
+
+    Args:
+        error: the error.
+        address: of the server.
+        closed: whether the client was closed meanwhile.
+    """
     code: grpc.StatusCode = error.code()
     trailer: Sequence[tuple[str, str | bytes]] = tuple(error.trailing_metadata() or ())
     metadata = dict(trailer)
     text = error.details() or code.name
-    if code is grpc.StatusCode.UNAVAILABLE and REQUEST_ID_KEY not in metadata:
+    answered = REQUEST_ID_KEY in metadata
+    if code is grpc.StatusCode.CANCELLED and not (answered or closed):
+        # Not by us: a server that was shutting down dropped the call before it began.
+        code = grpc.StatusCode.UNAVAILABLE
+    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and not answered and "larger than max" in text:
+        code = grpc.StatusCode.INVALID_ARGUMENT
+        text = f"the request is larger than the server takes ({text}); send fewer latents a call"
+    if code is grpc.StatusCode.UNAVAILABLE and not answered:
         text = (
             f"no answer from {address} ({text}); is ganserve-server running there? "
             "The address is Client(address), --address or GANSERVE_ADDRESS"
@@ -101,8 +114,7 @@ def translate(error: Any, address: str) -> GanserveError:
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         text = f"the server at {address} does not answer ganserve.v1 ({text})"
     request_id = metadata.get(REQUEST_ID_KEY)
-    kind = ERROR_OF_STATUS[code]
-    translated = kind(text, code=code, request_id=request_id if isinstance(request_id, str) else None)
+    translated = ERROR_OF_STATUS[code](text, code=code, request_id=request_id if isinstance(request_id, str) else None)
     _read_details(translated, metadata.get(_DETAILS_KEY))
     return translated
 

@@ -105,7 +105,7 @@ class ImageBatch:
             values["label"] = self.labels[index]
         try:
             return pattern.format_map(values)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             names = ", ".join(f"{{{name}}}" for name in values)
             raise ValueError(f"{pattern!r} cannot be filled in; these images have {names}") from error
 
@@ -150,6 +150,7 @@ def _save(image: "Image", path: Path, identity: str) -> None:
     elif path.suffix.lower() in (".jpg", ".jpeg", ".webp"):
         exif = Image.Exif()
         exif[_EXIF_IMAGE_DESCRIPTION] = identity
-        image.save(path, exif=exif)
+        quality: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {"quality": 95}
+        image.save(path, exif=exif, **quality)
     else:
         image.save(path)

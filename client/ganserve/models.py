@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ganserve.errors import InvalidRequestError
+
 
 @dataclass(frozen=True, slots=True)
 class QualityMetric:
@@ -36,3 +38,15 @@ class Model:
     def conditional(self) -> bool:
         """Whether images have labels."""
         return bool(self.class_names)
+
+    def label(self, name: str | int) -> int:
+        """Return the index of a class, given its index or its name.
+
+        Raises:
+            InvalidRequestError: the model has no such class.
+        """
+        if isinstance(name, int) and 0 <= name < len(self.class_names):
+            return name
+        if name in self.class_names:
+            return self.class_names.index(str(name))
+        raise InvalidRequestError(f"model {self.name} has no class {name!r}; it has {', '.join(self.class_names)}")

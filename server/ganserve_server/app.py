@@ -3,6 +3,7 @@
 import asyncio
 import importlib.metadata
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ganserve_server.settings import ServerSettings
 _log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-_MAX_REQUEST_BYTES = 8 << 20  # two thousand latents of 512 values, twice
+_MAX_REQUEST_BYTES = 4 << 20  # a thousand latents of a thousand values
 
 
 class StartError(Exception):
@@ -40,11 +41,14 @@ async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
     """
     started = time.perf_counter()
     metrics = Metrics()
-    versions = load_models(settings, metrics)
+    versions = await asyncio.to_thread(load_models, settings, metrics)
+    if stop.is_set():
+        return
     batchers = [Batcher(version, settings.max_batch_size, settings.max_queue_images, metrics) for version in versions]
     table = ModelTable(batchers)
+    interceptor = CallInterceptor(SERVICE, frozenset(table.names), metrics)
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(SERVICE, frozenset(table.names), metrics)],
+        interceptors=[interceptor],
         options=(
             # Without this two servers share one port in silence.
             ("grpc.so_reuseport", 0),
@@ -59,9 +63,9 @@ async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
     address = _bind(server, settings.address)
     metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics)
     try:
-        await server.start()
         for name in ("", SERVICE, *table.names):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await server.start()
         _log.info(
             "serving",
             extra={
@@ -77,7 +81,9 @@ async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
         _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
         await health_servicer.enter_graceful_shutdown()
         await asyncio.sleep(settings.drain_delay_s)
-        await server.stop(settings.drain_timeout_s)
+        await interceptor.drain(settings.drain_timeout_s)
+        # Nothing is left but watchers of the health, who would stay for ever.
+        await server.stop(0)
         await asyncio.gather(*(batcher.close() for batcher in batchers))
     finally:
         stop_metrics()
@@ -108,6 +114,10 @@ def load_models(settings: ServerSettings, metrics: Metrics) -> list[ModelVersion
             _log.error("model kept out", extra={"path": str(path), "reason": str(error)})
         except ProviderUnavailable as error:
             raise StartError(str(error)) from error
+        except Exception:
+            # A file from outside must not take the others down, whatever the libraries make of it.
+            metrics.model_loads.labels("rejected").inc()
+            _log.exception("model kept out", extra={"path": str(path), "reason": "the file could not be read"})
         else:
             metrics.model_loads.labels("loaded").inc()
             metrics.model_info.labels(name, str(version)).info(
@@ -123,11 +133,12 @@ def load_models(settings: ServerSettings, metrics: Metrics) -> list[ModelVersion
 
 
 def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Set `stop` on SIGTERM and SIGINT; a second one ends the process at once."""
+    """Set `stop` on SIGTERM and SIGINT; a second one, of either kind, ends the process at once."""
 
     def begin(number: signal.Signals) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
         stop.set()
-        loop.remove_signal_handler(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, begin, number)
@@ -151,8 +162,8 @@ def _serve_metrics(address: str, metrics: Metrics) -> tuple[str | None, Callable
     host, port = _split(address, "--metrics-address")
     try:
         http, thread = start_http_server(port, host.strip("[]"), metrics.registry)
-    except OSError as error:
-        raise StartError(f"cannot listen on {address}: {error.strerror} (--metrics-address, 'off' for none)") from error
+    except (OSError, UnicodeError) as error:
+        raise StartError(f"cannot listen on {address}: {error} (--metrics-address, 'off' for none)") from error
 
     def stop() -> None:
         http.shutdown()

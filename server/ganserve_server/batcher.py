@@ -39,6 +39,7 @@ class _Job:
     """A draw on its way through the queue: images up to `taken` are in batches, `arrived` of them have come back."""
 
     draw: Draw
+    unbounded: bool
     result: "asyncio.Future[Made]"
     deadline: float | None  # by time.monotonic
     accepted: float
@@ -58,6 +59,7 @@ class Batcher:
         self._max_queue_images = max_queue_images
         self._jobs: deque[_Job] = deque()
         self._waiting_images = 0
+        self._bounded_images = 0  # those of them that the queue's bound counts
         self._seconds_per_image = _FIRST_BATCH_SECONDS_GUESS / max_batch_size
         self._wake = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{model.name}-{model.version}")
@@ -74,24 +76,25 @@ class Batcher:
         Args:
             draw: what to make.
             time_remaining_s: until the caller's deadline; None if it has none.
-            accepted: go past the queue's bound, for the later chunks of a stream that was let in.
+            accepted: neither held to the queue's bound nor counted in it: the later chunks of a stream that was let in.
 
         Raises:
             QueueFull: too many images wait already.
             DeadlineExceeded: the deadline passed before the first image was made.
             EngineFailed: the engine raised.
         """
-        if not accepted and self._waiting_images + draw.count > self._max_queue_images:
+        # An empty queue takes any request: one that is larger than the bound would else be refused for ever.
+        if not accepted and self._bounded_images and self._bounded_images + draw.count > self._max_queue_images:
             raise QueueFull(
-                f"{self._waiting_images} images of model {self.model.name} are waiting and the queue holds "
+                f"{self._bounded_images} images of model {self.model.name} are waiting and the queue holds "
                 f"{self._max_queue_images}: there is no room for {draw.count} more; try again later",
                 retry_after_s=self._waiting_images * self._seconds_per_image,
             )
         now = time.monotonic()
         deadline = None if time_remaining_s is None else now + time_remaining_s
-        job = _Job(draw, asyncio.get_running_loop().create_future(), deadline, now)
+        job = _Job(draw, accepted, asyncio.get_running_loop().create_future(), deadline, now)
         self._jobs.append(job)
-        self._change_waiting(draw.count)
+        self._change_waiting(job, draw.count)
         self._wake.set()
         try:
             return await job.result
@@ -99,7 +102,7 @@ class Batcher:
             # Cancelled here, or failed: what was not yet taken is dropped, and leaves the count at once.
             if job.taken < draw.count and job in self._jobs:
                 self._jobs.remove(job)
-                self._change_waiting(job.taken - draw.count)
+                self._change_waiting(job, job.taken - draw.count)
 
     async def close(self) -> None:
         """End the task; the caller has seen to it that nothing waits."""
@@ -107,8 +110,10 @@ class Batcher:
         await asyncio.gather(self._task, return_exceptions=True)
         self._executor.shutdown()
 
-    def _change_waiting(self, images: int) -> None:
+    def _change_waiting(self, job: _Job, images: int) -> None:
         self._waiting_images += images
+        if not job.unbounded:
+            self._bounded_images += images
         self._queue_images.set(self._waiting_images)
 
     async def _run(self) -> None:
@@ -146,7 +151,7 @@ class Batcher:
         while room and self._jobs:
             job = self._jobs.popleft()
             if job.result.done() or (job.deadline is not None and job.deadline <= now):
-                self._change_waiting(job.taken - job.draw.count)
+                self._change_waiting(job, job.taken - job.draw.count)
                 job.taken = job.draw.count
                 if not job.result.done():
                     job.result.set_exception(DeadlineExceeded("the deadline passed before the images were made"))
@@ -157,7 +162,7 @@ class Batcher:
             stop = min(job.draw.count, job.taken + min(share, room))
             batch.append((job, job.draw.part(job.taken, stop)))
             room -= stop - job.taken
-            self._change_waiting(job.taken - stop)
+            self._change_waiting(job, job.taken - stop)
             job.taken = stop
             if stop < job.draw.count:
                 unfinished.append(job)

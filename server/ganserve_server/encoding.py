@@ -16,6 +16,9 @@ IDENTITY_KEY = "ganserve"
 _EXIF_IMAGE_DESCRIPTION = 0x010E
 _SHEET_GAP = 2  # pixels
 
+# What the formats, and pillow's writers of them, can hold.
+MAX_SIDE = {pb.ENCODING_PNG: 2**16, pb.ENCODING_JPEG: 65_500, pb.ENCODING_WEBP: 16_383}  # pixels
+
 Identity = Mapping[str, str | int | float | None]
 
 
@@ -38,6 +41,13 @@ def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity 
     else:
         image.save(file, "WEBP", lossless=True, exif=exif)
     return file.getvalue()
+
+
+def sheet_size(count: int, height: int, width: int) -> tuple[int, int]:
+    """Return the height and width of the contact sheet of that many images."""
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    return rows * (height + _SHEET_GAP) - _SHEET_GAP, columns * (width + _SHEET_GAP) - _SHEET_GAP
 
 
 def contact_sheet(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -65,6 +65,8 @@ class Engine:
             wanted = [_CUDA, _CPU]
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=wanted)
+            self.inputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
+            self.outputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
         except Exception as error:  # onnxruntime's exceptions have no common root
             raise SessionRefused(f"onnxruntime refuses the model: {error}") from error
         self.provider = self._session.get_providers()[0]
@@ -73,8 +75,6 @@ class Engine:
                 "CUDA was asked for, but onnxruntime could not load its CUDA provider and would run on the CPU; "
                 "check the driver and the CUDA and cuDNN libraries, or use --provider auto or cpu"
             )
-        self.inputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
-        self.outputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
 
     def run(self, draws: list[Draw]) -> NDArray[np.uint8]:
         """Make the images of all draws in one batch, in order: [n, height, width, channels]."""

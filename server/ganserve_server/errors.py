@@ -6,12 +6,19 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+_MAX_TEXT = 400  # characters
+
 
 class ServingError(Exception):
     """The root. The text goes to the caller: what was wrong, the limit, and what to do."""
 
     code: grpc.StatusCode
     reason: str  # short and stable, for metrics
+
+    def __init__(self, text: str) -> None:
+        # The text repeats what the caller sent, and travels three times in trailers, of which gRPC allows 8 KiB: a
+        # longer one would reach the caller as another error.
+        super().__init__(text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…")
 
     def details(self) -> Sequence[any_pb2.Any]:
         """Return the google.rpc details that go with the status."""
@@ -32,6 +39,13 @@ class InvalidRequest(ServingError):  # noqa: N818
         """Name the field."""
         violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=str(self))
         return (_packed(error_details_pb2.BadRequest(field_violations=[violation])),)
+
+
+class MalformedMessage(ServingError):  # noqa: N818
+    """The bytes are no message of the method."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "malformed"
 
 
 class ModelNotFound(ServingError):  # noqa: N818
@@ -56,6 +70,13 @@ class QueueFull(ServingError):  # noqa: N818
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(max(1, round(self.retry_after_s * 1000)))
         return (_packed(error_details_pb2.RetryInfo(retry_delay=delay)),)
+
+
+class Unavailable(ServingError):  # noqa: N818
+    """The server is shutting down."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "draining"
 
 
 class DeadlineExceeded(ServingError):  # noqa: N818

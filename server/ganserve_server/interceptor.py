@@ -1,21 +1,24 @@
 """Around every call of GenerationService: a request id, the metrics, and errors as gRPC statuses."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from ganserve_server.errors import ServingError, status_details
+from ganserve_server.errors import MalformedMessage, ServingError, Unavailable, status_details
 from ganserve_server.metrics import OTHER, Metrics
 
 _log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 REQUEST_ID_KEY = "x-request-id"
+_HAND_OVER_S = 0.1
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -25,6 +28,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._prefix = f"/{service}/"
         self._model_names = model_names
         self._metrics = metrics
+        self._running = 0
+        self._refusing = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new calls, and wait for those that run; return after `timeout_s` at the latest."""
+        self._refusing = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            # Calls that gRPC has read but not yet handed over would be cancelled by a stop: let them be refused.
+            await asyncio.sleep(_HAND_OVER_S)
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     async def intercept_service(
         self,
@@ -36,49 +63,63 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
         method = handler_call_details.method.removeprefix(self._prefix)
+        # gRPC would answer bytes that are no message with UNKNOWN and a stack trace in the log: they are read here.
         if handler.unary_stream:
 
-            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-                watch = _Watch(self._metrics, method, self._model_label(request), context)
-                chunks = handler.unary_stream(request, context)
+            async def stream(content: bytes, context: Any) -> AsyncIterator[Any]:
+                watch = _Watch(self._metrics, method, context)
+                chunks = None
+                with self._counted():
+                    try:
+                        request = self._read(content, handler, watch)
+                        chunks = handler.unary_stream(request, context)
+                        async for chunk in chunks:
+                            yield chunk
+                        watch.finish(grpc.StatusCode.OK)
+                    except BaseException as error:
+                        if chunks is not None:
+                            await chunks.aclose()
+                        await watch.fail(error)
+                        raise
+
+            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+
+        async def unary(content: bytes, context: Any) -> Any:
+            watch = _Watch(self._metrics, method, context)
+            with self._counted():
                 try:
-                    async for chunk in chunks:
-                        yield chunk
-                    watch.finish(grpc.StatusCode.OK)
+                    response = await handler.unary_unary(self._read(content, handler, watch), context)
                 except BaseException as error:
-                    await chunks.aclose()
                     await watch.fail(error)
                     raise
-
-            return grpc.unary_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
-            )
-
-        async def unary(request: Any, context: Any) -> Any:
-            watch = _Watch(self._metrics, method, self._model_label(request), context)
-            try:
-                response = await handler.unary_unary(request, context)
-            except BaseException as error:
-                await watch.fail(error)
-                raise
             watch.finish(grpc.StatusCode.OK)
             return response
 
-        return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
-    def _model_label(self, request: Any) -> str:
-        """Name the model for the metrics; a name that is no model of ours must not become a label."""
+    def _read(self, content: bytes, handler: Any, watch: "_Watch") -> Any:
+        """Deserialise the request, and name its model for the metrics: a name that is none of ours is no label."""
+        if self._refusing:
+            raise Unavailable("the server is shutting down; ask another, or again later")
+        try:
+            request = handler.request_deserializer(content)
+        except DecodeError as error:
+            raise MalformedMessage(
+                "the request is not a message of this method, by ganserve/v1/generation.proto"
+            ) from error
         name = getattr(getattr(request, "generate", request), "model", "")
-        return name if name in self._model_names else OTHER
+        if name in self._model_names:
+            watch.model = name
+        return request
 
 
 class _Watch:
     """One call: its id, its start, and its end."""
 
-    def __init__(self, metrics: Metrics, method: str, model: str, context: Any) -> None:
+    def __init__(self, metrics: Metrics, method: str, context: Any) -> None:
         self._metrics = metrics
         self._method = method
-        self._model = model
+        self.model = OTHER
         self._context = context
         self._started = time.perf_counter()
         given = next((value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY), "")
@@ -87,8 +128,8 @@ class _Watch:
 
     def finish(self, code: grpc.StatusCode) -> None:
         """Count the call."""
-        self._metrics.requests.labels(self._method, self._model, code.name).inc()
-        self._metrics.request_seconds.labels(self._method, self._model).observe(time.perf_counter() - self._started)
+        self._metrics.requests.labels(self._method, self.model, code.name).inc()
+        self._metrics.request_seconds.labels(self._method, self.model).observe(time.perf_counter() - self._started)
 
     async def fail(self, error: BaseException) -> None:
         """Count the call and end it with the error's status; what nobody foresaw is logged and told to nobody."""

@@ -6,6 +6,8 @@ weights inside; a model card; inputs and output as the card says; golden images 
 
 import hashlib
 import io
+import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +17,20 @@ import numpy as np
 import onnx
 from ganserve.v1 import generation_pb2 as pb
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 from PIL import Image
 
 from ganserve_server.engine import Draw, Engine, Provider, SessionRefused
+
+_log = logging.getLogger(__name__)
 
 CARD_KEY = "ganserve.model_card"
 MODEL_FILE_NAME = "model.onnx"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _STANDARD_DOMAINS = {"", "ai.onnx"}
+_NEWLINE = "\n"
 
 
 class ModelRejected(Exception):  # noqa: N818
@@ -45,9 +51,12 @@ class ModelVersion:
 def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
     """Yield (model, version, file) of every version in the repository, in order; other files are passed over."""
     for folder in sorted(repository.iterdir()):
-        if not folder.is_dir() or not _NAME.fullmatch(folder.name):
+        try:
+            names = os.listdir(folder) if _NAME.fullmatch(folder.name) and folder.is_dir() else []
+        except OSError as error:
+            _log.error("model kept out", extra={"path": str(folder), "reason": f"cannot be read: {error.strerror}"})
             continue
-        versions = (path for path in folder.iterdir() if _VERSION.fullmatch(path.name))
+        versions = (folder / name for name in names if _VERSION.fullmatch(name))
         for path in sorted(versions, key=lambda path: int(path.name)):
             yield folder.name, int(path.name), path / MODEL_FILE_NAME
 
@@ -75,12 +84,13 @@ def load_version(
 
 def _read(path: Path, max_model_mib: int) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > max_model_mib << 20:
-            raise ModelRejected(
-                f"the file has {size / 2**20:.0f} MiB; at most {max_model_mib} (--max-model-mib) are loaded"
-            )
-        return path.read_bytes()
+        if not path.is_file():
+            raise ModelRejected("the file cannot be read: it is missing, or not a regular file")
+        with path.open("rb") as file:
+            content = file.read((max_model_mib << 20) + 1)
+        if len(content) > max_model_mib << 20:
+            raise ModelRejected(f"the file has more than {max_model_mib} MiB, the limit set by --max-model-mib")
+        return content
     except OSError as error:
         raise ModelRejected(f"the file cannot be read: {error.strerror}") from error
 
@@ -91,40 +101,36 @@ def _check_graph(content: bytes) -> pb.ModelCard:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError, by another name in each implementation
         raise ModelRejected("the file is not ONNX, or is truncated") from error
-    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node}
+    parts = list(_parts(model))
+    domains = {part.domain for part in parts if isinstance(part, onnx.NodeProto)}
     if custom := domains - _STANDARD_DOMAINS:
         raise ModelRejected(f"only standard ONNX operators are run; this model uses domain {sorted(custom)[0]!r}")
-    if _has_external_data(model):
+    tensors = (part for part in parts if isinstance(part, onnx.TensorProto))
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
         raise ModelRejected("weights must lie inside the file; this model refers to others (external data)")
     try:
         onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise ModelRejected(f"onnx's checker refuses the file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # ValidationError, and UnicodeDecodeError on a damaged file's text
+        raise ModelRejected(f"onnx's checker refuses the file: {str(error).partition(_NEWLINE)[0]}") from error
     properties = {entry.key: entry.value for entry in model.metadata_props}
     if CARD_KEY not in properties:
         raise ModelRejected(f"the file has no model card: metadata_props[{CARD_KEY!r}] is missing")
     try:
         card = json_format.Parse(properties[CARD_KEY], pb.ModelCard(), ignore_unknown_fields=True)
-    except json_format.ParseError as error:
+    except Exception as error:  # ParseError, and what a damaged file's text raises
         raise ModelRejected(f"the model card is not the JSON of a ganserve.v1.ModelCard: {error}") from error
     if not (card.latent_dim and card.height and card.width and card.channels in (1, 3)):
         raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1 or 3 channels")
     return card
 
 
-def _has_external_data(model: onnx.ModelProto) -> bool:
-    def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        for node in graph.node:
-            for attribute in node.attribute:
-                yield attribute.t
-                yield from attribute.tensors
-                for inner in (attribute.g, *attribute.graphs):
-                    yield from tensors(inner)
-
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors(model.graph))
+def _parts(message: Message) -> Iterator[Message]:
+    """Yield a message and all messages inside, at any depth."""
+    yield message
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in (value,) if isinstance(value, Message) else value:
+                yield from _parts(part)
 
 
 def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
@@ -135,6 +141,11 @@ def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
     if found != inputs:
         raise ModelRejected(
             f"by its card, the model's inputs must be {inputs} (name: type, dimensions); they are {found}"
+        )
+    latent_shape = engine.inputs["latent"][1]
+    if latent_shape[1] != card.latent_dim:
+        raise ModelRejected(
+            f"by its card the model takes latents of {card.latent_dim} values; its input is {latent_shape}"
         )
     if list(engine.outputs) != ["image"] or engine.outputs["image"][0] != "tensor(uint8)":
         raise ModelRejected(f"the model's one output must be image, tensor(uint8); it has {engine.outputs}")
@@ -150,7 +161,8 @@ def _check_golden_images(engine: Engine, card: pb.ModelCard) -> None:
     seeds = np.array([golden.seed for golden in probes], np.uint32)
     try:
         made = engine.run([Draw(len(probes), seeds, None, labels, 1.0)])
-        engine.run([Draw(1, seeds[:1], None, None if labels is None else labels[:1], 1.0)])
+        last_label = None if labels is None else np.array([len(card.class_names) - 1])
+        engine.run([Draw(1, seeds[:1], None, last_label, 1.0)])
     except Exception as error:  # onnxruntime's exceptions have no common root
         raise ModelRejected(f"the model fails when it runs: {error}") from error
     if made.shape != (len(probes), *shape):

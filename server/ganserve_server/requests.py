@@ -8,7 +8,7 @@ from ganserve.v1 import generation_pb2 as pb
 from numpy.typing import NDArray
 
 from ganserve_server.batcher import Made
-from ganserve_server.encoding import Identity, contact_sheet, encode
+from ganserve_server.encoding import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.repository import ModelVersion
@@ -46,8 +46,16 @@ class GenerationRequest:
         return Draw(stop - start, seeds, latents, labels, self.truncation)
 
 
-def parse(message: pb.GenerateImagesRequest, model: ModelVersion, max_images: int) -> GenerationRequest:
+def parse(
+    message: pb.GenerateImagesRequest, model: ModelVersion, max_images: int, max_values: int
+) -> GenerationRequest:
     """Check every field against the model and the limits.
+
+    Args:
+        message: the request.
+        model: what is to answer it.
+        max_images: how many images it may ask for.
+        max_values: how many labels or latents it may bring.
 
     Raises:
         InvalidRequest: a field is wrong.
@@ -55,6 +63,11 @@ def parse(message: pb.GenerateImagesRequest, model: ModelVersion, max_images: in
     truncation = message.truncation if message.HasField("truncation") else 1.0
     if not 0 <= truncation <= MAX_TRUNCATION:
         raise InvalidRequest("truncation", f"truncation is {truncation:g}; it must be from 0 to {MAX_TRUNCATION:g}")
+    for field, given in (("labels", message.labels), ("label_names", message.label_names)):
+        if len(given) > max_values:
+            raise InvalidRequest(field, f"there are {len(given)} {field}; a request brings {max_values} at most")
+    if len(message.latents.values) > max_values * model.card.latent_dim:
+        raise InvalidRequest("latents", f"there are more than {max_values} latents, the most that a request brings")
     latents = _latents(message, model, truncation) if message.HasField("latents") else None
     count = _count(message, None if latents is None else len(latents), max_images)
     labels = _labels(message, model, count)
@@ -64,6 +77,8 @@ def parse(message: pb.GenerateImagesRequest, model: ModelVersion, max_images: in
     elif labels is None and model.card.class_names:
         raise InvalidRequest("labels", f"model {model.name} is conditional: latents need labels (or label_names)")
     encoding, sheet = _encoding(message)
+    if sheet:
+        _check_sheet(encoding, model, count)
     return GenerationRequest(
         model, count, first_seed, latents, labels, truncation, encoding, sheet, message.omit_identity
     )
@@ -86,9 +101,13 @@ def _latents(message: pb.GenerateImagesRequest, model: ModelVersion, truncation:
             "latents",
             f"latents has {values.size} values; model {model.name} takes a multiple of {latent_dim}, 1 or more",
         )
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= np.float32(truncation)
     if not np.isfinite(values).all():
-        raise InvalidRequest("latents", "latents has values that are not finite")
-    return values.reshape(-1, latent_dim) * np.float32(truncation)
+        raise InvalidRequest(
+            "latents", "latents has values that are not finite, or not once truncation has scaled them"
+        )
+    return values.reshape(-1, latent_dim)
 
 
 def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) -> NDArray[np.int64] | None:
@@ -132,6 +151,17 @@ def _encoding(message: pb.GenerateImagesRequest) -> tuple[pb.Encoding, bool]:
     return encoding, sheet
 
 
+def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None:
+    height, width = sheet_size(count, model.card.height, model.card.width)
+    limit = MAX_SIDE[encoding]
+    if max(height, width) > limit:
+        raise InvalidRequest(
+            "layout",
+            f"the contact sheet of {count} images would be {height}x{width} pixels; a "
+            f"{pb.Encoding.Name(encoding).removeprefix('ENCODING_')} may have {limit} a side",
+        )
+
+
 def respond(request: GenerationRequest, draw: Draw, made: Made) -> pb.GenerateImagesResponse:
     """Describe the images, and put them in: as pixels, or as files."""
     model = request.model
@@ -154,7 +184,9 @@ def respond(request: GenerationRequest, draw: Draw, made: Made) -> pb.GenerateIm
     if request.encoding == pb.ENCODING_RAW:
         response.pixels = made.pixels.tobytes()
     elif request.sheet:
-        identity: Identity | None = None if request.omit_identity else {**_identity(model, draw, 0), "count": draw.count}
+        identity: Identity | None = (
+            None if request.omit_identity else {**_identity(model, draw, 0), "count": draw.count}
+        )
         response.files.append(encode(contact_sheet(made.pixels), request.encoding, identity))
     else:
         for index, pixels in enumerate(made.pixels):

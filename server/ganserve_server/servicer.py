@@ -16,8 +16,9 @@ from ganserve_server.requests import GenerationRequest, parse, respond
 from ganserve_server.settings import ServerSettings
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Encoding fewer images than this costs less than the way to a thread and back.
-_ENCODE_HERE_AT_MOST = 4
+# Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
+_ENCODE_HERE_AT_MOST = 4096
+_MAX_PIXEL_BYTES = 256 << 20
 
 
 class ModelTable:
@@ -76,15 +77,19 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def GenerateImages(self, request: pb.GenerateImagesRequest, context: Context) -> pb.GenerateImagesResponse:  # noqa: N802
         """Make all images, then answer."""
         batcher = self._find(request)
-        checked = parse(request, batcher.model, self._settings.max_images_per_request)
+        limit = self._settings.max_images_per_request
+        # By bytes too: protobuf holds 2 GiB, and a server should not try.
+        card = batcher.model.card
+        limit = max(1, min(limit, _MAX_PIXEL_BYTES // (card.height * card.width * card.channels)))
+        checked = parse(request, batcher.model, limit, self._settings.max_images_per_request)
         return await self._make(batcher, checked, 0, checked.count, context)
 
     async def StreamImages(  # noqa: N802
         self, request: pb.StreamImagesRequest, context: Context
     ) -> AsyncIterator[pb.StreamImagesResponse]:
         """Make the next chunk while the last one is being sent; never more, so that a slow reader costs no memory."""
-        batcher = self._find(request.generate)
-        checked = parse(request.generate, batcher.model, self._settings.max_images_per_stream)
+        batcher, limit = self._find(request.generate), self._settings.max_images_per_request
+        checked = parse(request.generate, batcher.model, self._settings.max_images_per_stream, limit)
         if checked.sheet:
             raise InvalidRequest("generate.layout", "a stream has no contact sheet; ask for one by GenerateImages")
         size = self._settings.max_batch_size
@@ -136,7 +141,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         if request.encoding == pb.ENCODING_RAW:
             return respond(request, draw, made)
         started = time.perf_counter()
-        if draw.count <= _ENCODE_HERE_AT_MOST:
+        if made.pixels.nbytes <= _ENCODE_HERE_AT_MOST:
             response = respond(request, draw, made)
         else:
             response = await asyncio.to_thread(respond, request, draw, made)

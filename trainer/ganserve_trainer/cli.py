@@ -59,13 +59,14 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=2, help="Real images a step", show_default="64")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Adam's", show_default="0.0002")] = None,
     width: Annotated[
-        int | None, typer.Option(min=1, help="Channels of dcgan's and cdcgan's last hidden layer", show_default="64")
+        int | None,
+        typer.Option(min=1, max=4096, help="Channels of dcgan's and cdcgan's last hidden layer", show_default="64"),
     ] = None,
     precision: Annotated[PrecisionName | None, typer.Option(show_default="auto")] = None,
     sample_every_images: Annotated[
         int | None, typer.Option(min=1, help="Write contact sheet and checkpoint this often", show_default="60000")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides weights, order and latents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides weights, order and latents.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
 ) -> None:
     """Train a generator on a data set; on the GPU if there is one."""
@@ -160,4 +161,11 @@ def main() -> None:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"ganserve-trainer: {place}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # torch's own errors, OutOfMemoryError on a GPU and a plain RuntimeError on the CPU, are RuntimeErrors.
+        kinds = ("MemoryError", "OutOfMemoryError")
+        if type(error).__name__ not in kinds and "allocate memory" not in str(error):
+            raise
+        print("ganserve-trainer: out of memory; try a smaller --batch-size or --width", file=sys.stderr)
         sys.exit(2)

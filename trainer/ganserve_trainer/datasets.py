@@ -47,23 +47,22 @@ def load_dataset(name: str, data_root: Path, *, train: bool) -> Dataset:
         raise TrainerError(f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}")
     source, class_names = _SOURCES[name]
     raw = data_root / source.__name__ / "raw"
+    debian = name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir()
+    if raw.is_dir() and any(raw.iterdir()):
+        debian = False
+    elif not debian:
+        _download(source, data_root)
     try:
-        if raw.is_dir() and any(raw.iterdir()):
-            part = source(str(data_root), train=train)
-        elif name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
-            part = _read_debian_fashion_mnist(train)
-        else:
-            _download(source, data_root)
-            part = source(str(data_root), train=train)
+        part = _read_debian_fashion_mnist(train) if debian else source(str(data_root), train=train)
         images, labels = part.data.unsqueeze(1), part.targets
         if images.shape[0] != labels.shape[0] or images.shape[0] == 0:
             raise ValueError(f"{images.shape[0]} images and {labels.shape[0]} labels")
         if int(labels.max()) >= len(class_names):
             raise ValueError(f"label {int(labels.max())} of {len(class_names)} classes")
-    except (RuntimeError, ValueError, AssertionError, IndexError, EOFError, gzip.BadGzipFile) as error:
+    except Exception as error:  # torchvision's readers raise whatever the bytes lead them to
         raise TrainerError(
-            f"{name}: the files in {raw} are missing, incomplete or damaged ({str(error) or type(error).__name__}). "
-            f"{_layout(source.__name__)}"
+            f"{name}: the files in {DEBIAN_FASHION_MNIST if debian else raw} are missing, incomplete or damaged "
+            f"({type(error).__name__}: {error}). {_layout(source.__name__)}"
         ) from error
     spec = ImageSpec(images.shape[1], images.shape[2], images.shape[3], class_names)
     return Dataset(name, images.contiguous(), labels.long(), spec)
@@ -77,22 +76,25 @@ def _layout(folder: str) -> str:
 
 
 def _download(source: type[torchvision.datasets.MNIST], data_root: Path) -> None:
-    """Download beside, then move into place: a broken download leaves nothing behind."""
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
+    """Download beside, then move into place: a download that broke off leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
             source(scratch, train=True, download=True)
-            data_root.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(Path(scratch) / source.__name__, data_root / source.__name__, dirs_exist_ok=True)
-    except (RuntimeError, OSError) as error:
-        debian = (
-            "Install Debian's package dataset-fashion-mnist, which is found by itself."
-            if source is torchvision.datasets.FashionMNIST
-            else "Or take --dataset fashion-mnist: Debian's package dataset-fashion-mnist is found by itself."
-        )
-        raise TrainerError(
-            f"{source.__name__} is not in {data_root} and cannot be downloaded.\n"
-            f"  - Say where it is: {_layout(source.__name__)}\n  - {debian}"
-        ) from error
+        except Exception as error:  # URLError, IncompleteRead, RuntimeError, …: all mean that there is no data
+            debian = (
+                "Install Debian's package dataset-fashion-mnist, which is found by itself."
+                if source is torchvision.datasets.FashionMNIST
+                else "Or take --dataset fashion-mnist: Debian's package dataset-fashion-mnist is found by itself."
+            )
+            raise TrainerError(
+                f"{source.__name__} is not in {data_root} and cannot be downloaded.\n"
+                f"  - Say where it is: {_layout(source.__name__)}\n  - {debian}"
+            ) from error
+        data_root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_root, prefix=".download-") as beside:
+            shutil.copytree(Path(scratch) / source.__name__, Path(beside) / source.__name__)
+            (data_root / source.__name__).mkdir(exist_ok=True)
+            (Path(beside) / source.__name__ / "raw").rename(data_root / source.__name__ / "raw")
 
 
 def _read_debian_fashion_mnist(train: bool) -> torchvision.datasets.FashionMNIST:

@@ -5,6 +5,7 @@ classifier is a small CNN, trained here with a fixed seed; its own accuracy on t
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, replace_atomically
 from ganserve_trainer.datasets import Dataset, load_dataset
+from ganserve_trainer.devices import best_device, bf16_is_fast
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.exporting import (
     CARD_KEY,
@@ -32,7 +34,7 @@ from ganserve_trainer.exporting import (
 Generate = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.uint8]]
 
 _BATCH_SIZE = 128
-_EPOCHS = 4
+_EPOCHS = 5
 _GENERATED_AT_ONCE = 500
 
 
@@ -66,8 +68,14 @@ def evaluate(model: Path, dataset_name: str | None, data_root: Path, images: int
         raise TrainerError(f"{model} is unconditional: label accuracy needs a conditional model, such as cdcgan's")
     name = dataset_name or card.dataset
     train_part = load_dataset(name, data_root, train=True)
+    test_part = load_dataset(name, data_root, train=False)
+    if len(card.class_names) != len(train_part.spec.class_names):
+        raise TrainerError(
+            f"{model} has {len(card.class_names)} classes and {name} has {len(train_part.spec.class_names)}: "
+            "judge it by the data set it was trained on (--dataset)"
+        )
     classifier = train_classifier(train_part)
-    real_accuracy = accuracy_on(classifier, load_dataset(name, data_root, train=False))
+    real_accuracy = accuracy_on(classifier, test_part)
     value = label_accuracy(classifier, generate, card.latent_dim, len(card.class_names), images)
     method = (
         f"{images} images of seeds 0 to {images - 1}, labels seed modulo {len(card.class_names)}; judged by a CNN "
@@ -76,11 +84,20 @@ def evaluate(model: Path, dataset_name: str | None, data_root: Path, images: int
     )
     metrics = [Metric(name="label_accuracy", value=round(value, 6), method=method)]
     if checkpoint is not None:
-        folder = model if model.is_dir() else model.parent
-        with replace_atomically(folder / EVALUATION_FILE_NAME) as file:
-            content = {"images_seen": checkpoint.images_seen, "metrics": metrics}
-            file.write(json.dumps(content, indent=2).encode())
+        _keep(model, checkpoint, metrics)
     return metrics
+
+
+def _keep(path: Path, checkpoint: Checkpoint, metrics: list[Metric]) -> None:
+    """Write the figures beside the checkpoint, for its export to find; without a place for them, only say so."""
+    file_path = (path if path.is_dir() else path.parent) / EVALUATION_FILE_NAME
+    try:
+        with replace_atomically(file_path) as file:
+            file.write(json.dumps({"checkpoint": checkpoint.digest(), "metrics": metrics}, indent=2).encode())
+    except OSError as error:
+        print(
+            f"{file_path} cannot be written ({error.strerror}): an export will not know these figures", file=sys.stderr
+        )
 
 
 def label_accuracy(classifier: nn.Module, generate: Generate, latent_dim: int, classes: int, images: int) -> float:
@@ -96,7 +113,7 @@ def label_accuracy(classifier: nn.Module, generate: Generate, latent_dim: int, c
 
 def train_classifier(dataset: Dataset, epochs: int = _EPOCHS) -> nn.Module:
     """Train the CNN that judges, on all images of the data set, with a fixed seed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = _classifier(dataset).to(device).to(memory_format=torch.channels_last).train()
@@ -108,7 +125,8 @@ def train_classifier(dataset: Dataset, epochs: int = _EPOCHS) -> nn.Module:
             for index in torch.randperm(len(images)).to(device).split(_BATCH_SIZE):
                 if len(index) < _BATCH_SIZE:
                     continue
-                loss = F.cross_entropy(classifier(_normalised(images[index])), labels[index])
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+                    loss = F.cross_entropy(classifier(_normalised(images[index])), labels[index])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -136,10 +154,9 @@ def _classifier(dataset: Dataset) -> nn.Sequential:
     spec = dataset.spec
     flat = 64 * (spec.height // 4) * (spec.width // 4)
     return nn.Sequential(
-        nn.Conv2d(spec.channels, 32, 3, padding=1),
+        nn.Conv2d(spec.channels, 32, 5, stride=2, padding=2),
         nn.BatchNorm2d(32),
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1),
         nn.BatchNorm2d(64),
         nn.ReLU(),
@@ -161,7 +178,10 @@ def _from_onnx(path: Path) -> tuple[Generate, pb.ModelCard]:
     metadata = session.get_modelmeta().custom_metadata_map
     if CARD_KEY not in metadata:
         raise TrainerError(f"{path} has no model card (metadata {CARD_KEY}); export it by ganserve-trainer export")
-    card = json_format.Parse(metadata[CARD_KEY], pb.ModelCard(), ignore_unknown_fields=True)
+    try:
+        card = json_format.Parse(metadata[CARD_KEY], pb.ModelCard(), ignore_unknown_fields=True)
+    except json_format.ParseError as error:
+        raise TrainerError(f"{path}: the model card cannot be read: {error}") from error
     return lambda latent, label: run_session(session, latent, label), card
 
 

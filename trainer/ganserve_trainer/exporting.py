@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -41,6 +42,8 @@ EVALUATION_FILE_NAME = "evaluation.json"
 _COMPARED_BATCH_SIZES = (1, 3, 64)
 _GOLDEN_SEEDS = range(10)
 _OPSET = 18
+# The server looks for these names and no others.
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -175,10 +178,11 @@ def _compare_with_pytorch(
 
 
 def _card(
-    checkpoint: Checkpoint, session: onnxruntime.InferenceSession, metrics: list[dict[str, object]]
+    checkpoint: Checkpoint, session: onnxruntime.InferenceSession, metrics: list[pb.QualityMetric]
 ) -> pb.ModelCard:
     settings, spec = checkpoint.settings, checkpoint.spec
     configuration = {key: str(value) for key, value in dataclasses.asdict(settings).items()}
+    configuration["dataset_digest"] = checkpoint.dataset_digest
     card = pb.ModelCard(
         architecture=settings.preset,
         dataset=settings.dataset,
@@ -189,13 +193,12 @@ def _card(
         class_names=spec.class_names if settings.conditional else (),
         generator_parameters=parameter_count(checkpoint.ema_generator()),
         training=pb.Training(images_seen=checkpoint.images_seen, device=checkpoint.device, configuration=configuration),
+        metrics=metrics,
         golden_images=_golden_images(session, settings.latent_dim, spec if settings.conditional else None),
         trainer_version=importlib.metadata.version("ganserve"),
     )
     card.training.duration.FromMilliseconds(round(checkpoint.elapsed_s * 1000))
     card.created_at.GetCurrentTime()
-    for metric in metrics:
-        json_format.ParseDict(metric, card.metrics.add())
     return card
 
 
@@ -215,15 +218,21 @@ def _golden_images(
     return golden
 
 
-def _read_evaluation(checkpoint_path: Path, checkpoint: Checkpoint) -> list[dict[str, object]]:
+def _read_evaluation(checkpoint_path: Path, checkpoint: Checkpoint) -> list[pb.QualityMetric]:
     """Find what `evaluate` measured on this very checkpoint; nothing if it was not called."""
-    folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
+    path = (checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent) / EVALUATION_FILE_NAME
     try:
-        evaluation = json.loads((folder / EVALUATION_FILE_NAME).read_text())
+        evaluation = json.loads(path.read_text())
+        metrics = [json_format.ParseDict(metric, pb.QualityMetric()) for metric in evaluation["metrics"]]
+        measured = evaluation["checkpoint"]
     except FileNotFoundError:
         return []
-    metrics: list[dict[str, object]] = evaluation["metrics"]
-    return metrics if evaluation["images_seen"] == checkpoint.images_seen else []
+    except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
+        raise TrainerError(f"{path} cannot be read; delete it, or evaluate again") from error
+    if measured != checkpoint.digest():
+        print(f"{path} is of another checkpoint: the card is written without it; evaluate again", file=sys.stderr)
+        return []
+    return metrics
 
 
 def publish(model: bytes, repository: Path, name: str) -> Path:
@@ -239,7 +248,12 @@ def publish(model: bytes, repository: Path, name: str) -> Path:
             os.fsync(file.fileno())
         sync_directory(beside)
         while True:
-            version = 1 + max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
+            taken = (int(path.name) for path in folder.iterdir() if _VERSION.fullmatch(path.name))
+            version = 1 + max(taken, default=0)
+            if not _VERSION.fullmatch(str(version)):
+                raise TrainerError(
+                    f"{folder} has version {version - 1}, the last that there can be; choose another name"
+                )
             try:
                 beside.rename(folder / str(version))
             except OSError:

@@ -12,15 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ganserve_trainer.checkpoints import FILE_NAME, Checkpoint, load_checkpoint, replace_atomically, save_checkpoint
+from ganserve_trainer.checkpoints import (
+    FILE_NAME,
+    Checkpoint,
+    all_finite,
+    load_checkpoint,
+    replace_atomically,
+    save_checkpoint,
+)
 from ganserve_trainer.datasets import Dataset
+from ganserve_trainer.devices import best_device, bf16_is_fast
 from ganserve_trainer.ema import EMA
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.losses import discriminator_loss, generator_loss
@@ -42,6 +50,7 @@ class Run:
         self.settings = settings
         self.spec = dataset.spec
         self.device = device
+        self.dataset_digest = dataset.digest()
         self.images_seen = 0
         self.elapsed_s = 0.0
         self.losses: list[tuple[int, float, float]] = []
@@ -60,7 +69,7 @@ class Run:
             torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=betas, fused=True)
             for network in (self.generator, self.discriminator)
         )
-        self._bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _bf16_is_fast(device))
+        self._bf16 = settings.precision == "bf16"
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -122,10 +131,17 @@ class Run:
         save_contact_sheet(images, _SHEET_COLUMNS, path)
 
     def checkpoint(self) -> Checkpoint:
-        """Take down the whole state."""
+        """Take down the whole state.
+
+        Raises:
+            TrainerError: the weights are no longer finite.
+        """
+        if not all(all_finite(network.state_dict()) for network in (self.generator, self.discriminator)):
+            raise _diverged(self.images_seen)
         return Checkpoint(
             settings=self.settings,
             spec=self.spec,
+            dataset_digest=self.dataset_digest,
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             images_seen=self.images_seen,
             elapsed_s=self.elapsed_s,
@@ -155,16 +171,22 @@ def train(settings: Settings, dataset: Dataset, out: Path, *, resume: bool, repo
     SIGINT and SIGTERM save a checkpoint and end the run early. Returns whether the run is complete.
 
     Raises:
-        TrainerError: `out` holds a run and `resume` is false, or one that does not fit and `resume` is true.
+        TrainerError: `out` holds a run and `resume` is false, or one that does not fit and `resume` is true; or
+            losses or weights are no longer finite, in which case the last checkpoint is from before.
     """
-    run = Run(settings, dataset, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = best_device()
+    if settings.precision == "auto":
+        settings = replace(settings, precision="bf16" if bf16_is_fast(device) else "fp32")
     path = out / FILE_NAME
-    if resume and path.exists():
+    checkpoint = None
+    if path.exists():
+        if not resume:
+            raise TrainerError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
         checkpoint = load_checkpoint(path)
-        _check_same_run(checkpoint.settings, settings)
+        _check_same_run(checkpoint, settings, dataset)
+    run = Run(settings, dataset, device)
+    if checkpoint is not None:
         run.restore(checkpoint)
-    elif path.exists():
-        raise TrainerError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with replace_atomically(out / "settings.json") as file:
         file.write(json.dumps(asdict(settings), indent=2).encode())
@@ -172,47 +194,63 @@ def train(settings: Settings, dataset: Dataset, out: Path, *, resume: bool, repo
     recent: list[Tensor] = []
     started = time.monotonic() - run.elapsed_s
     report_mark = (time.monotonic(), run.images_seen)
+    every = settings.sample_every_images
     with _stop_signals() as stop:
-        while run.images_seen < settings.images and not stop.is_set():
+        while run.images_seen < settings.images:
             recent.append(run.step())
             done = run.images_seen >= settings.images
-            if len(recent) == _REPORT_EVERY_STEPS or done:
+            leave = done or stop.is_set()
+            show = done or run.images_seen // every > (run.images_seen - settings.batch_size) // every
+            if len(recent) == _REPORT_EVERY_STEPS or leave or show:
                 # One read-back for all these steps: reading each one's loss would stall a GPU.
                 d_loss, g_loss = torch.stack(recent).mean(0).tolist()
                 recent.clear()
                 if not (math.isfinite(d_loss) and math.isfinite(g_loss)):
-                    raise TrainerError(
-                        f"the losses are no longer finite after {run.images_seen} images; the last checkpoint in {out} "
-                        "is from before; try a smaller --learning-rate or --precision fp32"
-                    )
+                    raise _diverged(run.images_seen)
                 run.losses.append((run.images_seen, d_loss, g_loss))
                 now = time.monotonic()
-                report(run.images_seen, d_loss, g_loss, (run.images_seen - report_mark[1]) / (now - report_mark[0]))
+                report(
+                    run.images_seen,
+                    d_loss,
+                    g_loss,
+                    (run.images_seen - report_mark[1]) / max(now - report_mark[0], 1e-9),
+                )
                 report_mark = (now, run.images_seen)
             run.elapsed_s = time.monotonic() - started
-            every = settings.sample_every_images
-            if done or run.images_seen // every > (run.images_seen - settings.batch_size) // every:
-                _write_progress(run, out)
-    if stop.is_set():
-        save_checkpoint(run.checkpoint(), path)
-    return not stop.is_set()
+            if leave or show:
+                save_checkpoint(run.checkpoint(), path)
+            if show:
+                _write_pictures(run, out)
+            if leave:
+                break
+    return run.images_seen >= settings.images
 
 
-def _write_progress(run: Run, out: Path) -> None:
+def _diverged(images_seen: int) -> TrainerError:
+    return TrainerError(
+        f"losses or weights are no longer finite after {images_seen} images; the last checkpoint, if there is one, "
+        "is from before; try a smaller --learning-rate or --precision fp32"
+    )
+
+
+def _write_pictures(run: Run, out: Path) -> None:
     (out / "samples").mkdir(exist_ok=True)
     run.contact_sheet(out / "samples" / f"{run.images_seen:09d}.png")
     save_loss_curve(run.losses, out / "losses.png")
-    save_checkpoint(run.checkpoint(), out / FILE_NAME)
 
 
-def _check_same_run(old: Settings, new: Settings) -> None:
-    """Allow a resumed run to differ in how long it lasts and how often it shows itself, and in nothing else."""
+def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset) -> None:
+    """Allow a resumed run to last longer and to show itself more or less often, and to differ in nothing else."""
     free = ("images", "sample_every_images")
-    before, now = asdict(old), asdict(new)
+    before, now = asdict(checkpoint.settings), asdict(settings)
     differing = [name for name in before if name not in free and before[name] != now[name]]
     if differing:
         changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
         raise TrainerError(f"--resume goes on with the same settings, but {changes}")
+    if checkpoint.dataset_digest != dataset.digest():
+        raise TrainerError("--resume goes on with the same data, but the data set's images or labels have changed")
+    if checkpoint.images_seen > settings.images:
+        raise TrainerError(f"the run has seen {checkpoint.images_seen} images already; give more as --images")
 
 
 @contextmanager
@@ -237,9 +275,3 @@ def _stop_signals() -> Iterator[threading.Event]:
 def _derived_seed(seed: int, purpose: str, count: int) -> int:
     digest = hashlib.sha256(f"{seed}/{purpose}/{count}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _bf16_is_fast(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

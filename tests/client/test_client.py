@@ -1,0 +1,238 @@
+"""Both clients against a real server; what one can do the other can too."""
+
+import asyncio
+import inspect
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from ganserve import AsyncClient, Client, GanserveError, InvalidRequestError, ModelNotFoundError, UnavailableError
+from ganserve.client import DEFAULT_ADDRESS
+
+from tests.conftest import RunningServer
+
+
+@pytest.fixture
+async def async_client(server: RunningServer) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(server.address) as connected:
+        yield connected
+
+
+def test_the_twins_have_the_same_methods() -> None:
+    def public(kind: type) -> dict[str, list[str]]:
+        methods = {name: method for name, method in inspect.getmembers(kind, callable) if not name.startswith("_")}
+        return {name: list(inspect.signature(method).parameters) for name, method in methods.items()}
+
+    assert public(Client) == public(AsyncClient)
+
+
+def test_images_come_with_seeds_labels_and_their_model(client: Client) -> None:
+    batch = client.generate("cdcgan-mnist", count=3, seed=2**32 - 2)
+    assert batch.pixels.shape == (3, 28, 28, 1)
+    assert batch.pixels.dtype == np.uint8
+    assert batch.seeds == (2**32 - 2, 2**32 - 1, 0)
+    assert batch.labels == (4, 5, 0)
+    assert batch.digest == client.model("cdcgan-mnist").digest
+    assert batch.provider == "CPUExecutionProvider"
+    assert batch.compute_s > 0
+
+
+def test_seed_zero_is_a_seed(client: Client) -> None:
+    assert client.generate("mlp-mnist", seed=0).seeds == (0,)
+
+
+def test_an_absent_seed_is_drawn_and_reported(client: Client) -> None:
+    first, second = client.generate("mlp-mnist"), client.generate("mlp-mnist")
+    assert first.seeds is not None
+    assert first.seeds != second.seeds
+    assert np.array_equal(client.generate("mlp-mnist", seed=first.seeds[0]).pixels, first.pixels)
+
+
+def test_labels_go_by_name_or_index(client: Client) -> None:
+    by_name = client.generate("cdcgan-fashion-mnist", count=2, seed=1, label="Sneaker")
+    by_index = client.generate("cdcgan-fashion-mnist", count=2, seed=1, label=7)
+    assert by_name.labels == by_index.labels == (7, 7)
+    assert np.array_equal(by_name.pixels, by_index.pixels)
+    each = client.generate("cdcgan-fashion-mnist", count=2, seed=1, label=["Sneaker", "Bag"])
+    assert each.labels == (7, 8)
+    assert np.array_equal(each.pixels[0], by_name.pixels[0])
+
+
+def test_own_latents_give_what_their_seed_gives(client: Client) -> None:
+    latent_dim = client.model("dcgan-mnist").latent_dim
+    latents = [np.random.RandomState(seed).standard_normal(latent_dim) for seed in (5, 6)]
+    own = client.generate("dcgan-mnist", latents=latents, truncation=0.7)
+    assert own.seeds is None
+    assert np.array_equal(own.pixels, client.generate("dcgan-mnist", count=2, seed=5, truncation=0.7).pixels)
+
+
+def test_truncation_zero_makes_every_image_the_same(client: Client) -> None:
+    pixels = client.generate("mlp-mnist", count=3, seed=1, truncation=0.0).pixels
+    assert np.array_equal(pixels[0], pixels[2])
+    assert not np.array_equal(pixels[0], client.generate("mlp-mnist", seed=1).pixels[0])
+
+
+def test_many_images_come_as_one_batch(client: Client) -> None:
+    batch = client.generate("cdcgan-mnist", count=1000, seed=3)
+    assert batch.seeds == tuple(range(3, 1003))
+    assert batch.labels is not None
+    assert len(batch.labels) == len(batch.pixels) == 1000
+
+
+def test_a_stream_can_be_left_early(client: Client) -> None:
+    stream = client.stream("mlp-mnist", count=1_000_000, seed=1)
+    first = next(stream)
+    assert isinstance(stream, Iterator)
+    stream.close()  # type: ignore[attr-defined]
+    assert np.array_equal(first.pixels, client.generate("mlp-mnist", count=len(first), seed=1).pixels)
+
+
+def test_a_contact_sheet_has_a_row_a_class(client: Client) -> None:
+    sheet = client.contact_sheet("cdcgan-mnist", columns=3, seed=1, scale=1)
+    assert sheet.height == 10 * 28 + 9 * 2
+    assert client.contact_sheet("mlp-mnist", columns=3, scale=1).width == 3 * 28 + 2 * 2
+    fewer = client.contact_sheet("cdcgan-fashion-mnist", columns=3, labels=["Bag", 9], scale=1)
+    assert fewer.height == 2 * 28 + 2
+    for label in (10, -1, "Hat"):
+        with pytest.raises(InvalidRequestError, match="it has T-shirt"):
+            client.contact_sheet("cdcgan-fashion-mnist", labels=[label])
+
+
+def test_models_are_described(client: Client) -> None:
+    models = {model.name: model for model in client.models()}
+    assert list(models) == ["cdcgan-fashion-mnist", "cdcgan-mnist", "dcgan-mnist", "mlp-mnist"]
+    digits = models["cdcgan-mnist"]
+    assert digits.conditional
+    assert (digits.height, digits.width, digits.channels) == (28, 28, 1)
+    assert {metric.name for metric in digits.metrics} == {"label_accuracy"}
+    assert digits.card["training"]["configuration"]["preset"] == "cdcgan"
+    assert not models["mlp-mnist"].conditional
+    assert client.model("cdcgan-mnist", 1) == digits
+
+
+@pytest.mark.parametrize("field", ["seed", "count", "version", "label"])
+@pytest.mark.parametrize("value", [-1, 2**32, 1.5, True])
+def test_numbers_that_no_message_can_hold_are_refused(client: Client, field: str, value: float) -> None:
+    with pytest.raises(InvalidRequestError, match=field):
+        client.generate("cdcgan-mnist", **{field: value})  # type: ignore[arg-type]
+
+
+def test_errors_are_typed(client: Client) -> None:
+    with pytest.raises(ModelNotFoundError, match="cdcgan-mnist") as caught:
+        client.generate("nothing")
+    assert caught.value.request_id
+    with pytest.raises(InvalidRequestError, match="0 to 9") as invalid:
+        client.generate("cdcgan-mnist", label=10)
+    assert invalid.value.field == "labels"
+    with pytest.raises(InvalidRequestError, match="unconditional"):
+        list(client.stream("mlp-mnist", count=5, label=1))
+
+
+def test_nobody_at_the_address_is_unavailable() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        with Client(address) as alone, pytest.raises(UnavailableError, match=address):
+            alone.models()
+
+
+def test_a_client_that_never_gets_an_answer_gives_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Client(address, timeout_s=0.2) as waiting, pytest.raises(GanserveError) as caught:
+            waiting.models()
+    assert type(caught.value).__name__ in ("DeadlineExceededError", "UnavailableError")
+
+
+def test_the_address_comes_from_argument_environment_or_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GANSERVE_ADDRESS", raising=False)
+    assert Client().address == DEFAULT_ADDRESS
+    monkeypatch.setenv("GANSERVE_ADDRESS", "there:1")
+    assert Client().address == "there:1"
+    assert Client("here:1").address == "here:1"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"label": []},
+        {"label": ["1", 2]},
+        {"label": np.array([1.5])},
+        {"truncation": "much"},
+        {"latents": [[1, 2], [3]]},
+        {"latents": "x"},
+        {"seed": 1, "latents": [0.0] * 64},
+        {"timeout_s": 0},
+        {"timeout_s": float("nan")},
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(client: Client, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        client.generate("cdcgan-mnist", **arguments)
+
+
+def test_a_request_larger_than_the_server_takes_is_not_called_an_overload(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="fewer latents"):
+        client.generate("cdcgan-mnist", latents=np.zeros((30_000, 64)))
+
+
+def test_numpy_scalars_are_numbers(client: Client) -> None:
+    batch = client.generate("cdcgan-mnist", seed=np.uint32(3), label=np.array(4), timeout_s=float("inf"))
+    assert (batch.seeds, batch.labels) == ((3,), (4,))
+
+
+async def test_a_closed_client_says_so(server: RunningServer) -> None:
+    closed, async_closed = Client(server.address), AsyncClient(server.address)
+    closed.close()
+    await async_closed.close()
+    with pytest.raises(GanserveError, match="closed"):
+        closed.models()
+    with pytest.raises(GanserveError, match="closed"):
+        next(closed.stream("mlp-mnist", count=1))
+    with pytest.raises(GanserveError, match="closed"):
+        await async_closed.models()
+
+
+def test_an_async_client_may_be_made_before_its_loop(server: RunningServer) -> None:
+    made_early = AsyncClient(server.address)
+
+    async def use() -> int:
+        async with made_early:
+            return len(await made_early.models())
+
+    assert asyncio.run(use()) == 4
+
+
+def test_one_client_serves_many_threads(client: Client) -> None:
+    results: dict[int, np.ndarray] = {}
+    threads = [
+        threading.Thread(
+            target=lambda seed=seed: results.update({seed: client.generate("mlp-mnist", seed=seed).pixels})
+        )
+        for seed in range(32)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = client.generate("mlp-mnist", count=32, seed=0).pixels
+    assert all(np.array_equal(results[seed][0], together[seed]) for seed in range(32))
+
+
+async def test_the_async_client_gives_the_same(client: Client, async_client: AsyncClient) -> None:
+    wanted = client.generate("cdcgan-mnist", count=300, seed=9, label="3")
+    got = await async_client.generate("cdcgan-mnist", count=300, seed=9, label="3")
+    assert np.array_equal(got.pixels, wanted.pixels)
+    assert (got.seeds, got.labels) == (wanted.seeds, wanted.labels)
+    streamed = [batch async for batch in async_client.stream("cdcgan-mnist", count=300, seed=9, label="3")]
+    assert np.array_equal(np.concatenate([batch.pixels for batch in streamed]), wanted.pixels)
+    assert await async_client.models() == client.models()
+    sheet = await async_client.contact_sheet("cdcgan-mnist", columns=2, seed=4)
+    assert np.array_equal(np.asarray(sheet), np.asarray(client.contact_sheet("cdcgan-mnist", columns=2, seed=4)))
+    with pytest.raises(ModelNotFoundError):
+        await async_client.model("nothing")
+    with pytest.raises(InvalidRequestError):
+        _ = [batch async for batch in async_client.stream("mlp-mnist", count=5, label=1)]

@@ -1,0 +1,198 @@
+"""The queue and its batches, over an engine that waits for the test's word."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.batcher import Batcher
+from ganserve_server.engine import Draw
+from ganserve_server.errors import DeadlineExceeded, EngineFailed, QueueFull
+from ganserve_server.metrics import Metrics
+from ganserve_server.repository import ModelVersion
+from numpy.typing import NDArray
+
+WAIT_S = 30
+
+
+class HeldEngine:
+    """Makes one-pixel images whose value is the seed; each batch waits until it is released."""
+
+    provider = "HeldProvider"
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.started = threading.Semaphore(0)
+        self.released = threading.Semaphore(0)
+        self.fail_on: int | None = None
+
+    def run(self, draws: list[Draw]) -> NDArray[np.uint8]:
+        seeds = np.concatenate([draw.seeds for draw in draws if draw.seeds is not None])
+        self.batches.append(seeds.tolist())
+        self.started.release()
+        assert self.released.acquire(timeout=WAIT_S)
+        if self.fail_on in seeds:
+            raise RuntimeError("the engine broke")
+        return (seeds % 256).astype(np.uint8).reshape(-1, 1, 1, 1)
+
+    async def wait_for_batch(self) -> None:
+        assert await asyncio.to_thread(self.started.acquire, timeout=WAIT_S)
+
+
+@pytest.fixture
+def engine() -> Iterator[HeldEngine]:
+    held = HeldEngine()
+    yield held
+    for _ in range(1000):
+        held.released.release()
+
+
+@pytest.fixture
+async def batcher(engine: HeldEngine) -> AsyncIterator[Batcher]:
+    model = ModelVersion("held", 1, "sha256:0", pb.ModelCard(), engine)  # type: ignore[arg-type]
+    running = Batcher(model, max_batch_size=8, max_queue_images=20, metrics=Metrics())
+    yield running
+    for _ in range(1000):
+        engine.released.release()
+    await running.close()
+
+
+def draw(first: int, count: int = 1) -> Draw:
+    return Draw(count, np.arange(first, first + count, dtype=np.uint32), None, None, 1.0)
+
+
+def begin(batcher: Batcher, first: int, count: int = 1, time_remaining_s: float | None = None) -> "asyncio.Task[Any]":
+    return asyncio.create_task(batcher.make(draw(first, count), time_remaining_s))
+
+
+async def settle() -> None:
+    """Let every task that can run, run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_what_waits_while_the_engine_is_busy_shares_the_next_batch(engine: HeldEngine, batcher: Batcher) -> None:
+    tasks = [begin(batcher, 0)]
+    await engine.wait_for_batch()
+    tasks += [begin(batcher, seed, 2) for seed in (10, 20, 30)]
+    await settle()
+    engine.released.release()
+    await engine.wait_for_batch()
+    engine.released.release()
+    made = await asyncio.gather(*tasks)
+    assert engine.batches == [[0], [10, 11, 20, 21, 30, 31]]
+    assert [each.pixels.ravel().tolist() for each in made] == [[0], [10, 11], [20, 21], [30, 31]]
+
+
+async def test_a_lone_request_does_not_wait_for_company(engine: HeldEngine, batcher: Batcher) -> None:
+    engine.released.release()
+    assert (await batcher.make(draw(5), None)).pixels.ravel().tolist() == [5]
+
+
+async def test_a_large_request_shares_every_batch_with_later_small_ones(engine: HeldEngine, batcher: Batcher) -> None:
+    large = begin(batcher, 100, 20)
+    await engine.wait_for_batch()
+    small = begin(batcher, 7)
+    await settle()
+    engine.released.release()
+    await engine.wait_for_batch()
+    assert engine.batches == [[*range(100, 108)], [*range(108, 112), 7, *range(112, 115)]]
+    engine.released.release()
+    assert (await small).pixels.ravel().tolist() == [7]
+    assert not large.done()
+    engine.released.release()
+    assert (await large).pixels.ravel().tolist() == [*range(100, 120)]
+
+
+async def test_a_full_queue_refuses_the_next_request_and_says_when_to_come_back(
+    engine: HeldEngine, batcher: Batcher
+) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    waiting = begin(batcher, 1, 20)
+    await settle()
+    with pytest.raises(QueueFull, match="holds 20") as caught:
+        await batcher.make(draw(50), None)
+    assert caught.value.retry_after_s > 0
+    for _ in range(4):
+        engine.released.release()
+    await asyncio.gather(first, waiting)
+    engine.released.release()
+    assert (await batcher.make(draw(50), None)).pixels.ravel().tolist() == [50]
+
+
+async def test_an_empty_queue_takes_a_request_larger_than_its_bound(engine: HeldEngine, batcher: Batcher) -> None:
+    for _ in range(5):
+        engine.released.release()
+    assert len((await batcher.make(draw(0, 40), None)).pixels) == 40
+
+
+async def test_the_later_chunks_of_streams_do_not_fill_the_queue(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    chunks = [asyncio.create_task(batcher.make(draw(100 * n, 20), None, accepted=True)) for n in range(5)]
+    small = begin(batcher, 7)
+    await settle()
+    for _ in range(20):
+        engine.released.release()
+    assert (await small).pixels.ravel().tolist() == [7]
+    await asyncio.gather(first, *chunks)
+
+
+async def test_a_cancelled_request_never_reaches_the_engine(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    gone, stays = begin(batcher, 10, 20), None
+    await settle()
+    gone.cancel()
+    await settle()
+    stays = begin(batcher, 40, 8)
+    await settle()
+    engine.released.release()
+    await engine.wait_for_batch()
+    engine.released.release()
+    assert (await stays).pixels.ravel().tolist() == [*range(40, 48)]
+    await first
+    assert engine.batches == [[0], [*range(40, 48)]]
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+
+
+async def test_an_expired_request_never_reaches_the_engine(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    late, stays = begin(batcher, 10, time_remaining_s=0.0), begin(batcher, 20, time_remaining_s=1000.0)
+    await settle()
+    engine.released.release()
+    engine.released.release()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    await asyncio.gather(first, stays)
+    assert engine.batches == [[0], [20]]
+
+
+async def test_a_failed_batch_answers_its_own_callers_and_nobody_elses(engine: HeldEngine, batcher: Batcher) -> None:
+    engine.fail_on = 10
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    failing = [begin(batcher, 10, 20)]
+    await settle()
+    engine.released.release()
+    await engine.wait_for_batch()
+    after = begin(batcher, 40)
+    await settle()
+    for _ in range(3):
+        engine.released.release()
+    results = await asyncio.gather(first, *failing, after, return_exceptions=True)
+    assert isinstance(results[1], EngineFailed)
+    assert str(results[1]) == "internal error"
+    assert results[0].pixels.ravel().tolist() == [0]
+    assert results[2].pixels.ravel().tolist() == [40]
+    assert engine.batches == [[0], [*range(10, 18)], [40]]
+    # Nothing of the failed request is left to fill the queue.
+    for _ in range(3):
+        engine.released.release()
+    assert len((await batcher.make(draw(50, 20), None)).pixels) == 20

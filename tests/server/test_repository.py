@@ -1,0 +1,175 @@
+"""Every rule for a model file: what breaks one stays out, with the rule's name."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from ganserve import Client
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.engine import Engine, ProviderUnavailable
+from ganserve_server.repository import CARD_KEY, ModelRejected, ModelVersion, find_versions, load_version
+from ganserve_server.settings import BUNDLED_MODELS
+from google.protobuf import json_format
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.conftest import RunningServer
+
+GOOD = BUNDLED_MODELS / "cdcgan-mnist" / "1" / "model.onnx"
+
+
+def load(path: Path, max_model_mib: int = 512) -> ModelVersion:
+    return load_version("name", 1, path, max_model_mib=max_model_mib, provider="cpu", threads=1)
+
+
+def change(edit: Callable[[onnx.ModelProto], object], path: Path) -> Path:
+    model = onnx.load(GOOD)
+    edit(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def change_card(edit: Callable[[pb.ModelCard], object]) -> Callable[[onnx.ModelProto], None]:
+    def edit_model(model: onnx.ModelProto) -> None:
+        (entry,) = [entry for entry in model.metadata_props if entry.key == CARD_KEY]
+        card = json_format.Parse(entry.value, pb.ModelCard())
+        edit(card)
+        entry.value = json_format.MessageToJson(card)
+
+    return edit_model
+
+
+def use_custom_operator(model: onnx.ModelProto) -> None:
+    model.opset_import.append(helper.make_opsetid("com.evil", 1))
+    model.graph.node[0].domain = "com.evil"
+
+
+def point_outside(model: onnx.ModelProto) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../../../etc/passwd")
+
+
+def point_outside_in_a_sparse_constant(model: onnx.ModelProto) -> None:
+    values = helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0])
+    values.data_location = TensorProto.EXTERNAL
+    values.external_data.add(key="location", value="weights")
+    indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
+    sparse = helper.make_sparse_tensor(values, indices, [4])
+    model.graph.node.append(helper.make_node("Constant", [], ["unused"], sparse_value=sparse))
+
+
+def break_weights(model: onnx.ModelProto) -> None:
+    tensor = model.graph.initializer[0]
+    array = np.full(numpy_helper.to_array(tensor).shape, np.nan, np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
+    "custom operator": (use_custom_operator, "com.evil"),
+    "external data": (point_outside, "external data"),
+    "external data in a sparse constant": (point_outside_in_a_sparse_constant, "external data"),
+    "not a graph": (lambda model: model.graph.node[0].output.append("image"), "onnx's checker"),
+    "no card": (lambda model: model.metadata_props.pop(), "no model card"),
+    "card is not JSON": (lambda model: setattr(model.metadata_props[0], "value", "{"), "not the JSON"),
+    "card without a size": (change_card(lambda card: setattr(card, "height", 0)), "height"),
+    "other latents": (change_card(lambda card: setattr(card, "latent_dim", 65)), "latents of 65 values"),
+    "other size": (change_card(lambda card: setattr(card, "width", 30)), r"\(28, 30, 1\)"),
+    "unconditional card": (change_card(lambda card: card.ClearField("class_names")), "inputs must be"),
+    "wrong golden image": (
+        change_card(
+            lambda card: (
+                card.golden_images[1].CopyFrom(card.golden_images[2]),
+                setattr(card.golden_images[1], "label", 1),
+            )
+        ),
+        "golden image of seed 2",
+    ),
+    "golden image that is none": (
+        change_card(
+            lambda card: (setattr(card.golden_images[0], "png", b"x"), setattr(card.golden_images[0], "digest", ""))
+        ),
+        "no PNG",
+    ),
+    "golden label out of range": (
+        change_card(lambda card: setattr(card.golden_images[0], "label", 10)),
+        "10 classes",
+    ),
+    "weights not a number": (break_weights, "golden image"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_file_that_breaks_a_rule_is_kept_out_by_its_name(rule: str, tmp_path: Path) -> None:
+    edit, text = RULES[rule]
+    with pytest.raises(ModelRejected, match=text):
+        load(change(edit, tmp_path / "model.onnx"))
+
+
+def test_files_that_are_no_model_are_kept_out(tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.onnx"
+    truncated.write_bytes(GOOD.read_bytes()[:-1000])
+    text = tmp_path / "text.onnx"
+    text.write_text("not a model")
+    for path in (truncated, text):
+        with pytest.raises(ModelRejected):
+            load(path)
+    with pytest.raises(ModelRejected, match="cannot be read"):
+        load(tmp_path / "missing.onnx")
+    with pytest.raises(ModelRejected, match="more than 1 MiB"):
+        load(GOOD, max_model_mib=1)
+
+
+def test_a_pipe_is_no_model_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.onnx")
+    with pytest.raises(ModelRejected, match="regular file"):
+        load(tmp_path / "model.onnx")
+
+
+def test_damaged_files_are_kept_out_or_work_and_never_raise_anything_else(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    content = np.frombuffer(GOOD.read_bytes(), np.uint8)
+    # The bytes before and after the weights, where the structure is.
+    structure = [*range(2000), *range(len(content) - 20000, len(content))]
+    for _ in range(150):
+        damaged = content.copy()
+        for place in random.choice(structure, 3):
+            damaged[place] = random.randint(256)
+        (tmp_path / "model.onnx").write_bytes(damaged.tobytes())
+        with contextlib.suppress(ModelRejected):
+            load(tmp_path / "model.onnx")
+
+
+def test_golden_images_may_differ_by_one_grey_level(tmp_path: Path) -> None:
+    forget_digests = change_card(lambda card: [setattr(golden, "digest", "") for golden in card.golden_images])
+    assert load(change(forget_digests, tmp_path / "model.onnx")).card.golden_images
+
+
+def test_versions_are_found_in_numerical_order_and_other_files_passed_over(tmp_path: Path) -> None:
+    for name in ("b/10", "b/9", "b/latest", "b/.publishing-x", "b/0", "a/1", ".hidden/1", "Upper/1"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a" / "notes.txt").touch()
+    assert [(name, version) for name, version, _ in find_versions(tmp_path)] == [("a", 1), ("b", 9), ("b", 10)]
+
+
+def test_the_server_keeps_a_bad_version_out_and_serves_the_good_ones(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    for version in (1, 2, 3):
+        (tmp_path / "digits" / str(version)).mkdir(parents=True)
+        shutil.copy(GOOD, tmp_path / "digits" / str(version) / "model.onnx")
+    change(use_custom_operator, tmp_path / "digits" / "3" / "model.onnx")
+    running = start_server("--models", tmp_path)
+    with Client(running.address) as client:
+        assert client.model("digits").versions == (1, 2)
+        assert client.generate("digits", seed=1).version == 2
+        assert client.generate("digits", seed=1, version=1).version == 1
+
+
+def test_cuda_that_is_missing_is_not_replaced_in_silence() -> None:
+    with pytest.raises(ProviderUnavailable, match="--provider"):
+        Engine(GOOD.read_bytes(), 64, "cuda", 1)

@@ -1,0 +1,81 @@
+"""What the house promises: fresh stubs, rooms that keep apart, a README that names every setting and metric."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from ganserve_server.metrics import Metrics
+from ganserve_server.settings import ENVIRONMENT_PREFIX, ServerSettings
+from prometheus_client import Metric
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_committed_stubs_are_what_the_proto_generates(tmp_path: Path) -> None:
+    outputs = [f"--{kind}={tmp_path}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *outputs]
+    subprocess.run([*command, "ganserve/v1/generation.proto"], check=True)
+    for generated in (tmp_path / "ganserve" / "v1").iterdir():
+        committed = ROOT / "client" / "ganserve" / "v1" / generated.name
+        assert committed.read_text() == generated.read_text(), f"{generated.name} is stale: run `make stubs`"
+
+
+def test_the_proto_passes_buf_lint() -> None:
+    subprocess.run([Path(sys.executable).with_name("buf"), "lint"], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("client/ganserve", {"ganserve_server", "ganserve_trainer"}),
+        ("server/ganserve_server", {"ganserve_trainer", "torch"}),
+        ("trainer/ganserve_trainer", {"ganserve_server"}),
+    ],
+)
+def test_rooms_import_only_what_they_may(room: str, forbidden: set[str]) -> None:
+    modules = list((ROOT / room).rglob("*.py"))
+    assert modules
+    for path in modules:
+        for name in _imported(path):
+            assert name.split(".")[0] not in forbidden, f"{path} imports {name}"
+            if "client" not in room and name.split(".")[0] == "ganserve":
+                assert name.startswith("ganserve.v1"), f"{path} imports {name}"
+
+
+def _imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return names
+
+
+def test_importing_the_sdk_loads_nothing_heavy() -> None:
+    code = "import sys, ganserve; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "ganserve" in loaded
+    heavy = {"torch", "torchvision", "onnx", "onnxruntime", "matplotlib", "PIL", "typer", "ganserve_server"}
+    assert not heavy & set(loaded)
+
+
+def test_the_base_install_asks_for_neither_torch_nor_onnxruntime() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not [name for name in project["dependencies"] if name.startswith(("torch", "onnx"))]
+
+
+def test_the_readme_lists_every_setting_and_metric() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name, field in ServerSettings.model_fields.items():
+        assert f"`--{name.replace('_', '-')}`" in readme
+        assert f"`{ENVIRONMENT_PREFIX}{name.upper()}`" in readme
+        assert (field.description or "?") in readme, f"the README describes {name} otherwise"
+    own: list[Metric] = [metric for metric in Metrics().registry.collect() if metric.name.startswith("ganserve_")]
+    assert len(own) > 5
+    for metric in own:
+        suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
+        assert f"`{metric.name}{suffix}`" in readme
