@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ganserve import Client
 from PIL import Image, ImageDraw, ImageFont
+
+from ganserve import Client
 
 OUT = Path("demo.png")
 MEASURE_S = 3.0

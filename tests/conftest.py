@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ganserve import Client
 
 START_TIMEOUT_S = 60

@@ -1,15 +1,17 @@
 """What the house promises: fresh stubs, rooms that keep apart, a README that names every setting and metric."""
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from prometheus_client import Metric
+
 from ganserve_server.metrics import Metrics
 from ganserve_server.settings import ENVIRONMENT_PREFIX, ServerSettings
-from prometheus_client import Metric
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +68,14 @@ def test_importing_the_sdk_loads_nothing_heavy() -> None:
 def test_the_base_install_asks_for_neither_torch_nor_onnxruntime() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [name for name in project["dependencies"] if name.startswith(("torch", "onnx"))]
+
+
+@pytest.mark.parametrize("module", ["ganserve_server.engine", "ganserve_trainer.exporting"])
+def test_onnxruntime_is_told_not_to_report_its_use(module: str) -> None:
+    code = f"import os, {module}; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "1\n"
 
 
 def test_the_readme_lists_every_setting_and_metric() -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ganserve.client import DEFAULT_TIMEOUT_S, Client
+from ganserve.client import Client
 from ganserve.errors import GanserveError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -18,7 +18,10 @@ Address = Annotated[
     str | None,
     typer.Option(help="HOST:PORT of the server.", envvar="GANSERVE_ADDRESS", show_default="127.0.0.1:50051"),
 ]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds a call may take.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", min=0.001, help="Seconds a call may take.", show_default="30, and 0.02 more an image"),
+]
 
 
 @app.command()
@@ -29,8 +32,8 @@ def generate(
         typer.Option(
             "--out",
             "-o",
-            help="The file to write: one picture of all images; or, with {index}, {seed} or {label} in it, one file an "
-            "image. Its ending decides the format.",
+            help="The file to write: one picture of all images; or, with {index}, {seed}, {label}, {model} or "
+            "{version} in it, one file an image. Its ending decides the format.",
             show_default="MODEL.png",
         ),
     ] = "",
@@ -45,7 +48,7 @@ def generate(
     columns: Annotated[int | None, typer.Option(min=1, help="Images a row.", show_default="nearly square")] = None,
     scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge the pixels of the one picture.")] = 2,
     address: Address = None,
-    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+    timeout_s: Timeout = None,
 ) -> None:
     """Make images and write them to a file, or to one file each."""
     out = out or f"{model}.png"
@@ -60,7 +63,7 @@ def generate(
         )
     if "{" in out:
         paths = batch.save(out)
-        written = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
+        written = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
     else:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         batch.sheet(columns, scale=scale).save(out)
@@ -71,21 +74,24 @@ def generate(
 
 
 @app.command()
-def models(address: Address = None, timeout_s: Timeout = DEFAULT_TIMEOUT_S) -> None:
+def models(address: Address = None, timeout_s: Timeout = None) -> None:
     """List the server's models."""
-    table = Table()
-    for column in ("model", "version", "images"):
-        table.add_column(column, no_wrap=True)
-    for column in ("classes", "trained on", "label accuracy"):
-        table.add_column(column)
     with Client(address, timeout_s=timeout_s) as client:
-        for model in client.models():
-            accuracy = next((f"{m.value:.4f}" for m in model.metrics if m.name == "label_accuracy"), "")
-            size = f"{model.height}x{model.width}x{model.channels}"
-            classes = ", ".join(model.class_names)
-            # Names come from model files: brackets in them are no markup.
-            table.add_row(model.name, str(model.version), size, escape(classes), escape(model.dataset), accuracy)
-    Console().print(table)
+        described = client.models()
+    table = Table()
+    for column in ("model", "version", "images", "data set", "classes", "accuracy"):
+        table.add_column(column, no_wrap=True)
+    for model in described:
+        accuracy = next((f"{m.value:.4f}" for m in model.metrics if m.name == "label_accuracy"), "")
+        size = f"{model.height}x{model.width}x{model.channels}"
+        classes = str(len(model.class_names) or "")
+        # Names come from model files: brackets in them are no markup.
+        table.add_row(model.name, str(model.version), size, escape(model.dataset), classes, accuracy)
+    console = Console()
+    console.print(table)
+    for model in described:
+        if model.conditional:
+            console.print(escape(f"{model.name}: {', '.join(model.class_names)}"), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

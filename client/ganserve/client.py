@@ -33,19 +33,26 @@ _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_len
 class _Twin:
     """What both clients share: where to, how long, and how to ask for a sheet."""
 
-    def __init__(self, address: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
         """Make a client; it connects with the first call.
 
         Args:
             address: HOST:PORT; None takes the environment's GANSERVE_ADDRESS, or 127.0.0.1:50051.
-            timeout_s: for each call; one for many images gets 0.02 s more for each.
+            timeout_s: for each call; None gives 30 s, and 0.02 s more for each image.
+
+        Raises:
+            InvalidRequestError: the address is not one.
         """
         self.address = address or os.environ.get("GANSERVE_ADDRESS") or DEFAULT_ADDRESS
+        if ":" not in self.address or self.address.startswith(("http://", "https://")):
+            raise InvalidRequestError(f"address is {self.address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}")
         self.timeout_s = timeout_s
         self._closed = False
 
     def _timeout_s(self, given: float | None, images: int = 0) -> float:
-        timeout_s = self.timeout_s + _TIMEOUT_S_PER_IMAGE * images if given is None else given
+        timeout_s = self.timeout_s if given is None else given
+        if timeout_s is None:
+            timeout_s = DEFAULT_TIMEOUT_S + _TIMEOUT_S_PER_IMAGE * images
         if not timeout_s > 0:
             raise InvalidRequestError(f"timeout_s is {timeout_s}; it must be above 0")
         return min(timeout_s, _LONGEST_TIMEOUT_S)
@@ -74,7 +81,7 @@ class Client(_Twin):
     (4, 28, 28, 1)
     """
 
-    def __init__(self, address: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
         super().__init__(address, timeout_s=timeout_s)
         self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
@@ -95,8 +102,9 @@ class Client(_Twin):
 
         Args:
             model: the model's name, as `models()` lists it.
-            count: how many; None makes 1, or one of each of the latents.
-            seed: of the first image; image i has seed + i. None lets the server draw one, which the batch reports.
+            count: how many; None makes 1, or one for each of several labels or latents. More than 256 come as a stream.
+            seed: of the first image; image i has seed + i, modulo 2^32. None lets the server draw one, which the
+                batch reports.
             label: for conditional models: an index or a class name, for all images, or a list with one an image. None
                 takes the classes in turn: the image of seed s has class s modulo the number of classes.
             latents: instead of a seed: your own, float32 [count, latent_dim].
@@ -148,26 +156,51 @@ class Client(_Twin):
         labels: Sequence[Label] | None = None,
         seed: int | None = None,
         truncation: float = 1.0,
+        version: int | None = None,
         scale: int = 2,
+        timeout_s: float | None = None,
     ) -> "Image":
-        """Make a picture of many images: for a conditional model a named row for each class (or each of `labels`)."""
-        count, label, names = self._sheet_rows(self.model(model), labels, columns)
-        batch = self.generate(model, count=count, seed=seed, label=label, truncation=truncation)
+        """Make a picture of many images: for a conditional model a named row for each class.
+
+        Args:
+            model: the model's name.
+            columns: images a row; an unconditional model gets four rows.
+            labels: of the rows, by index or name; None takes all classes.
+            seed: of the first image, which is at the upper left; row by row.
+            truncation: as for `generate`.
+            version: as for `generate`.
+            scale: enlarges every pixel to a square of scale x scale.
+            timeout_s: for each of the two calls that it makes.
+
+        Raises:
+            GanserveError: as `generate` does.
+        """
+        described = self.model(model, version, timeout_s=timeout_s)
+        count, label, names = self._sheet_rows(described, labels, columns)
+        batch = self.generate(
+            model,
+            count=count,
+            seed=seed,
+            label=label,
+            truncation=truncation,
+            version=described.version,
+            timeout_s=timeout_s,
+        )
         return batch.sheet(columns, row_names=names, scale=scale)
 
-    def models(self) -> list[Model]:
+    def models(self, *, timeout_s: float | None = None) -> list[Model]:
         """List the server's models, in alphabetical order, each in its newest version."""
-        response = self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(None))
+        response = self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(timeout_s))
         return [to_model(model) for model in response.models]
 
-    def model(self, name: str, version: int | None = None) -> Model:
+    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a model; None takes its newest version.
 
         Raises:
             ModelNotFoundError: there is no such model or version.
         """
         request = pb.GetModelRequest(model=name, version=version)
-        return to_model(self._call("GetModel", request, self._timeout_s(None)).model)
+        return to_model(self._call("GetModel", request, self._timeout_s(timeout_s)).model)
 
     def close(self) -> None:
         """Close the connection; calls that are running end with RequestCancelledError."""
@@ -208,7 +241,7 @@ class AsyncClient(_Twin):
     ...     batch = await client.generate("cdcgan-mnist", count=4, label=7)
     """
 
-    def __init__(self, address: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
         super().__init__(address, timeout_s=timeout_s)
         self._channel: grpc.aio.Channel | None = None
 
@@ -264,22 +297,33 @@ class AsyncClient(_Twin):
         labels: Sequence[Label] | None = None,
         seed: int | None = None,
         truncation: float = 1.0,
+        version: int | None = None,
         scale: int = 2,
+        timeout_s: float | None = None,
     ) -> "Image":
         """Make a picture of many images, as Client.contact_sheet does."""
-        count, label, names = self._sheet_rows(await self.model(model), labels, columns)
-        batch = await self.generate(model, count=count, seed=seed, label=label, truncation=truncation)
+        described = await self.model(model, version, timeout_s=timeout_s)
+        count, label, names = self._sheet_rows(described, labels, columns)
+        batch = await self.generate(
+            model,
+            count=count,
+            seed=seed,
+            label=label,
+            truncation=truncation,
+            version=described.version,
+            timeout_s=timeout_s,
+        )
         return batch.sheet(columns, row_names=names, scale=scale)
 
-    async def models(self) -> list[Model]:
+    async def models(self, *, timeout_s: float | None = None) -> list[Model]:
         """List the server's models, as Client.models does."""
-        response = await self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(None))
+        response = await self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(timeout_s))
         return [to_model(model) for model in response.models]
 
-    async def model(self, name: str, version: int | None = None) -> Model:
+    async def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a model, as Client.model does."""
         request = pb.GetModelRequest(model=name, version=version)
-        return to_model((await self._call("GetModel", request, self._timeout_s(None))).model)
+        return to_model((await self._call("GetModel", request, self._timeout_s(timeout_s))).model)
 
     async def close(self) -> None:
         """Close the connection."""

@@ -35,10 +35,12 @@ def to_request(
     """
     if seed is not None and latents is not None:
         raise _invalid("seed", "give a seed or latents, not both")
+    if not isinstance(model, str):
+        raise _invalid("model", f"model is {model!r}; it must be a name, as models() lists them")
     try:
         request = pb.GenerateImagesRequest(model=model, truncation=truncation)
     except (TypeError, ValueError) as error:
-        raise _invalid("model", f"model is a name and truncation a number: {error}") from error
+        raise _invalid("truncation", f"truncation is {truncation!r}; it must be a number from 0 to 2") from error
     if count is not None:
         request.count = _uint32("count", count)
     if version is not None:
@@ -56,10 +58,14 @@ def to_request(
         labels = [label] if isinstance(label, str) or np.ndim(label) == 0 else list(label)  # type: ignore[arg-type]
         names = [item for item in labels if isinstance(item, str)]
         if not labels or 0 < len(names) < len(labels):
-            raise _invalid("label", "label is one index or class name, or a list of either kind with one an image")
+            raise _invalid(
+                "label", "label is one index or name, or a list with one for each image: all indices or all names"
+            )
         request.label_names.extend(names)
         if not names:
             request.labels.extend(_uint32("label", item) for item in labels)
+        if count is None and latents is None:
+            request.count = len(labels)
     return request
 
 
@@ -69,7 +75,7 @@ def _uint32(field: str, value: Any) -> int:
     except TypeError:
         number = -1
     if not 0 <= number < _UINT32_LIMIT:
-        raise _invalid(field, f"{field} is {value}; it must be an integer from 0 to {_UINT32_LIMIT - 1}")
+        raise _invalid(field, f"{field} is {value!r}; it must be an integer from 0 to {_UINT32_LIMIT - 1}")
     return number
 
 

@@ -106,7 +106,11 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and not answered and "larger than max" in text:
         code = grpc.StatusCode.INVALID_ARGUMENT
         text = f"the request is larger than the server takes ({text}); send fewer latents a call"
-    if code is grpc.StatusCode.UNAVAILABLE and not answered:
+    if code is grpc.StatusCode.UNAVAILABLE and "Cancelling all calls" in text:
+        text = f"the server at {address} shut down before the call was done; try again"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and not answered:
+        text = f"no complete answer from {address} within the timeout ({text}); timeout_s or --timeout allows more"
+    elif code is grpc.StatusCode.UNAVAILABLE and not answered:
         text = (
             f"no answer from {address} ({text}); is ganserve-server running there? "
             "The address is Client(address), --address or GANSERVE_ADDRESS"

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 
 import grpc
-from ganserve.v1 import generation_pb2 as pb
-from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.batcher import Batcher
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.interceptor import CallInterceptor

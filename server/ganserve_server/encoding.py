@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from ganserve.v1 import generation_pb2 as pb
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from ganserve.v1 import generation_pb2 as pb
 
 # A PNG text chunk has a keyword; JPEG and WebP carry the same JSON as EXIF's ImageDescription.
 IDENTITY_KEY = "ganserve"

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from ganserve.v1 import generation_pb2 as pb
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from PIL import Image
 
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.engine import Draw, Engine, Provider, SessionRefused
 
 _log = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ import secrets
 from dataclasses import dataclass
 
 import numpy as np
-from ganserve.v1 import generation_pb2 as pb
 from numpy.typing import NDArray
 
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.batcher import Made
 from ganserve_server.encoding import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
 from ganserve_server.engine import Draw
@@ -85,9 +85,10 @@ def parse(
 
 
 def _count(message: pb.GenerateImagesRequest, latents: int | None, max_images: int) -> int:
-    count = message.count if message.HasField("count") else (latents or 1)
+    given = latents or len(message.labels) or len(message.label_names)
+    count = message.count if message.HasField("count") else (given or 1)
     if not 1 <= count <= max_images:
-        raise InvalidRequest("count", f"count is {count}; this server makes 1 to {max_images} images in such a call")
+        raise InvalidRequest("count", f"count is {count}; one call may ask for 1 to {max_images} images here")
     if latents is not None and count != latents:
         raise InvalidRequest("count", f"count is {count}, but there are {latents} latents; leave count out")
     return count
@@ -122,7 +123,7 @@ def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) 
     if not names:
         raise InvalidRequest(field, f"model {model.name} is unconditional: it takes no labels")
     if given not in (1, count):
-        raise InvalidRequest(field, f"there are {given} {field} for {count} images; give one, or one an image")
+        raise InvalidRequest(field, f"{given} {field} were given for {count} images; give one, or one for each image")
     if message.label_names:
         index = {name: label for label, name in enumerate(names)}
         if unknown := next((name for name in message.label_names if name not in index), None):

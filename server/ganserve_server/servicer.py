@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-
 from ganserve_server.batcher import Batcher
 from ganserve_server.errors import InvalidRequest, ModelNotFound
 from ganserve_server.metrics import Metrics

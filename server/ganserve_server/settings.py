@@ -24,7 +24,7 @@ class ServerSettings(BaseSettings):
     ] = "127.0.0.1:9464"
     provider: Annotated[
         Literal["auto", "cuda", "cpu"],
-        Field(description="Where to compute; auto takes CUDA if it works, cuda does not start without it."),
+        Field(description="Where to compute: auto (CUDA if it works, else the CPU), cuda (nothing else) or cpu."),
     ] = "auto"
     threads: Annotated[
         int, Field(ge=0, le=1024, description="Threads a model computes with on the CPU; 0: one a core.")
@@ -44,5 +44,6 @@ class ServerSettings(BaseSettings):
         float, Field(ge=0, le=3600, description="After that: how long running calls may take to finish.")
     ] = 30.0
     log_format: Annotated[
-        Literal["auto", "json", "console"], Field(description="auto: console on a terminal, else JSON lines.")
+        Literal["auto", "json", "console"],
+        Field(description="json (a line an event), console, or auto: console on a terminal, else json."),
     ] = "auto"

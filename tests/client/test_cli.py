@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ganserve import Client
 from PIL import Image
-
 from tests.conftest import RunningServer
+
+from ganserve import Client
 
 
 def ganserve(*arguments: str | Path, address: str) -> "subprocess.CompletedProcess[str]":

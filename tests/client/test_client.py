@@ -9,10 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ganserve import AsyncClient, Client, GanserveError, InvalidRequestError, ModelNotFoundError, UnavailableError
-from ganserve.client import DEFAULT_ADDRESS
-
 from tests.conftest import RunningServer
+
+from ganserve import (
+    AsyncClient,
+    Client,
+    DeadlineExceededError,
+    GanserveError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnavailableError,
+)
+from ganserve.client import DEFAULT_ADDRESS
 
 
 @pytest.fixture
@@ -59,6 +67,7 @@ def test_labels_go_by_name_or_index(client: Client) -> None:
     each = client.generate("cdcgan-fashion-mnist", count=2, seed=1, label=["Sneaker", "Bag"])
     assert each.labels == (7, 8)
     assert np.array_equal(each.pixels[0], by_name.pixels[0])
+    assert client.generate("cdcgan-fashion-mnist", seed=1, label=["Sneaker", "Bag", "Coat"]).labels == (7, 8, 4)
 
 
 def test_own_latents_give_what_their_seed_gives(client: Client) -> None:
@@ -145,6 +154,25 @@ def test_a_client_that_never_gets_an_answer_gives_up() -> None:
         with Client(address, timeout_s=0.2) as waiting, pytest.raises(GanserveError) as caught:
             waiting.models()
     assert type(caught.value).__name__ in ("DeadlineExceededError", "UnavailableError")
+
+
+def test_a_timeout_is_kept_to_by_every_call(server: RunningServer) -> None:
+    with Client(server.address, timeout_s=0.001) as hasty:
+        for call in (
+            lambda: hasty.generate("cdcgan-mnist", count=250),
+            lambda: hasty.generate("cdcgan-mnist", count=1000),
+            lambda: list(hasty.stream("cdcgan-mnist", count=1000)),
+            lambda: hasty.contact_sheet("cdcgan-mnist", columns=100),
+        ):
+            with pytest.raises(DeadlineExceededError):
+                call()
+
+
+@pytest.mark.parametrize("address", ["localhost", "http://localhost:50051"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(InvalidRequestError, match="HOST:PORT"):
+            kind(address)
 
 
 def test_the_address_comes_from_argument_environment_or_default(monkeypatch: pytest.MonkeyPatch) -> None:

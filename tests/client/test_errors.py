@@ -1,8 +1,9 @@
 import grpc
 import pytest
-from ganserve import GanserveError, InvalidRequestError, OverloadedError, UnavailableError, errors
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+
+from ganserve import GanserveError, InvalidRequestError, OverloadedError, UnavailableError, errors
 
 
 class FakeRpcError(grpc.RpcError):

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ganserve import ImageBatch
 from PIL import Image
+
+from ganserve import ImageBatch
 
 
 def batch(count: int = 3, channels: int = 1, *, labels: bool = True) -> ImageBatch:

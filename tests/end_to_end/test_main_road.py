@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tests.conftest import RunningServer
+
 from ganserve import Client
 from ganserve_trainer.checkpoints import load_checkpoint
-
-from tests.conftest import RunningServer
 
 
 def ganserve_trainer(*arguments: str | Path) -> str:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.batcher import Batcher
 from ganserve_server.engine import Draw
 from ganserve_server.errors import DeadlineExceeded, EngineFailed, QueueFull
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
-from numpy.typing import NDArray
 
 WAIT_S = 30
 

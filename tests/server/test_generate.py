@@ -9,14 +9,14 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from ganserve.v1 import generation_pb2 as pb
-from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
 from tests.conftest import RunningServer
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 Start = Callable[..., RunningServer]
 MODELS = ("cdcgan-fashion-mnist", "cdcgan-mnist", "dcgan-mnist", "mlp-mnist")
@@ -112,13 +112,13 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str | None, str]]
     "no model": ({}, grpc.StatusCode.NOT_FOUND, None, "cdcgan-mnist"),
     "unknown model": ({"model": "../etc"}, grpc.StatusCode.NOT_FOUND, None, "cdcgan-mnist"),
     "unknown version": ({"version": 99}, grpc.StatusCode.NOT_FOUND, None, "it has 1"),
-    "no images": ({"count": 0}, grpc.StatusCode.INVALID_ARGUMENT, "count", "makes 1 to 10"),
+    "no images": ({"count": 0}, grpc.StatusCode.INVALID_ARGUMENT, "count", "for 1 to 10"),
     "too many images": ({"count": 1025}, grpc.StatusCode.INVALID_ARGUMENT, "count", "1 to 1024"),
     "negative truncation": ({"truncation": -0.1}, grpc.StatusCode.INVALID_ARGUMENT, "truncation", "0 to 2"),
     "huge truncation": ({"truncation": 2.5}, grpc.StatusCode.INVALID_ARGUMENT, "truncation", "0 to 2"),
     "truncation NaN": ({"truncation": math.nan}, grpc.StatusCode.INVALID_ARGUMENT, "truncation", "0 to 2"),
     "label too high": ({"labels": [10]}, grpc.StatusCode.INVALID_ARGUMENT, "labels", "0 to 9"),
-    "too few labels": ({"count": 3, "labels": [1, 2]}, grpc.StatusCode.INVALID_ARGUMENT, "labels", "one an image"),
+    "too few labels": ({"count": 3, "labels": [1, 2]}, grpc.StatusCode.INVALID_ARGUMENT, "labels", "for each image"),
     "unknown class": ({"label_names": ["cat"]}, grpc.StatusCode.INVALID_ARGUMENT, "label_names", "0, 1, 2"),
     "two kinds of label": (
         {"labels": [1], "label_names": ["1"]},

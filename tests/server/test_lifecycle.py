@@ -12,12 +12,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from ganserve import AsyncClient, Client, GanserveError, ImageBatch
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-
 from tests.conftest import RunningServer
+
+from ganserve import AsyncClient, Client, GanserveError, ImageBatch
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING

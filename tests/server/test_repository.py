@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from google.protobuf import json_format
+from onnx import TensorProto, helper, numpy_helper
+from tests.conftest import RunningServer
+
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.engine import Engine, ProviderUnavailable
 from ganserve_server.repository import CARD_KEY, ModelRejected, ModelVersion, find_versions, load_version
 from ganserve_server.settings import BUNDLED_MODELS
-from google.protobuf import json_format
-from onnx import TensorProto, helper, numpy_helper
-
-from tests.conftest import RunningServer
 
 GOOD = BUNDLED_MODELS / "cdcgan-mnist" / "1" / "model.onnx"
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ganserve_trainer.losses import discriminator_loss, generator_loss
 
 

@@ -11,6 +11,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+
 from ganserve_trainer.checkpoints import all_finite, load_checkpoint, save_checkpoint
 from ganserve_trainer.datasets import load_dataset
 from ganserve_trainer.ema import EMA
@@ -20,8 +23,6 @@ from ganserve_trainer.exporting import export, fold_batch_norm
 from ganserve_trainer.networks import build_discriminator, build_generator, parameter_count
 from ganserve_trainer.settings import PRESETS, Settings
 from ganserve_trainer.training import Run, train
-from PIL import Image
-from torch import nn
 
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -157,6 +158,15 @@ def test_a_run_that_diverges_stops_and_keeps_the_good_checkpoint(data_root: Path
     with pytest.raises(TrainerError, match="no longer finite"):
         run(broken, data_root, tmp_path, resume=True)
     assert all_finite(load_checkpoint(tmp_path).ema)
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(data_root: Path) -> None:
+    training = Run(tiny("mlp"), load_dataset("mnist", data_root, train=True), torch.device("cpu"))
+    assert training.checkpoint().images_seen == 0
+    with torch.no_grad():
+        next(training.discriminator.parameters())[0, 0] = torch.inf
+    with pytest.raises(TrainerError, match="no longer finite"):
+        training.checkpoint()
 
 
 def test_a_generator_that_is_not_finite_is_not_exported(data_root: Path, tmp_path: Path) -> None:

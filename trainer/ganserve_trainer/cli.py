@@ -91,9 +91,11 @@ def train(
     with _progress(settings.images) as report:
         complete = training.train(settings, data, out, resume=resume, report=report)
     if not complete:
-        print(f"stopped; go on with the same command and --resume, or export {out}", file=sys.stderr)
+        print("stopped; the same command with --resume goes on", file=sys.stderr)
         raise typer.Exit(130)
-    print(f"trained; next: ganserve-trainer evaluate {out}, ganserve-trainer export {out} --repository DIR --name NAME")
+    if settings.conditional:
+        print(f"next: ganserve-trainer evaluate {out} --data-root {data_root}")
+    print(f"next: ganserve-trainer export {out} --repository DIR --name NAME")
 
 
 @contextmanager
@@ -149,6 +151,7 @@ def export(
     from ganserve_trainer import exporting
 
     print(exporting.export(checkpoint, repository, name))
+    print(f"next: ganserve-server --models {repository}", file=sys.stderr)
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from ganserve.v1 import generation_pb2 as pb
 from google.protobuf import json_format
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, replace_atomically
 from ganserve_trainer.datasets import Dataset, load_dataset
 from ganserve_trainer.devices import best_device, bf16_is_fast

@@ -24,13 +24,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from ganserve.v1 import generation_pb2 as pb
 from google.protobuf import json_format
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, sync_directory
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.networks import Generator, ImageSpec, parameter_count

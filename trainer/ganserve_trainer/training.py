@@ -219,7 +219,6 @@ def train(settings: Settings, dataset: Dataset, out: Path, *, resume: bool, repo
             run.elapsed_s = time.monotonic() - started
             if leave or show:
                 save_checkpoint(run.checkpoint(), path)
-            if show:
                 _write_pictures(run, out)
             if leave:
                 break
