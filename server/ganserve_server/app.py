@@ -81,7 +81,8 @@ async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
         _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
         await health_servicer.enter_graceful_shutdown()
         await asyncio.sleep(settings.drain_delay_s)
-        await interceptor.drain(settings.drain_timeout_s)
+        if running := await interceptor.drain(settings.drain_timeout_s):
+            _log.warning("calls cut off", extra={"calls": running, "drain_timeout_s": settings.drain_timeout_s})
         # Nothing is left but watchers of the health, who would stay for ever.
         await server.stop(0)
         await asyncio.gather(*(batcher.close() for batcher in batchers))

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -33,25 +33,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new calls, and wait for those that run; return after `timeout_s` at the latest."""
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse new calls and wait for those that run, at most `timeout_s`; return how many still run."""
         self._refusing = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-            # Calls that gRPC has read but not yet handed over would be cancelled by a stop: let them be refused.
-            await asyncio.sleep(_HAND_OVER_S)
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+                # Calls that gRPC has read but not yet handed over would be cancelled by a stop: let them be refused.
+                await asyncio.sleep(_HAND_OVER_S)
+                await self._idle.wait()
+        return self._running
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _begin(self, method: str, context: Any) -> "_Watch":
+        """Count the call as running until gRPC is done with it: its answer sent, not only returned to gRPC."""
         self._running += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+        context.add_done_callback(self._end)
+        return _Watch(self._metrics, method, context)
+
+    def _end(self, _context: Any) -> None:
+        self._running -= 1
+        if not self._running:
+            self._idle.set()
 
     async def intercept_service(
         self,
@@ -67,31 +70,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_stream:
 
             async def stream(content: bytes, context: Any) -> AsyncIterator[Any]:
-                watch = _Watch(self._metrics, method, context)
+                watch = self._begin(method, context)
                 chunks = None
-                with self._counted():
-                    try:
-                        request = self._read(content, handler, watch)
-                        chunks = handler.unary_stream(request, context)
-                        async for chunk in chunks:
-                            yield chunk
-                        watch.finish(grpc.StatusCode.OK)
-                    except BaseException as error:
-                        if chunks is not None:
-                            await chunks.aclose()
-                        await watch.fail(error)
-                        raise
+                try:
+                    request = self._read(content, handler, watch)
+                    chunks = handler.unary_stream(request, context)
+                    async for chunk in chunks:
+                        yield chunk
+                    watch.finish(grpc.StatusCode.OK)
+                except BaseException as error:
+                    if chunks is not None:
+                        await chunks.aclose()
+                    await watch.fail(error)
+                    raise
 
             return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
 
         async def unary(content: bytes, context: Any) -> Any:
-            watch = _Watch(self._metrics, method, context)
-            with self._counted():
-                try:
-                    response = await handler.unary_unary(self._read(content, handler, watch), context)
-                except BaseException as error:
-                    await watch.fail(error)
-                    raise
+            watch = self._begin(method, context)
+            try:
+                response = await handler.unary_unary(self._read(content, handler, watch), context)
+            except BaseException as error:
+                await watch.fail(error)
+                raise
             watch.finish(grpc.StatusCode.OK)
             return response
 

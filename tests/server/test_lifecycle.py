@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tests.conftest import RunningServer
 
-from ganserve import AsyncClient, Client, GanserveError, ImageBatch
+from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -112,6 +112,33 @@ def test_watching_the_health_does_not_hold_up_the_end(start_server: Start) -> No
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
         assert running.stop() == 0
+
+
+def test_calls_that_failed_or_were_left_do_not_hold_up_the_end(start_server: Start) -> None:
+    running = start_server("--drain-timeout-s", "3600")
+    with Client(running.address) as client:
+        for call in (
+            lambda: client.generate("nothing"),
+            lambda: client.generate("mlp-mnist", count=1000, timeout_s=0.001),
+        ):
+            with pytest.raises(GanserveError):
+                call()
+        stream = client.stream("cdcgan-mnist", count=1_000_000)
+        next(stream)
+        stream.close()
+        assert running.stop() == 0
+
+
+def test_the_drain_timeout_cuts_off_what_is_left_and_says_so(start_server: Start) -> None:
+    running = start_server("--drain-timeout-s", "0.2")
+    with Client(running.address) as client:
+        stream = client.stream("cdcgan-mnist", count=10_000_000)
+        next(stream)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait_for("calls cut off")["calls"] == 1
+        with pytest.raises(UnavailableError, match="shut down"):
+            list(stream)
+    assert running.process.wait(timeout=30) == 0
 
 
 def test_a_second_signal_ends_the_process_at_once(start_server: Start) -> None:
