@@ -1,6 +1,7 @@
 """What the house promises: fresh stubs, rooms that keep apart, a README that names every setting and metric."""
 
 import ast
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from prometheus_client import Metric
 
 from ganserve_server.metrics import Metrics
 from ganserve_server.settings import ENVIRONMENT_PREFIX, ServerSettings
+from ganserve_trainer.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,3 +91,12 @@ def test_the_readme_lists_every_setting_and_metric() -> None:
     for metric in own:
         suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
         assert f"`{metric.name}{suffix}`" in readme
+
+
+def test_the_page_on_training_has_a_row_for_every_setting() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    for field in dataclasses.fields(Settings):
+        if field.name != "preset":
+            default = "none" if field.default in (None, "") else str(field.default)
+            row = f"| `--{field.name.replace('_', '-')}` | {default} | {field.metadata['help']} |"
+            assert row in page, f"docs/training.md lacks: {row}"

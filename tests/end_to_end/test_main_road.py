@@ -66,7 +66,7 @@ def test_what_was_trained_is_what_the_client_gets(
     assert model.card["training"]["configuration"]["batch_size"] == "64"
     assert len(model.card["goldenImages"]) == 10
     assert model.class_names == (tuple("0123456789") if preset == "cdcgan" else ())
-    assert [metric.name for metric in model.metrics] == (["label_accuracy"] if preset == "cdcgan" else [])
+    assert ("label_accuracy" in [metric.name for metric in model.metrics]) == (preset == "cdcgan")
     if model.metrics:
         kept = json.loads((run / "evaluation.json").read_text())["metrics"][0]
         assert model.metrics[0].value == pytest.approx(kept["value"])

@@ -1,10 +1,15 @@
-"""Checkpoints: one file a run, replaced atomically, loaded without running code from it."""
+"""Checkpoints: written atomically, loaded without running code from them, the newest good one found by itself.
+
+A run keeps its last two, `checkpoints/<images seen>.pt`: should a disk lose the newest, the one before goes on.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.history import History
 from ganserve_trainer.networks import Generator, ImageSpec, build_generator
 from ganserve_trainer.settings import Settings
 
-FORMAT = 1
-FILE_NAME = "checkpoint.pt"
+FORMAT = 2
+FOLDER_NAME = "checkpoints"
+_KEPT = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ class Checkpoint:
     device: str  # "cpu", or the GPU's name
     images_seen: int
     elapsed_s: float
-    losses: list[tuple[int, float, float]]  # images seen, discriminator's loss, generator's loss
+    history: History
     generator: dict[str, Any]
     discriminator: dict[str, Any]
     ema: dict[str, Any]
@@ -51,6 +58,7 @@ class Checkpoint:
             raise TrainerError(f"the checkpoint's weights do not fit its settings: {error}") from error
         if not all_finite(self.ema):
             raise TrainerError("the checkpoint's generator has weights that are not finite; train again")
+        generator.grow_to(self.images_seen)
         return generator.eval().requires_grad_(False)
 
     def digest(self) -> str:
@@ -58,7 +66,7 @@ class Checkpoint:
         content = hashlib.sha256()
         for name, tensor in self.ema.items():
             content.update(f"{name} {tuple(tensor.shape)}".encode())
-            content.update(tensor.contiguous().numpy().tobytes())
+            content.update(tensor.contiguous().cpu().numpy().tobytes())
         return f"sha256:{content.hexdigest()}"
 
 
@@ -95,26 +103,65 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the checkpoint atomically."""
+def save_checkpoint(checkpoint: Checkpoint, run: Path) -> Path:
+    """Write the checkpoint into the run's folder, atomically, and let go of all but the newest two; return the file."""
     fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     fields["settings"] = dataclasses.asdict(checkpoint.settings)
     fields["spec"] = dataclasses.asdict(checkpoint.spec)
+    fields["history"] = checkpoint.history.to_plain()
     # Not straight into the file: torch's writer hides the operating system's error behind one of its own.
     content = io.BytesIO()
     torch.save({"format": FORMAT, **fields}, content)
+    folder = run / FOLDER_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{checkpoint.images_seen:012d}.pt"
     with replace_atomically(path) as file:
         file.write(content.getbuffer())
+    for old in checkpoint_files(run)[_KEPT:]:
+        old.unlink()
+    return path
+
+
+def checkpoint_files(run: Path) -> list[Path]:
+    """Return the checkpoints of a run's folder, the newest first; empty where there is none."""
+    return sorted((run / FOLDER_NAME).glob("[0-9]*.pt"), reverse=True)
+
+
+def run_folder(path: Path) -> Path:
+    """Return the folder of the run that a path means: the folder itself, or one of its checkpoints."""
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.parent.name == FOLDER_NAME else path.parent
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, or the one of a run's folder, onto the CPU.
+    """Read a checkpoint, or the newest good one of a run's folder, onto the CPU.
+
+    A damaged one is named on standard error, and the one before is taken.
 
     Raises:
         TrainerError: the file is missing, damaged, or of another version.
     """
-    if path.is_dir():
-        path = path / FILE_NAME
+    if not path.is_dir():
+        return _read(path)
+    files = checkpoint_files(path)
+    if not files:
+        raise TrainerError(f"there is no checkpoint in {path}; `ganserve-trainer train` writes one")
+    for file, before in itertools.zip_longest(files, files[1:]):
+        try:
+            return _read(file)
+        except _DamagedError as error:
+            if before is None:
+                raise
+            print(f"{error}; going back to {before.name}", file=sys.stderr)
+    raise AssertionError("unreachable: the last file returns or raises")
+
+
+class _DamagedError(TrainerError):
+    """The file does not hold what was written into it."""
+
+
+def _read(path: Path) -> Checkpoint:
     if not path.exists():
         raise TrainerError(f"there is no checkpoint {path}; `ganserve-trainer train` writes one")
     try:
@@ -125,15 +172,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except OSError:
         raise
     except Exception as error:  # what a damaged file makes of zip's and pickle's readers
-        raise TrainerError(f"{path} is not a readable checkpoint of ganserve-trainer") from error
+        raise _DamagedError(f"{path} is not a readable checkpoint of ganserve-trainer") from error
     if damaged:
-        raise TrainerError(f"{path} is damaged ({damaged} has a wrong checksum)")
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        raise TrainerError(f"{path} is not a checkpoint in format {FORMAT}, the one this ganserve-trainer reads")
+        raise _DamagedError(f"{path} is damaged ({damaged} has a wrong checksum)")
+    written = fields.pop("format", None) if isinstance(fields, dict) else None
+    if not isinstance(fields, dict) or written != FORMAT:
+        newer = isinstance(written, int) and written > FORMAT
+        advice = "; a newer ganserve-trainer wrote it: upgrade this one" if newer else ""
+        raise TrainerError(
+            f"{path} is not a checkpoint in format {FORMAT}, the one this ganserve-trainer reads{advice}"
+        )
     try:
         fields["settings"] = Settings(**fields["settings"])
         spec = fields["spec"]
         fields["spec"] = ImageSpec(**{**spec, "class_names": tuple(spec["class_names"])})
+        fields["history"] = History.from_plain(fields["history"])
         return Checkpoint(**fields)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, TrainerError) as error:
         raise TrainerError(f"{path} is not a checkpoint that this ganserve-trainer reads: {error}") from error

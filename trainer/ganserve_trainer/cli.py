@@ -1,120 +1,148 @@
-"""The `ganserve-trainer` program: train, evaluate, export."""
+"""The `ganserve-trainer` program: train, evaluate, export, sweep, presets."""
 
 import dataclasses
+import inspect
+import os
 import sys
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.settings import PRESETS
+from ganserve_trainer.settings import FREE_ON_RESUME, PRESETS, Settings, from_preset, read_config
 
 if TYPE_CHECKING:
-    from ganserve_trainer.training import Report
+    from ganserve_trainer.history import Point
+    from ganserve_trainer.loop import Report
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-
-class Preset(StrEnum):
-    """The presets of settings.PRESETS."""
-
-    MLP = "mlp"
-    DCGAN = "dcgan"
-    CDCGAN = "cdcgan"
+DataRoot = Annotated[Path, typer.Option(help="Folder with the data sets, as torchvision lays them out.")]
+_PRESET = typer.Option("--preset", help=f"Where to start from: {', '.join(PRESETS)}; see `presets`.")
+_CONFIG = typer.Option(help="A TOML file of settings, such as a run's run.toml; flags go before it.")
 
 
-class DatasetName(StrEnum):
-    """The data sets that the trainer knows."""
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's `**settings` by one option for every setting."""
+    signature = inspect.signature(command)
+    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    for field in dataclasses.fields(Settings):
+        if field.name == "preset":
+            continue
+        shown = "none" if field.default in (None, "") else str(field.default)
+        option = typer.Option(
+            help=field.metadata["help"],
+            rich_help_panel=field.metadata["panel"],
+            show_default=f"{shown}, or the preset's",
+        )
+        annotation: Any = Annotated[_option_type(field), option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
 
-    MNIST = "mnist"
-    FASHION_MNIST = "fashion-mnist"
+
+def _option_type(field: "dataclasses.Field[Any]") -> Any:
+    kind: Any = field.type
+    if isinstance(kind, types.UnionType):
+        kind = next(each for each in typing.get_args(kind) if each is not types.NoneType)
+    if typing.get_origin(kind) is Literal:
+        # mypy knows enumerations only as literals.
+        make: Any = StrEnum
+        kind = make(field.name, {value: value for value in typing.get_args(kind)})
+    return kind | None
 
 
-class PrecisionName(StrEnum):
-    """How the networks compute; auto is bf16 autocast where the device has it in hardware, else fp32."""
-
-    AUTO = "auto"
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-DataRoot = Annotated[Path, typer.Option(help="Folder with the data set, as torchvision lays it out.")]
+def _settings(preset: str | None, config: Path | None, given: dict[str, Any], resumed: Settings | None) -> Settings:
+    """Combine a preset, a file and the flags that were given; the later goes before the earlier."""
+    changes = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if config is not None:
+        changes = read_config(config) | changes
+    named = changes.pop("preset", None)
+    preset = preset or named
+    if preset is None and resumed is not None:
+        return dataclasses.replace(resumed, **changes)
+    if preset is None:
+        raise TrainerError(f"say where to start from: --preset {'|'.join(PRESETS)}, or --config FILE that has one")
+    if not isinstance(preset, str):
+        raise TrainerError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    settings = from_preset(preset, changes)
+    if resumed is not None:
+        # What may change on resuming stays as the run has it, unless it is given.
+        kept = {name: getattr(resumed, name) for name in FREE_ON_RESUME if name not in changes}
+        settings = dataclasses.replace(settings, **kept)
+    return settings
 
 
 @app.command()
+@_with_settings
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the run: checkpoint.pt, samples/, losses.png, settings.json.")],
-    preset: Annotated[Preset, typer.Option(help="The networks; cdcgan is conditional on the label.")],
-    dataset: Annotated[DatasetName, typer.Option(help="What to learn from.")] = DatasetName.MNIST,
+    out: Annotated[Path, typer.Option(help="Folder for the run: run.toml, checkpoints/, samples/, report.html, …")],
+    preset: Annotated[str | None, _PRESET] = None,
+    config: Annotated[Path | None, _CONFIG] = None,
     data_root: DataRoot = Path("data"),
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Train until this many images are seen", show_default="1200000")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Real images a step", show_default="64")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0, help="Adam's", show_default="0.0002")] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, max=4096, help="Channels of dcgan's and cdcgan's last hidden layer", show_default="64"),
-    ] = None,
-    precision: Annotated[PrecisionName | None, typer.Option(show_default="auto")] = None,
-    sample_every_images: Annotated[
-        int | None, typer.Option(min=1, help="Write contact sheet and checkpoint this often", show_default="60000")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides weights, order and latents.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, if there is one, with its settings.")
+    ] = False,
+    **given: Any,
 ) -> None:
-    """Train a generator on a data set; on the GPU if there is one."""
-    from ganserve_trainer import training
-    from ganserve_trainer.datasets import load_dataset
+    """Train a generator on a data set; on the GPU if there is one.
 
-    given: dict[str, Any] = {
-        "images": images,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "width": width,
-        "precision": str(precision) if precision else None,
-        "sample_every_images": sample_every_images,
-    }
-    settings = dataclasses.replace(
-        PRESETS[preset],
-        dataset=str(dataset),
-        seed=seed,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    data = load_dataset(settings.dataset, data_root, train=True)
-    with _progress(settings.images) as report:
-        complete = training.train(settings, data, out, resume=resume, report=report)
+    Several GPUs or machines: torchrun --nproc-per-node 2 -m ganserve_trainer train …, a batch each.
+    """
+    from ganserve_trainer import loop
+    from ganserve_trainer.checkpoints import checkpoint_files, load_checkpoint
+    from ganserve_trainer.datasets import load_dataset
+    from ganserve_trainer.evaluation import quick_measure
+
+    resumed = load_checkpoint(out).settings if resume and checkpoint_files(out) else None
+    settings = _settings(preset, config, given, resumed)
+    data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
+    measure = quick_measure(settings, data, data_root) if settings.evaluate_every_images else None
+    with _progress(settings) as report:
+        complete = loop.train(settings, data, out, resume=resume, report=report, measure=measure)
     if not complete:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        print(f"stopped; ganserve-trainer train --resume --out {out} --data-root {data_root} goes on", file=sys.stderr)
         raise typer.Exit(130)
-    if settings.conditional:
+    if os.environ.get("RANK", "0") == "0":
         print(f"next: ganserve-trainer evaluate {out} --data-root {data_root}")
-    print(f"next: ganserve-trainer export {out} --repository DIR --name NAME")
+        print(f"next: ganserve-trainer export {out} --repository DIR --name NAME")
 
 
 @contextmanager
-def _progress(total: int) -> Iterator["Report"]:
-    """Show a progress bar, or without a terminal a line every few thousand images."""
-    text = "{task.completed:,.0f} of {task.total:,.0f} images  D {task.fields[d]:.3f}  G {task.fields[g]:.3f}"
+def _progress(settings: Settings) -> Iterator["Report"]:
+    """Show a progress bar, or without a terminal a line every hundredth of the run."""
+    text = "{task.fields[seen]:,.0f} images  D {task.fields[d]:.3f}  G {task.fields[g]:.3f}"
     columns = (BarColumn(), TextColumn(text), TextColumn("{task.fields[rate]:,.0f} images/s"), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total, d=float("nan"), g=float("nan"), rate=0.0)
-        last_line = 0
+        task = progress.add_task("", total=1.0, seen=0, d=float("nan"), g=float("nan"), rate=0.0)
+        last_share = 0.0
 
-        def report(images_seen: int, d_loss: float, g_loss: float, images_per_s: float) -> None:
-            nonlocal last_line
-            progress.update(task, completed=images_seen, d=d_loss, g=g_loss, rate=images_per_s)
-            if not console.is_terminal and (images_seen - last_line >= total / 100 or images_seen >= total):
-                last_line = images_seen
+        def report(point: "Point", images_per_s: float) -> None:
+            nonlocal last_share
+            share = point.images_seen / settings.images
+            if settings.minutes:
+                share = max(share, point.elapsed_s / (60 * settings.minutes))
+            fields: dict[str, Any] = {"d": point.discriminator_loss, "g": point.generator_loss}
+            progress.update(task, completed=share, seen=point.images_seen, rate=images_per_s, **fields)
+            if not console.is_terminal and (share - last_share >= 0.01 or share >= 1):
+                last_share = share
                 print(
-                    f"{images_seen} of {total} images  D {d_loss:.3f}  G {g_loss:.3f}  {images_per_s:.0f} images/s",
+                    f"{point.images_seen} images ({share:.0%})  D {point.discriminator_loss:.3f}  "
+                    f"G {point.generator_loss:.3f}  {images_per_s:.0f} images/s",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -123,22 +151,88 @@ def _progress(total: int) -> Iterator["Report"]:
 
 
 @app.command()
+def presets() -> None:
+    """List the presets and what each of them sets."""
+    console = Console()
+    table = Table("preset", "what it is", "its settings", show_lines=True)
+    for name, preset in PRESETS.items():
+        changed = [
+            f"{field.name} {getattr(preset.settings, field.name)}"
+            for field in dataclasses.fields(Settings)
+            if field.name != "preset" and getattr(preset.settings, field.name) != field.default
+        ]
+        table.add_row(name, preset.summary, "\n".join(changed))
+    console.print(table)
+    console.print("All other settings are at the defaults that `ganserve-trainer train --help` shows.")
+
+
+@app.command()
+@_with_settings
+def sweep(
+    out: Annotated[Path, typer.Option(help="Folder for the runs, results.md and results.json.")],
+    vary: Annotated[list[str], typer.Option(help="A setting and its values, as loss=hinge,minimax; give it again.")],
+    preset: Annotated[str | None, _PRESET] = None,
+    config: Annotated[Path | None, _CONFIG] = None,
+    data_root: DataRoot = Path("data"),
+    measured_images: Annotated[int, typer.Option(min=10, help="How many images to measure each run on.")] = 10_000,
+    **given: Any,
+) -> None:
+    """Train all combinations of a few values of a few settings, and compare them in a table.
+
+    A sweep that was stopped goes on where it was, and leaves alone what is complete.
+    """
+    from ganserve_trainer import loop
+    from ganserve_trainer.checkpoints import load_checkpoint
+    from ganserve_trainer.datasets import load_dataset
+    from ganserve_trainer.evaluation import quick_measure
+    from ganserve_trainer.sweep import parse_axis
+    from ganserve_trainer.sweep import sweep as run_sweep
+
+    def settings_of(values: dict[str, Any]) -> Settings:
+        values = dict(values)
+        named = values.pop("preset", preset)
+        return _settings(named, config, given | values, None)
+
+    def train_one(settings: Settings, folder: Path) -> None:
+        data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
+        with _progress(settings) as report:
+            if not loop.train(settings, data, folder, resume=True, report=report):
+                print("stopped; the same command goes on", file=sys.stderr)
+                raise typer.Exit(130)
+
+    def measure_one(folder: Path) -> dict[str, float]:
+        checkpoint = load_checkpoint(folder)
+        settings = checkpoint.settings
+        data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
+        return quick_measure(settings, data, data_root, images=measured_images)(checkpoint.ema_generator())
+
+    print(run_sweep(out, [parse_axis(axis) for axis in vary], settings_of, train_one, measure_one), end="")
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a model.onnx.")],
     data_root: DataRoot = Path("data"),
-    dataset: Annotated[
-        DatasetName | None, typer.Option(help="What it was trained on", show_default="as it says")
+    dataset: Annotated[str | None, typer.Option(help="What it was trained on", show_default="as it says")] = None,
+    images: Annotated[int, typer.Option(min=2, help="How many images to generate.")] = 10_000,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for evaluation.json and neighbours.png", show_default="the run's; none for a file"),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many images to generate.")] = 10_000,
 ) -> None:
-    """Measure a conditional generator's label accuracy, by a classifier trained on the real training images.
+    """Measure a generator: FID, KID, precision, recall and more, by a network trained on the real training images.
 
     A run's evaluation is kept beside its checkpoint, and its export writes it into the model card.
     """
     from ganserve_trainer import evaluation
 
-    for metric in evaluation.evaluate(model, str(dataset) if dataset else None, data_root, images):
-        print(f"{metric['name']} {metric['value']:.4f}  ({metric['method']})")
+    def report(stage: str) -> None:
+        print(f"{stage} …", file=sys.stderr, flush=True)
+
+    metrics = evaluation.evaluate(model, str(dataset) if dataset else None, data_root, images, out, report)
+    for metric in metrics:
+        print(f"{metric['name']} {metric['value']:.4f}  ({metric['method'].partition(evaluation.JUDGE)[0]})")
+    print(metrics[0]["method"].partition(evaluation.JUDGE)[2])
 
 
 @app.command()

@@ -1,15 +1,19 @@
 """Where to compute, and in what precision."""
 
+import os
+
 import torch
 
 
 def best_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
+    """Return this process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Else the backward pass of a convolution may add up in any order, and a resumed run would end elsewhere.
     torch.backends.cudnn.deterministic = True
-    return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -3,26 +3,28 @@
 import copy
 
 import torch
-from torch import nn
+
+from ganserve_trainer.networks import Generator
 
 
 class EMA:
     """Averages a generator's weights over training (Yazıcı et al., 2018), with a half-life counted in images.
 
-    The half-life grows with training at first, to at most `half_life_images` (Karras et al., 2020, ADA's ramp-up of
-    0.05), so that the random start is soon forgotten.
+    The half-life grows with training, to at most `half_life_images`: it is `warm_up` times the images seen, so that the
+    random start is soon forgotten (the ramp-up of Karras et al., 2020, ADA, with 0.05). 0 is no warm-up.
     """
 
-    _RAMP_UP = 0.05
-
-    def __init__(self, network: nn.Module, half_life_images: int) -> None:
+    def __init__(self, network: Generator, half_life_images: int, warm_up: float) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self._half_life_images = half_life_images
+        self._warm_up = warm_up
 
     @torch.no_grad()
-    def update(self, network: nn.Module, batch_size: int, images_seen: int) -> None:
+    def update(self, network: Generator, batch_size: int, images_seen: int) -> None:
         """Move the average towards `network`, which has been trained on `batch_size` more images."""
-        half_life = min(self._half_life_images, self._RAMP_UP * images_seen)
+        half_life = float(self._half_life_images)
+        if self._warm_up:
+            half_life = min(half_life, self._warm_up * images_seen)
         weight = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), weight)
         # Copied, not averaged: BatchNorm's running statistics are already an average.

@@ -1,26 +1,28 @@
-"""How good a generator is, by networks trained on the real training images.
+"""How good a generator is, measured on images of fixed seeds, by a judge trained on the real training images.
 
-Label accuracy: the share of generated images that a classifier takes for the class they were asked to be. The
-classifier is a small CNN, trained here with a fixed seed; its own accuracy on the real test images is given beside.
+The real images that generated ones are compared with are the test part's, which no generator has seen; the floor of a
+distance is what real training images get. `metrics` has the figures, `judge` the network.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from google.protobuf import json_format
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, replace_atomically
+from ganserve_trainer import metrics as figures
+from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, replace_atomically, run_folder
 from ganserve_trainer.datasets import Dataset, load_dataset
-from ganserve_trainer.devices import best_device, bf16_is_fast
+from ganserve_trainer.devices import best_device
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.exporting import (
     CARD_KEY,
@@ -30,12 +32,31 @@ from ganserve_trainer.exporting import (
     load_session,
     run_session,
 )
+from ganserve_trainer.judge import Judge, judge_of, train_network
+from ganserve_trainer.networks import Generator
+from ganserve_trainer.pictures import save_contact_sheet
+from ganserve_trainer.report import report_on
+from ganserve_trainer.settings import Settings
 
+# latent [n, latent_dim], label [n], which unconditional generators overlook -> uint8 [n, height, width, channels]
 Generate = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.uint8]]
 
-_BATCH_SIZE = 128
-_EPOCHS = 5
+Report = Callable[[str], None]
+
+JUDGE = "; judge: "  # stands before the part of a method's text that all metrics have in common
+NEIGHBOURS_FILE_NAME = "neighbours.png"
+
+_DEFAULT_IMAGES = 10_000
 _GENERATED_AT_ONCE = 500
+_TEST_IMAGES = 10_000  # that generated ones are compared with, at most
+_TRAINING_IMAGES = 60_000  # that neighbours are looked for among, at most
+_QUERIES = 5_000  # that neighbours are looked for, at most
+# Images of the classification accuracy score come from seeds that no other figure uses.
+_FIRST_TRAINING_SEED = 2**20
+# As many as VEEGAN (Srivastava et al., 2017) and PacGAN (Lin et al., 2018) count modes in.
+_STACKED_IMAGES = 26_000
+_SHOWN_SAMPLES = 10
+_SHOWN_NEIGHBOURS = 9
 
 
 class Metric(TypedDict):
@@ -46,7 +67,23 @@ class Metric(TypedDict):
     method: str
 
 
-def evaluate(model: Path, dataset_name: str | None, data_root: Path, images: int) -> list[Metric]:
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured; `details` says on what, and holds what is no single figure."""
+
+    metrics: list[Metric]
+    details: dict[str, Any]
+    neighbours: Tensor  # uint8 [rows, columns, channels, height, width]: a sample and its nearest training images
+
+
+def evaluate(
+    model: Path,
+    dataset_name: str | None,
+    data_root: Path,
+    images: int,
+    out: Path | None = None,
+    report: Report = lambda _: None,
+) -> list[Metric]:
     """Measure a run, a checkpoint or an exported model; keep a checkpoint's figures beside it.
 
     Args:
@@ -54,9 +91,11 @@ def evaluate(model: Path, dataset_name: str | None, data_root: Path, images: int
         dataset_name: the data set to judge by; None takes what the model says it was trained on.
         data_root: where the data set lies.
         images: how many images to generate, from seeds 0, 1, …; image i is asked to be of class i modulo the classes.
+        out: a folder for evaluation.json and neighbours.png, instead of the run's.
+        report: told what is being done.
 
     Raises:
-        TrainerError: the model is not conditional, or model or data set cannot be read.
+        TrainerError: model or data set cannot be read, or the images of one are not like the other's.
     """
     if model.suffix == ".onnx":
         generate, card = _from_onnx(model)
@@ -64,110 +103,256 @@ def evaluate(model: Path, dataset_name: str | None, data_root: Path, images: int
     else:
         checkpoint = load_checkpoint(model)
         generate, card = _from_checkpoint(checkpoint)
-    if not card.class_names:
-        raise TrainerError(f"{model} is unconditional: label accuracy needs a conditional model, such as cdcgan's")
-    name = dataset_name or card.dataset
-    train_part = load_dataset(name, data_root, train=True)
-    test_part = load_dataset(name, data_root, train=False)
-    if len(card.class_names) != len(train_part.spec.class_names):
+    train, test = _load(model, card, dataset_name or card.dataset, data_root)
+    evaluation = measure(generate, card, train, test, data_root, images, report)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(evaluation, checkpoint, out)
+    elif checkpoint is not None:
+        _keep(evaluation, checkpoint, model)
+    return evaluation.metrics
+
+
+def measure(
+    generate: Generate,
+    card: pb.ModelCard,
+    train: Dataset,
+    test: Dataset,
+    data_root: Path,
+    images: int,
+    report: Report = lambda _: None,
+) -> Evaluation:
+    """Measure a generator by both parts of a data set; see `evaluate`. Of the card, latent_dim and classes count."""
+    judge = judge_of(train, data_root, report)
+    judge_accuracy = judge.accuracy(test)
+    judged_by = (
+        f"a CNN trained to tell {judge.task} on the training part of {train.name} ({_short(train.digest())}), "
+        f"right on {judge_accuracy:.4f} of its test images, weights {_short(judge.digest())}"
+    )
+    classes = len(train.spec.class_names)
+    conditional = bool(card.class_names)
+    # Modes are counted in as many images as the literature takes, unless a quick answer is wanted.
+    count = _STACKED_IMAGES if judge.stacked and images >= _DEFAULT_IMAGES else images
+    metrics: list[Metric] = []
+
+    def add(name: str, value: float, how: str) -> None:
+        metrics.append(Metric(name=name, value=round(value, 6), method=f"{how}{JUDGE}{judged_by}"))
+
+    def seeds(count: int, first: int = 0) -> str:
+        return f"{count} images of seeds {first} to {first + count - 1}"
+
+    report(f"generating {count} images")
+    asked = torch.arange(count) % (classes if conditional else 1)
+    samples = _images(generate, 0, asked, card.latent_dim)
+    features = judge.features(samples)
+    generated = features[:images]
+    if conditional:
+        accuracy = figures.label_accuracy(asked[:images], judge.labels(generated))
+        how = f"{seeds(images)}, labels seed modulo {classes}; the share that the judge takes for the class asked for"
+        add("label_accuracy", accuracy, how)
+
+    report("comparing them with real images")
+    real = _test_features(judge, test)
+    training_images = _some(train.images, _TRAINING_IMAGES)
+    training = judge.features(training_images)
+    ours, floor = _compare(real, generated), _compare(real, training[:images])
+    for name, value in ours.items():
+        how = f"{seeds(images)} against {len(real)} test images; training images get {floor[name]:.4f}"
+        add(name, value, how)
+        if name == "fid":
+            trained = f"{len(training[:images])} training images against {len(real)} test images"
+            add("fid_floor", floor[name], f"FID of {trained}")
+            add("fid_over_floor", value / max(floor[name], 1e-9), f"{seeds(images)}; FID over that of {trained}")
+
+    report("looking for copies of training images")
+    found = figures.nearest(generated[:_QUERIES], training)[0][:, 0]
+    usual = figures.nearest(real[:_QUERIES], training)[0][:, 0]
+    how = (
+        f"how often one of {seeds(len(found))} is nearer to its nearest of {len(training)} training images than one of "
+        f"{len(usual)} test images is; without copying 0.5"
+    )
+    add("data_copying", figures.data_copying(found, usual), how)
+    _, neighbours = figures.nearest(generated[:_SHOWN_SAMPLES], training, _SHOWN_NEIGHBOURS)
+    rows = [torch.cat([sample[None], training_images[row]]) for sample, row in zip(samples, neighbours, strict=False)]
+
+    details: dict[str, Any] = {
+        "dataset": train.name,
+        "dataset_digest": train.digest(),
+        "images": images,
+        "first_seed": 0,
+        "test_images": len(real),
+        "judge": {"task": judge.task, "digest": judge.digest(), "accuracy": judge_accuracy},
+        "of_training_images": floor,
+    }
+    if classes:
+        histogram = figures.class_histogram(judge.labels(features), classes)
+        expected = torch.ones(classes) if conditional else figures.class_histogram(train.labels, classes)
+        of_what = "labels asked for, all as often" if conditional else "training part's"
+        how = f"{seeds(count)}; Kullback-Leibler divergence of the judged classes from the {of_what}, in nats"
+        add("class_kl", figures.kl_divergence(histogram, expected), how)
+        if judge.stacked:
+            add("modes", int((histogram > 0).sum()), f"{seeds(count)}; distinct classes of {classes}")
+        details["class_histogram"] = dict(zip(train.spec.class_names, histogram.tolist(), strict=True))
+    if conditional and not judge.stacked:
+        report(f"training a classifier on {len(train.labels)} generated images")
+        score = classification_accuracy_score(generate, card.latent_dim, train, test)
+        how = (
+            f"{len(test.images)} test images, recognised by a CNN like the judge that was trained on "
+            f"{seeds(len(train.labels), _FIRST_TRAINING_SEED)}, of the training part's labels"
+        )
+        add("classification_accuracy_score", score, how)
+    return Evaluation(metrics, details, torch.stack(rows))
+
+
+def classification_accuracy_score(generate: Generate, latent_dim: int, train: Dataset, test: Dataset) -> float:
+    """Train on generated images alone, as many and of the classes of the training part; return the test accuracy.
+
+    The measure of Ravuri & Vinyals (2019), with the judge's network and recipe instead of their ResNet-50.
+    """
+    images = _images(generate, _FIRST_TRAINING_SEED, train.labels, latent_dim)
+    return Judge(train_network(dataclasses.replace(train, images=images)), "").accuracy(test)
+
+
+def _compare(real: Tensor, others: Tensor) -> dict[str, float]:
+    precision, recall = figures.precision_recall(real, others)
+    density, coverage = figures.density_coverage(real, others)
+    return {
+        "fid": figures.fid(real, others),
+        "kid": figures.kid(real, others),
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+    }
+
+
+class QuickEvaluation:
+    """Some of the metrics on few images, for a look at a generator in training; of the test part, the same each time.
+
+    Nothing here draws from torch's global random state: a run with a look ends with the weights of one without.
+
+    Args:
+        train: the training part, which the judge is trained on if it is not in the cache.
+        test: the test part, which generated images are compared with.
+        data_root: where MNIST is, for stacked MNIST.
+        latent_dim: the generator's.
+        conditional: whether it takes labels; then label accuracy is measured too.
+        images: how many images a look generates, from seeds 0, 1, …
+        report: told when a judge is trained.
+    """
+
+    def __init__(
+        self,
+        train: Dataset,
+        test: Dataset,
+        data_root: Path,
+        *,
+        latent_dim: int,
+        conditional: bool,
+        images: int = 2000,
+        report: Report = lambda _: None,
+    ) -> None:
+        self._judge = judge_of(train, data_root, report)
+        self._latent_dim = latent_dim
+        self._conditional = conditional
+        self._asked = torch.arange(images) % (len(train.spec.class_names) if conditional else 1)
+        # All test images for FID, whose estimate they steady; as many as are generated for the rest.
+        self._real = _test_features(self._judge, test)
+        self.fid_floor = figures.fid(self._real, self._judge.features(_some(train.images, images)))
+
+    def measure(self, generate: Generate) -> dict[str, float]:
+        """Return fid, precision and recall and, if the generator is conditional, label_accuracy."""
+        images = _images(generate, 0, self._asked, self._latent_dim)
+        generated = self._judge.features(images)
+        precision, recall = figures.precision_recall(self._real[: len(images)], generated)
+        found = {"fid": figures.fid(self._real, generated), "precision": precision, "recall": recall}
+        if self._conditional:
+            found["label_accuracy"] = figures.label_accuracy(self._asked, self._judge.labels(generated))
+        return found
+
+
+def _test_features(judge: Judge, test: Dataset) -> Tensor:
+    if len(test.images) < 2:
+        raise TrainerError(f"{test.name} has {len(test.images)} test image: a comparison needs 2 at the least")
+    return judge.features(_some(test.images, _TEST_IMAGES))
+
+
+def _images(generate: Generate, first_seed: int, labels: Tensor, latent_dim: int) -> Tensor:
+    """Make one image a label, of consecutive seeds; uint8 [n, channels, height, width]."""
+    parts = []
+    for start in range(0, len(labels), _GENERATED_AT_ONCE):
+        label = labels[start : start + _GENERATED_AT_ONCE].numpy()
+        seeds = first_seed + start + np.arange(len(label))
+        parts.append(torch.from_numpy(generate(latents(seeds, latent_dim), label)).permute(0, 3, 1, 2))
+    return torch.cat(parts)
+
+
+def _some(images: Tensor, count: int) -> Tensor:
+    """Choose images at random, always the same ones: a folder's are sorted by class."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
+
+
+def _short(digest: str) -> str:
+    return f"{digest[:19]}…"
+
+
+def _load(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> tuple[Dataset, Dataset]:
+    """Read both parts of the data set, in the model's size."""
+    configured = card.training.configuration.get("image_size", "")  # "None" for the data set's own
+    size = int(configured) if configured.isdecimal() else None
+    train = load_dataset(name, data_root, train=True, image_size=size)
+    test = load_dataset(name, data_root, train=False, image_size=size)
+    spec = train.spec
+    made, real = (card.channels, card.height, card.width), (spec.channels, spec.height, spec.width)
+    if made != real:
         raise TrainerError(
-            f"{model} has {len(card.class_names)} classes and {name} has {len(train_part.spec.class_names)}: "
+            f"{model} makes images of {made[0]} channels, {made[1]}x{made[2]}, and those of {name} have {real[0]}, "
+            f"{real[1]}x{real[2]}: judge it by the data set it was trained on (--dataset)"
+        )
+    if card.class_names and len(card.class_names) != len(spec.class_names):
+        raise TrainerError(
+            f"{model} has {len(card.class_names)} classes and {name} has {len(spec.class_names)}: "
             "judge it by the data set it was trained on (--dataset)"
         )
-    classifier = train_classifier(train_part)
-    real_accuracy = accuracy_on(classifier, test_part)
-    value = label_accuracy(classifier, generate, card.latent_dim, len(card.class_names), images)
-    method = (
-        f"{images} images of seeds 0 to {images - 1}, labels seed modulo {len(card.class_names)}; judged by a CNN "
-        f"trained on the training part of {name} ({train_part.digest()[:19]}…), "
-        f"right on {real_accuracy:.4f} of the test images"
-    )
-    metrics = [Metric(name="label_accuracy", value=round(value, 6), method=method)]
-    if checkpoint is not None:
-        _keep(model, checkpoint, metrics)
-    return metrics
+    return train, test
 
 
-def _keep(path: Path, checkpoint: Checkpoint, metrics: list[Metric]) -> None:
-    """Write the figures beside the checkpoint, for its export to find; without a place for them, only say so."""
-    file_path = (path if path.is_dir() else path.parent) / EVALUATION_FILE_NAME
+def _keep(evaluation: Evaluation, checkpoint: Checkpoint, path: Path) -> None:
+    """Write the figures beside the checkpoint, for its export to find, unless better ones are there."""
+    folder = run_folder(path)
+    file = folder / EVALUATION_FILE_NAME
+    if evaluation.details["dataset_digest"] != checkpoint.dataset_digest:
+        reason = "the run was trained on other data"
+    elif (kept := _images_of(file, checkpoint)) > evaluation.details["images"]:
+        reason = f"it has the figures of {kept} images"
+    else:
+        try:
+            _write(evaluation, checkpoint, folder)
+            if path.is_dir():
+                report_on(checkpoint, folder)
+        except OSError as error:
+            reason = f"{error.strerror}; an export will not know these figures"
+        else:
+            return
+    print(f"{file} is not written: {reason}. --out DIR writes elsewhere", file=sys.stderr)
+
+
+def _images_of(path: Path, checkpoint: Checkpoint) -> int:
+    """Tell on how many images an evaluation of this checkpoint was made; 0 if there is none that can be read."""
     try:
-        with replace_atomically(file_path) as file:
-            file.write(json.dumps({"checkpoint": checkpoint.digest(), "metrics": metrics}, indent=2).encode())
-    except OSError as error:
-        print(
-            f"{file_path} cannot be written ({error.strerror}): an export will not know these figures", file=sys.stderr
-        )
+        kept = json.loads(path.read_text())
+        return int(kept["images"]) if kept["checkpoint"] == checkpoint.digest() else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
-def label_accuracy(classifier: nn.Module, generate: Generate, latent_dim: int, classes: int, images: int) -> float:
-    """Return the share of generated images that the classifier takes for the class asked for."""
-    right = 0
-    for start in range(0, images, _GENERATED_AT_ONCE):
-        seeds = np.arange(start, min(start + _GENERATED_AT_ONCE, images))
-        label = seeds % classes
-        pixels = torch.from_numpy(generate(latents(seeds, latent_dim), label)).permute(0, 3, 1, 2)
-        right += int((_predict(classifier, pixels) == torch.from_numpy(label)).sum())
-    return right / images
-
-
-def train_classifier(dataset: Dataset, epochs: int = _EPOCHS) -> nn.Module:
-    """Train the CNN that judges, on all images of the data set, with a fixed seed."""
-    device = best_device()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        classifier = _classifier(dataset).to(device).to(memory_format=torch.channels_last).train()
-        steps = epochs * (len(dataset.images) // _BATCH_SIZE)
-        optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=max(steps, 1))
-        images, labels = dataset.images.to(device), dataset.labels.to(device)
-        for _ in range(epochs):
-            for index in torch.randperm(len(images)).to(device).split(_BATCH_SIZE):
-                if len(index) < _BATCH_SIZE:
-                    continue
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
-                    loss = F.cross_entropy(classifier(_normalised(images[index])), labels[index])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    return classifier.eval().requires_grad_(False)
-
-
-def accuracy_on(classifier: nn.Module, dataset: Dataset) -> float:
-    """Return the share of real images that the classifier gets right."""
-    predicted = torch.cat([_predict(classifier, part) for part in dataset.images.split(_GENERATED_AT_ONCE)])
-    return float((predicted == dataset.labels).float().mean())
-
-
-def _predict(classifier: nn.Module, images: Tensor) -> Tensor:
-    device = next(classifier.parameters()).device
-    predicted: Tensor = classifier(_normalised(images.to(device))).argmax(1).cpu()
-    return predicted
-
-
-def _normalised(images: Tensor) -> Tensor:
-    return images.float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
-
-
-def _classifier(dataset: Dataset) -> nn.Sequential:
-    spec = dataset.spec
-    flat = 64 * (spec.height // 4) * (spec.width // 4)
-    return nn.Sequential(
-        nn.Conv2d(spec.channels, 32, 5, stride=2, padding=2),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.3),
-        nn.Linear(flat, 128),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Linear(128, len(spec.class_names)),
-    )
+def _write(evaluation: Evaluation, checkpoint: Checkpoint | None, folder: Path) -> None:
+    content: dict[str, Any] = {"checkpoint": checkpoint.digest()} if checkpoint else {}
+    content |= {**evaluation.details, "metrics": evaluation.metrics}
+    neighbours = evaluation.neighbours.float() / 127.5 - 1
+    save_contact_sheet(neighbours.flatten(0, 1), neighbours.shape[1], folder / NEIGHBOURS_FILE_NAME)
+    with replace_atomically(folder / EVALUATION_FILE_NAME) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
 
 
 def _from_onnx(path: Path) -> tuple[Generate, pb.ModelCard]:
@@ -182,17 +367,55 @@ def _from_onnx(path: Path) -> tuple[Generate, pb.ModelCard]:
         card = json_format.Parse(metadata[CARD_KEY], pb.ModelCard(), ignore_unknown_fields=True)
     except json_format.ParseError as error:
         raise TrainerError(f"{path}: the model card cannot be read: {error}") from error
-    return lambda latent, label: run_session(session, latent, label), card
+    conditional = bool(card.class_names)
+    return lambda latent, label: run_session(session, latent, label if conditional else None), card
+
+
+def _generate_by(generator: Generator, *, conditional: bool) -> Generate:
+    device = next(generator.parameters()).device
+    module = UInt8Generator(generator).eval()
+
+    def generate(latent: NDArray[np.float32], label: NDArray[np.int64]) -> NDArray[np.uint8]:
+        asked = torch.from_numpy(label).to(device) if conditional else None
+        with torch.no_grad():
+            pixels: NDArray[np.uint8] = module(torch.from_numpy(latent).to(device), asked).cpu().numpy()
+        return pixels
+
+    return generate
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> tuple[Generate, pb.ModelCard]:
-    module = UInt8Generator(checkpoint.ema_generator()).eval()
-
-    def generate(latent: NDArray[np.float32], label: NDArray[np.int64]) -> NDArray[np.uint8]:
-        with torch.no_grad():
-            pixels: NDArray[np.uint8] = module(torch.from_numpy(latent), torch.from_numpy(label)).numpy()
-        return pixels
-
     settings, spec = checkpoint.settings, checkpoint.spec
-    class_names = spec.class_names if settings.conditional else ()
-    return generate, pb.ModelCard(dataset=settings.dataset, latent_dim=settings.latent_dim, class_names=class_names)
+    generate = _generate_by(checkpoint.ema_generator().to(best_device()), conditional=settings.conditional)
+    card = pb.ModelCard(
+        dataset=settings.dataset,
+        latent_dim=settings.latent_dim,
+        height=spec.height,
+        width=spec.width,
+        channels=spec.channels,
+        class_names=spec.class_names if settings.conditional else (),
+        training=pb.Training(configuration={"image_size": str(settings.image_size)}),
+    )
+    return generate, card
+
+
+def quick_measure(
+    settings: Settings, train: Dataset, data_root: Path, *, images: int = 2000, report: Report = lambda _: None
+) -> Callable[[Generator], dict[str, float]]:
+    """Return what measures a run's generator as QuickEvaluation does, with its FID as a multiple of the floor."""
+    test = load_dataset(settings.dataset, data_root, train=False, image_size=settings.image_size)
+    quick = QuickEvaluation(
+        train,
+        test,
+        data_root,
+        latent_dim=settings.latent_dim,
+        conditional=settings.conditional,
+        images=images,
+        report=report,
+    )
+
+    def measure(generator: Generator) -> dict[str, float]:
+        found = quick.measure(_generate_by(generator, conditional=settings.conditional))
+        return found | {"fid_over_floor": found["fid"] / quick.fid_floor}
+
+    return measure

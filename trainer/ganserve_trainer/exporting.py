@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, sync_directory
+from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, run_folder, sync_directory
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.networks import Generator, ImageSpec, parameter_count
 
@@ -61,10 +61,13 @@ class UInt8Generator(nn.Module):
         return grey.permute(0, 2, 3, 1).contiguous()
 
 
-def fold_batch_norm(layers: nn.Sequential) -> nn.Sequential:
-    """Merge every BatchNorm into the dense or transposed convolutional layer before it, for evaluation."""
+def fold_batch_norm(layers: nn.Module) -> nn.Module:
+    """Merge every BatchNorm of a stack into the dense or transposed convolutional layer before it, for evaluation."""
     folded: list[nn.Module] = []
-    for layer in copy.deepcopy(layers).eval():
+    layers = copy.deepcopy(layers).eval()
+    if not isinstance(layers, nn.Sequential):
+        return layers  # a progressive generator, which has no BatchNorm
+    for layer in layers:
         before = folded[-1] if folded else None
         if isinstance(layer, nn.BatchNorm1d) and isinstance(before, nn.Linear):
             folded[-1] = fuse_linear_bn_eval(before, layer)
@@ -220,7 +223,7 @@ def _golden_images(
 
 def _read_evaluation(checkpoint_path: Path, checkpoint: Checkpoint) -> list[pb.QualityMetric]:
     """Find what `evaluate` measured on this very checkpoint; nothing if it was not called."""
-    path = (checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent) / EVALUATION_FILE_NAME
+    path = run_folder(checkpoint_path) / EVALUATION_FILE_NAME
     try:
         evaluation = json.loads(path.read_text())
         metrics = [json_format.ParseDict(metric, pb.QualityMetric()) for metric in evaluation["metrics"]]

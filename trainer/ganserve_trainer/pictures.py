@@ -1,11 +1,12 @@
-"""What a run shows: contact sheets and the curve of its losses."""
+"""What a run shows: contact sheets, and walks between latents."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -19,15 +20,50 @@ def save_contact_sheet(images: Tensor, columns: int, path: Path) -> None:
         save_image(grid, file, format="png")
 
 
-def save_loss_curve(losses: list[tuple[int, float, float]], path: Path) -> None:
-    """Write the two losses over images seen as a PNG."""
-    images_seen, discriminator, generator = zip(*losses, strict=True) if losses else ((), (), ())
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(images_seen, discriminator, label="discriminator", linewidth=0.8)
-    axes.plot(images_seen, generator, label="generator", linewidth=0.8)
-    axes.set_xlabel("images seen")
-    axes.set_ylabel("loss")
-    axes.legend()
-    with replace_atomically(path) as file:
-        figure.savefig(file, format="png", dpi=100)
-    plt.close(figure)
+def save_interpolations(
+    generate: Callable[[Tensor, Tensor | None], Tensor],
+    latent_dim: int,
+    path: Path,
+    *,
+    label: Tensor | None = None,
+    rows: int = 10,
+    columns: int = 12,
+    seed: int = 0,
+) -> None:
+    """Write walks along the sphere from one latent to another, a row each.
+
+    Args:
+        generate: the generator: latents [n, latent_dim] and labels [n], or None, to images in -1…1.
+        latent_dim: the latent's length.
+        path: the PNG.
+        label: the class of each row, [rows], which then decides the number of rows; None for an unconditional
+            generator.
+        rows: how many walks.
+        columns: how many images a walk has, both ends included.
+        seed: of the ends, drawn on the CPU.
+    """
+    rows = rows if label is None else len(label)
+    start, end = torch.randn(2, rows, 1, latent_dim, generator=torch.Generator().manual_seed(seed))
+    latent = slerp(start, end, torch.linspace(0, 1, columns)[:, None]).flatten(0, 1)
+    if label is not None:
+        latent = latent.to(label.device)
+    with torch.no_grad():
+        images = generate(latent, None if label is None else label.repeat_interleave(columns))
+    save_contact_sheet(images, columns, path)
+
+
+def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """Walk from `start` to `end`, [..., latent_dim], along the great circle (White, 2016); 0 is start, 1 is end.
+
+    A straight line would pass through latents shorter than any that the generator was trained on.
+    """
+    cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1).clamp(-1, 1)[..., None]
+    angle = cosine.acos()
+    # sin(x)/sin(angle) without dividing zero by zero where both ends point the same way.
+    parallel = angle.sin() < 1e-6
+    divisor = torch.where(parallel, 1.0, angle.sin())
+    return torch.where(
+        parallel,
+        torch.lerp(start, end, share.expand_as(cosine + share)),
+        ((1 - share) * angle).sin() / divisor * start + (share * angle).sin() / divisor * end,
+    )

@@ -1,38 +1,317 @@
-"""The settings of a training run, and the presets that fill them in."""
+"""The settings of a training run: what they mean, what they may be, and the presets that fill them in.
+
+This table is the one source for the flags of `ganserve-trainer train`, for the keys of a `--config` file and for the
+configuration that a checkpoint and a model card carry.
+"""
 
 import dataclasses
-from typing import Literal
+import difflib
+import importlib.metadata
+import math
+import platform
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
+from ganserve_trainer.errors import TrainerError
+
+Architecture = Literal["mlp", "dcgan", "progressive"]
+Conditioning = Literal["label-channels", "projection"]
+Loss = Literal["non-saturating", "minimax", "least-squares", "hinge", "wasserstein-clip", "wasserstein-gp"]
+MinibatchLayer = Literal["none", "stddev", "discrimination"]
 Precision = Literal["auto", "fp32", "bf16"]
+
+_VERSIONS_OF = ("ganserve", "torch", "torchvision", "numpy")
+AUGMENTATIONS = ("color", "translation", "cutout")
+
+
+def _setting(default: Any, panel: str, text: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"panel": panel, "help": text, "minimum": minimum, "maximum": maximum}
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that decides what a run makes. Counts are in images shown to the discriminator.
 
-    The optimiser's defaults are DCGAN's (Radford et al., 2015): Adam with a learning rate of 2e-4 and beta1 0.5.
+    The defaults were chosen by measurement (docs/training.md): no momentum in Adam (StyleGAN's betas, Karras et al.,
+    2019), a light R1 penalty, and the label by projection.
+
+    Raises:
+        TrainerError: a value is out of its range, or two settings contradict each other.
     """
 
     preset: str
-    architecture: Literal["mlp", "dcgan"]
-    conditional: bool
-    dataset: str = "mnist"
-    latent_dim: int = 100
-    width: int = 64  # channels of the generator's last hidden layer; the layer before has twice as many
-    images: int = 1_200_000
-    batch_size: int = 64
-    learning_rate: float = 2e-4
-    beta1: float = 0.5
-    beta2: float = 0.999
-    dropout: float = 0.3
-    ema_half_life_images: int = 20_000
-    precision: Precision = "auto"
-    seed: int = 0
-    sample_every_images: int = 60_000
+
+    dataset: str = _setting("mnist", "Data", "mnist, fashion-mnist, cifar10, stacked-mnist, or a folder as ./photos.")
+    image_size: int | None = _setting(
+        None, "Data", "Resize and crop to this many pixels a side.", minimum=4, maximum=1024
+    )
+    augment: str = _setting(
+        "", "Data", "Differentiable augmentation (DiffAugment): any of color, translation, cutout, joined by +."
+    )
+
+    architecture: Architecture = _setting("dcgan", "Networks", "The kind of both networks.")
+    conditional: bool = _setting(False, "Networks", "Make images of a class that is asked for.")
+    conditioning: Conditioning = _setting("projection", "Networks", "How a conditional discriminator sees the label.")
+    clusters: int = _setting(
+        0, "Networks", "Unconditional: train on so many k-means clusters as if they were classes; 0 is none.", minimum=0
+    )
+    latent_dim: int = _setting(64, "Networks", "Values of a latent.", minimum=1, maximum=4096)
+    width: int = _setting(
+        32,
+        "Networks",
+        "Channels of the generator's last hidden layer; a quarter of mlp's first.",
+        minimum=1,
+        maximum=4096,
+    )
+    discriminator_width: int | None = _setting(
+        None, "Networks", "Channels of the discriminator's first layer; as width if not given.", minimum=1, maximum=4096
+    )
+    dense_width: int = _setting(
+        256, "Networks", "dcgan: values of a hidden dense layer in both networks; 0 is none.", minimum=0, maximum=65_536
+    )
+    attention: bool = _setting(False, "Networks", "Self-attention in both convolutional networks (SAGAN).")
+    spectral_norm: bool = _setting(False, "Networks", "Spectral normalisation of the discriminator.")
+    minibatch: MinibatchLayer = _setting("none", "Networks", "What the discriminator sees of its minibatch.")
+    dropout: float = _setting(0.0, "Networks", "Dropout in the discriminator.", minimum=0, maximum=0.9)
+    growth_images: int = _setting(
+        60_000, "Networks", "progressive: images to fade a resolution in, and to train it before the next.", minimum=1
+    )
+
+    loss: Loss = _setting("non-saturating", "Loss", "The adversarial loss.")
+    label_smoothing: float = _setting(
+        0.0, "Loss", "The discriminator's target for real images is 1 minus this.", minimum=0, maximum=0.49
+    )
+    two_sided_smoothing: bool = _setting(False, "Loss", "Smooth the target for generated images too.")
+    r1: float = _setting(0.1, "Loss", "Weight of the R1 gradient penalty; 0 is none.", minimum=0)
+    r1_every_steps: int = _setting(16, "Loss", "Compute R1 at every n-th step, n times as strong.", minimum=1)
+    gradient_penalty: float = _setting(10.0, "Loss", "Weight of wasserstein-gp's penalty.", minimum=0)
+    weight_clip: float = _setting(0.01, "Loss", "wasserstein-clip's bound on the critic's weights.", minimum=0)
+    feature_matching: float = _setting(0.0, "Loss", "Weight of feature matching; 0 is none.", minimum=0)
+    mismatched_labels: float = _setting(
+        0.0, "Loss", "Share of real images also shown with a wrong label, as fakes.", minimum=0, maximum=1
+    )
+
+    learning_rate: float = _setting(1e-3, "Optimisation", "Adam's, of both networks.", minimum=0)
+    discriminator_learning_rate: float | None = _setting(
+        None, "Optimisation", "The discriminator's own (TTUR); as learning_rate if not given.", minimum=0
+    )
+    decay_from: float = _setting(
+        1.0,
+        "Optimisation",
+        "From this share of the images on, the learning rates fall to 0, which they reach at the last one.",
+        minimum=0,
+        maximum=1,
+    )
+    beta1: float = _setting(0.0, "Optimisation", "Adam's first decay.", minimum=0, maximum=0.9999)
+    beta2: float = _setting(0.99, "Optimisation", "Adam's second decay.", minimum=0, maximum=0.99999)
+    batch_size: int = _setting(64, "Optimisation", "Real images a step and process.", minimum=2, maximum=65_536)
+    discriminator_steps: int = _setting(
+        1, "Optimisation", "Discriminator steps before a generator step.", minimum=1, maximum=100
+    )
+    generator_steps: int = _setting(
+        1, "Optimisation", "Generator steps after the discriminator's.", minimum=1, maximum=100
+    )
+    ema_half_life_images: int = _setting(200_000, "Optimisation", "Half-life of the generator's average.", minimum=1)
+    ema_warm_up: float = _setting(
+        0.1, "Optimisation", "The half-life is at most this share of the images seen; 0 is no warm-up.", minimum=0
+    )
+    precision: Precision = _setting(
+        "auto", "Optimisation", "auto is bf16 autocast where the device has it in hardware, else fp32."
+    )
+    compile: bool = _setting(False, "Optimisation", "Compile the networks; pays in long runs.")
+
+    images: int = _setting(1_200_000, "Run", "Train until this many images are seen.", minimum=1)
+    minutes: float = _setting(0.0, "Run", "Stop after so many minutes of training; 0 is no limit.", minimum=0)
+    seed: int = _setting(0, "Run", "Decides weights, order and latents.", minimum=0, maximum=2**32 - 1)
+    sample_every_images: int = _setting(60_000, "Run", "Write contact sheet and report this often.", minimum=1)
+    checkpoint_every_images: int = _setting(60_000, "Run", "Write a checkpoint this often.", minimum=1)
+    evaluate_every_images: int = _setting(
+        0, "Run", "Measure FID, recall and label accuracy on 2,000 images this often; 0 is never.", minimum=0
+    )
+    stop_on_collapse: bool = _setting(False, "Run", "End the run when its alarm for mode collapse rings.")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
+        _check_together(self)
+
+    def are_fulfilled(self, images_seen: int, elapsed_s: float) -> bool:
+        """Tell whether a run that is so far is complete."""
+        return images_seen >= self.images or (self.minutes > 0 and elapsed_s >= 60 * self.minutes)
+
+    def learning_rates(self, images_seen: int) -> tuple[float, float]:
+        """Return the generator's and the discriminator's learning rate at that time of the run."""
+        left = 1 - images_seen / self.images
+        share = 1.0 if self.decay_from >= 1 else min(max(left / (1 - self.decay_from), 0.0), 1.0)
+        of_discriminator = self.discriminator_learning_rate
+        if of_discriminator is None:
+            of_discriminator = self.learning_rate
+        return share * self.learning_rate, share * of_discriminator
+
+    def augmentations(self) -> tuple[str, ...]:
+        """Return the differentiable augmentations to apply, in order."""
+        return tuple(name for name in self.augment.split("+") if name)
+
+
+# A resumed run may last longer and show itself more or less often; it differs in nothing else.
+FREE_ON_RESUME = (
+    "images",
+    "minutes",
+    "sample_every_images",
+    "checkpoint_every_images",
+    "evaluate_every_images",
+    "stop_on_collapse",
+)
+
+_CRITIC_LOSSES = ("wasserstein-clip", "wasserstein-gp")
+_UNSMOOTHED_LOSSES = ("hinge", *_CRITIC_LOSSES)
+# Images that a minibatch layer compares: 4 by Karras et al., 2018, section 3.
+MINIBATCH_GROUPS: dict[MinibatchLayer, int] = {"none": 1, "stddev": 4, "discrimination": 16}
+
+
+def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
+    kind: Any = field.type
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and types.NoneType in allowed:
+        return
+    (kind,) = (option for option in allowed if option is not types.NoneType)
+    minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise TrainerError(f"{field.name} is {value!r}; choose one of {', '.join(typing.get_args(kind))}")
+        return
+    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise TrainerError(f"{field.name} is {value!r}; it must be of type {kind.__name__}")
+    if kind in (int, float) and not (
+        math.isfinite(value) and (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
+    ):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise TrainerError(f"{field.name} is {value}; it must be at least {minimum}{upper}")
+
+
+def _check_together(settings: Settings) -> None:
+    unknown = [name for name in settings.augmentations() if name not in AUGMENTATIONS]
+    if unknown:
+        raise TrainerError(f"augment is {settings.augment!r}; choose from {', '.join(AUGMENTATIONS)}, joined by +")
+    group = MINIBATCH_GROUPS[settings.minibatch]
+    if settings.batch_size % group:
+        raise TrainerError(
+            f"minibatch {settings.minibatch} compares groups of {group} images; "
+            f"batch_size {settings.batch_size} is no multiple of that"
+        )
+    if settings.label_smoothing and settings.loss in _UNSMOOTHED_LOSSES:
+        raise TrainerError(f"label_smoothing moves the targets of a loss that has some; {settings.loss} has none")
+    if settings.attention and settings.architecture != "dcgan":
+        raise TrainerError("attention is for the dcgan architecture; leave it out, or take architecture dcgan")
+    if settings.architecture == "progressive" and settings.minibatch == "discrimination":
+        raise TrainerError("architecture progressive compares its minibatch by stddev; leave minibatch out")
+    if settings.clusters and (settings.conditional or settings.clusters == 1):
+        raise TrainerError("clusters are 2 or more and stand in for the classes of an unconditional network")
+    if settings.mismatched_labels and not settings.conditional:
+        raise TrainerError("mismatched_labels needs labels: add conditional")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preset:
+    """A named starting point: its settings, and what it is for."""
+
+    settings: Settings
+    summary: str
 
 
 PRESETS = {
-    "mlp": Settings("mlp", "mlp", conditional=False),
-    "dcgan": Settings("dcgan", "dcgan", conditional=False, latent_dim=64),
-    "cdcgan": Settings("cdcgan", "dcgan", conditional=True, latent_dim=64),
+    "mlp": Preset(
+        Settings("mlp", architecture="mlp", latent_dim=100, width=64),
+        "Dense networks (Goodfellow et al., 2014, with BatchNorm): the fastest to train and to serve, the roughest.",
+    ),
+    "dcgan": Preset(
+        Settings("dcgan"),
+        "Convolutional networks (Radford et al., 2015), as many doublings as the image size asks for.",
+    ),
+    "cdcgan": Preset(
+        Settings("cdcgan", conditional=True),
+        "dcgan that makes the class it is asked for; the discriminator sees it by projection (Miyato & Koyama, 2018).",
+    ),
+    "sagan": Preset(
+        Settings("sagan", attention=True),
+        "dcgan whose networks attend to the whole image (Zhang et al., 2019).",
+    ),
+    "pggan": Preset(
+        Settings(
+            "pggan",
+            architecture="progressive",
+            image_size=64,
+            latent_dim=128,
+            width=16,
+            minibatch="stddev",
+            loss="wasserstein-gp",
+            r1=0.0,
+        ),
+        "Progressive growing to 64 pixels (Karras et al., 2018): begins at 4 and doubles.",
+    ),
 }
+
+
+def from_preset(name: str, changes: Mapping[str, Any]) -> Settings:
+    """Return a preset's settings with some of them changed.
+
+    Raises:
+        TrainerError: there is no such preset or setting, or a value is not allowed.
+    """
+    if name not in PRESETS:
+        raise TrainerError(f"there is no preset {name!r}{_similar(name, PRESETS)}; choose one of {', '.join(PRESETS)}")
+    known = [field.name for field in dataclasses.fields(Settings) if field.name != "preset"]
+    for key in changes:
+        if key not in known:
+            raise TrainerError(f"there is no setting {key!r}{_similar(key, known)}; see ganserve-trainer train --help")
+    return dataclasses.replace(PRESETS[name].settings, **changes)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the settings of a TOML file; the table [versions] that a run's own file has is left out.
+
+    Raises:
+        TrainerError: the file is no TOML.
+        OSError: it cannot be read.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except ValueError as error:  # also what is not UTF-8
+        raise TrainerError(f"{path} is no TOML file: {error}") from error
+    content.pop("versions", None)
+    return content
+
+
+def versions() -> dict[str, str]:
+    """Return what a run's results depend on besides its settings."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONS_OF}}
+
+
+def write_config(settings: Settings) -> str:
+    """Return the settings as TOML that `read_config` reads, and the versions; what is not set is left out."""
+    lines = ["# All that decides what this run makes: ganserve-trainer train --config FILE --out DIR repeats it."]
+    values = dataclasses.asdict(settings)
+    lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    lines += ["", "[versions]", *(f"{_toml(name)} = {_toml(version)}" for name, version in versions().items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: str | float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return repr(value)
+
+
+def _similar(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

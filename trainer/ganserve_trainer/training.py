@@ -1,50 +1,30 @@
-"""The training loop.
+"""One run: networks, optimisers and EMA on one device, and what a step does to them.
 
 Progress is counted in images seen, and every step's random state is derived from it and the seed: a run that was
 stopped and resumed ends with the same weights as one that was not (on the same device and library versions).
 """
 
 import hashlib
-import json
-import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ganserve_trainer.checkpoints import (
-    FILE_NAME,
-    Checkpoint,
-    all_finite,
-    load_checkpoint,
-    replace_atomically,
-    save_checkpoint,
-)
+from ganserve_trainer import processes
+from ganserve_trainer.augmentation import augment
+from ganserve_trainer.checkpoints import Checkpoint, all_finite
+from ganserve_trainer.clustering import cluster_bounds, k_means
 from ganserve_trainer.datasets import Dataset
-from ganserve_trainer.devices import best_device, bf16_is_fast
 from ganserve_trainer.ema import EMA
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.losses import discriminator_loss, generator_loss
+from ganserve_trainer.history import History
+from ganserve_trainer.losses import LOSSES, feature_matching, gradient_penalty, r1_penalty
 from ganserve_trainer.networks import build_discriminator, build_generator
-from ganserve_trainer.pictures import save_contact_sheet, save_loss_curve
-from ganserve_trainer.settings import Settings
-
-Report = Callable[[int, float, float, float], None]  # images seen, both losses, images per second
-
-_REPORT_EVERY_STEPS = 20
-_SHEET_COLUMNS = 10
-_SHEET_ROWS = 10
+from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
 
 
 class Run:
-    """One run: networks, optimisers and EMA on one device, at `images_seen` images."""
+    """A run at `images_seen` images; `settings.precision` is fp32 or bf16 here, no longer auto."""
 
     def __init__(self, settings: Settings, dataset: Dataset, device: torch.device) -> None:
         self.settings = settings
@@ -53,82 +33,192 @@ class Run:
         self.dataset_digest = dataset.digest()
         self.images_seen = 0
         self.elapsed_s = 0.0
-        self.losses: list[tuple[int, float, float]] = []
-        self._images = dataset.images.to(device)
-        self._labels = dataset.labels.to(device)
-        if len(self._images) < settings.batch_size:
+        self.history = History()
+        self.images_a_step = settings.batch_size * settings.discriminator_steps * processes.count()
+        # The whole data set lives on the device, as bytes.
+        self.images = dataset.images.to(device)
+        self.labels = dataset.labels.to(device)
+        self._classes = len(self.spec.class_names) if settings.conditional else settings.clusters
+        self._batch = settings.batch_size * processes.count()
+        if len(self.images) < self._batch:
             raise TrainerError(
-                f"the data set has {len(self._images)} images, fewer than a batch; use --batch-size {len(self._images)}"
+                f"the data set has {len(self.images)} images, fewer than a batch of {self._batch}; "
+                f"use --batch-size {max(2, len(self.images) // processes.count())} or fewer"
             )
         torch.manual_seed(settings.seed)
-        self.generator = build_generator(settings, self.spec).to(device).to(memory_format=torch.channels_last)
-        self.discriminator = build_discriminator(settings, self.spec).to(device).to(memory_format=torch.channels_last)
-        self.ema = EMA(self.generator, settings.ema_half_life_images)
+        self.generator = build_generator(settings, self.spec)
+        self.discriminator = build_discriminator(settings, self.spec)
+        if settings.clusters:
+            # The labels of a self-conditioned GAN (Liu et al., 2020), by k-means on the images themselves.
+            self._clusters = k_means(self.images, settings.clusters)
+            self.generator.bounds.copy_(cluster_bounds(self._clusters, settings.clusters))
+        self.ema = EMA(self.generator, settings.ema_half_life_images, settings.ema_warm_up)
+        processes.synchronise_batch_norm(self.generator)
+        for network in (self.generator, self.discriminator, self.ema.network):
+            network.to(device).to(memory_format=torch.channels_last)
+        if settings.compile:
+            self.generator.layers.compile()
+            self.discriminator.trunk.compile()
         betas = (settings.beta1, settings.beta2)
         self._generator_optimizer, self._discriminator_optimizer = (
-            torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=betas, fused=True)
-            for network in (self.generator, self.discriminator)
+            torch.optim.Adam(network.parameters(), lr=rate, betas=betas, fused=True)
+            for network, rate in zip((self.generator, self.discriminator), settings.learning_rates(0), strict=True)
         )
-        self._bf16 = settings.precision == "bf16"
+        self._loss = LOSSES[settings.loss]
+        self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        self._augment = partial(augment, names=settings.augmentations())
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def step(self) -> Tensor:
-        """Train both networks on one batch; return the discriminator's and the generator's loss, [2]."""
-        settings = self.settings
-        real, label = self._real_batch()
-        # Drawn on the CPU, so that CPU and GPU start from the same latents.
-        torch.manual_seed(_derived_seed(settings.seed, "step", self.images_seen))
-        latent = torch.randn(settings.batch_size, settings.latent_dim).to(self.device)
-        fake_label = torch.randint(len(self.spec.class_names), (settings.batch_size,)).to(self.device)
-        conditional = settings.conditional
+        """Train the discriminator, as often as the settings say, and then the generator.
 
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            fake = self.generator(latent, fake_label if conditional else None).float()
-            # One pass over real and fake together: the discriminator has no batch statistics that would mix them.
-            both = torch.cat([real, fake.detach()])
-            logits = self.discriminator(both, torch.cat([label, fake_label]) if conditional else None).float()
-            d_loss = discriminator_loss(*logits.chunk(2))
-        self._descend(self._discriminator_optimizer, d_loss)
+        Returns both losses and the discriminator's accuracies on real and on generated images, [4], as means over
+        the step, of this process.
+        """
+        settings = self.settings
+        self._grow()
+        if settings.decay_from < 1:
+            optimizers = (self._generator_optimizer, self._discriminator_optimizer)
+            for optimizer, rate in zip(optimizers, settings.learning_rates(self.images_seen), strict=True):
+                optimizer.param_groups[0]["lr"] = rate
+        judged = []
+        for index in range(settings.discriminator_steps):
+            real, label = self._real_batch()
+            latent, fake_label = self._draw("step")
+            # The generator's own step goes on from the images of the last discriminator step.
+            with torch.set_grad_enabled(index == settings.discriminator_steps - 1), self._autocast():
+                fake = self.generator(latent, fake_label).float()
+            judged.append(self._discriminator_step(real, label, fake, fake_label))
+            self.images_seen += self._batch
 
         self.discriminator.requires_grad_(False)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            g_loss = generator_loss(self.discriminator(fake, fake_label if conditional else None).float())
-        self._descend(self._generator_optimizer, g_loss)
+        losses = []
+        for index in range(settings.generator_steps):
+            if index:
+                latent, fake_label = self._draw(f"generator step {index}")
+                with self._autocast():
+                    fake = self.generator(latent, fake_label).float()
+            losses.append(self._generator_step(real, label, fake, fake_label))
         self.discriminator.requires_grad_(True)
+        self.ema.update(self.generator, self.images_a_step, self.images_seen)
+        d_loss, real_accuracy, fake_accuracy = torch.stack(judged).mean(0)
+        return torch.stack([d_loss, torch.stack(losses).mean(), real_accuracy, fake_accuracy])
 
-        self.images_seen += settings.batch_size
-        self.ema.update(self.generator, settings.batch_size, self.images_seen)
-        return torch.stack([d_loss.detach(), g_loss.detach()])
+    def _discriminator_step(
+        self, real: Tensor, label: Tensor | None, fake: Tensor, fake_label: Tensor | None
+    ) -> Tensor:
+        """Return the loss and the accuracies on real and on generated images, [3]."""
+        settings, size = self.settings, len(real)
+        images, labels = [real, fake.detach()], [label, fake_label]
+        if settings.mismatched_labels and label is not None:
+            # Real images with a wrong label are fakes too: a discriminator must look at the label (Reed et al., 2016).
+            group = MINIBATCH_GROUPS[settings.minibatch]
+            mismatched = int(size * settings.mismatched_labels) // group * group
+            shift = torch.randint(1, self._classes, (mismatched,), device=self.device)
+            images.append(real[:mismatched])
+            labels.append((label[:mismatched] + shift) % self._classes)
+        with self._autocast():
+            # One pass over all of them: the discriminator has no statistics that would mix them.
+            seen = self._augment(torch.cat(images))
+            logits = self.discriminator(seen, _joined(labels))
+        real_logits, fake_logits = logits[:size], logits[size:]
+        smooth = settings.label_smoothing
+        loss = self._loss.discriminator(
+            real_logits, fake_logits, smooth, smooth if settings.two_sided_smoothing else 0.0
+        )
+        objective = loss
+        if settings.loss == "wasserstein-gp" and settings.gradient_penalty:
+            share = torch.rand(size, 1, 1, 1, device=self.device)
+            critic = partial(self._judge_augmented, label=label)
+            objective = objective + settings.gradient_penalty * gradient_penalty(critic, real, fake.detach(), share)
+        if settings.r1 and self.images_seen // self._batch % settings.r1_every_steps == 0:
+            weight = settings.r1 * settings.r1_every_steps
+            objective = objective + weight * r1_penalty(partial(self._judge_augmented, label=label), real)
+        self._descend(self._discriminator_optimizer, self.discriminator, objective)
+        if settings.loss == "wasserstein-clip":
+            with torch.no_grad():
+                for parameter in self.discriminator.parameters():
+                    parameter.clamp_(-settings.weight_clip, settings.weight_clip)
+        accuracies = ((real_logits > 0).float().mean(), (fake_logits[:size] < 0).float().mean())
+        return torch.stack([loss.detach(), *accuracies])
+
+    def _judge_augmented(self, images: Tensor, label: Tensor | None) -> Tensor:
+        """Judge for a penalty, in full precision: it is the gradient of a gradient."""
+        logits: Tensor = self.discriminator(self._augment(images), label)
+        return logits
+
+    def _generator_step(self, real: Tensor, label: Tensor | None, fake: Tensor, fake_label: Tensor | None) -> Tensor:
+        weight = self.settings.feature_matching
+        with self._autocast():
+            features = self.discriminator.features(self._augment(fake), fake_label)
+            loss = self._loss.generator(self.discriminator.judge(features, fake_label))
+            objective = loss
+            if weight:
+                with torch.no_grad():
+                    real_features = self.discriminator.features(self._augment(real), label)
+                objective = loss + weight * feature_matching(real_features.float(), features.float())
+        self._descend(self._generator_optimizer, self.generator, objective)
+        return loss.detach()
 
     @staticmethod
-    def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def _descend(optimizer: torch.optim.Optimizer, network: nn.Module, objective: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        objective.backward()
+        processes.average_gradients(network.parameters())
         optimizer.step()
 
-    def _real_batch(self) -> tuple[Tensor, Tensor]:
-        """Take the next images of this epoch's order: [n, c, h, w] in -1…1, and their labels [n]."""
-        size = self.settings.batch_size
-        batches = len(self._images) // size
-        epoch, batch = divmod(self.images_seen // size, batches)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_derived_seed(self.settings.seed, "epoch", epoch))
-            self._order = torch.randperm(len(self._images), generator=generator).to(self.device)
-            self._epoch = epoch
-        index = self._order[batch * size : (batch + 1) * size]
-        images = self._images[index].to(torch.float32).div_(127.5).sub_(1)
-        return images.contiguous(memory_format=torch.channels_last), self._labels[index]
+    def gradient_norms(self) -> Tensor:
+        """Return the norms of the last step's gradients over all parameters, discriminator's and generator's, [2]."""
+        return torch.stack(
+            [
+                torch.nn.utils.get_total_norm(
+                    [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+                )
+                for network in (self.discriminator, self.generator)
+            ]
+        )
 
-    def contact_sheet(self, path: Path) -> None:
-        """Write what the EMA generator makes of the run's fixed latents; a conditional one, a row a class."""
-        generator = torch.Generator().manual_seed(_derived_seed(self.settings.seed, "sheet", 0))
-        rows = len(self.spec.class_names) if self.settings.conditional else _SHEET_ROWS
-        latent = torch.randn(rows * _SHEET_COLUMNS, self.settings.latent_dim, generator=generator).to(self.device)
-        label = torch.arange(rows, device=self.device).repeat_interleave(_SHEET_COLUMNS)
-        with torch.no_grad():
-            images = self.ema.network(latent, label if self.settings.conditional else None)
-        save_contact_sheet(images, _SHEET_COLUMNS, path)
+    def _draw(self, purpose: str) -> tuple[Tensor, Tensor | None]:
+        """Draw this process's share of the global batch's latents and labels; then seed what the layers draw.
+
+        Drawn on the CPU, so that CPU and GPU start from the same latents.
+        """
+        settings, rank = self.settings, processes.rank()
+        mine = slice(rank * settings.batch_size, (rank + 1) * settings.batch_size)
+        generator = torch.Generator().manual_seed(derived_seed(settings.seed, purpose, self.images_seen))
+        latent = torch.randn(self._batch, settings.latent_dim, generator=generator)[mine].to(self.device)
+        label = None
+        if settings.conditional:
+            label = torch.randint(self._classes, (self._batch,), generator=generator)[mine].to(self.device)
+        elif settings.clusters:
+            label = self.generator.cluster(latent)
+        torch.manual_seed(derived_seed(settings.seed, f"{purpose}, layers of process {rank}", self.images_seen))
+        return latent, label
+
+    def _real_batch(self) -> tuple[Tensor, Tensor | None]:
+        """Take this process's next images of the epoch's order: [n, c, h, w] in -1…1, and their labels [n]."""
+        size, batches = self.settings.batch_size, len(self.images) // self._batch
+        epoch, batch = divmod(self.images_seen // self._batch, batches)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(derived_seed(self.settings.seed, "epoch", epoch))
+            self._order = torch.randperm(len(self.images), generator=generator).to(self.device)
+            self._epoch = epoch
+        start = batch * self._batch + processes.rank() * size
+        index = self._order[start : start + size]
+        images = self.images[index].to(torch.float32).div_(127.5).sub_(1)
+        label = None
+        if self.settings.conditional:
+            label = self.labels[index]
+        elif self.settings.clusters:
+            label = self._clusters[index]
+        return images.contiguous(memory_format=torch.channels_last), label
+
+    @torch.no_grad()
+    def show(self, latent: Tensor, label: Tensor | None) -> Tensor:
+        """Return the EMA generator's images for these latents, in -1…1."""
+        images: Tensor = self.ema.network(latent.to(self.device), None if label is None else label.to(self.device))
+        return images
 
     def checkpoint(self) -> Checkpoint:
         """Take down the whole state.
@@ -137,7 +227,7 @@ class Run:
             TrainerError: the weights are no longer finite.
         """
         if not all(all_finite(network.state_dict()) for network in (self.generator, self.discriminator)):
-            raise _diverged(self.images_seen)
+            raise diverged(self.images_seen)
         return Checkpoint(
             settings=self.settings,
             spec=self.spec,
@@ -145,7 +235,7 @@ class Run:
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             images_seen=self.images_seen,
             elapsed_s=self.elapsed_s,
-            losses=self.losses,
+            history=self.history,
             generator=self.generator.state_dict(),
             discriminator=self.discriminator.state_dict(),
             ema=self.ema.network.state_dict(),
@@ -154,123 +244,43 @@ class Run:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint's state."""
+        """Go back to a checkpoint's state.
+
+        Raises:
+            TrainerError: its weights are those of other networks.
+        """
         self.images_seen = checkpoint.images_seen
         self.elapsed_s = checkpoint.elapsed_s
-        self.losses = list(checkpoint.losses)
-        self.generator.load_state_dict(checkpoint.generator)
-        self.discriminator.load_state_dict(checkpoint.discriminator)
-        self.ema.network.load_state_dict(checkpoint.ema)
-        self._generator_optimizer.load_state_dict(checkpoint.generator_optimizer)
-        self._discriminator_optimizer.load_state_dict(checkpoint.discriminator_optimizer)
+        self.history = checkpoint.history
+        try:
+            self.generator.load_state_dict(checkpoint.generator)
+            self.discriminator.load_state_dict(checkpoint.discriminator)
+            self.ema.network.load_state_dict(checkpoint.ema)
+            self._generator_optimizer.load_state_dict(checkpoint.generator_optimizer)
+            self._discriminator_optimizer.load_state_dict(checkpoint.discriminator_optimizer)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise TrainerError(f"the checkpoint's weights do not fit its settings: {error}") from error
+        self._grow()
+
+    def _grow(self) -> None:
+        for network in (self.generator, self.discriminator, self.ema.network):
+            network.grow_to(self.images_seen)
 
 
-def train(settings: Settings, dataset: Dataset, out: Path, *, resume: bool, report: Report) -> bool:
-    """Train until `settings.images` images are seen; write checkpoint, contact sheets and loss curve into `out`.
-
-    SIGINT and SIGTERM save a checkpoint and end the run early. Returns whether the run is complete.
-
-    Raises:
-        TrainerError: `out` holds a run and `resume` is false, or one that does not fit and `resume` is true; or
-            losses or weights are no longer finite, in which case the last checkpoint is from before.
-    """
-    device = best_device()
-    if settings.precision == "auto":
-        settings = replace(settings, precision="bf16" if bf16_is_fast(device) else "fp32")
-    path = out / FILE_NAME
-    checkpoint = None
-    if path.exists():
-        if not resume:
-            raise TrainerError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
-        checkpoint = load_checkpoint(path)
-        _check_same_run(checkpoint, settings, dataset)
-    run = Run(settings, dataset, device)
-    if checkpoint is not None:
-        run.restore(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(out / "settings.json") as file:
-        file.write(json.dumps(asdict(settings), indent=2).encode())
-
-    recent: list[Tensor] = []
-    started = time.monotonic() - run.elapsed_s
-    report_mark = (time.monotonic(), run.images_seen)
-    every = settings.sample_every_images
-    with _stop_signals() as stop:
-        while run.images_seen < settings.images:
-            recent.append(run.step())
-            done = run.images_seen >= settings.images
-            leave = done or stop.is_set()
-            show = done or run.images_seen // every > (run.images_seen - settings.batch_size) // every
-            if len(recent) == _REPORT_EVERY_STEPS or leave or show:
-                # One read-back for all these steps: reading each one's loss would stall a GPU.
-                d_loss, g_loss = torch.stack(recent).mean(0).tolist()
-                recent.clear()
-                if not (math.isfinite(d_loss) and math.isfinite(g_loss)):
-                    raise _diverged(run.images_seen)
-                run.losses.append((run.images_seen, d_loss, g_loss))
-                now = time.monotonic()
-                report(
-                    run.images_seen,
-                    d_loss,
-                    g_loss,
-                    (run.images_seen - report_mark[1]) / max(now - report_mark[0], 1e-9),
-                )
-                report_mark = (now, run.images_seen)
-            run.elapsed_s = time.monotonic() - started
-            if leave or show:
-                save_checkpoint(run.checkpoint(), path)
-                _write_pictures(run, out)
-            if leave:
-                break
-    return run.images_seen >= settings.images
-
-
-def _diverged(images_seen: int) -> TrainerError:
+def diverged(images_seen: int) -> TrainerError:
+    """Return the error of a run whose numbers are no longer finite."""
     return TrainerError(
         f"losses or weights are no longer finite after {images_seen} images; the last checkpoint, if there is one, "
         "is from before; try a smaller --learning-rate or --precision fp32"
     )
 
 
-def _write_pictures(run: Run, out: Path) -> None:
-    (out / "samples").mkdir(exist_ok=True)
-    run.contact_sheet(out / "samples" / f"{run.images_seen:09d}.png")
-    save_loss_curve(run.losses, out / "losses.png")
-
-
-def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset) -> None:
-    """Allow a resumed run to last longer and to show itself more or less often, and to differ in nothing else."""
-    free = ("images", "sample_every_images")
-    before, now = asdict(checkpoint.settings), asdict(settings)
-    differing = [name for name in before if name not in free and before[name] != now[name]]
-    if differing:
-        changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
-        raise TrainerError(f"--resume goes on with the same settings, but {changes}")
-    if checkpoint.dataset_digest != dataset.digest():
-        raise TrainerError("--resume goes on with the same data, but the data set's images or labels have changed")
-    if checkpoint.images_seen > settings.images:
-        raise TrainerError(f"the run has seen {checkpoint.images_seen} images already; give more as --images")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Set the event on SIGINT and SIGTERM; a second one acts as usual."""
-    stop = threading.Event()
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
-
-
-def _derived_seed(seed: int, purpose: str, count: int) -> int:
+def derived_seed(seed: int, purpose: str, count: int) -> int:
+    """Return a seed of 63 bits for one purpose at one time of the run."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{count}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _joined(labels: list[Tensor | None]) -> Tensor | None:
+    given = [label for label in labels if label is not None]
+    return torch.cat(given) if given else None

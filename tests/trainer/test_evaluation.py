@@ -1,0 +1,396 @@
+import dataclasses
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from google.protobuf import json_format
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_trainer import evaluation as evaluation_module
+from ganserve_trainer import judge as judge_module
+from ganserve_trainer.checkpoints import checkpoint_files, load_checkpoint
+from ganserve_trainer.datasets import Dataset, load_dataset
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.evaluation import Generate, QuickEvaluation, classification_accuracy_score, evaluate, measure
+from ganserve_trainer.exporting import export
+from ganserve_trainer.judge import FEATURES, Judge, judge_of
+from ganserve_trainer.loop import train
+from ganserve_trainer.networks import ImageSpec
+from ganserve_trainer.settings import from_preset
+
+ALL_METRICS = {
+    *("fid", "fid_floor", "fid_over_floor", "kid", "precision", "recall", "density", "coverage"),
+    *("data_copying", "class_kl"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_training() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge_module, "_LEAST_STEPS", 60)
+        yield
+
+
+@pytest.fixture(scope="module")
+def train_part(data_root: Path) -> Dataset:
+    return load_dataset("mnist", data_root, train=True)
+
+
+@pytest.fixture(scope="module")
+def test_part(data_root: Path) -> Dataset:
+    return load_dataset("mnist", data_root, train=False)
+
+
+@pytest.fixture(scope="module")
+def judge(train_part: Dataset, data_root: Path) -> Judge:
+    return judge_of(train_part, data_root)
+
+
+@pytest.fixture(scope="module")
+def quick(train_part: Dataset, test_part: Dataset, data_root: Path) -> QuickEvaluation:
+    return QuickEvaluation(train_part, test_part, data_root, latent_dim=1, conditional=True, images=100)
+
+
+def run(preset: str, data_root: Path, out: Path) -> Path:
+    settings = from_preset(preset, {"width": 8, "batch_size": 32, "images": 64, "precision": "fp32"})
+    dataset = load_dataset("mnist", data_root, train=True)
+    assert train(settings, dataset, out, resume=False, report=lambda *_: None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def evaluated(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a conditional run's folder with its evaluation on 50 images."""
+    out = run("cdcgan", data_root, tmp_path_factory.mktemp("evaluated") / "run")
+    evaluate(out, None, data_root, 50)
+    return out
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Dataset) -> None:
+        raise AssertionError("a network is trained")
+
+    monkeypatch.setattr(judge_module, "train_network", refuse)
+
+
+def real_images(dataset: Dataset, shift: int = 0, wrong_from: int = 10) -> Generate:
+    """Answer with real images of the class asked for plus `shift`; classes from `wrong_from` on get a zero."""
+    by_class = [dataset.images[dataset.labels == label] for label in range(10)]
+
+    def generate(latent: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        wanted = [(label + shift) % 10 if label < wrong_from else 0 for label in labels.tolist()]
+        choice = np.abs(latent[:, 0] * 1e6).astype(int).tolist()
+        images = [by_class[label][index % len(by_class[label])] for label, index in zip(wanted, choice, strict=True)]
+        pixels: NDArray[np.uint8] = torch.stack(images).permute(0, 2, 3, 1).numpy()
+        return pixels
+
+    return generate
+
+
+def one_image(image: Tensor) -> Generate:
+    pixels = image.permute(1, 2, 0).numpy()
+    return lambda _, labels: np.stack([pixels] * len(labels))
+
+
+def test_label_accuracy_is_the_share_of_images_of_the_class_asked_for(
+    quick: QuickEvaluation, train_part: Dataset
+) -> None:
+    assert quick.measure(real_images(train_part))["label_accuracy"] > 0.9
+    assert quick.measure(real_images(train_part, shift=1))["label_accuracy"] < 0.1
+    assert quick.measure(real_images(train_part, wrong_from=5))["label_accuracy"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_quick_look_tells_real_images_from_a_collapsed_generator(quick: QuickEvaluation, train_part: Dataset) -> None:
+    real, collapsed = quick.measure(real_images(train_part)), quick.measure(one_image(train_part.images[0]))
+    assert real["fid"] < 2 * quick.fid_floor < collapsed["fid"]
+    assert real["recall"] > 0.5
+    assert collapsed["recall"] < 0.1
+
+
+def test_a_quick_look_leaves_the_random_state_alone(quick: QuickEvaluation, train_part: Dataset) -> None:
+    before = torch.random.get_rng_state()
+    first = quick.measure(real_images(train_part))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert quick.measure(real_images(train_part)) == first
+
+
+def test_the_classification_accuracy_score_of_real_images_is_high_and_of_one_image_is_chance(
+    train_part: Dataset, test_part: Dataset
+) -> None:
+    assert classification_accuracy_score(real_images(train_part), 1, train_part, test_part) > 0.9
+    assert classification_accuracy_score(one_image(train_part.images[0]), 1, train_part, test_part) < 0.3
+    # Right labels on all but half of the classes: the classifier never learns the other half.
+    half = classification_accuracy_score(real_images(train_part, wrong_from=5), 1, train_part, test_part)
+    assert half == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_generator_that_copies_training_images_is_found_out(
+    train_part: Dataset, test_part: Dataset, data_root: Path
+) -> None:
+    card = pb.ModelCard(latent_dim=1)
+
+    def data_copying(source: Dataset) -> float:
+        copies = [source.images[index % len(source.images)].permute(1, 2, 0).numpy() for index in range(100)]
+        evaluation = measure(
+            lambda _, labels: np.stack(copies)[: len(labels)], card, train_part, test_part, data_root, 100
+        )
+        return {metric["name"]: metric["value"] for metric in evaluation.metrics}["data_copying"]
+
+    assert data_copying(train_part) == 1.0
+    assert data_copying(test_part) == 0.5
+
+
+def test_the_picture_shows_samples_and_their_nearest_training_images(
+    train_part: Dataset, test_part: Dataset, data_root: Path
+) -> None:
+    generate = one_image(train_part.images[7])
+    shown = measure(generate, pb.ModelCard(latent_dim=1), train_part, test_part, data_root, 20).neighbours
+    assert shown.shape == (10, 10, 1, 28, 28)
+    # The nearest is the very image; none of the others is.
+    assert all(torch.equal(row[1], train_part.images[7]) for row in shown)
+    assert not any(torch.equal(row[2], train_part.images[7]) for row in shown)
+
+
+def test_the_judge_is_trained_once(judge: Judge, train_part: Dataset, data_root: Path, no_training: None) -> None:
+    again = judge_of(train_part, data_root)
+    assert again.digest() == judge.digest()
+    assert torch.equal(again.features(train_part.images[:9]), judge.features(train_part.images[:9]))
+
+
+def foreign(_: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({"digest": "sha256:", "network": [1, 2]}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-100],
+        lambda _: b"",
+        lambda content: content[:9000] + bytes([content[9000] ^ 4]) + content[9001:],
+        foreign,
+    ],
+    ids=["cut", "empty", "flipped bit", "foreign"],
+)
+def test_a_damaged_judge_is_trained_again(
+    damage: Callable[[bytes], bytes],
+    train_part: Dataset,
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(judge_module, "_LEAST_STEPS", 2)
+    said: list[str] = []
+    digest = judge_of(few(train_part), data_root, said.append).digest()
+    (file,) = tmp_path.rglob("*.pt")
+    file.write_bytes(damage(file.read_bytes()))
+    for _ in range(2):
+        assert judge_of(few(train_part), data_root, said.append).digest() == digest
+    assert len(said) == 2
+
+
+def test_without_a_place_for_the_judge_it_is_trained_and_that_is_said(
+    train_part: Dataset,
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(judge_module, "_LEAST_STEPS", 2)
+    assert judge_of(few(train_part), data_root)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def few(dataset: Dataset) -> Dataset:
+    return dataclasses.replace(dataset, images=dataset.images[:20], labels=dataset.labels[:20])
+
+
+@pytest.mark.parametrize(
+    ("channels", "height", "width"), [(1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 20, 45), (3, 8, 5)]
+)
+def test_images_of_any_size_have_features_of_mean_square_one(
+    channels: int, height: int, width: int, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_module, "_LEAST_STEPS", 2)
+    images = torch.randint(256, (30, channels, height, width), generator=torch.Generator().manual_seed(0)).byte()
+    spec = ImageSpec(channels, height, width, ("a", "b"))
+    judge = judge_of(Dataset("noise", images, torch.arange(30) % 2, spec), data_root)
+    features = judge.features(images)
+    assert features.shape == (30, FEATURES)
+    assert features.square().mean().item() == pytest.approx(1, abs=1e-3)
+    assert set(judge.labels(features).tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize(("width", "ways"), [(28, 4), (20, 2)])
+def test_without_classes_the_judge_learns_which_way_up_an_image_is(
+    width: int, ways: int, train_part: Dataset, test_part: Dataset, data_root: Path
+) -> None:
+    def classless(part: Dataset) -> Dataset:
+        spec = ImageSpec(1, 28, width, ())
+        return Dataset("folder", part.images[..., :width].contiguous(), torch.zeros_like(part.labels), spec)
+
+    judge = judge_of(classless(train_part), data_root)
+    assert judge.task == f"which of {ways} ways up an image is"
+    assert judge.accuracy(classless(test_part)) > 0.65
+    generate = one_image(classless(train_part).images[0])
+    evaluation = measure(
+        generate, pb.ModelCard(latent_dim=1), classless(train_part), classless(test_part), data_root, 20
+    )
+    assert {metric["name"] for metric in evaluation.metrics} == ALL_METRICS - {"class_kl"}
+    assert "ways up" in evaluation.metrics[0]["method"]
+
+
+def test_modes_of_stacked_mnist_are_counted_channel_by_channel(
+    judge: Judge, train_part: Dataset, data_root: Path, no_training: None
+) -> None:
+    first = [int((train_part.labels == digit).nonzero()[0, 0]) for digit in range(10)]
+    by_digit = train_part.images[first, 0]
+
+    def stacked(*triples: str) -> Dataset:
+        images = torch.stack([by_digit[[int(digit) for digit in triple]] for triple in triples])
+        spec = ImageSpec(3, 28, 28, tuple(f"{index:03}" for index in range(1000)))
+        return Dataset("stacked-mnist", images, torch.tensor([int(triple) for triple in triples]), spec)
+
+    real = stacked("012", "345", "678", "901")
+    of_stacked = judge_of(real, data_root)
+    features = of_stacked.features(real.images)
+    assert torch.allclose(features[1, FEATURES : 2 * FEATURES], judge.features(by_digit[4][None, None])[0], atol=1e-5)
+    assert of_stacked.labels(features).tolist() == real.labels.tolist()
+    made = stacked("012", "345", "901").images.permute(0, 2, 3, 1).numpy()
+    evaluation = measure(
+        lambda _, labels: made[np.arange(len(labels)) % 3], pb.ModelCard(latent_dim=1), real, real, data_root, 30
+    )
+    values = {metric["name"]: metric["value"] for metric in evaluation.metrics}
+    assert values["modes"] == 3
+    assert values["class_kl"] == pytest.approx(math.log(4 / 3), abs=1e-5)
+    histogram = evaluation.details["class_histogram"]
+    assert {name: count for name, count in histogram.items() if count} == {"012": 10, "345": 10, "901": 10}
+
+
+def test_an_evaluation_says_what_was_measured_on_what(evaluated: Path, judge: Judge, test_part: Dataset) -> None:
+    kept = json.loads((evaluated / "evaluation.json").read_text())
+    assert kept["checkpoint"] == load_checkpoint(evaluated).digest()
+    assert (kept["dataset"], kept["images"], kept["first_seed"], kept["test_images"]) == ("mnist", 50, 0, 100)
+    assert kept["judge"]["digest"] == judge.digest()
+    assert kept["judge"]["accuracy"] == judge.accuracy(test_part) > 0.9
+    assert list(kept["class_histogram"]) == list("0123456789")
+    assert sum(kept["class_histogram"].values()) == 50
+    metrics = {metric["name"]: metric for metric in kept["metrics"]}
+    assert metrics.keys() == ALL_METRICS | {"label_accuracy", "classification_accuracy_score"}
+    assert all(judge.digest()[:19] in metric["method"] for metric in metrics.values())
+    ratio = metrics["fid"]["value"] / metrics["fid_floor"]["value"]
+    assert metrics["fid_over_floor"]["value"] == pytest.approx(ratio, rel=1e-4)
+    with Image.open(evaluated / "neighbours.png") as picture:
+        assert picture.size == (10 * 30 + 2, 10 * 30 + 2)
+
+
+def test_an_exported_model_carries_the_figures_and_gets_the_same_ones(
+    evaluated: Path, data_root: Path, tmp_path: Path
+) -> None:
+    kept = json.loads((evaluated / "evaluation.json").read_text())
+    model = export(evaluated, tmp_path / "models", "measured")
+    card = json_format.Parse(onnx.load(model).metadata_props[0].value, pb.ModelCard())
+    assert [metric.name for metric in card.metrics] == [metric["name"] for metric in kept["metrics"]]
+    again = evaluate(model, None, data_root, 50, tmp_path / "out")
+    for metric, before in zip(again, kept["metrics"], strict=True):
+        # BatchNorm is folded: a few grey levels differ by one.
+        assert metric["value"] == pytest.approx(before["value"], rel=0.05, abs=0.1), metric["name"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "neighbours.png"]
+    assert [path.name for path in model.parent.iterdir()] == ["model.onnx"]
+
+
+def test_two_evaluations_give_the_same_figures(evaluated: Path, data_root: Path, tmp_path: Path) -> None:
+    evaluate(evaluated, None, data_root, 50, tmp_path / "again")
+    for name in ("evaluation.json", "neighbours.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (evaluated / name).read_bytes()
+
+
+def test_unconditional_models_get_all_but_what_needs_labels(data_root: Path, tmp_path: Path) -> None:
+    metrics = evaluate(run("mlp", data_root, tmp_path), None, data_root, 20)
+    assert {metric["name"] for metric in metrics} == ALL_METRICS
+
+
+def test_a_smaller_evaluation_does_not_take_the_place_of_a_larger_one(
+    evaluated: Path, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(evaluated, tmp_path / "run")
+    file = tmp_path / "run" / "evaluation.json"
+    before = file.read_bytes()
+    evaluate(tmp_path / "run", None, data_root, 20)
+    assert file.read_bytes() == before
+    assert "it has the figures of 50 images" in capsys.readouterr().err
+    # Of another checkpoint it is worth nothing.
+    file.write_text(json.dumps(json.loads(before) | {"checkpoint": "sha256:other"}))
+    evaluate(tmp_path / "run" / "checkpoints" / "000000000064.pt", None, data_root, 20)
+    assert json.loads(file.read_text())["images"] == 20
+
+
+def test_the_figures_of_a_checkpoint_are_kept_beside_it_and_those_of_a_run_are_in_its_report(
+    evaluated: Path, data_root: Path, tmp_path: Path
+) -> None:
+    assert "fid_over_floor" in (evaluated / "report.html").read_text()
+    shutil.copytree(evaluated, tmp_path / "run")
+    (file,) = checkpoint_files(tmp_path / "run")
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+    evaluate(file, None, data_root, 20)
+    assert json.loads((file.parent / "evaluation.json").read_text())["images"] == 20
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
+
+
+def test_an_evaluation_on_other_data_is_not_kept(
+    evaluated: Path, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(evaluated, tmp_path / "run")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    shutil.copytree(data_root / "MNIST" / "raw", raw)
+    images = raw / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1] + b"\x07")
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+    evaluate(tmp_path / "run", "fashion-mnist", tmp_path, 60)
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
+    assert "trained on other data" in capsys.readouterr().err
+
+
+def test_images_of_another_kind_are_refused(
+    evaluated: Path, train_part: Dataset, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(colours: int, class_names: tuple[str, ...]) -> Callable[..., Dataset]:
+        images = train_part.images.expand(-1, colours, -1, -1)
+        spec = ImageSpec(colours, 28, 28, class_names)
+        return lambda *_, **__: dataclasses.replace(train_part, images=images, spec=spec)
+
+    monkeypatch.setattr(evaluation_module, "load_dataset", load(3, tuple("0123456789")))
+    with pytest.raises(TrainerError, match="1 channels, 28x28, and those of mnist have 3"):
+        evaluate(evaluated, None, data_root, 20)
+    monkeypatch.setattr(evaluation_module, "load_dataset", load(1, ("a", "b")))
+    with pytest.raises(TrainerError, match="has 10 classes and mnist has 2"):
+        evaluate(evaluated, None, data_root, 20)
+
+
+def test_an_evaluation_of_another_checkpoint_stays_out_of_the_card(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(evaluated, tmp_path / "run")
+    file = tmp_path / "run" / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"checkpoint": "sha256:other"}))
+    published = onnx.load(export(tmp_path / "run", tmp_path / "models", "measured")).metadata_props[0].value
+    assert "label_accuracy" not in published
+    assert "another checkpoint" in capsys.readouterr().err
+    file.write_text("[]")
+    with pytest.raises(TrainerError, match="evaluate again"):
+        export(tmp_path / "run", tmp_path / "models", "measured")

@@ -1,0 +1,94 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ganserve_trainer.checkpoints import load_checkpoint
+from ganserve_trainer.cli import main
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.history import Alarm, History
+from ganserve_trainer.monitoring import MODE_COLLAPSE
+from ganserve_trainer.sweep import combinations, outcome, parse_axis, table
+
+
+def test_axes_are_read_as_their_settings_types() -> None:
+    assert parse_axis("loss=hinge,minimax") == ("loss", ["hinge", "minimax"])
+    assert parse_axis("batch-size=32, 64") == ("batch_size", [32, 64])
+    assert parse_axis("learning_rate=1e-3,2") == ("learning_rate", [0.001, 2.0])
+    assert parse_axis("attention=true,false") == ("attention", [True, False])
+    assert parse_axis("image_size=32") == ("image_size", [32])
+    for text, message in [("loss", "is no axis"), ("lss=a", "is no axis"), ("loss=", "is no axis"), ("width=a", "int")]:
+        with pytest.raises(TrainerError, match=message):
+            parse_axis(text)
+
+
+def test_every_combination_comes_once() -> None:
+    assert combinations([("width", [8, 16]), ("loss", ["hinge"]), ("seed", [0, 1])]) == [
+        {"width": width, "loss": "hinge", "seed": seed} for width in (8, 16) for seed in (0, 1)
+    ]
+
+
+def test_a_table_has_a_column_for_every_figure_and_the_outcome_last() -> None:
+    rows = [{"loss": "a|b", "outcome": "fine", "fid": 1.23456}, {"loss": "c", "fid": 10.0, "recall": 0.5}]
+    assert table(rows).splitlines() == [
+        "| loss | fid | recall | outcome |",
+        "|---|---|---|---|",
+        "| a\\|b | 1.235 |  | fine |",
+        "| c | 10 | 0.5 |  |",
+    ]
+
+
+def test_the_outcome_is_what_the_alarms_say() -> None:
+    assert outcome(History()) == "fine"
+    alarms = [Alarm(1, "discriminator overpowers", ""), Alarm(2, MODE_COLLAPSE, "")]
+    assert outcome(History(alarms=alarms[:1])) == "discriminator overpowers"
+    assert outcome(History(alarms=alarms)) == "collapsed"
+
+
+def test_a_sweep_trains_measures_and_goes_on_where_it_was(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small = ["--width", "4", "--batch-size", "16", "--images", "64", "--measured-images", "50"]
+    command = ["ganserve-trainer", "sweep", "--out", str(tmp_path / "sweep"), "--data-root", str(data_root), *small]
+    axes = ["--vary", "preset=mlp,cdcgan", "--vary", "label_smoothing=0,0.1", "--loss", "hinge"]
+    monkeypatch.setattr(sys, "argv", [*command, *axes])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    printed = capsys.readouterr()
+    assert printed.out == (tmp_path / "sweep" / "results.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.out.splitlines()]
+    assert rows[0][:5] == ["preset", "label_smoothing", "images", "minutes", "images_per_s"]
+    assert [row[:3] for row in rows[2:]] == [
+        ["mlp", "0", "64"],
+        ["mlp", "0.1", ""],
+        ["cdcgan", "0", "64"],
+        ["cdcgan", "0.1", ""],
+    ]
+    assert "hinge has none" in rows[3][-1]
+    assert rows[2][-1] == "fine"
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert set(results) == {"preset=mlp,label_smoothing=0.0", "preset=cdcgan,label_smoothing=0.0"}
+    assert 0 <= results["preset=cdcgan,label_smoothing=0.0"]["label_accuracy"] <= 1
+    folder = tmp_path / "sweep" / "preset=cdcgan,label_smoothing=0.0"
+    assert load_checkpoint(folder).settings.conditional
+
+    # What is complete is left alone: the run could not even be read any more.
+    for file in (folder / "checkpoints").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out == printed.out
+
+
+def test_a_sweep_in_which_nothing_can_be_trained_says_so(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ganserve-trainer", "sweep", "--out", str(tmp_path / "sweep"), "--data-root", str(data_root)]
+    monkeypatch.setattr(sys, "argv", [*command, "--preset", "mlp", "--vary", "attention=true", "--images", "64"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "none of the 1 runs could be trained" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""What a run survives: being killed at any moment, a second process, damaged files, a full disk, a read-only folder."""
+
+import dataclasses
+import multiprocessing
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import ordinary_user
+
+from ganserve_trainer.checkpoints import Checkpoint, checkpoint_files, load_checkpoint, save_checkpoint
+from ganserve_trainer.datasets import load_dataset
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.loop import train
+from ganserve_trainer.settings import Settings, from_preset
+
+KILLS = 20
+LONGEST_START_S = 0.6
+LONGEST_LIFE_S = 0.2
+
+
+def tiny(**changes: object) -> Settings:
+    small = {"width": 4, "batch_size": 16, "images": 1600, "sample_every_images": 1600, "checkpoint_every_images": 16}
+    return from_preset("cdcgan", small | {"precision": "fp32"} | changes)
+
+
+def train_here(settings: Settings, data_root: Path, out: Path, limit_bytes: int | None = None) -> None:
+    torch.set_num_threads(1)
+    if limit_bytes is not None:
+        # Writing beyond it fails as on a full disk, but with EFBIG.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    train(settings, load_dataset("mnist", data_root, train=True), out, resume=True, report=lambda *_: None)
+
+
+def assert_same_weights(one: Checkpoint, other: Checkpoint) -> None:
+    for part in ("generator", "discriminator", "ema"):
+        mine, theirs = getattr(one, part), getattr(other, part)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), part
+
+
+def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(data_root: Path, tmp_path: Path) -> None:
+    # The fork server has imported torch already: what is killed is training, not importing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ganserve_trainer.loop", "torch.utils.tensorboard", "torchmetrics"])
+    moments = random.Random(0)
+    settings = tiny(images=6_400)
+    reached = set()
+    for number in range(KILLS):
+        seen = checkpoint_files(tmp_path / "killed")
+        process = context.Process(target=train_here, args=(settings, data_root, tmp_path / "killed"))
+        process.start()
+        # Every other one is killed while it starts and reads its checkpoint, the others while they train and write.
+        if number % 2:
+            process.join(timeout=moments.uniform(0, LONGEST_START_S))
+        else:
+            while process.exitcode is None and checkpoint_files(tmp_path / "killed") == seen:
+                process.join(timeout=0.005)
+            process.join(timeout=moments.uniform(0, LONGEST_LIFE_S))
+        assert process.exitcode is None, "the run ended before it was killed"
+        process.kill()
+        process.join()
+        reached |= {path.name for path in checkpoint_files(tmp_path / "killed")}
+    assert len(reached) > KILLS / 2
+    train_here(settings, data_root, tmp_path / "killed")
+    train_here(settings, data_root, tmp_path / "whole")
+    killed_run, whole = load_checkpoint(tmp_path / "killed"), load_checkpoint(tmp_path / "whole")
+    assert killed_run.images_seen == whole.images_seen == 6_400
+    assert_same_weights(killed_run, whole)
+    # Its history is that of one run too, but for the clock.
+    assert [point._replace(elapsed_s=0) for point in killed_run.history.points] == [
+        point._replace(elapsed_s=0) for point in whole.history.points
+    ]
+    # What was being written when the process died is cleared away.
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+def test_two_processes_do_not_train_in_one_folder(data_root: Path, tmp_path: Path) -> None:
+    def second(*_: object) -> None:
+        with pytest.raises(TrainerError, match="another process is training"):
+            train(tiny(), dataset, tmp_path, resume=True, report=lambda *_: None)
+        seen.append(True)
+
+    seen: list[bool] = []
+    dataset = load_dataset("mnist", data_root, train=True)
+    train(tiny(images=32), dataset, tmp_path, resume=False, report=second)
+    assert seen
+
+
+def test_the_newest_good_checkpoint_is_found(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(tiny(images=64), data_root, tmp_path)
+    newest, before = checkpoint_files(tmp_path)
+    assert (newest.name, before.name) == ("000000000064.pt", "000000000048.pt")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert load_checkpoint(tmp_path).images_seen == 48
+    message = capsys.readouterr().err
+    assert "000000000064.pt is" in message
+    assert "going back to 000000000048.pt" in message
+    before.write_bytes(b"")
+    with pytest.raises(TrainerError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_was_there(data_root: Path, tmp_path: Path) -> None:
+    train_here(tiny(images=64), data_root, tmp_path)
+    size = checkpoint_files(tmp_path)[0].stat().st_size
+    code = (
+        "import sys; from pathlib import Path; from tests.trainer.test_unbreakable import train_here, tiny;"
+        "from ganserve_trainer import __main__ as program; import ganserve_trainer.cli as cli;"
+        f"cli.app = lambda: train_here(tiny(), Path(sys.argv[1]), Path(sys.argv[2]), {size // 2});"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, data_root, tmp_path], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load_checkpoint(tmp_path).images_seen == 64
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_read_only_folder_is_named(data_root: Path, tmp_path: Path, open_folder: Path) -> None:
+    train_here(tiny(images=16), data_root, tmp_path)  # now everything is imported
+    out = open_folder / "run"
+    out.mkdir(mode=0o555)
+    with ordinary_user(), pytest.raises(PermissionError, match="run"):
+        train_here(tiny(), data_root, out)
+    assert not list(out.iterdir())
+
+
+def test_a_data_set_that_shrank_is_refused(data_root: Path, tmp_path: Path) -> None:
+    train_here(tiny(images=64), data_root, tmp_path)
+    dataset = load_dataset("mnist", data_root, train=True)
+    fewer = dataclasses.replace(dataset, images=dataset.images[:300], labels=dataset.labels[:300])
+    with pytest.raises(TrainerError, match="have changed: now 300 images"):
+        train(tiny(), fewer, tmp_path, resume=True, report=lambda *_: None)
+    tinier = dataclasses.replace(dataset, images=dataset.images[:10], labels=dataset.labels[:10])
+    with pytest.raises(TrainerError, match="10 images, fewer than a batch of 16; use --batch-size 10"):
+        train(tiny(), tinier, tmp_path / "new", resume=False, report=lambda *_: None)
+
+
+def test_checkpoints_of_other_versions_and_architectures_are_named(data_root: Path, tmp_path: Path) -> None:
+    train_here(tiny(images=16), data_root, tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
+    file = checkpoint_files(tmp_path)[0]
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"format": 99}, file)
+    with pytest.raises(TrainerError, match="a newer ganserve-trainer wrote it: upgrade"):
+        load_checkpoint(tmp_path)
+    torch.save(content | {"format": 1}, file)
+    with pytest.raises(TrainerError, match="format 2, the one this ganserve-trainer reads"):
+        load_checkpoint(tmp_path)
+    torch.save({key: value for key, value in content.items() if key != "settings"}, file)
+    with pytest.raises(TrainerError, match="settings"):
+        load_checkpoint(tmp_path)
+    # Weights of one architecture under the settings of another.
+    save_checkpoint(dataclasses.replace(checkpoint, settings=tiny(images=16, width=8)), tmp_path)
+    with pytest.raises(TrainerError, match="weights do not fit"):
+        train_here(tiny(width=8), data_root, tmp_path)

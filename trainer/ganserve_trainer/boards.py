@@ -1,0 +1,72 @@
+"""Writes a run's history for TensorBoard, in steps of images seen."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ganserve_trainer.history import Alarm, Measurement, Point
+
+
+class Board:
+    """One folder of TensorBoard events. Close it, or use it in a `with` statement, to have all of them written."""
+
+    def __init__(self, folder: Path, *, resume_at: int | None = None) -> None:
+        """Begin to write.
+
+        Args:
+            folder: of the events, which is made if need be.
+            resume_at: the images seen by the checkpoint that a run goes on from; TensorBoard then forgets what came
+                after them.
+        """
+        # Here, because importing tensorboard takes a second, and most commands never write to one.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What has the step itself is purged too, and is of the past that the checkpoint holds.
+        purge_step = None if resume_at is None else resume_at + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def point(self, point: Point) -> None:
+        """Write the curves' next values."""
+        values = {
+            "loss/discriminator": point.discriminator_loss,
+            "loss/generator": point.generator_loss,
+            "accuracy/real": point.real_accuracy,
+            "accuracy/fake": point.fake_accuracy,
+            "gradient_norm/discriminator": point.discriminator_gradient_norm,
+            "gradient_norm/generator": point.generator_gradient_norm,
+            "diversity": point.diversity,
+        }
+        self._scalars(values, point.images_seen)
+
+    def measurement(self, measurement: Measurement) -> None:
+        """Write metrics."""
+        values = {f"metrics/{name}": value for name, value in measurement.metrics.items()}
+        self._scalars(values, measurement.images_seen)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Write an alarm as a text."""
+        self._writer.add_text(f"alarms/{alarm.name}", alarm.message, alarm.images_seen)
+
+    def sheet(self, path: Path, images_seen: int) -> None:
+        """Write a contact sheet."""
+        with Image.open(path) as image:
+            self._writer.add_image("samples", np.asarray(image.convert("RGB")), images_seen, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write what is left; before each checkpoint, so that a run that is killed and resumed has no gap."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _scalars(self, values: dict[str, float], images_seen: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, images_seen)

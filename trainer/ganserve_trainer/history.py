@@ -1,0 +1,60 @@
+"""What a run remembers of itself: one point every few steps, metrics now and then, and the alarms that rang."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Point(NamedTuple):
+    """The means over the steps since the last point; accuracies are shares, gradient norms are over all parameters."""
+
+    images_seen: int
+    elapsed_s: float
+    discriminator_loss: float
+    generator_loss: float
+    real_accuracy: float  # share of real images with a positive logit
+    fake_accuracy: float  # share of generated images with a negative logit
+    discriminator_gradient_norm: float
+    generator_gradient_norm: float
+    diversity: float  # see monitoring.diversity; 1 is that of real images, 0 a collapsed generator
+
+
+class Measurement(NamedTuple):
+    """Metrics of the EMA generator at one time of the run, by name."""
+
+    images_seen: int
+    elapsed_s: float
+    metrics: dict[str, float]
+
+
+class Alarm(NamedTuple):
+    """Something that a person should look at."""
+
+    images_seen: int
+    name: str  # "mode collapse" or "discriminator overpowers"
+    message: str
+
+
+@dataclass(slots=True)
+class History:
+    """A run's whole past; it lives in the checkpoint, so that a resumed run goes on with it."""
+
+    points: list[Point] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+
+    def to_plain(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Return plain tuples, which a checkpoint loads without running code."""
+        return {
+            "points": [tuple(point) for point in self.points],
+            "measurements": [tuple(measurement) for measurement in self.measurements],
+            "alarms": [tuple(alarm) for alarm in self.alarms],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, list[tuple[Any, ...]]]) -> "History":
+        """Rebuild what `to_plain` returned."""
+        return cls(
+            [Point(*point) for point in plain["points"]],
+            [Measurement(*measurement) for measurement in plain["measurements"]],
+            [Alarm(*alarm) for alarm in plain["alarms"]],
+        )

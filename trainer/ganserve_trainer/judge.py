@@ -1,0 +1,238 @@
+"""The network that judges images: a small CNN, trained by us on a data set's training part, with a fixed seed.
+
+Its penultimate layer gives the features that FID, recall and the like are computed on; its last layer tells the class.
+Figures compare only if they come from the same judge, so its digest and its accuracy are published with each of them.
+A judge is kept in the user's cache folder, and trained again when it is not there, damaged, or of an older recipe.
+"""
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ganserve_trainer.checkpoints import replace_atomically
+from ganserve_trainer.datasets import Dataset, load_dataset
+from ganserve_trainer.devices import best_device, bf16_is_fast
+from ganserve_trainer.networks import ImageSpec
+
+FEATURES = 128
+STACKED_MNIST = "stacked-mnist"
+
+# Goes up with every change to what is below that changes the weights.
+_RECIPE = 2
+_BATCH_SIZE = 128
+_EPOCHS = 10
+_LEAST_STEPS = 150  # a small data set is shown more often
+_LEARNING_RATE = 2e-3
+_SHIFT_PIXELS = 2
+_MIRRORED = ("fashion-mnist", "cifar10")  # whose images mean the same the other way round
+_JUDGED_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A trained network; on stacked MNIST it is MNIST's own and judges each of the three channels alone."""
+
+    network: nn.Sequential
+    task: str  # what it was trained to tell
+    stacked: bool = False
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the penultimate layer's values of uint8 images [n, channels, height, width]: float32 [n, features]."""
+        device = next(self.network.parameters()).device
+        parts = []
+        with torch.no_grad():
+            for part in images.split(_JUDGED_AT_ONCE):
+                alone = part.flatten(0, 1).unsqueeze(1) if self.stacked else part
+                parts.append(self.network[:-1](_normalised(alone.to(device))).cpu().view(len(part), -1))
+        return torch.cat(parts)
+
+    def labels(self, features: Tensor) -> Tensor:
+        """Tell the classes of images, int64 [n], by their features."""
+        device = next(self.network.parameters()).device
+        with torch.no_grad():
+            label: Tensor = self.network[-1](features.to(device).view(-1, FEATURES)).argmax(1).cpu()
+        return label.view(-1, 3) @ torch.tensor([100, 10, 1]) if self.stacked else label
+
+    def accuracy(self, test: Dataset) -> float:
+        """Return the share of real images whose class, or without classes whose way up, the judge tells right."""
+        if test.spec.class_names:
+            return _share(self.labels(self.features(test.images)) == test.labels)
+        way = torch.arange(len(test.images)) % _ways_up(test.spec)
+        turned = _turned(test.images, way, _ways_up(test.spec))
+        return _share(self.labels(self.features(turned)) == way)
+
+    def digest(self) -> str:
+        """Name the judge: sha256 over its weights."""
+        return _digest(self.network.state_dict())
+
+
+def judge_of(train: Dataset, data_root: Path, report: Callable[[str], None] = lambda _: None) -> Judge:
+    """Find the judge of a data set in the cache, or train it on the data set's training part and keep it there.
+
+    Args:
+        train: the training part.
+        data_root: where MNIST is, for stacked MNIST.
+        report: told when the training starts.
+    """
+    stacked = train.name == STACKED_MNIST
+    if stacked:
+        train = load_dataset("mnist", data_root, train=True, image_size=train.spec.height)
+    network = _build(train.spec)
+    path = _cache_folder() / f"{train.digest().removeprefix('sha256:')[:32]}-{_RECIPE}.pt"
+    if not _load(network, path):
+        report(f"training the judge of {train.name}, once: it is kept as {path}")
+        network = train_network(train)
+        _scale(network, train)
+        _save(network, path)
+    network = network.to(best_device()).to(memory_format=torch.channels_last)
+    if stacked:
+        task = "the digit of each channel"
+    else:
+        classes = len(train.spec.class_names)
+        task = f"the class of {classes}" if classes else f"which of {_ways_up(train.spec)} ways up an image is"
+    return Judge(network.eval().requires_grad_(False), task, stacked)
+
+
+def train_network(dataset: Dataset) -> nn.Sequential:
+    """Train the network that judges on all images of the data set, with a fixed seed.
+
+    Images are shifted by up to two pixels; clothes and photographs are mirrored too. On images without classes it
+    learns which way up they are (Gidaris et al., 2018, "Unsupervised representation learning by predicting image
+    rotations").
+    """
+    device = best_device()
+    ways = 0 if dataset.spec.class_names else _ways_up(dataset.spec)
+    size = min(_BATCH_SIZE, len(dataset.images))
+    steps = max(_EPOCHS * len(dataset.images) // size, _LEAST_STEPS)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        network = _build(dataset.spec).to(device).to(memory_format=torch.channels_last).train()
+        optimizer = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, steps)
+        images, labels = dataset.images.to(device), dataset.labels.to(device)
+        epochs = [torch.randperm(len(images)) for _ in range(-(-steps * size // len(images)))]
+        for index in torch.cat(epochs)[: steps * size].to(device).split(size):
+            batch, label = _shifted(images[index]), labels[index]
+            if dataset.name in _MIRRORED:
+                mirrored = torch.rand(len(batch), 1, 1, 1, device=device) < 0.5
+                batch = torch.where(mirrored, batch.flip(3), batch)
+            if ways:
+                label = torch.randint(ways, label.shape, device=device)
+                batch = _turned(batch, label, ways)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+                loss = F.cross_entropy(network(_normalised(batch)), label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval().requires_grad_(False)
+
+
+def _scale(network: nn.Sequential, train: Dataset) -> None:
+    """Bring the features' mean square to 1, what KID's kernel is made for, and leave the logits as they are."""
+    dense, head = (layer for layer in network if isinstance(layer, nn.Linear))
+    scale = Judge(network, "").features(train.images[: 20 * _JUDGED_AT_ONCE]).square().mean().sqrt()
+    dense.weight.div_(scale)
+    dense.bias.div_(scale)
+    head.weight.mul_(scale)
+
+
+def _build(spec: ImageSpec) -> nn.Sequential:
+    """Halve the size until a side is at most 8, then one dense layer to the features and one to the classes."""
+    layers: list[nn.Module] = []
+    channels, height, width = spec.channels, spec.height, spec.width
+    kernel, wider = 5, 32
+    while max(height, width) > 8:
+        layers += _convolution(channels, wider, kernel, stride=2)
+        channels, height, width = wider, -(-height // 2), -(-width // 2)
+        kernel, wider = 3, 64
+    layers += _convolution(channels, wider, kernel, stride=1)
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(wider * height * width, FEATURES),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(FEATURES, len(spec.class_names) or _ways_up(spec)),
+    )
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def _normalised(images: Tensor) -> Tensor:
+    return images.float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
+
+
+def _shifted(images: Tensor) -> Tensor:
+    """Shift each image by its own few pixels, [n, channels, height, width]; its edge is repeated where it leaves."""
+    n, height, width = len(images), images.shape[2], images.shape[3]
+    by = torch.randint(-_SHIFT_PIXELS, _SHIFT_PIXELS + 1, (2, n, 1), device=images.device)
+    rows = (by[0] + torch.arange(height, device=images.device)).clamp_(0, height - 1)
+    columns = (by[1] + torch.arange(width, device=images.device)).clamp_(0, width - 1)
+    image = torch.arange(n, device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _ways_up(spec: ImageSpec) -> int:
+    """Count the turns that leave the shape as it is."""
+    return 4 if spec.height == spec.width else 2
+
+
+def _turned(images: Tensor, way: Tensor, ways: int) -> Tensor:
+    """Turn each image by its share of the circle."""
+    turned = torch.empty_like(images)
+    for index in range(ways):
+        turned[way == index] = images[way == index].rot90(index * 4 // ways, (2, 3))
+    return turned
+
+
+def _share(right: Tensor) -> float:
+    return float(right.double().mean())
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    content = hashlib.sha256()
+    for name, tensor in state.items():
+        content.update(f"{name} {tuple(tensor.shape)}".encode())
+        content.update(tensor.contiguous().cpu().numpy().tobytes())
+    return f"sha256:{content.hexdigest()}"
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ganserve" / "judges"
+
+
+def _load(network: nn.Sequential, path: Path) -> bool:
+    """Take the weights from the cache; False if they are not there, damaged or of another network."""
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if kept["digest"] != _digest(kept["network"]):
+            return False
+        network.load_state_dict(kept["network"])
+    except Exception:  # what a damaged file makes of zip's and pickle's readers
+        return False
+    return True
+
+
+def _save(network: nn.Sequential, path: Path) -> None:
+    """Keep the weights; without a place for them, only say so."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+    content = io.BytesIO()
+    torch.save({"digest": _digest(state), "network": state}, content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(path) as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}): the judge will be trained again", file=sys.stderr)

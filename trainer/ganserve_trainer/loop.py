@@ -1,0 +1,265 @@
+"""The way of a run through time: steps, points of its history, alarms, samples, checkpoints, report, and its end."""
+
+import fcntl
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ganserve_trainer import processes
+from ganserve_trainer.boards import Board
+from ganserve_trainer.checkpoints import (
+    FOLDER_NAME,
+    Checkpoint,
+    checkpoint_files,
+    load_checkpoint,
+    replace_atomically,
+    save_checkpoint,
+)
+from ganserve_trainer.datasets import Dataset
+from ganserve_trainer.devices import best_device, bf16_is_fast
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.history import Alarm, Measurement, Point
+from ganserve_trainer.losses import LOSSES
+from ganserve_trainer.monitoring import MODE_COLLAPSE, Monitor, build_probe, diversity
+from ganserve_trainer.networks import Generator
+from ganserve_trainer.pictures import save_contact_sheet, save_interpolations
+from ganserve_trainer.report import report_on
+from ganserve_trainer.settings import FREE_ON_RESUME, Settings, write_config
+from ganserve_trainer.training import Run, derived_seed, diverged
+
+Report = Callable[[Point, float], None]  # the latest point, images per second
+Measure = Callable[[Generator], dict[str, float]]
+
+CONFIG_FILE_NAME = "run.toml"
+_POINT_EVERY_STEPS = 20
+_SPARSENESS = 1000
+_SHEET_COLUMNS = 10
+_SHEET_ROWS = 10
+
+
+def train(
+    settings: Settings, dataset: Dataset, out: Path, *, resume: bool, report: Report, measure: Measure | None = None
+) -> bool:
+    """Train until `settings.images` images are seen or `settings.minutes` are over; keep everything in `out`.
+
+    `out` holds `run.toml`, `checkpoints/`, `samples/`, `report.html` and `tensorboard/`. SIGINT and SIGTERM save a
+    checkpoint and end the run early. Under torchrun every process calls this, and the first one writes.
+
+    Args:
+        settings: what to make.
+        dataset: the training part.
+        out: the run's folder.
+        resume: go on with the run in `out`, if there is one.
+        report: called with every point of the history.
+        measure: called with the EMA generator every `settings.evaluate_every_images` images, untimed.
+
+    Returns:
+        Whether the run is complete.
+
+    Raises:
+        TrainerError: `out` holds a run and `resume` is false, or one that does not fit and `resume` is true; another
+            process trains in `out`; losses or weights are no longer finite, in which case the last checkpoint is from
+            before; or the mode collapse alarm rang and `settings.stop_on_collapse` is set.
+        OSError: a file cannot be written; the last checkpoint is whole.
+    """
+    processes.start()
+    try:
+        if processes.rank():
+            return _train(settings, dataset, out, resume, report, measure)
+        out.mkdir(parents=True, exist_ok=True)
+        with _only_trainer_of(out):
+            return _train(settings, dataset, out, resume, report, measure)
+    finally:
+        processes.stop()
+
+
+def _train(
+    settings: Settings, dataset: Dataset, out: Path, resume: bool, report: Report, measure: Measure | None
+) -> bool:
+    run = _begin(settings, dataset, out, resume=resume)
+    settings = run.settings
+    folder = _Folder(out, run) if processes.rank() == 0 else None
+    probe = build_probe(run.images, run.labels, conditional=settings.conditional)
+    probe_latent = _fixed_latents(settings, "probe", probe.size)
+    monitor = Monitor(run.history.points, critic=LOSSES[settings.loss].is_critic)
+    recent: list[Tensor] = []
+    started = time.monotonic() - run.elapsed_s
+    last_point = (run.elapsed_s, run.images_seen)
+
+    def due(every: int) -> bool:
+        return bool(every) and run.images_seen // every > (run.images_seen - run.images_a_step) // every
+
+    with _stop_signals() as stop, folder.board if folder is not None else nullcontext():
+        last = settings.are_fulfilled(run.images_seen, run.elapsed_s)
+        while not last:
+            recent.append(run.step())
+            run.elapsed_s = time.monotonic() - started
+            enough = stop.is_set() or settings.are_fulfilled(run.images_seen, run.elapsed_s)
+            # Less and less often, in steps, so that the history of a long run does not outgrow its weights.
+            point_due = len(recent) >= max(_POINT_EVERY_STEPS, run.images_seen // run.images_a_step // _SPARSENESS)
+            if processes.count() > 1:
+                # All processes must agree, and asking costs: only now and then.
+                enough = point_due and processes.any_is_true(enough, run.device)
+            last = enough or run.images_seen >= settings.images
+            sample = last or due(settings.sample_every_images)
+            save = last or due(settings.checkpoint_every_images)
+            evaluate = measure is not None and due(settings.evaluate_every_images)
+            if not (point_due or sample or save or evaluate):
+                continue
+
+            # One read-back for all these steps: reading each one's loss would stall a GPU.
+            means = processes.average(torch.stack(recent).mean(0))
+            recent.clear()
+            diverse = diversity(run.show(probe_latent, probe.label), probe)
+            numbers = torch.cat([means, run.gradient_norms(), diverse.view(1)]).tolist()
+            if not all(math.isfinite(number) for number in numbers[:4]):
+                raise diverged(run.images_seen)
+            point = Point(run.images_seen, run.elapsed_s, *numbers)
+            run.history.points.append(point)
+            rate = (run.images_seen - last_point[1]) / max(run.elapsed_s - last_point[0], 1e-9)
+            alarms = monitor.observe(point)
+            run.history.alarms += alarms
+            collapse = next((alarm for alarm in alarms if alarm.name == MODE_COLLAPSE), None)
+            ends = collapse is not None and settings.stop_on_collapse
+            if folder is not None:
+                for alarm in alarms:
+                    folder.ring(alarm)
+                folder.board.point(point)
+                report(point, rate)
+                if evaluate and measure is not None:
+                    measurement = Measurement(run.images_seen, run.elapsed_s, measure(run.ema.network))
+                    run.history.measurements.append(measurement)
+                    folder.board.measurement(measurement)
+                if save or ends:
+                    folder.board.flush()
+                    save_checkpoint(run.checkpoint(), out)
+                if sample or ends:
+                    folder.sample(run)
+            if evaluate:
+                # Measuring is not training: it does not count against `minutes`, nor in images per second.
+                started = time.monotonic() - run.elapsed_s
+            last_point = (run.elapsed_s, run.images_seen)
+            if ends and collapse is not None:
+                raise TrainerError(
+                    f"{collapse.message} The run ends here, as stop_on_collapse asks; it is all in {out}"
+                )
+    return settings.are_fulfilled(run.images_seen, run.elapsed_s)
+
+
+def _begin(settings: Settings, dataset: Dataset, out: Path, *, resume: bool) -> Run:
+    device = best_device()
+    if settings.precision == "auto":
+        settings = replace(settings, precision="bf16" if bf16_is_fast(device) else "fp32")
+    checkpoint = None
+    if checkpoint_files(out):
+        if not resume:
+            raise TrainerError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
+        checkpoint = load_checkpoint(out)
+        _check_same_run(checkpoint, settings, dataset)
+    run = Run(settings, dataset, device)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    return run
+
+
+class _Folder:
+    """What is written into a run's folder besides its checkpoints."""
+
+    def __init__(self, out: Path, run: Run) -> None:
+        self.out = out
+        _remove_leftovers(out)
+        with replace_atomically(out / CONFIG_FILE_NAME) as file:
+            file.write(write_config(run.settings).encode())
+        (out / "samples").mkdir(exist_ok=True)
+        self.board = Board(out / "tensorboard", resume_at=run.images_seen or None)
+        classes = min(len(run.spec.class_names), _SHEET_ROWS) if run.settings.conditional else 0
+        rows = classes or _SHEET_ROWS
+        self._latent = _fixed_latents(run.settings, "sheet", rows * _SHEET_COLUMNS)
+        self._label = torch.arange(rows).repeat_interleave(_SHEET_COLUMNS) if classes else None
+
+    def ring(self, alarm: Alarm) -> None:
+        """Tell of an alarm."""
+        print(f"ALARM after {alarm.images_seen} images: {alarm.name}. {alarm.message}", file=sys.stderr, flush=True)
+        self.board.alarm(alarm)
+
+    def sample(self, run: Run) -> None:
+        """Write what the EMA generator makes of the run's fixed latents, and the report."""
+        path = self.out / "samples" / f"{run.images_seen:012d}.png"
+        save_contact_sheet(run.show(self._latent, self._label), _SHEET_COLUMNS, path)
+        rows = None if self._label is None else self._label[::_SHEET_COLUMNS]
+        save_interpolations(run.show, run.settings.latent_dim, self.out / "interpolations.png", label=rows)
+        self.board.sheet(path, run.images_seen)
+        report_on(run.checkpoint(), self.out)
+
+
+def _fixed_latents(settings: Settings, purpose: str, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, purpose, 0))
+    return torch.randn(count, settings.latent_dim, generator=generator)
+
+
+def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset) -> None:
+    """Allow a resumed run to last longer and to show itself more or less often, and to differ in nothing else."""
+    before, now = asdict(checkpoint.settings), asdict(settings)
+    free = FREE_ON_RESUME if settings.decay_from >= 1 else tuple(name for name in FREE_ON_RESUME if name != "images")
+    differing = [name for name in before if name not in free and before[name] != now[name]]
+    if differing:
+        changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
+        raise TrainerError(f"--resume goes on with the same settings, but {changes}")
+    if checkpoint.dataset_digest != dataset.digest():
+        raise TrainerError(
+            "--resume goes on with the same data, but the data set's images or labels have changed: "
+            f"now {len(dataset.images)} images; put back what was there, or begin a new run in another --out"
+        )
+    if checkpoint.images_seen > settings.images:
+        raise TrainerError(f"the run has seen {checkpoint.images_seen} images already; give more as --images")
+
+
+@contextmanager
+def _only_trainer_of(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process, however it ends."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TrainerError(f"another process is training in {out}; wait for it, or choose another --out") from error
+    else:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Delete the files that a killed process was writing; nobody else writes here while the lock is held."""
+    for folder in (out, out / FOLDER_NAME, out / "samples"):
+        for path in folder.glob(".*.[0-9]*"):
+            path.unlink()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Set the event on SIGINT and SIGTERM; a second one acts as usual."""
+    stop = threading.Event()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)

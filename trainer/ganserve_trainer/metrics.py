@@ -1,0 +1,153 @@
+"""Figures on features and labels of images, real and generated; pure functions, whatever network gave the features.
+
+Features are float [n, d], labels int64 [n], counts int64 [classes]. Distances are Euclidean.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+_ROWS_AT_ONCE = 1000  # distances are computed for so many rows at a time: 10,000 x 10,000 would be 400 MB
+
+
+class _Features(nn.Module):
+    """What torchmetrics asks for features when it is given features."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def fid(real: Tensor, generated: Tensor) -> float:
+    """Fréchet distance of the two Gaussians fitted to the features (Heusel et al., 2017), by torchmetrics; 0 is equal.
+
+    It falls with the number of images, so compare figures of equal numbers only.
+    """
+    metric = FrechetInceptionDistance(_Features(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return float(metric.compute())
+
+
+def kid(real: Tensor, generated: Tensor, subsets: int = 100, subset_size: int = 1000) -> float:
+    """Squared maximum mean discrepancy under the kernel (x·y/d + 1)³ (Bińkowski et al., 2018), by torchmetrics.
+
+    The mean over random subsets, drawn with a fixed seed; its expectation does not depend on the number of images.
+    """
+    size = min(subset_size, len(real), len(generated))
+    with warnings.catch_warnings(), torch.random.fork_rng([]):
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+        torch.manual_seed(0)
+        metric = KernelInceptionDistance(_Features(real.shape[1]), subsets, size)
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+        mean, _ = metric.compute()
+    return float(mean)
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al., 2019).
+
+    Precision is the share of generated images that lie in the ball of a real one, which reaches to its k-th nearest
+    real neighbour; recall is the same with the parts exchanged.
+    """
+    real_radius, generated_radius = _squared_radii(real, k), _squared_radii(generated, k)
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    precise = []
+    for start, distance in _squared_distances(generated, real):
+        precise.append((distance <= real_radius).any(1))
+        covered |= (distance <= generated_radius[start : start + len(distance), None]).any(0)
+    return _share(torch.cat(precise)), _share(covered)
+
+
+def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
+    """Density and coverage (Naeem et al., 2020), with the paper's k.
+
+    Density is the number of real images' balls that a generated image lies in, over k, on average: it may exceed 1.
+    Coverage is the share of real images whose ball holds a generated one: unlike recall, outliers do not raise it.
+    """
+    radius = _squared_radii(real, k)
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    within = 0
+    for _, distance in _squared_distances(generated, real):
+        inside = distance <= radius
+        within += int(inside.sum())
+        covered |= inside.any(0)
+    return within / (k * len(generated)), _share(covered)
+
+
+def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Return distances and indices of each point's k nearest (all, if they are fewer), nearest first: two of [n, k]."""
+    found = [distance.topk(min(k, len(among)), largest=False) for _, distance in _squared_distances(points, among)]
+    return torch.cat([part.values for part in found]).sqrt(), torch.cat([part.indices for part in found])
+
+
+def data_copying(generated_to_train: Tensor, test_to_train: Tensor) -> float:
+    """Tell how often a generated image is nearer to its nearest training image than a real test image is to its own.
+
+    The statistic of the data-copying test of Meehan et al. (2020), over all pairs, ties counting half: 0.5 is what new
+    real images get, near 1 is a generator that copies training images, near 0 one whose images are far from real ones.
+
+    Args:
+        generated_to_train: each generated image's distance to its nearest training image, [n].
+        test_to_train: the same of test images, [m].
+    """
+    test = test_to_train.sort().values
+    below = torch.searchsorted(test, generated_to_train)
+    up_to = torch.searchsorted(test, generated_to_train, right=True)
+    return 1 - float((below + up_to).double().mean()) / (2 * len(test))
+
+
+def label_accuracy(asked: Tensor, recognised: Tensor) -> float:
+    """Return the share of images that are recognised as the class that was asked for."""
+    return _share(asked == recognised)
+
+
+def class_histogram(labels: Tensor, classes: int) -> Tensor:
+    """Count the images of each class."""
+    return labels.bincount(minlength=classes)
+
+
+def kl_divergence(counts: Tensor, reference: Tensor) -> float:
+    """Kullback-Leibler divergence of the classes' distribution from a reference, in nats; infinite where that has none.
+
+    On stacked MNIST this is the "KL" of VEEGAN (Srivastava et al., 2017) and PacGAN (Lin et al., 2018): generated
+    images' modes against the data's.
+    """
+    share, expected = counts.double() / counts.sum(), reference.double() / reference.sum()
+    there = share > 0
+    return float((share[there] * (share[there] / expected[there]).log()).sum())
+
+
+def _squared_distances(points: Tensor, among: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Give the squared distances of some rows at a time, [rows, len(among)], with the first row's number."""
+    # Centred, for the rounding error of |a|² + |b|² - 2ab grows with the norms. Not torch.cdist: it takes 3 x as long.
+    centre = among.mean(0)
+    points, among = points - centre, among - centre
+    norm = among.square().sum(1)
+    for start in range(0, len(points), _ROWS_AT_ONCE):
+        rows = points[start : start + _ROWS_AT_ONCE]
+        yield start, torch.addmm(norm, rows, among.T, alpha=-2).add_(rows.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+def _squared_radii(points: Tensor, k: int) -> Tensor:
+    """Return each point's squared distance to its k-th nearest other point, [n]."""
+    k = min(k, len(points) - 1)
+    radii = []
+    for start, distance in _squared_distances(points, points):
+        row = torch.arange(len(distance))
+        distance[row, start + row] = torch.inf
+        # Not kthvalue: it takes 20 x as long.
+        radii.append(distance.topk(k, largest=False).values[:, -1])
+    return torch.cat(radii)
+
+
+def _share(right: Tensor) -> float:
+    return float(right.double().mean())

@@ -1,0 +1,100 @@
+"""Several processes training one run (torchrun), one device each; one process is the special case of it.
+
+Every process draws the whole global batch's latents and takes its own rows, gradients are averaged over processes,
+and BatchNorm's statistics are taken over all of them: n processes of batch b compute what one of batch n·b does.
+"""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+import torch.distributed.nn.functional as differentiable
+from torch import Tensor, nn
+
+
+def start() -> None:
+    """Join the processes that torchrun started, if it did: over NCCL on GPUs, over Gloo on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Leave the group; nothing if there is none."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """Return which process this is; 0 is the one that writes files."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def count() -> int:
+    """Return how many processes train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over processes, in one message."""
+    if count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= count()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def average(values: Tensor) -> Tensor:
+    """Return the mean over processes."""
+    if count() > 1:
+        torch.distributed.all_reduce(values)
+        values /= count()
+    return values
+
+
+def any_is_true(value: bool, device: torch.device) -> bool:
+    """Tell whether it is true in any process; all of them must ask."""
+    return bool(average(torch.tensor(float(value), device=device)).item() > 0)
+
+
+class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batches of all processes, on any device; PyTorch's own SyncBatchNorm needs GPUs."""
+
+    def _check_input_dim(self, _: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, [n, c, …]."""
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        x = x.float()
+        mean: Tensor = differentiable.all_reduce(x.mean(axes)) / count()
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        centred = x - mean.view(shape)
+        variance: Tensor = differentiable.all_reduce(centred.square().mean(axes)) / count()
+        with torch.no_grad():
+            values = x.numel() // x.shape[1] * count()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * values / (values - 1), self.momentum)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+        return centred * (self.weight * torch.rsqrt(variance + self.eps)).view(shape) + self.bias.view(shape)
+
+
+def synchronise_batch_norm(network: nn.Module) -> None:
+    """Put SynchronisedBatchNorm in the place of every BatchNorm, with the same weights; nothing for one process."""
+    if count() == 1:
+        return
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                synchronised = SynchronisedBatchNorm(layer.num_features, layer.eps, layer.momentum)
+                synchronised.load_state_dict(layer.state_dict())
+                setattr(parent, name, synchronised)

@@ -1,0 +1,153 @@
+"""Runs over all combinations of a few values of a few settings, with a table of results at the end."""
+
+import dataclasses
+import itertools
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ganserve_trainer.checkpoints import checkpoint_files, load_checkpoint, replace_atomically
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.history import History
+from ganserve_trainer.monitoring import MODE_COLLAPSE
+from ganserve_trainer.settings import Settings
+
+RESULTS_FILE_NAME = "results.json"
+TABLE_FILE_NAME = "results.md"
+
+TrainOne = Callable[[Settings, Path], None]
+MeasureOne = Callable[[Path], dict[str, float]]
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """Read one axis, `setting=value,value,…`.
+
+    Raises:
+        TrainerError: it is not of that form, or a value is not of the setting's type.
+    """
+    name, equals, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
+    if not equals or name not in kinds or not values:
+        raise TrainerError(f"{text!r} is no axis of a sweep; write a setting and its values as loss=hinge,minimax")
+    return name, [_value(name, kinds[name], value.strip()) for value in values.split(",")]
+
+
+def _value(name: str, kind: Any, text: str) -> Any:
+    kinds = typing.get_args(kind) or (kind,)
+    if bool in kinds and text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        if number in kinds:
+            try:
+                return number(text)
+            except ValueError as error:
+                raise TrainerError(f"{name}={text}: {text!r} is not of type {number.__name__}") from error
+    return text
+
+
+def combinations(axes: Sequence[tuple[str, list[Any]]]) -> list[dict[str, Any]]:
+    """Return every combination of the axes' values, the last axis changing fastest."""
+    names = [name for name, _ in axes]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(values for _, values in axes))]
+
+
+def sweep(
+    out: Path,
+    axes: Sequence[tuple[str, list[Any]]],
+    settings_of: Callable[[dict[str, Any]], Settings],
+    train_one: TrainOne,
+    measure_one: MeasureOne,
+) -> str:
+    """Train and measure every combination; return the table, which is also in `out` with all figures as JSON.
+
+    What is complete already is not trained or measured again, so a sweep that was stopped goes on. A combination that
+    the settings refuse, or that diverges, is a row that says so, and the others go on.
+
+    Args:
+        out: a folder for each run, named after its values, `results.json` and `results.md`.
+        axes: settings and their values.
+        settings_of: the settings of a combination.
+        train_one: trains one in a folder, and resumes what it finds there.
+        measure_one: measures the run in a folder.
+
+    Raises:
+        TrainerError: no combination could be trained.
+    """
+    chosen = combinations(axes)
+    rows: list[dict[str, Any]] = []
+    known = _known(out / RESULTS_FILE_NAME)
+    for index, values in enumerate(chosen):
+        name = ",".join(f"{key}={value}" for key, value in values.items()).replace("/", "_")
+        print(f"{index + 1} of {len(chosen)}: {name}", file=sys.stderr, flush=True)
+        row: dict[str, Any] = dict(values)
+        folder = out / name
+        try:
+            settings = settings_of(values)
+            row |= known.get(name, {}) or _one(settings, folder, train_one, measure_one)
+        except TrainerError as error:
+            row["outcome"] = str(error).splitlines()[0]
+        rows.append(row)
+        known[name] = {key: value for key, value in row.items() if key not in values}
+        finished = {key: value for key, value in known.items() if "images" in value}
+        with replace_atomically(out / RESULTS_FILE_NAME) as file:
+            file.write(json.dumps(finished, indent=2).encode())
+        with replace_atomically(out / TABLE_FILE_NAME) as file:
+            file.write(table(rows).encode())
+    if not any("images" in row for row in rows):
+        raise TrainerError(f"none of the {len(rows)} runs could be trained; the reasons are in {out / TABLE_FILE_NAME}")
+    return table(rows)
+
+
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _one(settings: Settings, folder: Path, train_one: TrainOne, measure_one: MeasureOne) -> dict[str, Any]:
+    collapse = ""
+    try:
+        train_one(settings, folder)
+    except TrainerError as error:
+        if not checkpoint_files(folder):
+            raise
+        collapse = str(error)  # stopped by its alarm, or diverged after a good checkpoint
+    checkpoint = load_checkpoint(folder)
+    return {
+        "images": checkpoint.images_seen,
+        "minutes": round(checkpoint.elapsed_s / 60, 2),
+        "images_per_s": round(checkpoint.images_seen / max(checkpoint.elapsed_s, 1e-9)),
+        **{name: round(value, 4) for name, value in measure_one(folder).items()},
+        "outcome": "diverged" if "finite" in collapse else outcome(checkpoint.history),
+    }
+
+
+def outcome(history: History) -> str:
+    """Say in one word how a run went, by its alarms and by whether its images were diverse at the end."""
+    names = {alarm.name for alarm in history.alarms}
+    if MODE_COLLAPSE in names:
+        return "collapsed"
+    return "; ".join(sorted(names)) or "fine"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table; its columns are the keys, in the order of their first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if "outcome" in columns:
+        columns.append(columns.pop(columns.index("outcome")))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_shown(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "\\|")
