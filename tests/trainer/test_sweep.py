@@ -7,7 +7,7 @@ import pytest
 from ganserve_trainer.checkpoints import load_checkpoint
 from ganserve_trainer.cli import main
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.history import Alarm, History
+from ganserve_trainer.history import Alarm, History, Point
 from ganserve_trainer.monitoring import MODE_COLLAPSE
 from ganserve_trainer.sweep import combinations, outcome, parse_axis, table
 
@@ -40,10 +40,12 @@ def test_a_table_has_a_column_for_every_figure_and_the_outcome_last() -> None:
 
 
 def test_the_outcome_is_what_the_alarms_say() -> None:
-    assert outcome(History()) == "fine"
+    late = [Point(20_000, *[1.0] * 8)]
+    assert outcome(History()) == "too early to tell"
+    assert outcome(History(late)) == "fine"
     alarms = [Alarm(1, "discriminator overpowers", ""), Alarm(2, MODE_COLLAPSE, "")]
-    assert outcome(History(alarms=alarms[:1])) == "discriminator overpowers"
-    assert outcome(History(alarms=alarms)) == "collapsed"
+    assert outcome(History(late, alarms=alarms[:1])) == "discriminator overpowers"
+    assert outcome(History(late, alarms=alarms)) == "collapsed"
 
 
 def test_a_sweep_trains_measures_and_goes_on_where_it_was(
@@ -68,7 +70,8 @@ def test_a_sweep_trains_measures_and_goes_on_where_it_was(
         ["cdcgan", "0.1", ""],
     ]
     assert "hinge has none" in rows[3][-1]
-    assert rows[2][-1] == "fine"
+    assert rows[2][-1] == "too early to tell"
+    assert float(rows[2][rows[0].index("diversity")]) > 0
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert set(results) == {"preset=mlp,label_smoothing=0.0", "preset=cdcgan,label_smoothing=0.0"}
     assert 0 <= results["preset=cdcgan,label_smoothing=0.0"]["label_accuracy"] <= 1

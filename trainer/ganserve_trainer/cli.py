@@ -42,7 +42,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         option = typer.Option(
             help=field.metadata["help"],
             rich_help_panel=field.metadata["panel"],
-            show_default=f"{shown}, or the preset's",
+            show_default=shown,
         )
         annotation: Any = Annotated[_option_type(field), option]
         parameters.append(
@@ -99,6 +99,8 @@ def train(
     **given: Any,
 ) -> None:
     """Train a generator on a data set; on the GPU if there is one.
+
+    The defaults of the settings are shown as they are without a preset; `presets` tells what each preset changes.
 
     Several GPUs or machines: torchrun --nproc-per-node 2 -m ganserve_trainer train …, a batch each.
     """

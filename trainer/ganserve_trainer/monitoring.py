@@ -24,7 +24,7 @@ _REAL_DRAWS = 8
 # Measured on MNIST, Fashion-MNIST and CIFAR-10: healthy runs have a diversity of 0.2 to 1.1 from 20,000 images on,
 # collapsed ones 0.000 to 0.003. The average starts as a blur, of 0.06 or more.
 _COLLAPSED, _SPREAD = 0.1, 0.15
-_WARM_UP_IMAGES = 20_000
+WARM_UP_IMAGES = 20_000
 _COLLAPSE_POINTS = 5
 
 # The means over 10 points (200 steps) of the lower accuracy reach 0.992 in runs that go on to learn, 0.998 and more in
@@ -131,7 +131,7 @@ class Monitor:
     def _collapse(self) -> Alarm | None:
         recent = list(self._recent)[-_COLLAPSE_POINTS:]
         values = [point.diversity for point in recent]
-        if len(recent) < _COLLAPSE_POINTS or recent[-1].images_seen < _WARM_UP_IMAGES:
+        if len(recent) < _COLLAPSE_POINTS or recent[-1].images_seen < WARM_UP_IMAGES:
             return None
         if all(value > _SPREAD for value in values):
             self._ringing.discard(MODE_COLLAPSE)

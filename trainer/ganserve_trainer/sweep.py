@@ -12,7 +12,7 @@ from typing import Any
 from ganserve_trainer.checkpoints import checkpoint_files, load_checkpoint, replace_atomically
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.history import History
-from ganserve_trainer.monitoring import MODE_COLLAPSE
+from ganserve_trainer.monitoring import MODE_COLLAPSE, WARM_UP_IMAGES
 from ganserve_trainer.settings import Settings
 
 RESULTS_FILE_NAME = "results.json"
@@ -125,16 +125,18 @@ def _one(settings: Settings, folder: Path, train_one: TrainOne, measure_one: Mea
         "minutes": round(checkpoint.elapsed_s / 60, 2),
         "images_per_s": round(checkpoint.images_seen / max(checkpoint.elapsed_s, 1e-9)),
         **{name: round(value, 4) for name, value in measure_one(folder).items()},
+        "diversity": round(checkpoint.history.points[-1].diversity, 3),
         "outcome": "diverged" if "finite" in collapse else outcome(checkpoint.history),
     }
 
 
 def outcome(history: History) -> str:
-    """Say in one word how a run went, by its alarms and by whether its images were diverse at the end."""
+    """Say how a run went, by its alarms; before the one for mode collapse could ring, that is not known."""
     names = {alarm.name for alarm in history.alarms}
     if MODE_COLLAPSE in names:
         return "collapsed"
-    return "; ".join(sorted(names)) or "fine"
+    early = not history.points or history.points[-1].images_seen < WARM_UP_IMAGES
+    return "; ".join(sorted(names)) or ("too early to tell" if early else "fine")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
