@@ -10,7 +10,9 @@ import torch
 
 from ganserve_trainer.checkpoints import load_checkpoint
 
-SMALL = ["--width", "8", "--precision", "fp32", "--images", "320", "--sample-every-images", "160", "--dropout", "0"]
+# Without momentum Adam's first steps are the gradients' signs, which rounding turns where a gradient is nearly zero.
+ADAM = ["--learning-rate", "2e-4", "--beta1", "0.5", "--beta2", "0.999"]
+SMALL = ["--width", "8", "--precision", "fp32", "--images", "320", "--sample-every-images", "160", *ADAM]
 
 
 def train(
@@ -39,14 +41,15 @@ def test_two_processes_of_16_train_as_one_of_32(data_root: Path, tmp_path: Path,
     for mine, theirs in zip(one.history.points, two.history.points, strict=True):
         assert theirs.images_seen == mine.images_seen
         for name in ("discriminator_loss", "generator_loss", "real_accuracy", "diversity"):
-            assert getattr(theirs, name) == pytest.approx(getattr(mine, name), rel=1e-3), name
+            assert getattr(theirs, name) == pytest.approx(getattr(mine, name), rel=2e-4), name
     for name, weight in one.ema.items():
-        assert torch.allclose(weight.float(), two.ema[name].float(), atol=2e-4), name
+        assert torch.allclose(weight.float(), two.ema[name].float(), atol=1e-3), name
     # Written once: the same files, and one line of advice.
     assert sorted(path.name for path in (tmp_path / "together").rglob("*.p*")) == sorted(
         path.name for path in (tmp_path / "alone").rglob("*.p*")
     )
     assert together.stdout.count("next: ganserve-trainer export") == 1
+    assert "Warning" not in together.stderr
 
 
 def test_an_error_in_all_processes_is_told(data_root: Path, tmp_path: Path) -> None:

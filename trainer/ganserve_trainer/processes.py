@@ -6,10 +6,10 @@ and BatchNorm's statistics are taken over all of them: n processes of batch b co
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 
@@ -60,6 +60,29 @@ def any_is_true(value: bool, device: torch.device) -> bool:
     return bool(average(torch.tensor(float(value), device=device)).item() > 0)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over processes, through which gradients flow: each process's share gets the sum of all gradients."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        """Sum."""
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        """Sum, too."""
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def _sum(x: Tensor) -> Tensor:
+    total: Tensor = _Sum.apply(x)
+    return total
+
+
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, on any device; PyTorch's own SyncBatchNorm needs GPUs."""
 
@@ -75,10 +98,10 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         assert self.momentum is not None
         axes = [axis for axis in range(x.dim()) if axis != 1]
         x = x.float()
-        mean: Tensor = differentiable.all_reduce(x.mean(axes)) / count()
+        mean: Tensor = _sum(x.mean(axes)) / count()
         shape = (1, -1, *[1] * (x.dim() - 2))
         centred = x - mean.view(shape)
-        variance: Tensor = differentiable.all_reduce(centred.square().mean(axes)) / count()
+        variance: Tensor = _sum(centred.square().mean(axes)) / count()
         with torch.no_grad():
             values = x.numel() // x.shape[1] * count()
             self.running_mean.lerp_(mean, self.momentum)
