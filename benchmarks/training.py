@@ -1,7 +1,8 @@
 """How fast the trainer is, and how good its images are after so many minutes, against the loop that everybody writes.
 
-`speed` trains each preset by both loops in alternation and prints images per second and their ratio. `quality` trains
-by both loops from nothing, measures after 1, 5 and 20 minutes of training, and draws the plot.
+`speed` trains each preset by both loops, each in a process of its own, in alternation, and prints images per second
+and their ratio. `quality` trains by both loops from nothing, measures after 1, 5 and 20 minutes of training, and draws
+the plot.
 
 The plain loop is the one of most tutorials: torchvision's data set, a DataLoader with ToTensor and Normalize, two
 workers and shuffling, fp32, real and generated images in passes of their own. For `speed` it trains the same networks
@@ -10,11 +11,14 @@ normalisation, label channels, Adam with a learning rate of 2e-4 and beta1 0.5, 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import matplotlib as mpl
@@ -149,22 +153,49 @@ def images_per_s(step: Step, settings: Settings, seconds: float, device: torch.d
     return steps * settings.batch_size / (time.perf_counter() - started)
 
 
+def serve_rates(loop: str, settings: Settings, data_root: Path, pipe: Connection) -> None:
+    """Train by one loop, in this process of its own, for as many seconds as are asked for; answer with images/s."""
+    device = best_device()
+    dataset = load_dataset(settings.dataset, data_root, train=True)
+    if loop == "plain":
+        step, _ = plain_steps(settings, dataset, device, data_root)
+    else:
+        step, _ = our_steps(settings, dataset, device)
+    while seconds := pipe.recv():
+        pipe.send(images_per_s(step, settings, seconds, device))
+
+
+@contextlib.contextmanager
+def loop_in_a_process(loop: str, settings: Settings, data_root: Path) -> Iterator[Callable[[float], float]]:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=serve_rates, args=(loop, settings, data_root, theirs))
+    process.start()
+
+    def rate(seconds: float) -> float:
+        mine.send(seconds)
+        found: float = mine.recv()
+        return found
+
+    try:
+        yield rate
+    finally:
+        mine.send(0.0)
+        process.join()
+
+
 def speed(arguments: argparse.Namespace, device: torch.device, precision: str) -> None:
     peak = device_peak_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     print(f"{device.type}, {torch.get_num_threads()} threads, {precision}; matrix products: {peak / 1e9:,.0f} GFLOP/s")
     print("medians of alternating rounds, images/s: | preset | plain | ganserve | ratio | share of the peak |")
     for preset in arguments.presets.split(","):
         settings = from_preset(preset, {"precision": precision, "dataset": arguments.dataset})
-        dataset = load_dataset(settings.dataset, arguments.data_root, train=True)
-        ours, _ = our_steps(settings, dataset, device)
-        plain, _ = plain_steps(settings, dataset, device, arguments.data_root)
-        rates: dict[str, list[float]] = {"plain": [], "ours": []}
-        for _ in range(arguments.rounds):
-            rates["plain"].append(images_per_s(plain, settings, arguments.seconds, device))
-            rates["ours"].append(images_per_s(ours, settings, arguments.seconds, device))
-        ratio = statistics.median(b / a for a, b in zip(rates["plain"], rates["ours"], strict=True))
-        plain_rate, our_rate = (statistics.median(values) for values in rates.values())
-        share = our_rate * flops_a_training_image(settings, dataset) / peak
+        root = arguments.data_root
+        with loop_in_a_process("plain", settings, root) as plain, loop_in_a_process("ours", settings, root) as ours:
+            rounds = [(plain(arguments.seconds), ours(arguments.seconds)) for _ in range(arguments.rounds)]
+        ratio = statistics.median(b / a for a, b in rounds)
+        plain_rate, our_rate = (statistics.median(rates) for rates in zip(*rounds, strict=True))
+        share = our_rate * flops_a_training_image(settings, load_dataset(settings.dataset, root, train=True)) / peak
         print(f"| {preset} | {plain_rate:,.0f} | {our_rate:,.0f} | {ratio:.2f} | {share:.0%} |", flush=True)
 
 

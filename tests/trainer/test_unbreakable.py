@@ -145,6 +145,9 @@ def test_a_data_set_that_shrank_is_refused(data_root: Path, tmp_path: Path) -> N
     fewer = dataclasses.replace(dataset, images=dataset.images[:300], labels=dataset.labels[:300])
     with pytest.raises(TrainerError, match="have changed: now 300 images"):
         train(tiny(), fewer, tmp_path, resume=True, report=lambda *_: None)
+    renamed = dataclasses.replace(dataset, spec=dataclasses.replace(dataset.spec, class_names=tuple("abcdefghij")))
+    with pytest.raises(TrainerError, match="other names now: a, b, c"):
+        train(tiny(), renamed, tmp_path, resume=True, report=lambda *_: None)
     tinier = dataclasses.replace(dataset, images=dataset.images[:10], labels=dataset.labels[:10])
     with pytest.raises(TrainerError, match="10 images, fewer than a batch of 16; use --batch-size 10"):
         train(tiny(), tinier, tmp_path / "new", resume=False, report=lambda *_: None)
@@ -159,7 +162,7 @@ def test_checkpoints_of_other_versions_and_architectures_are_named(data_root: Pa
     with pytest.raises(TrainerError, match="a newer ganserve-trainer wrote it: upgrade"):
         load_checkpoint(tmp_path)
     torch.save(content | {"format": 1}, file)
-    with pytest.raises(TrainerError, match="format 2, the one this ganserve-trainer reads"):
+    with pytest.raises(TrainerError, match="an older ganserve-trainer wrote it: export it with that one"):
         load_checkpoint(tmp_path)
     torch.save({key: value for key, value in content.items() if key != "settings"}, file)
     with pytest.raises(TrainerError, match="settings"):

@@ -23,7 +23,7 @@ from ganserve_trainer.history import History
 from ganserve_trainer.networks import Generator, ImageSpec, build_generator
 from ganserve_trainer.settings import Settings
 
-FORMAT = 2
+FORMAT = 3
 FOLDER_NAME = "checkpoints"
 _KEPT = 2
 
@@ -177,8 +177,10 @@ def _read(path: Path) -> Checkpoint:
         raise _DamagedError(f"{path} is damaged ({damaged} has a wrong checksum)")
     written = fields.pop("format", None) if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or written != FORMAT:
-        newer = isinstance(written, int) and written > FORMAT
-        advice = "; a newer ganserve-trainer wrote it: upgrade this one" if newer else ""
+        advice = ""
+        if isinstance(written, int):
+            newer, older = "a newer ganserve-trainer wrote it: upgrade this one", "an older ganserve-trainer wrote it"
+            advice = f"; {newer}" if written > FORMAT else f"; {older}: export it with that one, or train again"
         raise TrainerError(
             f"{path} is not a checkpoint in format {FORMAT}, the one this ganserve-trainer reads{advice}"
         )

@@ -1,6 +1,7 @@
 """The `ganserve-trainer` program: train, evaluate, export, sweep, presets."""
 
 import dataclasses
+import functools
 import inspect
 import os
 import sys
@@ -112,7 +113,7 @@ def train(
     resumed = load_checkpoint(out).settings if resume and checkpoint_files(out) else None
     settings = _settings(preset, config, given, resumed)
     data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
-    measure = quick_measure(settings, data, data_root) if settings.evaluate_every_images else None
+    measure = quick_measure(settings, data, data_root, report=_say) if settings.evaluate_every_images else None
     with _progress(settings) as report:
         complete = loop.train(settings, data, out, resume=resume, report=report, measure=measure)
     if not complete:
@@ -121,6 +122,10 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         print(f"next: ganserve-trainer evaluate {out} --data-root {data_root}")
         print(f"next: ganserve-trainer export {out} --repository DIR --name NAME")
+
+
+def _say(stage: str) -> None:
+    print(f"{stage} …", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -190,13 +195,15 @@ def sweep(
     from ganserve_trainer.sweep import parse_axis
     from ganserve_trainer.sweep import sweep as run_sweep
 
+    load = functools.cache(load_dataset)
+
     def settings_of(values: dict[str, Any]) -> Settings:
         values = dict(values)
         named = values.pop("preset", preset)
         return _settings(named, config, given | values, None)
 
     def train_one(settings: Settings, folder: Path) -> None:
-        data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
+        data = load(settings.dataset, data_root, train=True, image_size=settings.image_size)
         with _progress(settings) as report:
             if not loop.train(settings, data, folder, resume=True, report=report):
                 print("stopped; the same command goes on", file=sys.stderr)
@@ -205,8 +212,9 @@ def sweep(
     def measure_one(folder: Path) -> dict[str, float]:
         checkpoint = load_checkpoint(folder)
         settings = checkpoint.settings
-        data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
-        return quick_measure(settings, data, data_root, images=measured_images)(checkpoint.ema_generator())
+        data = load(settings.dataset, data_root, train=True, image_size=settings.image_size)
+        measure = quick_measure(settings, data, data_root, images=measured_images, report=_say)
+        return measure(checkpoint.ema_generator())
 
     print(run_sweep(out, [parse_axis(axis) for axis in vary], settings_of, train_one, measure_one), end="")
 
@@ -228,10 +236,7 @@ def evaluate(
     """
     from ganserve_trainer import evaluation
 
-    def report(stage: str) -> None:
-        print(f"{stage} …", file=sys.stderr, flush=True)
-
-    metrics = evaluation.evaluate(model, str(dataset) if dataset else None, data_root, images, out, report)
+    metrics = evaluation.evaluate(model, str(dataset) if dataset else None, data_root, images, out, _say)
     for metric in metrics:
         print(f"{metric['name']} {metric['value']:.4f}  ({metric['method'].partition(evaluation.JUDGE)[0]})")
     print(metrics[0]["method"].partition(evaluation.JUDGE)[2])

@@ -1,8 +1,13 @@
 """Where to compute, and in what precision."""
 
+import ctypes
 import os
+import sys
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses a larger one
 
 
 def best_device() -> torch.device:
@@ -21,3 +26,14 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for the rest of this process; nothing on other systems.
+
+    It gives large tensors back to the kernel otherwise, which clears their pages anew at the next step.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

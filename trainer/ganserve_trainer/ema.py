@@ -3,8 +3,10 @@
 import copy
 
 import torch
+from torch import Tensor
 
 from ganserve_trainer.networks import Generator
+from ganserve_trainer.weights import Weights
 
 
 class EMA:
@@ -16,17 +18,19 @@ class EMA:
 
     def __init__(self, network: Generator, half_life_images: int, warm_up: float) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._parameters: list[Tensor] = list(self.network.parameters())
+        self._buffers = list(self.network.buffers())
         self._half_life_images = half_life_images
         self._warm_up = warm_up
 
     @torch.no_grad()
-    def update(self, network: Generator, batch_size: int, images_seen: int) -> None:
-        """Move the average towards `network`, which has been trained on `batch_size` more images."""
+    def update(self, weights: Weights, batch_size: int, images_seen: int) -> None:
+        """Move the average towards the weights, which have been trained on `batch_size` more images."""
         half_life = float(self._half_life_images)
         if self._warm_up:
             half_life = min(half_life, self._warm_up * images_seen)
         weight = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), weight)
-        # Copied, not averaged: BatchNorm's running statistics are already an average.
-        for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        torch._foreach_lerp_(self._parameters, list(weights.masters.values()), weight)
+        if self._buffers:
+            # Copied, not averaged: BatchNorm's running statistics are already an average.
+            torch._foreach_copy_(self._buffers, weights.buffers)

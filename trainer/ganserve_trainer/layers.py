@@ -10,6 +10,50 @@ from torch.nn import functional as F
 _LEAK = 0.2
 
 
+class FromImage(nn.Conv2d):
+    """The convolution next to the image: halves the size, by 4x4 pixels.
+
+    Where an image's gradient is asked for, it goes by blocks of 2x2 pixels: the CPU's kernels (oneDNN) are slow at
+    gradients of one or three channels.
+    """
+
+    def __init__(self, image_channels: int, outputs: int) -> None:
+        super().__init__(image_channels, outputs, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, c, h, w] to [n, outputs, h/2, w/2]."""
+        if x.is_cuda or not x.requires_grad:
+            return super().forward(x)
+        return F.conv2d(F.pixel_unshuffle(x, 2), _blocks(self.weight), self.bias, padding=1)
+
+
+class ToImage(nn.ConvTranspose2d):
+    """The transposed convolution next to the image: doubles the size; trained by blocks, as FromImage."""
+
+    def __init__(self, inputs: int, image_channels: int) -> None:
+        super().__init__(inputs, image_channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map [n, inputs, h, w] to [n, c, 2h, 2w]."""
+        if x.is_cuda or not self.training:
+            return super().forward(x, output_size)
+        assert self.bias is not None
+        return F.pixel_shuffle(F.conv_transpose2d(x, _blocks(self.weight), padding=1), 2) + self.bias.view(-1, 1, 1)
+
+
+def _blocks(weight: Tensor) -> Tensor:
+    """Turn kernels of 4x4 pixels and stride 2 into those of 3x3 blocks of 2x2: [a, c, 4, 4] to [a, 4c, 3, 3]."""
+    return F.pixel_unshuffle(F.pad(weight, (1, 1, 1, 1)), 2)
+
+
+class FlattenPixels(nn.Module):
+    """Flattens [n, c, h, w] pixel by pixel, the order in which convolutions keep it (channels last): nothing moves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, c, h, w] to [n, h·w·c]."""
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
 class MinibatchStdDev(nn.Module):
     """Appends how much images differ from their group's mean, one more channel (Karras et al., 2018, section 3).
 

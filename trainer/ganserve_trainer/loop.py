@@ -221,6 +221,11 @@ def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset
             "--resume goes on with the same data, but the data set's images or labels have changed: "
             f"now {len(dataset.images)} images; put back what was there, or begin a new run in another --out"
         )
+    if checkpoint.spec != dataset.spec:
+        raise TrainerError(
+            "--resume goes on with the same data, but its classes have other names now: "
+            f"{', '.join(dataset.spec.class_names)}; they were {', '.join(checkpoint.spec.class_names)}"
+        )
     if checkpoint.images_seen > settings.images:
         raise TrainerError(f"the run has seen {checkpoint.images_seen} images already; give more as --images")
 

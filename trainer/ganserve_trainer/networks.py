@@ -14,11 +14,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.layers import (
+    FlattenPixels,
+    FromImage,
     MinibatchDiscrimination,
     MinibatchStdDev,
     ProgressiveDiscriminator,
     ProgressiveGenerator,
     SelfAttention,
+    ToImage,
 )
 from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
 
@@ -247,7 +250,7 @@ def _dcgan_generator(
         ]
     if settings.attention:
         layers.append(SelfAttention(widths[-1]))
-    return nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], image_channels, 4, stride=2, padding=1), nn.Tanh())
+    return nn.Sequential(*layers, ToImage(widths[-1], image_channels), nn.Tanh())
 
 
 def _dcgan_trunk(
@@ -260,7 +263,7 @@ def _dcgan_trunk(
     layers: list[nn.Module] = []
     for index, outputs in enumerate(widths):
         layers += [
-            nn.Conv2d(channels, outputs, 4, stride=2, padding=1),
+            nn.Conv2d(channels, outputs, 4, stride=2, padding=1) if index else FromImage(channels, outputs),
             nn.LeakyReLU(_LEAK),
             *_dropout(settings),
         ]
@@ -270,7 +273,7 @@ def _dcgan_trunk(
     if settings.minibatch == "stddev":
         layers.append(MinibatchStdDev(MINIBATCH_GROUPS["stddev"]))
         channels += 1
-    layers.append(nn.Flatten())
+    layers.append(FlattenPixels())
     features = _product((channels, *start))
     if settings.dense_width:
         layers += [nn.Linear(features, settings.dense_width), nn.LeakyReLU(_LEAK), *_dropout(settings)]

@@ -119,5 +119,6 @@ def synchronise_batch_norm(network: nn.Module) -> None:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
                 synchronised = SynchronisedBatchNorm(layer.num_features, layer.eps, layer.momentum)
+                synchronised.to(layer.weight.device)
                 synchronised.load_state_dict(layer.state_dict())
                 setattr(parent, name, synchronised)

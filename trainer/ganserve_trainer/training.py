@@ -8,25 +8,28 @@ import hashlib
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ganserve_trainer import processes
 from ganserve_trainer.augmentation import augment
 from ganserve_trainer.checkpoints import Checkpoint, all_finite
 from ganserve_trainer.clustering import cluster_bounds, k_means
 from ganserve_trainer.datasets import Dataset
+from ganserve_trainer.devices import keep_freed_memory
 from ganserve_trainer.ema import EMA
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.history import History
 from ganserve_trainer.losses import LOSSES, feature_matching, gradient_penalty, r1_penalty
 from ganserve_trainer.networks import build_discriminator, build_generator
 from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
+from ganserve_trainer.weights import Weights
 
 
 class Run:
     """A run at `images_seen` images; `settings.precision` is fp32 or bf16 here, no longer auto."""
 
     def __init__(self, settings: Settings, dataset: Dataset, device: torch.device) -> None:
+        keep_freed_memory()
         self.settings = settings
         self.spec = dataset.spec
         self.device = device
@@ -52,18 +55,16 @@ class Run:
             # The labels of a self-conditioned GAN (Liu et al., 2020), by k-means on the images themselves.
             self._clusters = k_means(self.images, settings.clusters)
             self.generator.bounds.copy_(cluster_bounds(self._clusters, settings.clusters))
+        for network in (self.generator, self.discriminator):
+            network.to(device).to(memory_format=torch.channels_last)
         self.ema = EMA(self.generator, settings.ema_half_life_images, settings.ema_warm_up)
         processes.synchronise_batch_norm(self.generator)
-        for network in (self.generator, self.discriminator, self.ema.network):
-            network.to(device).to(memory_format=torch.channels_last)
+        bf16, betas = settings.precision == "bf16", (settings.beta1, settings.beta2)
+        self.generator_weights = Weights(self.generator, betas, bf16=bf16)
+        self.discriminator_weights = Weights(self.discriminator, betas, bf16=bf16)
         if settings.compile:
             self.generator.layers.compile()
             self.discriminator.trunk.compile()
-        betas = (settings.beta1, settings.beta2)
-        self._generator_optimizer, self._discriminator_optimizer = (
-            torch.optim.Adam(network.parameters(), lr=rate, betas=betas, fused=True)
-            for network, rate in zip((self.generator, self.discriminator), settings.learning_rates(0), strict=True)
-        )
         self._loss = LOSSES[settings.loss]
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         self._augment = partial(augment, names=settings.augmentations())
@@ -78,10 +79,8 @@ class Run:
         """
         settings = self.settings
         self._grow()
-        if settings.decay_from < 1:
-            optimizers = (self._generator_optimizer, self._discriminator_optimizer)
-            for optimizer, rate in zip(optimizers, settings.learning_rates(self.images_seen), strict=True):
-                optimizer.param_groups[0]["lr"] = rate
+        rates = settings.learning_rates(self.images_seen)
+        self.generator_weights.learning_rate, self.discriminator_weights.learning_rate = rates
         judged = []
         for index in range(settings.discriminator_steps):
             real, label = self._real_batch()
@@ -92,7 +91,7 @@ class Run:
             judged.append(self._discriminator_step(real, label, fake, fake_label))
             self.images_seen += self._batch
 
-        self.discriminator.requires_grad_(False)
+        self.discriminator_weights.requires_grad_(False)
         losses = []
         for index in range(settings.generator_steps):
             if index:
@@ -100,8 +99,8 @@ class Run:
                 with self._autocast():
                     fake = self.generator(latent, fake_label).float()
             losses.append(self._generator_step(real, label, fake, fake_label))
-        self.discriminator.requires_grad_(True)
-        self.ema.update(self.generator, self.images_a_step, self.images_seen)
+        self.discriminator_weights.requires_grad_(True)
+        self.ema.update(self.generator_weights, self.images_a_step, self.images_seen)
         d_loss, real_accuracy, fake_accuracy = torch.stack(judged).mean(0)
         return torch.stack([d_loss, torch.stack(losses).mean(), real_accuracy, fake_accuracy])
 
@@ -135,17 +134,16 @@ class Run:
         if settings.r1 and self.images_seen // self._batch % settings.r1_every_steps == 0:
             weight = settings.r1 * settings.r1_every_steps
             objective = objective + weight * r1_penalty(partial(self._judge_augmented, label=label), real)
-        self._descend(self._discriminator_optimizer, self.discriminator, objective)
+        self.discriminator_weights.descend(objective)
         if settings.loss == "wasserstein-clip":
-            with torch.no_grad():
-                for parameter in self.discriminator.parameters():
-                    parameter.clamp_(-settings.weight_clip, settings.weight_clip)
+            self.discriminator_weights.clip(settings.weight_clip)
         accuracies = ((real_logits > 0).float().mean(), (fake_logits[:size] < 0).float().mean())
         return torch.stack([loss.detach(), *accuracies])
 
     def _judge_augmented(self, images: Tensor, label: Tensor | None) -> Tensor:
-        """Judge for a penalty, in full precision: it is the gradient of a gradient."""
-        logits: Tensor = self.discriminator(self._augment(images), label)
+        """Judge for a penalty: without torch.compile, which has no gradient of a gradient."""
+        with torch.compiler.set_stance("force_eager"), self._autocast():
+            logits: Tensor = self.discriminator(self._augment(images), label)
         return logits
 
     def _generator_step(self, real: Tensor, label: Tensor | None, fake: Tensor, fake_label: Tensor | None) -> Tensor:
@@ -158,24 +156,15 @@ class Run:
                 with torch.no_grad():
                     real_features = self.discriminator.features(self._augment(real), label)
                 objective = loss + weight * feature_matching(real_features.float(), features.float())
-        self._descend(self._generator_optimizer, self.generator, objective)
+        self.generator_weights.descend(objective)
         return loss.detach()
-
-    @staticmethod
-    def _descend(optimizer: torch.optim.Optimizer, network: nn.Module, objective: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        processes.average_gradients(network.parameters())
-        optimizer.step()
 
     def gradient_norms(self) -> Tensor:
         """Return the norms of the last step's gradients over all parameters, discriminator's and generator's, [2]."""
         return torch.stack(
             [
-                torch.nn.utils.get_total_norm(
-                    [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-                )
-                for network in (self.discriminator, self.generator)
+                torch.nn.utils.get_total_norm(weights.gradients())
+                for weights in (self.discriminator_weights, self.generator_weights)
             ]
         )
 
@@ -193,7 +182,11 @@ class Run:
             label = torch.randint(self._classes, (self._batch,), generator=generator)[mine].to(self.device)
         elif settings.clusters:
             label = self.generator.cluster(latent)
-        torch.manual_seed(derived_seed(settings.seed, f"{purpose}, layers of process {rank}", self.images_seen))
+        seed = derived_seed(settings.seed, f"{purpose}, layers of process {rank}", self.images_seen)
+        # torch.manual_seed takes down a stack trace each time, for GPUs that it has not seen yet.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         return latent, label
 
     def _real_batch(self) -> tuple[Tensor, Tensor | None]:
@@ -226,7 +219,8 @@ class Run:
         Raises:
             TrainerError: the weights are no longer finite.
         """
-        if not all(all_finite(network.state_dict()) for network in (self.generator, self.discriminator)):
+        generator, discriminator = self.generator_weights.state_dict(), self.discriminator_weights.state_dict()
+        if not all_finite(generator) or not all_finite(discriminator):
             raise diverged(self.images_seen)
         return Checkpoint(
             settings=self.settings,
@@ -236,11 +230,11 @@ class Run:
             images_seen=self.images_seen,
             elapsed_s=self.elapsed_s,
             history=self.history,
-            generator=self.generator.state_dict(),
-            discriminator=self.discriminator.state_dict(),
+            generator=generator,
+            discriminator=discriminator,
             ema=self.ema.network.state_dict(),
-            generator_optimizer=self._generator_optimizer.state_dict(),
-            discriminator_optimizer=self._discriminator_optimizer.state_dict(),
+            generator_optimizer=self.generator_weights.optimizer_state(),
+            discriminator_optimizer=self.discriminator_weights.optimizer_state(),
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -253,11 +247,9 @@ class Run:
         self.elapsed_s = checkpoint.elapsed_s
         self.history = checkpoint.history
         try:
-            self.generator.load_state_dict(checkpoint.generator)
-            self.discriminator.load_state_dict(checkpoint.discriminator)
+            self.generator_weights.load_state_dict(checkpoint.generator, checkpoint.generator_optimizer)
+            self.discriminator_weights.load_state_dict(checkpoint.discriminator, checkpoint.discriminator_optimizer)
             self.ema.network.load_state_dict(checkpoint.ema)
-            self._generator_optimizer.load_state_dict(checkpoint.generator_optimizer)
-            self._discriminator_optimizer.load_state_dict(checkpoint.discriminator_optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise TrainerError(f"the checkpoint's weights do not fit its settings: {error}") from error
         self._grow()
