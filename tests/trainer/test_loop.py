@@ -22,6 +22,7 @@ from ganserve_trainer.ema import EMA
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.exporting import export, fold_batch_norm
 from ganserve_trainer.history import Alarm, Point
+from ganserve_trainer.layers import UnflattenPixels
 from ganserve_trainer.loop import train
 from ganserve_trainer.monitoring import DISCRIMINATOR_OVERPOWERS, MODE_COLLAPSE, Monitor
 from ganserve_trainer.networks import Generator, ImageSpec, build_generator
@@ -309,6 +310,8 @@ def test_folding_batch_norm_leaves_the_function_as_it_is() -> None:
         assert not [layer for layer in folded.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
         latent = torch.randn(9, PRESETS[preset].settings.latent_dim)
         assert torch.allclose(folded(latent), generator(latent), atol=1e-5)
+        # Served in the order of the ONNX operators: nothing to transpose.
+        assert not [layer for layer in folded.modules() if isinstance(layer, UnflattenPixels)]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, run_folder, sync_directory
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.layers import UnflattenPixels
 from ganserve_trainer.networks import Generator, ImageSpec, parameter_count
 
 CARD_KEY = "ganserve.model_card"
@@ -62,7 +63,10 @@ class UInt8Generator(nn.Module):
 
 
 def fold_batch_norm(layers: nn.Module) -> nn.Module:
-    """Merge every BatchNorm of a stack into the dense or transposed convolutional layer before it, for evaluation."""
+    """Merge every BatchNorm of a stack into the dense or transposed convolutional layer before it, for evaluation.
+
+    Dense features are brought into the order of the ONNX operators, channels first, so that nothing is transposed.
+    """
     folded: list[nn.Module] = []
     layers = copy.deepcopy(layers).eval()
     if not isinstance(layers, nn.Sequential):
@@ -73,6 +77,11 @@ def fold_batch_norm(layers: nn.Module) -> nn.Module:
             folded[-1] = fuse_linear_bn_eval(before, layer)
         elif isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.ConvTranspose2d):
             folded[-1] = fuse_conv_bn_eval(before, layer, transpose=True)
+        elif isinstance(layer, UnflattenPixels):
+            dense = next(module for module in reversed(folded) if isinstance(module, nn.Linear))
+            for parameter in dense.parameters():
+                parameter.data = layer.channels_first(parameter.data)
+            folded.append(nn.Unflatten(1, layer.shape))
         else:
             folded.append(layer)
     return nn.Sequential(*folded)

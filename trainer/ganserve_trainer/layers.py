@@ -54,6 +54,26 @@ class FlattenPixels(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
+class UnflattenPixels(nn.Module):
+    """The inverse of FlattenPixels."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.shape = shape  # channels, height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, h·w·c] to [n, c, h, w]."""
+        channels, height, width = self.shape
+        pixels: Tensor = x.unflatten(1, (height, width, channels))
+        return pixels.permute(0, 3, 1, 2)
+
+    def channels_first(self, features: Tensor) -> Tensor:
+        """Bring features [h·w·c, …] into the order that nn.Unflatten takes."""
+        channels, height, width = self.shape
+        ordered: Tensor = features.unflatten(0, (height, width, channels)).movedim(2, 0)
+        return ordered.flatten(0, 2)
+
+
 class MinibatchStdDev(nn.Module):
     """Appends how much images differ from their group's mean, one more channel (Karras et al., 2018, section 3).
 

@@ -30,9 +30,13 @@ def cross_entropy_discriminator(
     The targets are 1 - smooth_real and smooth_fake: one-sided label smoothing (Salimans et al., 2016, section 3.4)
     leaves the second at 0.
     """
-    # -t log sigmoid(x) - (1 - t) log(1 - sigmoid(x)) = softplus(x) - t x
-    real = (F.softplus(real_logits) - (1 - smooth_real) * real_logits).mean()
-    return real + (F.softplus(fake_logits) - smooth_fake * fake_logits).mean()
+    # -t log sigmoid(x) - (1 - t) log(1 - sigmoid(x)) = softplus(x) - t x, and softplus(x) - x = softplus(-x)
+    loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    if smooth_real:
+        loss = loss + smooth_real * real_logits.mean()
+    if smooth_fake:
+        loss = loss - smooth_fake * fake_logits.mean()
+    return loss
 
 
 def non_saturating_generator(fake_logits: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
         fake: as many generated ones, without gradient.
         share: how much of the real image each point between has, in 0…1, [n, 1, 1, 1].
     """
-    between = torch.lerp(fake, real, share).requires_grad_(True)
+    between = torch.lerp(fake.float(), real.float(), share).requires_grad_(True)
     gradient = _image_gradient(critic(between), between).flatten(1)
     length: Tensor = torch.linalg.vector_norm(gradient, dim=1)
     return (length - 1).square().mean()
@@ -108,7 +112,7 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tenso
 def _image_gradient(logits: Tensor, images: Tensor) -> Tensor:
     gradient: Tensor
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient
+    return gradient.float()
 
 
 def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ganserve_trainer.layers import (
     ProgressiveGenerator,
     SelfAttention,
     ToImage,
+    UnflattenPixels,
 )
 from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
 
@@ -227,7 +228,7 @@ def _dcgan_generator(
     inputs: int, start: tuple[int, int], widths: list[int], image_channels: int, settings: Settings
 ) -> nn.Sequential:
     """A hidden dense layer, dense to a few pixels, then transposed convolutions that each double the size."""
-    first = (widths[0], *start)
+    first = (widths[0], start[0], start[1])
     layers: list[nn.Module] = []
     if settings.dense_width:
         layers += [
@@ -240,7 +241,7 @@ def _dcgan_generator(
         nn.Linear(inputs, _product(first), bias=False),
         nn.BatchNorm1d(_product(first)),
         nn.ReLU(),
-        nn.Unflatten(1, first),
+        UnflattenPixels(first),
     ]
     for before, here in itertools.pairwise(widths):
         layers += [

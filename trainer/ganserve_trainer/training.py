@@ -68,6 +68,8 @@ class Run:
         self._loss = LOSSES[settings.loss]
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         self._augment = partial(augment, names=settings.augmentations())
+        # What the networks would convert images to anyway.
+        self._image_type = torch.bfloat16 if bf16 and not settings.augmentations() else torch.float32
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -87,7 +89,7 @@ class Run:
             latent, fake_label = self._draw("step")
             # The generator's own step goes on from the images of the last discriminator step.
             with torch.set_grad_enabled(index == settings.discriminator_steps - 1), self._autocast():
-                fake = self.generator(latent, fake_label).float()
+                fake = self.generator(latent, fake_label).to(self._image_type)
             judged.append(self._discriminator_step(real, label, fake, fake_label))
             self.images_seen += self._batch
 
@@ -97,7 +99,7 @@ class Run:
             if index:
                 latent, fake_label = self._draw(f"generator step {index}")
                 with self._autocast():
-                    fake = self.generator(latent, fake_label).float()
+                    fake = self.generator(latent, fake_label).to(self._image_type)
             losses.append(self._generator_step(real, label, fake, fake_label))
         self.discriminator_weights.requires_grad_(True)
         self.ema.update(self.generator_weights, self.images_a_step, self.images_seen)
@@ -205,7 +207,7 @@ class Run:
             label = self.labels[index]
         elif self.settings.clusters:
             label = self._clusters[index]
-        return images.contiguous(memory_format=torch.channels_last), label
+        return images.to(self._image_type, memory_format=torch.channels_last), label
 
     @torch.no_grad()
     def show(self, latent: Tensor, label: Tensor | None) -> Tensor:
