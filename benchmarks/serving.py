@@ -1,13 +1,15 @@
-"""Images a second and latency of the server under three loads, beside bare onnxruntime in the same run.
+"""Images a second and latency of the server under four loads, beside bare onnxruntime in the same run.
 
-    L1  one caller, one image a call
-    L2  64 calls in flight over 8 connections, one image each
-    L3  8 connections, 64 images a call
+    L1      one caller, one image a call
+    L2      64 calls in flight over 8 connections, one image each
+    L3      8 connections, 64 images a call
+    stream  2 streams of all the images they can get
 
-The load comes from h2load (Debian: nghttp2-client), a C program, so that the server is what is measured. Server and
-bare onnxruntime alternate; medians over the rounds are printed.
+The calls come from h2load (Debian: nghttp2-client), a C program, so that the server is what is measured; the streams
+from a raw gRPC client in this process. Server and bare onnxruntime alternate; medians over the rounds are printed. Bare
+onnxruntime is the better of one process with all cores and one process a core, in batches of 64.
 
-    python benchmarks/serving.py [--model cdcgan-mnist] [--rounds 3] [--seconds 5]
+    python benchmarks/serving.py [--models cdcgan-mnist,mlp28,cdcgan28,dcgan64] [--rounds 3] [--seconds 5]
 """
 
 import argparse
@@ -20,44 +22,91 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import grpc
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.settings import BUNDLED_MODELS
 
 PATH = "/ganserve.v1.GenerationService/GenerateImages"
 # Connections, calls in flight on each, images a call.
 LOADS = {"L1": (1, 1, 1), "L2": (8, 8, 1), "L3": (8, 1, 64)}
+STREAMS = 2
+REFERENCES = ("mlp28", "cdcgan28", "dcgan64")
 
-
-def bare_onnxruntime(path: Path, seconds: float) -> float:
-    """Measure images a second of 64-image batches on all cores, latents drawn in bulk."""
-    import onnxruntime  # after ganserve_server, which tells it not to report its use
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
-    random = np.random.RandomState(0)
-
-    def batch() -> None:
-        feeds = {"latent": random.standard_normal((64, inputs["latent"][1])).astype(np.float32)}
-        if "label" in inputs:
-            feeds["label"] = np.arange(64) % 10
-        session.run(None, feeds)
-
+# Runs bare onnxruntime in a process of its own: model, threads, seconds.
+BARE = """
+import sys, time
+import numpy as np
+import ganserve_server, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+random = np.random.RandomState(0)
+def batch():
+    feeds = {"latent": random.standard_normal((64, inputs["latent"][1])).astype(np.float32)}
+    if "label" in inputs:
+        feeds["label"] = np.arange(64) % 10
+    session.run(None, feeds)
+batch()
+input()
+started, images = time.perf_counter(), 0
+while time.perf_counter() - started < float(sys.argv[3]):
     batch()
-    started, images = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        batch()
-        images += 64
-    return images / (time.perf_counter() - started)
+    images += 64
+print(images / (time.perf_counter() - started))
+"""
 
 
-def h2load(address: str, model: str, load: str, seconds: float, scratch: Path) -> tuple[float, float, float]:
-    """Return images a second, and the median and 99th percentile of the calls' latency in milliseconds."""
+@dataclass(frozen=True)
+class Measured:
+    images_per_s: float
+    p50_ms: float
+    p99_ms: float
+    server_cores: float  # how many the server kept busy
+    client_cores: float
+
+
+def bare_onnxruntime(path: Path, processes: int, threads: int, seconds: float) -> float:
+    """Measure images a second of 64-image batches, latents drawn in bulk."""
+    command = [sys.executable, "-c", BARE, str(path), str(threads), str(seconds)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+    ]
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return sum(float(process.communicate()[0]) for process in running)
+
+
+def cpu_s(pids: list[int]) -> float:
+    """Add up what these processes have used of the CPU."""
+    used = 0.0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
+def process_and_children(pid: int) -> list[int]:
+    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
+    return [pid, *(one for child in children for one in process_and_children(child))]
+
+
+def _children(task: Path) -> list[str]:
+    return (task / "children").read_text().split()
+
+
+def h2load(address: str, model: str, load: str, seconds: float, scratch: Path, server: list[int]) -> Measured:
     connections, in_flight, count = LOADS[load]
     message = pb.GenerateImagesRequest(model=model, count=count, seed=1).SerializeToString()
     body, log = scratch / "body", scratch / "log"
@@ -66,13 +115,53 @@ def h2load(address: str, model: str, load: str, seconds: float, scratch: Path) -
     command = ["h2load", f"--clients={connections}", f"--max-concurrent-streams={in_flight}", "--threads=1"]
     command += [f"--duration={seconds}", "--warm-up-time=1", f"--data={body}", f"--log-file={log}"]
     command += ["--header=content-type: application/grpc", "--header=te: trailers", f"http://{address}{PATH}"]
+    before, children, started = cpu_s(server), os.times(), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
+    took, after = time.perf_counter() - started, os.times()
+    client = after.children_user + after.children_system - children.children_user - children.children_system
     rows = [line.split() for line in log.read_text().splitlines()]
     milliseconds = [int(microseconds) / 1000 for _, status, microseconds in rows if status == "200"]
     if len(milliseconds) < len(rows) or len(rows) < 10:
-        sys.exit(f"{load}: {len(milliseconds)} of {len(rows)} calls were answered")
+        sys.exit(f"{model} {load}: {len(milliseconds)} of {len(rows)} calls were answered")
     percentiles = statistics.quantiles(milliseconds, n=100)
-    return len(rows) * count / seconds, percentiles[49], percentiles[98]
+    rate = len(rows) * count / seconds
+    return Measured(rate, percentiles[49], percentiles[98], (cpu_s(server) - before) / took, client / took)
+
+
+def streams(address: str, model: str, seconds: float, server: list[int]) -> Measured:
+    """Read streams for so many seconds, the first of which do not count."""
+    images, gaps, counting = [0] * STREAMS, [], threading.Event()
+
+    def read(index: int) -> None:
+        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(address, options) as channel:
+            generate = pb.GenerateImagesRequest(model=model, count=10**6, seed=1)
+            call = pb_grpc.GenerationServiceStub(channel).StreamImages(pb.StreamImagesRequest(generate=generate))
+            last = time.perf_counter()
+            for response in call:
+                now = time.perf_counter()
+                if counting.is_set():
+                    images[index] += response.chunk.count
+                    gaps.append(1000 * (now - last))
+                last = now
+                if now > end:
+                    break
+            call.cancel()
+
+    end = time.perf_counter() + 1 + seconds
+    readers = [threading.Thread(target=read, args=(index,)) for index in range(STREAMS)]
+    for reader in readers:
+        reader.start()
+    time.sleep(max(0.0, end - seconds - time.perf_counter()))
+    before, mine = cpu_s(server), time.process_time()
+    counting.set()
+    for reader in readers:
+        reader.join()
+    percentiles = statistics.quantiles(gaps, n=100)
+    busy = (cpu_s(server) - before) / seconds
+    return Measured(
+        sum(images) / seconds, percentiles[49], percentiles[98], busy, (time.process_time() - mine) / seconds
+    )
 
 
 def failed_calls(metrics_address: str) -> float:
@@ -84,42 +173,72 @@ def failed_calls(metrics_address: str) -> float:
     return sum(float(line.split()[-1]) for line in calls if 'code="CANCELLED"' not in line)
 
 
+def measure(serving: dict[str, str], server: int, path: Path, options: argparse.Namespace, scratch: Path) -> None:
+    """Measure one model and print its table."""
+    model, cores = path.parts[-3], len(os.sched_getaffinity(0))
+    limits: list[float] = []
+    loads: dict[str, Callable[[], Measured]] = {
+        load: lambda load=load: h2load(serving["address"], model, load, options.seconds, scratch, pids)
+        for load in LOADS
+    }
+    loads["stream"] = lambda: streams(serving["address"], model, options.seconds, pids)
+    results: dict[str, list[Measured]] = {load: [] for load in loads}
+    for _ in range(options.rounds):
+        ways = {(1, cores), (cores, 1)}
+        limits.append(max(bare_onnxruntime(path, *way, options.seconds) for way in ways))
+        for load, run in loads.items():
+            pids = process_and_children(server)
+            results[load].append(run())
+    limit = statistics.median(limits)
+    print(f"\n{model}: bare onnxruntime {limit:,.0f} images/s")
+    titles = ("load", "images/s", "of bare", "p50 ms", "p99 ms", "cores of the server", "of the client")
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    for load, rows in results.items():
+        found = Measured(*(statistics.median(column) for column in zip(*map(_columns, rows), strict=True)))
+        print(
+            f"| {load} | {found.images_per_s:,.0f} | {found.images_per_s / limit:.2f} | {found.p50_ms:.2f} | "
+            f"{found.p99_ms:.2f} | {found.server_cores:.2f} | {found.client_cores:.2f} |",
+            flush=True,
+        )
+
+
+def _columns(found: Measured) -> tuple[float, ...]:
+    return (found.images_per_s, found.p50_ms, found.p99_ms, found.server_cores, found.client_cores)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="cdcgan-mnist", choices=sorted(path.name for path in BUNDLED_MODELS.iterdir())
-    )
+    parser.add_argument("--models", default=f"cdcgan-mnist,{','.join(REFERENCES)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--server", default="", help="more flags for ganserve-server")
     options = parser.parse_args()
     if shutil.which("h2load") is None:
         sys.exit("h2load is missing; on Debian: apt-get install nghttp2-client")
-    program = Path(sys.executable).with_name("ganserve-server")
-    command = [program, "--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json"]
-    limits: list[float] = []
-    results: dict[str, list[tuple[float, float, float]]] = {load: [] for load in LOADS}
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server,
-    ):
-        assert server.stderr is not None
-        try:
-            serving = json.loads(server.stderr.readline())
-            for _ in range(options.rounds):
-                path = BUNDLED_MODELS / options.model / "1" / "model.onnx"
-                limits.append(bare_onnxruntime(path, options.seconds))
-                for load, rows in results.items():
-                    rows.append(h2load(serving["address"], options.model, load, options.seconds, Path(scratch)))
-            if failed := failed_calls(serving["metrics_address"]):
-                sys.exit(f"{failed:.0f} calls failed")
-        finally:
-            server.terminate()
-    limit = statistics.median(limits)
-    print(f"{options.model}, {os.cpu_count()} cores, {platform.machine()}")
-    print(f"bare onnxruntime  {limit:9,.0f} images/s")
-    for load, rows in results.items():
-        rate, p50, p99 = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"{load:<16}  {rate:9,.0f} images/s  {rate / limit:5.2f} of bare  p50 {p50:.2f} ms  p99 {p99:.2f} ms")
+    names = options.models.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        repository = Path(scratch, "models")
+        repository.mkdir()
+        if set(names) & set(REFERENCES):
+            from reference_models import publish  # needs the extra "trainer"
+
+            publish(repository)
+        for name in names:
+            if name not in REFERENCES:
+                (repository / name).symlink_to(BUNDLED_MODELS / name)
+        command = [Path(sys.executable).with_name("ganserve-server"), "--address=127.0.0.1:0", f"--models={repository}"]
+        command += ["--metrics-address=127.0.0.1:0", "--log-format=json", *options.server.split()]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            try:
+                serving = json.loads(server.stderr.readline())
+                print(f"{os.cpu_count()} cores, {platform.machine()}, started in {serving['start_s']} s")
+                for name in names:
+                    measure(serving, server.pid, repository / name / "1" / "model.onnx", options, Path(scratch))
+                if failed := failed_calls(serving["metrics_address"]):
+                    sys.exit(f"{failed:.0f} calls failed")
+            finally:
+                server.terminate()
 
 
 if __name__ == "__main__":

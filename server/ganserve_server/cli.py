@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ganserve_server.settings import BUNDLED_MODELS, ENVIRONMENT_PREFIX, ServerSettings
 
 
-def _serve(**flags: Any) -> None:
+def _serve(context: typer.Context, **flags: Any) -> None:
     """Serve images from a repository of ONNX generators over gRPC.
 
     Answers GenerationService, grpc.health.v1 and server reflection. SIGTERM drains and exits with status 0.
@@ -29,6 +29,9 @@ def _serve(**flags: Any) -> None:
                 file=sys.stderr,
             )
         raise typer.Exit(2) from error
+    context.obj = settings
+    if context.invoked_subcommand:
+        return
     _configure_logs(settings)
     # Imported late: --help and a wrong flag should not wait for onnxruntime.
     from ganserve_server import app
@@ -45,6 +48,24 @@ def _serve(**flags: Any) -> None:
         raise typer.Exit(1) from error
 
 
+def _doctor(
+    context: typer.Context,
+    provider: Annotated[
+        str | None, typer.Option(help="auto, cuda or cpu.", show_default="as the server has it")
+    ] = None,
+) -> None:
+    """Say what this machine has, and on what a server would compute here; exit status 1 if not as asked for."""
+    from ganserve_server import doctor
+
+    settings: ServerSettings = context.obj
+    if provider not in (None, "auto", "cuda", "cpu"):
+        raise typer.BadParameter(f"{provider!r} is none of auto, cuda and cpu", param_hint="--provider")
+    lines, as_asked = doctor.examine(provider or settings.provider, settings.threads)  # type: ignore[arg-type]
+    print("\n".join(lines))
+    if not as_asked:
+        raise typer.Exit(1)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -55,7 +76,8 @@ def _variable(name: str) -> str:
 
 def _parameters() -> list[inspect.Parameter]:
     """Make a flag of every setting, so that name, type, help and default stand in one place."""
-    parameters = []
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    parameters = [context]
     for name, field in ServerSettings.model_fields.items():
         # Left to ServerSettings to fill in and check: only it knows the environment.
         kind = field.annotation if field.annotation in (int, float) else str
@@ -108,5 +130,6 @@ def main() -> None:
     # First of all, and until the loop has its own handler: a container's process 1 ignores SIGTERM without one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_serve)
+    app.callback(invoke_without_command=True)(_serve)
+    app.command("doctor")(_doctor)
     app()

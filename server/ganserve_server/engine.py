@@ -1,13 +1,16 @@
 """Runs one model: latents by the contract, then an onnxruntime session."""
 
-import ctypes
-import os
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+
+from ganserve_server.machine import cores, load_cuda_libraries, nvidia_driver, why_no_cuda
+
+_log = logging.getLogger(__name__)
 
 Provider = Literal["auto", "cuda", "cpu"]
 
@@ -55,13 +58,13 @@ class Engine:
         # Re-seeding one generator costs 5 µs an image, making one 94 µs; the stream is the same.
         self._random = np.random.RandomState(0)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
+        options.intra_op_num_threads = threads or cores().usable
         # Threads that spin between batches take the cores that answer the calls.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
         wanted = [_CPU]
-        if provider == "cuda" or (provider == "auto" and _nvidia_driver_present()):
-            onnxruntime.preload_dlls()
+        if provider == "cuda" or (provider == "auto" and nvidia_driver()):
+            load_cuda_libraries()
             wanted = [_CUDA, _CPU]
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=wanted)
@@ -69,12 +72,14 @@ class Engine:
             self.outputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
         except Exception as error:  # onnxruntime's exceptions have no common root
             raise SessionRefused(f"onnxruntime refuses the model: {error}") from error
-        self.provider = self._session.get_providers()[0]
+        self.provider: str = self._session.get_providers()[0]
         if provider == "cuda" and self.provider != _CUDA:
             raise ProviderUnavailable(
-                "CUDA was asked for, but onnxruntime could not load its CUDA provider and would run on the CPU; "
-                "check the driver and the CUDA and cuDNN libraries, or use --provider auto or cpu"
+                f"CUDA was asked for, but onnxruntime would run on the CPU: {why_no_cuda()}; mend that "
+                "(`ganserve-server doctor` tells all it finds), or use --provider auto or cpu"
             )
+        if provider == "auto" and len(wanted) > len(self._session.get_providers()):
+            _log.warning("the GPU is not used", extra={"reason": why_no_cuda(), "provider": self.provider})
 
     def run(self, draws: list[Draw]) -> NDArray[np.uint8]:
         """Make the images of all draws in one batch, in order: [n, height, width, channels]."""
@@ -97,22 +102,3 @@ class Engine:
         if draw.truncation != 1.0:
             latents *= np.float32(draw.truncation)
         return latents
-
-
-def available_cores() -> int:
-    """Count the cores that this process may use: its affinity, and its cgroup's CPU quota, rounded up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        return cores
-
-
-def _nvidia_driver_present() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True

@@ -15,6 +15,7 @@ from tests.conftest import RunningServer
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server import machine
 from ganserve_server.engine import Engine, ProviderUnavailable
 from ganserve_server.repository import CARD_KEY, ModelRejected, ModelVersion, find_versions, load_version
 from ganserve_server.settings import BUNDLED_MODELS
@@ -171,5 +172,6 @@ def test_the_server_keeps_a_bad_version_out_and_serves_the_good_ones(
 
 
 def test_cuda_that_is_missing_is_not_replaced_in_silence() -> None:
-    with pytest.raises(ProviderUnavailable, match="--provider"):
+    with pytest.raises(ProviderUnavailable, match="--provider") as caught:
         Engine(GOOD.read_bytes(), 64, "cuda", 1)
+    assert machine.why_no_cuda() in str(caught.value)

@@ -12,7 +12,7 @@ from ganserve_trainer.checkpoints import load_checkpoint
 
 # Without momentum Adam's first steps are the gradients' signs, which rounding turns where a gradient is nearly zero.
 ADAM = ["--learning-rate", "2e-4", "--beta1", "0.5", "--beta2", "0.999"]
-SMALL = ["--width", "8", "--precision", "fp32", "--images", "320", "--sample-every-images", "160", *ADAM]
+SMALL = ["--width", "8", "--precision", "fp32", "--images", "1280", "--sample-every-images", "640", *ADAM]
 
 
 def train(
@@ -31,13 +31,13 @@ def train(
 @pytest.mark.parametrize(
     "arguments", [("--preset", "cdcgan"), ("--preset", "mlp", "--r1", "1", "--r1-every-steps", "2")]
 )
-def test_two_processes_of_16_train_as_one_of_32(data_root: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    alone = train(data_root, tmp_path / "alone", 1, 32, *arguments)
-    together = train(data_root, tmp_path / "together", 2, 16, *arguments)
+def test_two_processes_of_64_train_as_one_of_128(data_root: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    alone = train(data_root, tmp_path / "alone", 1, 128, *arguments)
+    together = train(data_root, tmp_path / "together", 2, 64, *arguments)
     assert alone.returncode == 0, alone.stderr
     assert together.returncode == 0, together.stderr
     one, two = load_checkpoint(tmp_path / "alone"), load_checkpoint(tmp_path / "together")
-    assert [point.images_seen for point in one.history.points] == [160, 320]
+    assert [point.images_seen for point in one.history.points] == [640, 1280]
     for mine, theirs in zip(one.history.points, two.history.points, strict=True):
         assert theirs.images_seen == mine.images_seen
         for name in ("discriminator_loss", "generator_loss", "real_accuracy", "diversity"):

@@ -1,0 +1,41 @@
+"""Three generators with random weights, whose speed can be compared from machine to machine and from server to server.
+
+mlp28      100-256-512-1024-784, 28x28 grey
+cdcgan28   110-256x7x7-128-1, conditional, 28x28 grey
+dcgan64    the generator of DCGAN's paper with 64 channels next to the image, 64x64 RGB
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ganserve_trainer.checkpoints import save_checkpoint
+from ganserve_trainer.datasets import Dataset
+from ganserve_trainer.exporting import export
+from ganserve_trainer.networks import ImageSpec
+from ganserve_trainer.settings import from_preset
+from ganserve_trainer.training import Run
+
+_SHAPES = {
+    "mlp28": ("mlp", {"width": 64, "latent_dim": 100}, ImageSpec(1, 28, 28, ())),
+    "cdcgan28": (
+        "cdcgan",
+        {"width": 128, "latent_dim": 100, "dense_width": 0},
+        ImageSpec(1, 28, 28, tuple("0123456789")),
+    ),
+    "dcgan64": ("dcgan", {"width": 64, "latent_dim": 100, "dense_width": 0}, ImageSpec(3, 64, 64, ())),
+}
+NAMES = tuple(_SHAPES)
+
+
+def publish(repository: Path) -> None:
+    """Publish all three, as the trainer publishes any model."""
+    for name, (preset, changes, spec) in _SHAPES.items():
+        settings = from_preset(preset, {**changes, "batch_size": 2, "precision": "fp32"})
+        images = torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8)
+        dataset = Dataset(name, images, torch.zeros(2, dtype=torch.int64), spec)
+        run = Run(settings, dataset, torch.device("cpu"))
+        with tempfile.TemporaryDirectory() as scratch:
+            save_checkpoint(run.checkpoint(), Path(scratch))
+            export(Path(scratch), repository, name)

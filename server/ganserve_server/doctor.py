@@ -1,0 +1,44 @@
+"""What an operator wants to know of a machine before a server runs on it."""
+
+import importlib.metadata
+import platform
+
+import onnxruntime
+
+from ganserve_server import machine
+from ganserve_server.engine import Provider, ProviderUnavailable
+from ganserve_server.repository import MODEL_FILE_NAME, load_version
+from ganserve_server.settings import BUNDLED_MODELS
+
+
+def examine(provider: Provider, threads: int) -> tuple[list[str], bool]:
+    """Return lines to print, and whether the provider that was asked for runs: a bundled model is tried."""
+    cores, memory = machine.cores(), machine.memory_limit()
+    machine.load_cuda_libraries()
+    packages = ("ganserve", "grpcio", "protobuf", "numpy")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    versions += [f"onnxruntime {onnxruntime.__version__}", f"Python {platform.python_version()}"]
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    lines = [
+        f"versions     {', '.join(versions)}",
+        f"system       {platform.system()} {platform.release()}, {platform.machine()}",
+        f"cores        {cores.machine} in the machine, {cores.affinity} by affinity, "
+        f"{'no quota' if cores.quota is None else f'{cores.quota:g} by the cgroup'}: {threads or cores.usable} threads",
+        f"memory       {'no limit of the cgroup' if memory is None else f'{memory >> 20} MiB by the cgroup'}",
+        f"onnxruntime  was built for {', '.join(providers)}",
+    ]
+    for name, reason in machine.cuda_libraries().items():
+        lines.append(f"{'missing' if reason else 'found':<11}  {name}")
+    try:
+        runs = _provider_of_a_bundled_model(provider, threads)
+    except ProviderUnavailable as error:
+        return [*lines, f"provider     {error}"], False
+    why = "" if runs.startswith("CUDA") or provider == "cpu" else f": {machine.why_no_cuda()}"
+    return [*lines, f"provider     {provider} runs on {runs.removesuffix('ExecutionProvider')}{why}"], True
+
+
+def _provider_of_a_bundled_model(provider: Provider, threads: int) -> str:
+    """Load one as a server does, golden images included."""
+    path = next(BUNDLED_MODELS.glob(f"*/1/{MODEL_FILE_NAME}"))
+    model = load_version(path.parts[-3], 1, path, max_model_mib=512, provider=provider, threads=threads)
+    return model.engine.provider

@@ -1,0 +1,107 @@
+"""What the machine has: cores, memory, an NVIDIA driver, and the libraries that onnxruntime's CUDA provider needs."""
+
+import contextlib
+import ctypes
+import io
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime
+
+_DRIVER = "libcuda.so.1"
+_CGROUP = Path("/sys/fs/cgroup")
+_CUDA_PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+# Of the ELF format: a section's type, an entry's tag, and what is said of each section.
+_DYNAMIC, _NEEDED = 6, 1
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """How many cores there are, and why this process may use so many of them."""
+
+    machine: int
+    affinity: int
+    quota: float | None  # of the cgroup, in cores; None is no limit
+
+    @property
+    def usable(self) -> int:
+        """The affinity, or the quota rounded up if that is less."""
+        return self.affinity if self.quota is None else max(1, min(self.affinity, -int(-self.quota // 1)))
+
+
+def cores() -> Cores:
+    """Count the cores."""
+    machine = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return Cores(machine, affinity, None if quota == "max" else int(quota) / int(period))
+    except (OSError, ValueError):
+        return Cores(machine, affinity, None)
+
+
+def memory_limit() -> int | None:
+    """Return the cgroup's limit in bytes; None is no limit."""
+    try:
+        return int((_CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def nvidia_driver() -> bool:
+    """Tell whether NVIDIA's driver is installed."""
+    return _why_not_loaded(_DRIVER) is None
+
+
+def load_cuda_libraries() -> None:
+    """Load CUDA's libraries out of Python packages (nvidia-cublas and others), so that the CUDA provider finds them."""
+    with contextlib.redirect_stdout(io.StringIO()):  # where onnxruntime says what it misses; `why_no_cuda` says it too
+        onnxruntime.preload_dlls()
+
+
+def cuda_libraries() -> dict[str, str | None]:
+    """Return the libraries that the CUDA provider is linked with, each with the reason why it does not load, or None.
+
+    Empty if this onnxruntime has no CUDA provider.
+    """
+    if not _CUDA_PROVIDER.is_file():
+        return {}
+    names = [name for name in _needed(_CUDA_PROVIDER) if name.startswith(("libcu", "libnv"))]
+    return {name: _why_not_loaded(name) for name in names}
+
+
+def why_no_cuda() -> str:
+    """Say what keeps onnxruntime from running on a GPU."""
+    libraries = cuda_libraries()
+    if not libraries:
+        return "this onnxruntime has no CUDA provider (install onnxruntime-gpu)"
+    if not nvidia_driver():
+        return f"there is no NVIDIA driver ({_DRIVER} is missing)"
+    if missing := [name for name, reason in libraries.items() if reason]:
+        return f"{', '.join(missing)} cannot be loaded (install ganserve[gpu], which brings CUDA's libraries)"
+    return "the driver and all libraries load, but the CUDA provider does not start; its own messages say why"
+
+
+def _needed(library: Path) -> list[str]:
+    """Read from an ELF file of 64 bits which libraries it is linked with, as ldd does."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        (table,) = struct.unpack_from("<Q", content, 0x28)
+        size, count = struct.unpack_from("<HH", content, 0x3A)
+        sections = [_SECTION.unpack_from(content, table + index * size) for index in range(count)]
+        dynamic = next(section for section in sections if section[1] == _DYNAMIC)
+        strings = sections[dynamic[6]][4]
+        entries = struct.iter_unpack("<QQ", content[dynamic[4] : dynamic[4] + dynamic[5]])
+        starts = [strings + value for tag, value in entries if tag == _NEEDED]
+        return [content[start : content.find(b"\0", start)].decode() for start in starts]
+
+
+def _why_not_loaded(library: str) -> str | None:
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return None

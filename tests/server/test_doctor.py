@@ -1,0 +1,69 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ganserve_server import machine
+
+
+def doctor(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [Path(sys.executable).with_name("ganserve-server"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_doctor_says_what_runs_and_what_is_missing() -> None:
+    done = doctor("doctor", "--provider", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "provider     cpu runs on CPU\n" in done.stdout
+    assert "libcublasLt.so" in done.stdout
+    assert f"{machine.cores().usable} threads" in done.stdout
+    assert "3 threads" in doctor("--threads", "3", "doctor", "--provider", "cpu").stdout
+    wrong = doctor("doctor", "--provider", "tpu")
+    assert wrong.returncode == 2
+    assert "auto, cuda and cpu" in wrong.stderr
+
+
+@pytest.mark.skipif(machine.nvidia_driver(), reason="there is a GPU")
+def test_the_doctor_fails_where_cuda_is_asked_for_and_missing() -> None:
+    for arguments in (["doctor", "--provider", "cuda"], ["--provider", "cuda", "doctor"]):
+        done = doctor(*arguments)
+        assert done.returncode == 1
+        assert "there is no NVIDIA driver (libcuda.so.1 is missing)" in done.stdout
+    assert "auto runs on CPU: there is no NVIDIA driver" in doctor("doctor").stdout
+
+
+def test_why_cuda_does_not_run_is_told_in_the_order_of_the_causes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str | None] = {}
+    monkeypatch.setattr(machine, "cuda_libraries", lambda: found)
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: True)
+    assert "no CUDA provider (install onnxruntime-gpu)" in machine.why_no_cuda()
+    found |= {"libcublas.so.13": None, "libcurand.so.10": "cannot open"}
+    assert machine.why_no_cuda().startswith("libcurand.so.10 cannot be loaded (install ganserve[gpu]")
+    found["libcurand.so.10"] = None
+    assert "its own messages say why" in machine.why_no_cuda()
+
+
+def test_needed_libraries_are_read_from_the_file_as_the_linker_reads_them() -> None:
+    from ctypes.util import find_library
+
+    library = Path(machine._CUDA_PROVIDER)
+    if library.is_file():
+        assert "libcuda.so.1" in machine._needed(library)
+    python = Path(sys.executable).resolve()
+    assert find_library("c") in machine._needed(python)
+
+
+@pytest.mark.parametrize(
+    ("content", "quota", "usable"), [("max 100000", None, 2), ("150000 100000", 1.5, 2), ("50000 100000", 0.5, 1)]
+)
+def test_threads_follow_the_quota_of_the_cgroup(
+    content: str, quota: float | None, usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    (tmp_path / "memory.max").write_text("max" if quota is None else "1048576")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1})
+    assert machine.cores().quota == quota
+    assert machine.cores().usable == usable
+    assert machine.memory_limit() == (None if quota is None else 1 << 20)
