@@ -15,12 +15,11 @@ from prometheus_client import start_http_server
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.batcher import Batcher
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.interceptor import CallInterceptor
+from ganserve_server.lifecycle import Lifecycle, ModelTable
 from ganserve_server.metrics import Metrics
-from ganserve_server.repository import ModelRejected, ModelVersion, find_versions, load_version
-from ganserve_server.servicer import GenerationServicer, ModelTable
+from ganserve_server.servicer import GenerationServicer
 from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
@@ -33,20 +32,20 @@ class StartError(Exception):
     """The server cannot start; the text says why and what to do."""
 
 
-async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set, then drain.
+async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain; whenever `reload` is set, look for changes in the repository.
 
     Raises:
         StartError: no model can be served, or an address is taken.
     """
     started = time.perf_counter()
     metrics = Metrics()
-    versions = await asyncio.to_thread(load_models, settings, metrics)
+    table, health_servicer = ModelTable(), health.aio.HealthServicer()
+    lifecycle = Lifecycle(settings, metrics, table, health_servicer)
+    await _load_models(lifecycle, settings, table)
     if stop.is_set():
         return
-    batchers = [Batcher(version, settings.max_batch_size, settings.max_queue_images, metrics) for version in versions]
-    table = ModelTable(batchers)
-    interceptor = CallInterceptor(SERVICE, frozenset(table.names), metrics)
+    interceptor = CallInterceptor(SERVICE, table, metrics)
     server = grpc.aio.server(
         interceptors=[interceptor],
         options=(
@@ -57,22 +56,23 @@ async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
         ),
     )
     pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(table, settings, metrics), server)
-    health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     address = _bind(server, settings.address)
     metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics)
     try:
-        for name in ("", SERVICE, *table.names):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
+        tasks = [asyncio.create_task(_refresh_on(reload, lifecycle))]
+        if settings.reload == "watch":
+            tasks.append(asyncio.create_task(lifecycle.watch(stop)))
         _log.info(
             "serving",
             extra={
                 "address": address,
                 "metrics_address": metrics_address,
                 "models": table.names,
-                "provider": versions[0].engine.provider,
+                "provider": table.find(table.names[0], None).model.engine.provider,
                 "start_s": round(time.perf_counter() - started, 3),
                 "version": importlib.metadata.version("ganserve"),
             },
@@ -80,61 +80,45 @@ async def serve(settings: ServerSettings, stop: asyncio.Event) -> None:
         await stop.wait()
         _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
         await health_servicer.enter_graceful_shutdown()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(settings.drain_delay_s)
         if running := await interceptor.drain(settings.drain_timeout_s):
             _log.warning("calls cut off", extra={"calls": running, "drain_timeout_s": settings.drain_timeout_s})
         # Nothing is left but watchers of the health, who would stay for ever.
         await server.stop(0)
-        await asyncio.gather(*(batcher.close() for batcher in batchers))
+        await lifecycle.close()
     finally:
         stop_metrics()
     _log.info("stopped")
 
 
-def load_models(settings: ServerSettings, metrics: Metrics) -> list[ModelVersion]:
-    """Load every version of the repository that passes the rules; log the others.
-
-    Raises:
-        StartError: there is none, or CUDA was asked for and is missing.
-    """
+async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable) -> None:
     if not settings.models.is_dir():
         raise StartError(f"the model repository {settings.models} is not a folder; give one by --models")
-    loaded: list[ModelVersion] = []
-    for name, version, path in find_versions(settings.models):
-        try:
-            model = load_version(
-                name,
-                version,
-                path,
-                max_model_mib=settings.max_model_mib,
-                provider=settings.provider,
-                threads=settings.threads,
-            )
-        except ModelRejected as error:
-            metrics.model_loads.labels("rejected").inc()
-            _log.error("model kept out", extra={"path": str(path), "reason": str(error)})
-        except ProviderUnavailable as error:
-            raise StartError(str(error)) from error
-        except Exception:
-            # A file from outside must not take the others down, whatever the libraries make of it.
-            metrics.model_loads.labels("rejected").inc()
-            _log.exception("model kept out", extra={"path": str(path), "reason": "the file could not be read"})
-        else:
-            metrics.model_loads.labels("loaded").inc()
-            metrics.model_info.labels(name, str(version)).info(
-                {"digest": model.digest, "provider": model.engine.provider}
-            )
-            loaded.append(model)
-    if not loaded:
+    try:
+        await lifecycle.refresh(starting=True)
+    except ProviderUnavailable as error:
+        raise StartError(str(error)) from error
+    except OSError as error:
+        raise StartError(f"the model repository {settings.models} cannot be listed: {error.strerror}") from error
+    if not table.names:
         raise StartError(
             f"{settings.models} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
             "as `ganserve-trainer export` writes it"
         )
-    return loaded
 
 
-def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Set `stop` on SIGTERM and SIGINT; a second one, of either kind, ends the process at once."""
+async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle) -> None:
+    while True:
+        await reload.wait()
+        reload.clear()
+        await lifecycle.refresh()
+
+
+def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:
+    """Set `stop` on SIGTERM and SIGINT, of which a second one ends the process at once, and `reload` on SIGHUP."""
 
     def begin(number: signal.Signals) -> None:
         if stop.is_set():
@@ -143,6 +127,7 @@ def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, begin, number)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:

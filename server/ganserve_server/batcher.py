@@ -6,9 +6,11 @@ never reaches the engine. A batch that fails answers its own callers and nobody 
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -62,6 +64,8 @@ class Batcher:
         self._bounded_images = 0  # those of them that the queue's bound counts
         self._seconds_per_image = _FIRST_BATCH_SECONDS_GUESS / max_batch_size
         self._wake = asyncio.Event()
+        self._users = 0
+        self._unused = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{model.name}-{model.version}")
         self._queue_seconds = metrics.queue_seconds.labels(model.name)
         self._compute_seconds = metrics.compute_seconds.labels(model.name)
@@ -104,6 +108,24 @@ class Batcher:
                 self._jobs.remove(job)
                 self._change_waiting(job, job.taken - draw.count)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the version, should it be retired, for a call that will make images of it."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    async def retire(self) -> None:
+        """Wait for the calls that hold the version, then end; the caller lets no new ones come."""
+        while self._users:
+            self._unused.clear()
+            await self._unused.wait()
+        await self.close()
+
     async def close(self) -> None:
         """End the task; the caller has seen to it that nothing waits."""
         self._task.cancel()
@@ -114,7 +136,7 @@ class Batcher:
         self._waiting_images += images
         if not job.unbounded:
             self._bounded_images += images
-        self._queue_images.set(self._waiting_images)
+        self._queue_images.inc(images)  # of all versions of the model
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

@@ -37,9 +37,9 @@ def _serve(context: typer.Context, **flags: Any) -> None:
     from ganserve_server import app
 
     async def run() -> None:
-        stop = asyncio.Event()
-        app.handle_signals(asyncio.get_running_loop(), stop)
-        await app.serve(settings, stop)
+        stop, reload = asyncio.Event(), asyncio.Event()
+        app.handle_signals(asyncio.get_running_loop(), stop, reload)
+        await app.serve(settings, stop, reload)
 
     try:
         asyncio.run(run())
@@ -120,6 +120,7 @@ def _configure_logs(settings: ServerSettings) -> None:
     handler.addFilter(_is_no_callers_doing)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
 
 
 _serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ganserve_server.errors import MalformedMessage, ServingError, Unavailable, status_details
+from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
 
 _log = logging.getLogger(__name__)
@@ -24,9 +25,9 @@ _HAND_OVER_S = 0.1
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the service's handlers; health and reflection pass through."""
 
-    def __init__(self, service: str, model_names: frozenset[str], metrics: Metrics) -> None:
+    def __init__(self, service: str, table: ModelTable, metrics: Metrics) -> None:
         self._prefix = f"/{service}/"
-        self._model_names = model_names
+        self._table = table
         self._metrics = metrics
         self._running = 0
         self._refusing = False
@@ -109,7 +110,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 "the request is not a message of this method, by ganserve/v1/generation.proto"
             ) from error
         name = getattr(getattr(request, "generate", request), "model", "")
-        if name in self._model_names:
+        if name in self._table:
             watch.model = name
         return request
 

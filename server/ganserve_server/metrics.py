@@ -63,7 +63,10 @@ class Metrics:
             "ganserve_rejections", "Requests refused by the server, by reason.", ["reason"], registry=registry
         )
         self.model_loads = Counter(
-            "ganserve_model_loads", "Model files loaded or kept out.", ["outcome"], registry=registry
+            "ganserve_model_loads",
+            "Model files loaded or kept out, and versions unloaded.",
+            ["outcome"],
+            registry=registry,
         )
         self.model_info = Info(
             "ganserve_model", "A version that is served, and what it runs on.", ["model", "version"], registry=registry

@@ -10,7 +10,8 @@ import grpc
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.batcher import Batcher
-from ganserve_server.errors import InvalidRequest, ModelNotFound
+from ganserve_server.errors import InvalidRequest
+from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import Metrics
 from ganserve_server.requests import GenerationRequest, parse, respond
 from ganserve_server.settings import ServerSettings
@@ -19,51 +20,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 # Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
 _ENCODE_HERE_AT_MOST = 4096
 _MAX_PIXEL_BYTES = 256 << 20
-
-
-class ModelTable:
-    """The versions that are served, by name and number."""
-
-    def __init__(self, batchers: list[Batcher]) -> None:
-        self._batchers: dict[str, dict[int, Batcher]] = {}
-        for batcher in batchers:
-            self._batchers.setdefault(batcher.model.name, {})[batcher.model.version] = batcher
-
-    @property
-    def names(self) -> list[str]:
-        """The models' names, in alphabetical order."""
-        return sorted(self._batchers)
-
-    def find(self, name: str, version: int | None) -> Batcher:
-        """Find a version, the newest if `version` is None.
-
-        Raises:
-            ModelNotFound: there is none; the text says which there are.
-        """
-        versions = self._batchers.get(name)
-        if versions is None:
-            raise ModelNotFound(f"there is no model {name!r}; there are {', '.join(self.names)}")
-        batcher = versions.get(max(versions) if version is None else version)
-        if batcher is None:
-            served = ", ".join(str(number) for number in sorted(versions))
-            raise ModelNotFound(f"model {name} has no version {version}; it has {served}")
-        return batcher
-
-    def describe(self, name: str, version: int | None) -> pb.Model:
-        """Describe a version.
-
-        Raises:
-            ModelNotFound: there is none.
-        """
-        model = self.find(name, version).model
-        return pb.Model(
-            name=name,
-            version=model.version,
-            versions=sorted(self._batchers[name]),
-            digest=model.digest,
-            provider=model.engine.provider,
-            card=model.card,
-        )
 
 
 class GenerationServicer(pb_grpc.GenerationServiceServicer):
@@ -82,7 +38,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         card = batcher.model.card
         limit = max(1, min(limit, _MAX_PIXEL_BYTES // (card.height * card.width * card.channels)))
         checked = parse(request, batcher.model, limit, self._settings.max_images_per_request)
-        return await self._make(batcher, checked, 0, checked.count, context)
+        with batcher.held():
+            return await self._make(batcher, checked, 0, checked.count, context)
 
     async def StreamImages(  # noqa: N802
         self, request: pb.StreamImagesRequest, context: Context
@@ -102,16 +59,17 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             stop = min(start + size, checked.count)
             return asyncio.create_task(self._make(batcher, checked, start, stop, context, accepted=accepted))
 
-        chunk = begin(accepted=False)
-        try:
-            while chunk is not None:
-                response = await chunk
-                chunk = begin(accepted=True)
-                yield pb.StreamImagesResponse(chunk=response)
-        finally:
-            if chunk is not None:
-                chunk.cancel()
-                await asyncio.gather(chunk, return_exceptions=True)
+        with batcher.held():
+            chunk = begin(accepted=False)
+            try:
+                while chunk is not None:
+                    response = await chunk
+                    chunk = begin(accepted=True)
+                    yield pb.StreamImagesResponse(chunk=response)
+            finally:
+                if chunk is not None:
+                    chunk.cancel()
+                    await asyncio.gather(chunk, return_exceptions=True)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
         """Describe the newest version of every model."""

@@ -16,6 +16,17 @@ class ServerSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, env_ignore_empty=True)
 
     models: Annotated[Path, Field(description="Model repository: MODELS/NAME/VERSION/model.onnx.")] = BUNDLED_MODELS
+    versions: Annotated[
+        str,
+        Field(
+            pattern="^(all|latest|[1-9][0-9]{0,8})$",
+            description="Which versions of a model to serve: all, latest, or so many of the newest.",
+        ),
+    ] = "all"
+    reload: Annotated[
+        Literal["watch", "off"],
+        Field(description="When to load new versions and drop removed ones: watch (as it happens) or off (on SIGHUP)."),
+    ] = "watch"
     address: Annotated[str, Field(description="Where to answer gRPC, HOST:PORT; port 0 takes a free one.")] = (
         "127.0.0.1:50051"
     )

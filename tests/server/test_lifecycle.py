@@ -1,216 +1,177 @@
-"""Start, health, metrics, drain: what an operator sees."""
+"""Models that come, change and go while a real server serves."""
 
-import asyncio
-import contextlib
+import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
+import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tests.conftest import RunningServer
 
-from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
+from ganserve import Client, ModelNotFoundError
+from ganserve_server.settings import BUNDLED_MODELS
 
 Start = Callable[..., RunningServer]
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+GOOD = BUNDLED_MODELS / "mlp-mnist" / "1" / "model.onnx"
+TRUNCATED = GOOD.read_bytes()[:1000]
 
 
-def test_health_is_told_for_the_server_the_service_and_each_model(server: RunningServer, client: Client) -> None:
-    names = ["", "ganserve.v1.GenerationService", *(model.name for model in client.models())]
-    with grpc.insecure_channel(server.address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        for name in names:
-            assert stub.Check(health_pb2.HealthCheckRequest(service=name)).status == SERVING
-        with pytest.raises(grpc.RpcError):
-            stub.Check(health_pb2.HealthCheckRequest(service="nothing"))
+def publish(repository: Path, version: int, content: bytes | None = None, name: str = "digits") -> Path:
+    """Put a version in its place as `ganserve-trainer export` does: whole or not at all."""
+    beside = repository / f".{name}-{version}"
+    beside.mkdir(parents=True)
+    (beside / "model.onnx").write_bytes(GOOD.read_bytes() if content is None else content)
+    folder = repository / name / str(version)
+    folder.parent.mkdir(exist_ok=True)
+    return beside.rename(folder)
 
 
-def test_reflection_describes_the_service(server: RunningServer) -> None:
-    with grpc.insecure_channel(server.address) as channel:
-        pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
-        methods = pool.FindServiceByName("ganserve.v1.GenerationService").methods_by_name
-    assert sorted(methods) == ["GenerateImages", "GetModel", "ListModels", "StreamImages"]
+def replace(file: Path, content: bytes) -> None:
+    beside = file.with_name(".model")
+    beside.write_bytes(content)
+    beside.replace(file)
 
 
-def scrape(server: RunningServer) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as response:
+@contextmanager
+def constant_load(address: str) -> Iterator[list[int]]:
+    """Call without pause from two threads; every call must be answered. Yields the versions that answered."""
+    versions: list[int] = []
+    failures: list[BaseException] = []
+    stop = threading.Event()
+
+    def call() -> None:
+        with Client(address) as client:
+            while not stop.is_set():
+                try:
+                    versions.append(client.generate("digits", seed=1, count=3).version)
+                except BaseException as error:
+                    failures.append(error)
+                    return
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        yield versions
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert not failures
+    assert versions
+
+
+def status(address: str, name: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)).status
+
+
+def loads(metrics_address: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics") as response:
         lines = response.read().decode().splitlines()
-    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, _, value in samples}
+    found = [line for line in lines if line.startswith("ganserve_model_loads_total{")]
+    return {line.split('"')[1]: float(line.split()[-1]) for line in found}
 
 
-def test_metrics_count_what_was_done(start_server: Start) -> None:
-    running = start_server()
-    with Client(running.address) as client:
-        client.generate("mlp-mnist", count=100)
-        client.generate("cdcgan-mnist", count=3)
-        for name in ("nothing", "nothing-else"):
-            with pytest.raises(GanserveError):
-                client.generate(name)
-    samples = scrape(running)
-    assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 100
-    assert samples['ganserve_batch_size_sum{model="mlp-mnist"}'] == 100
-    assert samples['ganserve_batch_size_count{model="mlp-mnist"}'] == 2
-    assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="cdcgan-mnist"}'] == 1
-    assert samples['ganserve_requests_total{code="NOT_FOUND",method="GenerateImages",model="other"}'] == 2
-    assert samples['ganserve_rejections_total{reason="not_found"}'] == 2
-    assert samples['ganserve_queue_images{model="mlp-mnist"}'] == 0
-    assert not [name for name in samples if "nothing" in name]
+def test_versions_come_and_go_under_load_with_no_failed_call(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    server = start_server("--models", tmp_path)
+    with constant_load(server.address) as versions, Client(server.address) as client:
+        publish(tmp_path, 2)
+        assert server.wait_for("model loaded")["version"] == 2
+        assert client.generate("digits", seed=1).version == 2
+        assert client.generate("digits", seed=1, version=1).version == 1
+        shutil.rmtree(tmp_path / "digits" / "2")
+        assert server.wait_for("model unloaded")["version"] == 2
+        assert client.generate("digits", seed=1).version == 1
+        with pytest.raises(ModelNotFoundError, match="no version 2; it has 1"):
+            client.generate("digits", seed=1, version=2)
+        publish(tmp_path, 3)
+        server.wait_for("model loaded")
+        client.generate("digits", seed=1)
+    assert set(versions) >= {1}
+    assert versions[-1] in (1, 3)
+    assert loads(server.metrics_address) == {"loaded": 3.0, "unloaded": 1.0}
 
 
-def test_sigterm_finishes_what_runs_and_exits_0(start_server: Start) -> None:
-    running = start_server("--drain-delay-s", "0")
-    with Client(running.address) as client:
-        stream = client.stream("cdcgan-mnist", count=20_000, seed=1)
-        batches = [next(stream)]
-        running.process.send_signal(signal.SIGTERM)
-        running.wait_for("draining")
-        batches += list(stream)
-    assert sum(len(batch) for batch in batches) == 20_000
-    assert running.process.wait(timeout=30) == 0
-    running.wait_for("stopped")
+def test_a_bad_file_stays_out_and_what_was_served_goes_on(start_server: Start, tmp_path: Path) -> None:
+    first = publish(tmp_path, 1) / "model.onnx"
+    server = start_server("--models", tmp_path)
+    with constant_load(server.address) as versions, Client(server.address) as client:
+        second = publish(tmp_path, 2, TRUNCATED) / "model.onnx"
+        kept_out = server.wait_for("model kept out")
+        assert kept_out["path"].endswith("digits/2/model.onnx")
+        assert "truncated" in kept_out["reason"]
+        replace(first, TRUNCATED)
+        assert server.wait_for("model kept out")["path"].endswith("digits/1/model.onnx")
+        assert client.generate("digits", seed=1).version == 1
+        assert client.model("digits").versions == (1,)
+        replace(second, GOOD.read_bytes())
+        assert server.wait_for("model loaded")["version"] == 2
+        assert client.model("digits").versions == (1, 2)
+    assert set(versions) <= {1, 2}
+    # Each bad file was tried once, not at every look.
+    assert loads(server.metrics_address) == {"loaded": 2.0, "rejected": 2.0}
 
 
-async def test_sigterm_under_load_ends_no_call_but_with_an_answer_or_unavailable(start_server: Start) -> None:
-    running = start_server()
-    outcomes: list[str] = []
-    loaded = asyncio.Event()
-
-    async def caller(client: AsyncClient) -> None:
-        while True:
-            try:
-                await client.generate("mlp-mnist", seed=1)
-            except GanserveError as error:
-                outcomes.append(type(error).__name__)
-                return
-            outcomes.append("ok")
-            if len(outcomes) >= 100:
-                loaded.set()
-
-    async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(AsyncClient(running.address)) for _ in range(16)]
-        calls = [asyncio.create_task(caller(client)) for client in clients]
-        await loaded.wait()
-        running.process.send_signal(signal.SIGTERM)
-        await asyncio.gather(*calls)
-    assert set(outcomes) == {"ok", "UnavailableError"}
-    assert await asyncio.to_thread(running.process.wait, 30) == 0
+def test_a_stream_ends_on_the_version_it_began_on(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    publish(tmp_path, 2)
+    server = start_server("--models", tmp_path)
+    with Client(server.address) as client:
+        chunks = client.stream("digits", count=20_000, seed=0)
+        first = next(chunks)
+        assert first.version == 2
+        shutil.rmtree(tmp_path / "digits" / "2")
+        server.wait_for("model unloaded")
+        rest = list(chunks)
+        assert {chunk.version for chunk in rest} == {2}
+        assert len(first) + sum(map(len, rest)) == 20_000
+        assert client.generate("digits", seed=1).version == 1
 
 
-def test_watching_the_health_does_not_hold_up_the_end(start_server: Start) -> None:
-    running = start_server("--drain-timeout-s", "3600")
-    with grpc.insecure_channel(running.address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        assert next(watch).status == SERVING
-        assert running.stop() == 0
+def test_so_many_of_the_newest_are_served_as_the_settings_say(start_server: Start, tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        publish(tmp_path, version)
+    publish(tmp_path, 4, TRUNCATED)
+    latest = start_server("--models", tmp_path, "--versions", "latest")
+    two = start_server("--models", tmp_path, "--versions", "2")
+    with Client(latest.address) as one_of, Client(two.address) as two_of:
+        assert one_of.model("digits").versions == (3,)
+        assert two_of.model("digits").versions == (2, 3)
+        publish(tmp_path, 5)
+        for server in (latest, two):
+            assert server.wait_for("model loaded")["version"] == 5
+            server.wait_for("model unloaded")
+        assert one_of.model("digits").versions == (5,)
+        assert two_of.model("digits").versions == (3, 5)
 
 
-def test_calls_that_failed_or_were_left_do_not_hold_up_the_end(start_server: Start) -> None:
-    running = start_server("--drain-timeout-s", "3600")
-    with Client(running.address) as client:
-        for call in (
-            lambda: client.generate("nothing"),
-            lambda: client.generate("mlp-mnist", count=1000, timeout_s=0.001),
-        ):
-            with pytest.raises(GanserveError):
-                call()
-        stream = client.stream("cdcgan-mnist", count=1_000_000)
-        next(stream)
-        stream.close()
-        assert running.stop() == 0
-
-
-def test_the_drain_timeout_cuts_off_what_is_left_and_says_so(start_server: Start) -> None:
-    running = start_server("--drain-timeout-s", "0.2")
-    with Client(running.address) as client:
-        stream = client.stream("cdcgan-mnist", count=10_000_000)
-        next(stream)
-        running.process.send_signal(signal.SIGTERM)
-        assert running.wait_for("calls cut off")["calls"] == 1
-        with pytest.raises(UnavailableError, match="shut down"):
-            list(stream)
-    assert running.process.wait(timeout=30) == 0
-
-
-def test_a_second_signal_ends_the_process_at_once(start_server: Start) -> None:
-    running = start_server("--drain-delay-s", "3600")
-    running.process.send_signal(signal.SIGTERM)
-    running.wait_for("draining")
-    running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(timeout=30) == 128 + signal.SIGINT
-
-
-def test_sigterm_says_not_serving_and_serves_on_for_the_drain_delay(start_server: Start) -> None:
-    running = start_server("--drain-delay-s", "3600")
-    with grpc.insecure_channel(running.address) as channel, Client(running.address) as client:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        assert next(watch).status == SERVING
-        running.process.send_signal(signal.SIGTERM)
-        assert next(watch).status == NOT_SERVING
-        assert isinstance(client.generate("mlp-mnist", seed=1), ImageBatch)
-        assert running.process.poll() is None
-        watch.cancel()
-
-
-def test_sigterm_when_idle_ends_at_once(start_server: Start) -> None:
-    assert start_server().stop() == 0
-
-
-def failing_start(*flags: str | Path, code: int) -> str:
-    program = Path(sys.executable).with_name("ganserve-server")
-    command = [program, "--log-format", "json", "--metrics-address", "off", "--address", "127.0.0.1:0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-def test_a_taken_address_is_refused(server: RunningServer) -> None:
-    assert server.address in failing_start("--address", server.address, code=1)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert address in failing_start("--metrics-address", address, code=1)
-
-
-@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":", "127.0.0.1:"])
-def test_an_address_that_is_none_is_refused(address: str) -> None:
-    assert "HOST:PORT" in failing_start("--address", address, code=1)
-
-
-def test_a_repository_without_models_is_refused(tmp_path: Path) -> None:
-    assert "ganserve-trainer export" in failing_start("--models", tmp_path, code=1)
-    assert "not a folder" in failing_start("--models", tmp_path / "nothing", code=1)
-
-
-def test_cuda_that_is_not_there_is_refused() -> None:
-    assert "CUDA was asked for" in failing_start("--provider", "cuda", code=1)
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (("--provider", "tpu"), "cuda"),
-        (("--max-batch-size", "0"), "greater than or equal to 1"),
-        (("--max-batch-size", "many"), "integer"),
-        (("--nonsense",), "No such option"),
-    ],
-)
-def test_a_wrong_flag_says_what_is_allowed(flags: tuple[str, ...], text: str) -> None:
-    assert text in failing_start(*flags, code=2)
-
-
-def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch, start_server: Start) -> None:
-    monkeypatch.setenv("GANSERVE_SERVER_MAX_IMAGES_PER_REQUEST", "5")
-    with Client(start_server().address) as client, pytest.raises(GanserveError, match="1 to 5"):
-        client.generate("mlp-mnist", count=6)
-    with Client(start_server("--max-images-per-request", "7").address) as client:
-        assert len(client.generate("mlp-mnist", count=7)) == 7
+def test_sighup_loads_where_nothing_is_watched_and_health_follows(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    publish(tmp_path, 1, name="other")
+    server = start_server("--models", tmp_path, "--reload", "off")
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    shutil.rmtree(tmp_path / "other")
+    os.kill(server.process.pid, signal.SIGHUP)
+    assert server.wait_for("model unloaded")["model"] == "other"
+    assert [status(server.address, name) for name in ("", "digits", "other")] == [serving, serving, not_serving]
+    shutil.rmtree(tmp_path / "digits")
+    os.kill(server.process.pid, signal.SIGHUP)
+    server.wait_for("model unloaded")
+    with Client(server.address) as client:
+        with pytest.raises(ModelNotFoundError, match="there are none at all"):
+            client.generate("digits", seed=1)
+        assert status(server.address, "") == not_serving
+        publish(tmp_path, 7)
+        os.kill(server.process.pid, signal.SIGHUP)
+        assert server.wait_for("model loaded")["version"] == 7
+        assert client.generate("digits", seed=1).version == 7
+        assert status(server.address, "") == serving
+    assert server.stop() == 0

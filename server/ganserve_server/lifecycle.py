@@ -1,0 +1,226 @@
+"""Which versions are served: at the start, and whenever the repository changes, with no failed call in between.
+
+A new version is loaded and checked while the old one serves, then takes new calls; the old one finishes what it has. A
+file that breaks a rule stays out, once in the log, and what was served before goes on.
+"""
+
+import asyncio
+import logging
+from pathlib import Path
+
+from grpc_health.v1 import health, health_pb2
+from watchfiles import awatch
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.batcher import Batcher
+from ganserve_server.engine import ProviderUnavailable
+from ganserve_server.errors import ModelNotFound
+from ganserve_server.metrics import Metrics
+from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
+from ganserve_server.settings import ServerSettings
+
+_log = logging.getLogger(__name__)
+_STATUS = health_pb2.HealthCheckResponse
+
+Stamp = tuple[int, int, int] | None  # of a file's content, as far as its folder tells; None: there is none
+
+
+class ModelTable:
+    """The versions that are served, by name and number."""
+
+    def __init__(self) -> None:
+        self._batchers: dict[str, dict[int, Batcher]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether any version of a model is served."""
+        return name in self._batchers
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names, in alphabetical order."""
+        return sorted(self._batchers)
+
+    def batchers(self) -> dict[tuple[str, int], Batcher]:
+        """Return all versions, by name and number."""
+        return {(name, number): one for name, versions in self._batchers.items() for number, one in versions.items()}
+
+    def put(self, batcher: Batcher) -> Batcher | None:
+        """Serve a version from now on; return the one of that number that was served before."""
+        versions = self._batchers.setdefault(batcher.model.name, {})
+        before = versions.get(batcher.model.version)
+        versions[batcher.model.version] = batcher
+        return before
+
+    def remove(self, name: str, version: int) -> Batcher:
+        """Serve a version no longer."""
+        batcher = self._batchers[name].pop(version)
+        if not self._batchers[name]:
+            del self._batchers[name]
+        return batcher
+
+    def find(self, name: str, version: int | None) -> Batcher:
+        """Find a version, the newest if `version` is None.
+
+        Raises:
+            ModelNotFound: there is none; the text says which there are.
+        """
+        versions = self._batchers.get(name)
+        if versions is None:
+            raise ModelNotFound(f"there is no model {name!r}; there are {', '.join(self.names) or 'none at all'}")
+        batcher = versions.get(max(versions) if version is None else version)
+        if batcher is None:
+            served = ", ".join(str(number) for number in sorted(versions))
+            raise ModelNotFound(f"model {name} has no version {version}; it has {served}")
+        return batcher
+
+    def describe(self, name: str, version: int | None) -> pb.Model:
+        """Describe a version.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        model = self.find(name, version).model
+        return pb.Model(
+            name=name,
+            version=model.version,
+            versions=sorted(self._batchers[name]),
+            digest=model.digest,
+            provider=model.engine.provider,
+            card=model.card,
+        )
+
+
+class Lifecycle:
+    """Keeps a table of models as the repository is."""
+
+    def __init__(
+        self, settings: ServerSettings, metrics: Metrics, table: ModelTable, health_servicer: health.aio.HealthServicer
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._table = table
+        self._health = health_servicer
+        self._most = (
+            {"all": None, "latest": 1}[settings.versions] if settings.versions.isalpha() else int(settings.versions)
+        )
+        self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
+        self._reported: set[str] = set()
+        self._refreshing = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    async def refresh(self, *, starting: bool = False) -> None:
+        """Load what is new, drop what is gone.
+
+        Raises:
+            ProviderUnavailable: CUDA was asked for and is missing; only when starting.
+            OSError: the repository cannot be listed; only when starting.
+        """
+        async with self._refreshing:
+            try:
+                found = await asyncio.to_thread(_stamps, self._settings.models)
+            except OSError as error:
+                if starting:
+                    raise
+                _log.error("the repository cannot be listed", extra={"reason": str(error)})
+                return
+            wanted: set[tuple[str, int]] = set()
+            for name in sorted({name for name, _ in found}):
+                versions = sorted((number for other, number in found if other == name), reverse=True)
+                wanted |= await self._choose(name, versions, found, starting=starting)
+            for key in self._table.batchers().keys() - wanted:
+                self._retire(self._table.remove(*key))
+                self._metrics.model_loads.labels("unloaded").inc()
+                self._metrics.model_info.remove(key[0], str(key[1]))
+                _log.info("model unloaded", extra={"model": key[0], "version": key[1]})
+            self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
+            await self._report({name for name, _ in found})
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        """Refresh whenever something changes in the repository, until `stop` is set."""
+        try:
+            async for _ in awatch(self._settings.models, stop_event=stop):
+                await self.refresh()
+        except (OSError, RuntimeError) as error:
+            _log.error("the repository is no longer watched; SIGHUP still loads it anew", extra={"reason": str(error)})
+
+    async def close(self) -> None:
+        """End all batchers; the caller has seen to it that nothing waits."""
+        for batcher in self._table.batchers().values():
+            self._retire(batcher)
+        await asyncio.gather(*self._retiring)
+
+    async def _choose(
+        self, name: str, versions: list[int], found: dict[tuple[str, int], Stamp], *, starting: bool
+    ) -> set[tuple[str, int]]:
+        """Serve as many of these versions, newest first, as the settings ask for and the rules allow."""
+        chosen: set[tuple[str, int]] = set()
+        for number in versions:
+            if len(chosen) == self._most:
+                break
+            key = (name, number)
+            changed = key not in self._stamps or self._stamps[key] != found[key]
+            self._stamps[key] = found[key]
+            if changed and (model := await self._load(name, number, starting=starting)):
+                settings = self._settings
+                batcher = Batcher(model, settings.max_batch_size, settings.max_queue_images, self._metrics)
+                if before := self._table.put(batcher):
+                    self._retire(before)
+                if not starting:
+                    _log.info("model loaded", extra={"model": name, "version": number, "digest": model.digest})
+            # A file that was replaced by a bad one, rather than removed, is served as it was.
+            if found[key] is not None and key in self._table.batchers():
+                chosen.add(key)
+        return chosen
+
+    async def _load(self, name: str, number: int, *, starting: bool) -> ModelVersion | None:
+        settings, path = self._settings, self._settings.models / name / str(number) / MODEL_FILE_NAME
+        try:
+            model = await asyncio.to_thread(
+                load_version,
+                name,
+                number,
+                path,
+                max_model_mib=settings.max_model_mib,
+                provider=settings.provider,
+                threads=settings.threads,
+            )
+        except (ModelRejected, ProviderUnavailable) as error:
+            if starting and isinstance(error, ProviderUnavailable):
+                raise
+            _log.error("model kept out", extra={"path": str(path), "reason": str(error)})
+        except Exception:
+            # A file from outside must not take the others down, whatever the libraries make of it.
+            _log.exception("model kept out", extra={"path": str(path), "reason": "the file could not be read"})
+        else:
+            self._metrics.model_loads.labels("loaded").inc()
+            self._metrics.model_info.labels(name, str(number)).info(
+                {"digest": model.digest, "provider": model.engine.provider}
+            )
+            return model
+        self._metrics.model_loads.labels("rejected").inc()
+        return None
+
+    def _retire(self, batcher: Batcher) -> None:
+        task = asyncio.create_task(batcher.retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _report(self, known: set[str]) -> None:
+        """Answer for the server as a whole, and for each model that is or was in the repository."""
+        await self._health.set("", _STATUS.SERVING if self._table.names else _STATUS.NOT_SERVING)
+        for name in known | self._reported:
+            await self._health.set(name, _STATUS.SERVING if name in self._table else _STATUS.NOT_SERVING)
+        self._reported = known
+
+
+def _stamps(repository: Path) -> dict[tuple[str, int], Stamp]:
+    """List the repository's versions, each with what changes when its file is replaced."""
+    found: dict[tuple[str, int], Stamp] = {}
+    for name, version, path in find_versions(repository):
+        try:
+            status = path.stat()
+        except OSError:
+            found[name, version] = None
+        else:
+            found[name, version] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found

@@ -1,0 +1,216 @@
+"""Start, health, metrics, drain: what an operator sees."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from tests.conftest import RunningServer
+
+from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
+
+Start = Callable[..., RunningServer]
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_health_is_told_for_the_server_the_service_and_each_model(server: RunningServer, client: Client) -> None:
+    names = ["", "ganserve.v1.GenerationService", *(model.name for model in client.models())]
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in names:
+            assert stub.Check(health_pb2.HealthCheckRequest(service=name)).status == SERVING
+        with pytest.raises(grpc.RpcError):
+            stub.Check(health_pb2.HealthCheckRequest(service="nothing"))
+
+
+def test_reflection_describes_the_service(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        methods = pool.FindServiceByName("ganserve.v1.GenerationService").methods_by_name
+    assert sorted(methods) == ["GenerateImages", "GetModel", "ListModels", "StreamImages"]
+
+
+def scrape(server: RunningServer) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in samples}
+
+
+def test_metrics_count_what_was_done(start_server: Start) -> None:
+    running = start_server()
+    with Client(running.address) as client:
+        client.generate("mlp-mnist", count=100)
+        client.generate("cdcgan-mnist", count=3)
+        for name in ("nothing", "nothing-else"):
+            with pytest.raises(GanserveError):
+                client.generate(name)
+    samples = scrape(running)
+    assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 100
+    assert samples['ganserve_batch_size_sum{model="mlp-mnist"}'] == 100
+    assert samples['ganserve_batch_size_count{model="mlp-mnist"}'] == 2
+    assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="cdcgan-mnist"}'] == 1
+    assert samples['ganserve_requests_total{code="NOT_FOUND",method="GenerateImages",model="other"}'] == 2
+    assert samples['ganserve_rejections_total{reason="not_found"}'] == 2
+    assert samples['ganserve_queue_images{model="mlp-mnist"}'] == 0
+    assert not [name for name in samples if "nothing" in name]
+
+
+def test_sigterm_finishes_what_runs_and_exits_0(start_server: Start) -> None:
+    running = start_server("--drain-delay-s", "0")
+    with Client(running.address) as client:
+        stream = client.stream("cdcgan-mnist", count=20_000, seed=1)
+        batches = [next(stream)]
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_for("draining")
+        batches += list(stream)
+    assert sum(len(batch) for batch in batches) == 20_000
+    assert running.process.wait(timeout=30) == 0
+    running.wait_for("stopped")
+
+
+async def test_sigterm_under_load_ends_no_call_but_with_an_answer_or_unavailable(start_server: Start) -> None:
+    running = start_server()
+    outcomes: list[str] = []
+    loaded = asyncio.Event()
+
+    async def caller(client: AsyncClient) -> None:
+        while True:
+            try:
+                await client.generate("mlp-mnist", seed=1)
+            except GanserveError as error:
+                outcomes.append(type(error).__name__)
+                return
+            outcomes.append("ok")
+            if len(outcomes) >= 100:
+                loaded.set()
+
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(AsyncClient(running.address)) for _ in range(16)]
+        calls = [asyncio.create_task(caller(client)) for client in clients]
+        await loaded.wait()
+        running.process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*calls)
+    assert set(outcomes) == {"ok", "UnavailableError"}
+    assert await asyncio.to_thread(running.process.wait, 30) == 0
+
+
+def test_watching_the_health_does_not_hold_up_the_end(start_server: Start) -> None:
+    running = start_server("--drain-timeout-s", "3600")
+    with grpc.insecure_channel(running.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        assert running.stop() == 0
+
+
+def test_calls_that_failed_or_were_left_do_not_hold_up_the_end(start_server: Start) -> None:
+    running = start_server("--drain-timeout-s", "3600")
+    with Client(running.address) as client:
+        for call in (
+            lambda: client.generate("nothing"),
+            lambda: client.generate("mlp-mnist", count=1000, timeout_s=0.001),
+        ):
+            with pytest.raises(GanserveError):
+                call()
+        stream = client.stream("cdcgan-mnist", count=1_000_000)
+        next(stream)
+        stream.close()
+        assert running.stop() == 0
+
+
+def test_the_drain_timeout_cuts_off_what_is_left_and_says_so(start_server: Start) -> None:
+    running = start_server("--drain-timeout-s", "0.2")
+    with Client(running.address) as client:
+        stream = client.stream("cdcgan-mnist", count=10_000_000)
+        next(stream)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait_for("calls cut off")["calls"] == 1
+        with pytest.raises(UnavailableError, match="shut down"):
+            list(stream)
+    assert running.process.wait(timeout=30) == 0
+
+
+def test_a_second_signal_ends_the_process_at_once(start_server: Start) -> None:
+    running = start_server("--drain-delay-s", "3600")
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_for("draining")
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(timeout=30) == 128 + signal.SIGINT
+
+
+def test_sigterm_says_not_serving_and_serves_on_for_the_drain_delay(start_server: Start) -> None:
+    running = start_server("--drain-delay-s", "3600")
+    with grpc.insecure_channel(running.address) as channel, Client(running.address) as client:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        running.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == NOT_SERVING
+        assert isinstance(client.generate("mlp-mnist", seed=1), ImageBatch)
+        assert running.process.poll() is None
+        watch.cancel()
+
+
+def test_sigterm_when_idle_ends_at_once(start_server: Start) -> None:
+    assert start_server().stop() == 0
+
+
+def failing_start(*flags: str | Path, code: int) -> str:
+    program = Path(sys.executable).with_name("ganserve-server")
+    command = [program, "--log-format", "json", "--metrics-address", "off", "--address", "127.0.0.1:0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_taken_address_is_refused(server: RunningServer) -> None:
+    assert server.address in failing_start("--address", server.address, code=1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert address in failing_start("--metrics-address", address, code=1)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":", "127.0.0.1:"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    assert "HOST:PORT" in failing_start("--address", address, code=1)
+
+
+def test_a_repository_without_models_is_refused(tmp_path: Path) -> None:
+    assert "ganserve-trainer export" in failing_start("--models", tmp_path, code=1)
+    assert "not a folder" in failing_start("--models", tmp_path / "nothing", code=1)
+
+
+def test_cuda_that_is_not_there_is_refused() -> None:
+    assert "CUDA was asked for" in failing_start("--provider", "cuda", code=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--provider", "tpu"), "cuda"),
+        (("--max-batch-size", "0"), "greater than or equal to 1"),
+        (("--max-batch-size", "many"), "integer"),
+        (("--nonsense",), "No such option"),
+    ],
+)
+def test_a_wrong_flag_says_what_is_allowed(flags: tuple[str, ...], text: str) -> None:
+    assert text in failing_start(*flags, code=2)
+
+
+def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch, start_server: Start) -> None:
+    monkeypatch.setenv("GANSERVE_SERVER_MAX_IMAGES_PER_REQUEST", "5")
+    with Client(start_server().address) as client, pytest.raises(GanserveError, match="1 to 5"):
+        client.generate("mlp-mnist", count=6)
+    with Client(start_server("--max-images-per-request", "7").address) as client:
+        assert len(client.generate("mlp-mnist", count=7)) == 7
