@@ -45,7 +45,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     await _load_models(lifecycle, settings, table)
     if stop.is_set():
         return
-    interceptor = CallInterceptor(SERVICE, table, metrics)
+    interceptor = CallInterceptor(SERVICE, table, metrics, settings.access_log)
     server = grpc.aio.server(
         interceptors=[interceptor],
         options=(

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from ganserve_server.errors import MalformedMessage, ServingError, Unavailable, status_details
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
+from ganserve_server.settings import AccessLog
 
 _log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
@@ -25,7 +26,8 @@ _HAND_OVER_S = 0.1
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the service's handlers; health and reflection pass through."""
 
-    def __init__(self, service: str, table: ModelTable, metrics: Metrics) -> None:
+    def __init__(self, service: str, table: ModelTable, metrics: Metrics, access_log: AccessLog) -> None:
+        self._access_log = access_log
         self._prefix = f"/{service}/"
         self._table = table
         self._metrics = metrics
@@ -50,7 +52,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._running += 1
         self._idle.clear()
         context.add_done_callback(self._end)
-        return _Watch(self._metrics, method, context)
+        return _Watch(self._metrics, method, context, self._access_log)
 
     def _end(self, _context: Any) -> None:
         self._running -= 1
@@ -118,8 +120,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _Watch:
     """One call: its id, its start, and its end."""
 
-    def __init__(self, metrics: Metrics, method: str, context: Any) -> None:
+    def __init__(self, metrics: Metrics, method: str, context: Any, access_log: AccessLog) -> None:
         self._metrics = metrics
+        self._access_log = access_log
         self._method = method
         self.model = OTHER
         self._context = context
@@ -128,10 +131,15 @@ class _Watch:
         self._id = given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
 
-    def finish(self, code: grpc.StatusCode) -> None:
-        """Count the call."""
+    def finish(self, code: grpc.StatusCode, text: str = "") -> None:
+        """Count the call, and log it if it is of those that are logged."""
+        took = time.perf_counter() - self._started
         self._metrics.requests.labels(self._method, self.model, code.name).inc()
-        self._metrics.request_seconds.labels(self._method, self.model).observe(time.perf_counter() - self._started)
+        self._metrics.request_seconds.labels(self._method, self.model).observe(took)
+        if self._access_log == "all" or (self._access_log == "errors" and code is not grpc.StatusCode.OK):
+            call = {"method": self._method, "model": self.model, "code": code.name, "seconds": round(took, 6)}
+            call |= {"request_id": self._id, "peer": self._context.peer()}
+            _log.info("call", extra=call | ({"reason": text} if text else {}))
 
     async def fail(self, error: BaseException) -> None:
         """Count the call and end it with the error's status; what nobody foresaw is logged and told to nobody."""
@@ -142,7 +150,7 @@ class _Watch:
             return
         trailer: tuple[tuple[str, str | bytes], ...] = ((REQUEST_ID_KEY, self._id),)
         if isinstance(error, ServingError):
-            self.finish(error.code)
+            self.finish(error.code, str(error))
             self._metrics.rejections.labels(error.reason).inc()
             trailer += (("grpc-status-details-bin", status_details(error)),)
             await self._context.abort(error.code, str(error), trailer)

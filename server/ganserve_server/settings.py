@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+AccessLog = Literal["off", "errors", "all"]
 ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
@@ -58,3 +59,6 @@ class ServerSettings(BaseSettings):
         Literal["auto", "json", "console"],
         Field(description="json (a line an event), console, or auto: console on a terminal, else json."),
     ] = "auto"
+    access_log: Annotated[
+        AccessLog, Field(description="Which calls to log, with request id, status and time: off, errors or all.")
+    ] = "errors"

@@ -214,3 +214,34 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch,
         client.generate("mlp-mnist", count=6)
     with Client(start_server("--max-images-per-request", "7").address) as client:
         assert len(client.generate("mlp-mnist", count=7)) == 7
+
+
+def calls_logged(running: RunningServer) -> list[dict[str, object]]:
+    assert running.stop() == 0
+    logged = []
+    while (line := running.events.get(timeout=60))["event"] != "stopped":
+        if line["event"] == "call":
+            logged.append(line)
+    return logged
+
+
+@pytest.mark.parametrize(("flags", "codes"), [(("--access-log", "all"), ["OK", "NOT_FOUND"]), ((), ["NOT_FOUND"])])
+def test_calls_are_logged_by_request_id(flags: tuple[str, ...], codes: list[str], start_server: Start) -> None:
+    running = start_server(*flags)
+    with Client(running.address) as client:
+        client.generate("mlp-mnist", seed=1)
+        with pytest.raises(GanserveError) as caught:
+            client.generate("nothing", seed=1)
+    logged = calls_logged(running)
+    assert [call["code"] for call in logged] == codes
+    assert logged[-1]["request_id"] == caught.value.request_id
+    assert "there is no model 'nothing'" in str(logged[-1]["reason"])
+    assert logged[-1]["model"] == "other"
+    assert str(logged[-1]["peer"]).startswith("ipv4:127.0.0.1:")
+
+
+def test_no_call_is_logged_where_that_is_turned_off(start_server: Start) -> None:
+    running = start_server("--access-log", "off")
+    with Client(running.address) as client, pytest.raises(GanserveError):
+        client.generate("nothing", seed=1)
+    assert calls_logged(running) == []
