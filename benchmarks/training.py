@@ -16,6 +16,7 @@ import dataclasses
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -171,16 +172,21 @@ def loop_in_a_process(loop: str, settings: Settings, data_root: Path) -> Iterato
     mine, theirs = context.Pipe()
     process = context.Process(target=serve_rates, args=(loop, settings, data_root, theirs))
     process.start()
+    theirs.close()  # so that the end of a process that failed is seen
 
     def rate(seconds: float) -> float:
-        mine.send(seconds)
-        found: float = mine.recv()
+        try:
+            mine.send(seconds)
+            found: float = mine.recv()
+        except (EOFError, OSError):
+            sys.exit(f"the {loop} loop failed; its own message is above")
         return found
 
     try:
         yield rate
     finally:
-        mine.send(0.0)
+        with contextlib.suppress(OSError):
+            mine.send(0.0)
         process.join()
 
 

@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -100,3 +102,28 @@ def test_the_page_on_training_has_a_row_for_every_setting() -> None:
             default = "none" if field.default in (None, "") else str(field.default)
             row = f"| `--{field.name.replace('_', '-')}` | {default} | {field.metadata['help']} |"
             assert row in page, f"docs/training.md lacks: {row}"
+
+
+def _third_party_imports(root: Path) -> set[str]:
+    names = set()
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return {name for name in names if name not in sys.stdlib_module_names and not name.startswith("ganserve")}
+
+
+def _canonical(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
+
+
+@pytest.mark.parametrize(("room", "extra"), [("client", None), ("server", "server"), ("trainer", "trainer")])
+def test_a_room_imports_nothing_but_what_its_extra_names(room: str, extra: str | None) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(project["optional-dependencies"][extra] if extra else ())]
+    wanted = {_canonical(requirement) for requirement in named}
+    owners = importlib.metadata.packages_distributions()
+    for name in _third_party_imports(ROOT / room):
+        assert wanted & {_canonical(owner) for owner in owners[name]}, f"{room} imports {name}, which no one installs"

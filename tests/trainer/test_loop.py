@@ -244,6 +244,17 @@ def test_penalties_go_round_the_compiler(loss: str, data_root: Path, monkeypatch
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_what_is_shown_of_a_growing_network_is_what_a_checkpoint_holds(data_root: Path) -> None:
+    dataset = load_dataset("mnist", data_root, train=True, image_size=16)
+    settings = tiny("pggan", image_size=16, growth_images=24, batch_size=16)
+    training = Run(settings, dataset, torch.device("cpu"))
+    latent = torch.randn(3, settings.latent_dim)
+    for _ in range(4):
+        training.step()
+        kept = training.checkpoint().ema_generator()
+        torch.testing.assert_close(training.show(latent, None), kept(latent))
+
+
 def test_wasserstein_clip_bounds_the_critic(data_root: Path) -> None:
     dataset = load_dataset("mnist", data_root, train=True)
     training = Run(tiny("dcgan", loss="wasserstein-clip", weight_clip=0.01), dataset, torch.device("cpu"))

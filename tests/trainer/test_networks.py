@@ -225,6 +225,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         ({"loss": "hinge", "label_smoothing": 0.1}, "hinge has none"),
         ({"architecture": "mlp", "attention": True}, "attention is for the dcgan"),
         ({"mismatched_labels": 0.5}, "add conditional"),
+        ({"architecture": "progressive", "compile": True}, "cannot be compiled"),
         ({"widht": 3}, "did you mean width"),
     ]:
         with pytest.raises(TrainerError, match=message):

@@ -18,7 +18,12 @@ def test_axes_are_read_as_their_settings_types() -> None:
     assert parse_axis("learning_rate=1e-3,2") == ("learning_rate", [0.001, 2.0])
     assert parse_axis("attention=true,false") == ("attention", [True, False])
     assert parse_axis("image_size=32") == ("image_size", [32])
-    for text, message in [("loss", "is no axis"), ("lss=a", "is no axis"), ("loss=", "is no axis"), ("width=a", "int")]:
+    for text, message in [
+        ("loss", "is no axis"),
+        ("lss=a", "did you mean loss"),
+        ("loss=", "is no axis"),
+        ("width=a", "int"),
+    ]:
         with pytest.raises(TrainerError, match=message):
             parse_axis(text)
 
@@ -30,11 +35,11 @@ def test_every_combination_comes_once() -> None:
 
 
 def test_a_table_has_a_column_for_every_figure_and_the_outcome_last() -> None:
-    rows = [{"loss": "a|b", "outcome": "fine", "fid": 1.23456}, {"loss": "c", "fid": 10.0, "recall": 0.5}]
+    rows = [{"loss": "a|b", "outcome": "no alarm", "fid": 1.23456}, {"loss": "c", "fid": 10.0, "recall": 0.5}]
     assert table(rows).splitlines() == [
         "| loss | fid | recall | outcome |",
         "|---|---|---|---|",
-        "| a\\|b | 1.235 |  | fine |",
+        "| a\\|b | 1.235 |  | no alarm |",
         "| c | 10 | 0.5 |  |",
     ]
 
@@ -42,7 +47,7 @@ def test_a_table_has_a_column_for_every_figure_and_the_outcome_last() -> None:
 def test_the_outcome_is_what_the_alarms_say() -> None:
     late = [Point(20_000, *[1.0] * 8)]
     assert outcome(History()) == "too early to tell"
-    assert outcome(History(late)) == "fine"
+    assert outcome(History(late)) == "no alarm"
     alarms = [Alarm(1, "discriminator overpowers", ""), Alarm(2, MODE_COLLAPSE, "")]
     assert outcome(History(late, alarms=alarms[:1])) == "discriminator overpowers"
     assert outcome(History(late, alarms=alarms)) == "collapsed"
@@ -54,7 +59,7 @@ def test_a_sweep_trains_measures_and_goes_on_where_it_was(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = ["--width", "4", "--batch-size", "16", "--images", "64", "--measured-images", "50"]
     command = ["ganserve-trainer", "sweep", "--out", str(tmp_path / "sweep"), "--data-root", str(data_root), *small]
-    axes = ["--vary", "preset=mlp,cdcgan", "--vary", "label_smoothing=0,0.1", "--loss", "hinge"]
+    axes = ["--preset", "cdcgan", "--vary", "loss=hinge,minimax", "--vary", "label_smoothing=0,0.1"]
     monkeypatch.setattr(sys, "argv", [*command, *axes])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -62,20 +67,21 @@ def test_a_sweep_trains_measures_and_goes_on_where_it_was(
     printed = capsys.readouterr()
     assert printed.out == (tmp_path / "sweep" / "results.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.out.splitlines()]
-    assert rows[0][:5] == ["preset", "label_smoothing", "images", "minutes", "images_per_s"]
+    assert rows[0][:5] == ["loss", "label_smoothing", "images", "minutes", "images_per_s"]
     assert [row[:3] for row in rows[2:]] == [
-        ["mlp", "0", "64"],
-        ["mlp", "0.1", ""],
-        ["cdcgan", "0", "64"],
-        ["cdcgan", "0.1", ""],
+        ["hinge", "0", "64"],
+        ["hinge", "0.1", ""],
+        ["minimax", "0", "64"],
+        ["minimax", "0.1", "64"],
     ]
     assert "hinge has none" in rows[3][-1]
     assert rows[2][-1] == "too early to tell"
     assert float(rows[2][rows[0].index("diversity")]) > 0
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
-    assert set(results) == {"preset=mlp,label_smoothing=0.0", "preset=cdcgan,label_smoothing=0.0"}
-    assert 0 <= results["preset=cdcgan,label_smoothing=0.0"]["label_accuracy"] <= 1
-    folder = tmp_path / "sweep" / "preset=cdcgan,label_smoothing=0.0"
+    trained = ["loss=hinge,label_smoothing=0.0", "loss=minimax,label_smoothing=0.0", "loss=minimax,label_smoothing=0.1"]
+    assert sorted(results) == trained
+    assert 0 <= results[trained[0]]["label_accuracy"] <= 1
+    folder = tmp_path / "sweep" / trained[0]
     assert load_checkpoint(folder).settings.conditional
 
     # What is complete is left alone: the run could not even be read any more.
@@ -90,8 +96,35 @@ def test_a_sweep_in_which_nothing_can_be_trained_says_so(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["ganserve-trainer", "sweep", "--out", str(tmp_path / "sweep"), "--data-root", str(data_root)]
-    monkeypatch.setattr(sys, "argv", [*command, "--preset", "mlp", "--vary", "attention=true", "--images", "64"])
+    monkeypatch.setattr(sys, "argv", [*command, "--preset", "mlp", "--vary", "batch_size=5000", "--images", "64"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
     assert "none of the 1 runs could be trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("axes", "text"),
+    [
+        (["loss=hinge,minmax"], "minmax"),
+        (["attention=false,true", "loss=hinge,minimax"], "attention"),
+        (["los=hinge,minimax"], "there is no setting 'los'; did you mean loss?"),
+        (["loss"], "write a setting and its values as loss=hinge,minimax"),
+    ],
+)
+def test_a_value_that_nothing_can_be_trained_with_is_refused_before_anything_is_trained(
+    axes: list[str],
+    text: str,
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["ganserve-trainer", "sweep", "--out", str(tmp_path / "sweep"), "--data-root", str(data_root)]
+    command += ["--preset", "mlp", "--images", "64", *(part for axis in axes for part in ("--vary", axis))]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()

@@ -23,7 +23,7 @@ from ganserve_trainer.history import History
 from ganserve_trainer.networks import Generator, ImageSpec, build_generator
 from ganserve_trainer.settings import Settings
 
-FORMAT = 3
+FORMAT = 4
 FOLDER_NAME = "checkpoints"
 _KEPT = 2
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 DataRoot = Annotated[Path, typer.Option(help="Folder with the data sets, as torchvision lays them out.")]
-_PRESET = typer.Option("--preset", help=f"Where to start from: {', '.join(PRESETS)}; see `presets`.")
+_PRESET = typer.Option(
+    "--preset",
+    help=f"Where to start from: {', '.join(PRESETS)}; see `presets`. Needed, but to resume or with a --config.",
+)
 _CONFIG = typer.Option(help="A TOML file of settings, such as a run's run.toml; flags go before it.")
 
 
@@ -109,9 +112,17 @@ def train(
     from ganserve_trainer.checkpoints import checkpoint_files, load_checkpoint
     from ganserve_trainer.datasets import load_dataset
     from ganserve_trainer.evaluation import quick_measure
+    from ganserve_trainer.report import FILE_NAME
 
-    resumed = load_checkpoint(out).settings if resume and checkpoint_files(out) else None
-    settings = _settings(preset, config, given, resumed)
+    begun = resume and bool(checkpoint_files(out))
+    if resume and not begun and preset is None and config is None:
+        raise TrainerError(f"there is no run in {out} to go on with; to begin one there, add --preset or --config")
+    resumed = load_checkpoint(out) if begun else None
+    settings = _settings(preset, config, given, resumed.settings if resumed else None)
+    if resumed and settings.are_fulfilled(resumed.images_seen, resumed.elapsed_s):
+        print(
+            f"the run is complete, with {resumed.images_seen:,} images; to go on, give more --images", file=sys.stderr
+        )
     data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
     measure = quick_measure(settings, data, data_root, report=_say) if settings.evaluate_every_images else None
     with _progress(settings) as report:
@@ -120,6 +131,7 @@ def train(
         print(f"stopped; ganserve-trainer train --resume --out {out} --data-root {data_root} goes on", file=sys.stderr)
         raise typer.Exit(130)
     if os.environ.get("RANK", "0") == "0":
+        print(f"the run's report: {out / FILE_NAME}")
         print(f"next: ganserve-trainer evaluate {out} --data-root {data_root}")
         print(f"next: ganserve-trainer export {out} --repository DIR --name NAME")
 
@@ -130,12 +142,12 @@ def _say(stage: str) -> None:
 
 @contextmanager
 def _progress(settings: Settings) -> Iterator["Report"]:
-    """Show a progress bar, or without a terminal a line every hundredth of the run."""
-    text = "{task.fields[seen]:,.0f} images  D {task.fields[d]:.3f}  G {task.fields[g]:.3f}"
+    """Show a progress bar, or without a terminal a line every hundredth of the run; D and G are the networks."""
+    text = "{task.fields[seen]:,.0f} images{task.fields[losses]}"
     columns = (BarColumn(), TextColumn(text), TextColumn("{task.fields[rate]:,.0f} images/s"), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=1.0, seen=0, d=float("nan"), g=float("nan"), rate=0.0)
+        task = progress.add_task("", total=1.0, seen=0, losses="", rate=0.0)
         last_share = 0.0
 
         def report(point: "Point", images_per_s: float) -> None:
@@ -143,13 +155,12 @@ def _progress(settings: Settings) -> Iterator["Report"]:
             share = point.images_seen / settings.images
             if settings.minutes:
                 share = max(share, point.elapsed_s / (60 * settings.minutes))
-            fields: dict[str, Any] = {"d": point.discriminator_loss, "g": point.generator_loss}
-            progress.update(task, completed=share, seen=point.images_seen, rate=images_per_s, **fields)
+            losses = f"  losses D {point.discriminator_loss:.3f} G {point.generator_loss:.3f}"
+            progress.update(task, completed=share, seen=point.images_seen, rate=images_per_s, losses=losses)
             if not console.is_terminal and (share - last_share >= 0.01 or share >= 1):
                 last_share = share
                 print(
-                    f"{point.images_seen} images ({share:.0%})  D {point.discriminator_loss:.3f}  "
-                    f"G {point.generator_loss:.3f}  {images_per_s:.0f} images/s",
+                    f"{point.images_seen} images ({min(share, 1):.0%}){losses}  {images_per_s:.0f} images/s",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -195,7 +206,7 @@ def sweep(
     from ganserve_trainer.sweep import parse_axis
     from ganserve_trainer.sweep import sweep as run_sweep
 
-    load = functools.cache(load_dataset)
+    load = functools.lru_cache(maxsize=1)(load_dataset)
 
     def settings_of(values: dict[str, Any]) -> Settings:
         values = dict(values)

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 _LEAK = 0.2
 
 
+_FEW_CHANNELS = 3
+
+
 class FromImage(nn.Conv2d):
     """The convolution next to the image: halves the size, by 4x4 pixels.
 
@@ -22,7 +25,7 @@ class FromImage(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [n, c, h, w] to [n, outputs, h/2, w/2]."""
-        if x.is_cuda or not x.requires_grad:
+        if x.device.type != "cpu" or not x.requires_grad or self.in_channels > _FEW_CHANNELS:
             return super().forward(x)
         return F.conv2d(F.pixel_unshuffle(x, 2), _blocks(self.weight), self.bias, padding=1)
 
@@ -35,7 +38,7 @@ class ToImage(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Map [n, inputs, h, w] to [n, c, 2h, 2w]."""
-        if x.is_cuda or not self.training:
+        if x.device.type != "cpu" or not self.training or self.out_channels > _FEW_CHANNELS:
             return super().forward(x, output_size)
         assert self.bias is not None
         return F.pixel_shuffle(F.conv_transpose2d(x, _blocks(self.weight), padding=1), 2) + self.bias.view(-1, 1, 1)

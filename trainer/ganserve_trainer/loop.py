@@ -32,7 +32,7 @@ from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.history import Alarm, Measurement, Point
 from ganserve_trainer.losses import LOSSES
 from ganserve_trainer.monitoring import MODE_COLLAPSE, Monitor, build_probe, diversity
-from ganserve_trainer.networks import Generator
+from ganserve_trainer.networks import Generator, ImageSpec, parameter_count
 from ganserve_trainer.pictures import save_contact_sheet, save_interpolations
 from ganserve_trainer.report import report_on
 from ganserve_trainer.settings import FREE_ON_RESUME, Settings, write_config
@@ -92,6 +92,8 @@ def _train(
     folder = _Folder(out, run) if processes.rank() == 0 else None
     probe = build_probe(run.images, run.labels, conditional=settings.conditional)
     probe_latent = _fixed_latents(settings, "probe", probe.size)
+    if folder is not None:
+        _announce(run, dataset)
     monitor = Monitor(run.history.points, critic=LOSSES[settings.loss].is_critic)
     recent: list[Tensor] = []
     started = time.monotonic() - run.elapsed_s
@@ -173,6 +175,21 @@ def _begin(settings: Settings, dataset: Dataset, out: Path, *, resume: bool) -> 
     return run
 
 
+def _announce(run: Run, dataset: Dataset) -> None:
+    """Say on stderr what is about to be trained, on what, where."""
+    settings = run.settings
+    few = replace(dataset.spec, class_names=dataset.spec.class_names[:10])
+    more = ", …" if len(dataset.spec.class_names) > 10 else ""
+    print(
+        f"{dataset.name}: {len(dataset.images):,} training images, {_described(few)}{more}\n"
+        f"{settings.preset}: {parameter_count(run.generator):,} parameters in the generator (G), "
+        f"{parameter_count(run.discriminator):,} in the discriminator (D); {settings.precision} on {run.device.type}"
+        f"{f', from {run.images_seen:,} images on' if run.images_seen else ''}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 class _Folder:
     """What is written into a run's folder besides its checkpoints."""
 
@@ -223,11 +240,15 @@ def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset
         )
     if checkpoint.spec != dataset.spec:
         raise TrainerError(
-            "--resume goes on with the same data, but its classes have other names now: "
-            f"{', '.join(dataset.spec.class_names)}; they were {', '.join(checkpoint.spec.class_names)}"
+            "--resume goes on with the same data, but its images have another shape, or its classes other names: "
+            f"{_described(dataset.spec)} now; {_described(checkpoint.spec)} before"
         )
     if checkpoint.images_seen > settings.images:
         raise TrainerError(f"the run has seen {checkpoint.images_seen} images already; give more as --images")
+
+
+def _described(spec: ImageSpec) -> str:
+    return f"{spec.height}x{spec.width}x{spec.channels}, classes {', '.join(spec.class_names) or 'none'}"
 
 
 @contextmanager

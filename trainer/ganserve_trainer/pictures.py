@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 

@@ -1,7 +1,8 @@
 """Several processes training one run (torchrun), one device each; one process is the special case of it.
 
 Every process draws the whole global batch's latents and takes its own rows, gradients are averaged over processes,
-and BatchNorm's statistics are taken over all of them: n processes of batch b compute what one of batch n·b does.
+and BatchNorm's statistics are taken over all of them: n processes of batch b compute what one of batch n·b does, but
+for what is random within a step (dropout, augmentation, WGAN-GP's points, mismatched labels), which each draws itself.
 """
 
 import os

@@ -88,7 +88,14 @@ def write_report(
         ("metrics", "Metrics over time", _metrics(history)),
         ("final", "Final contact sheet", _final(sheets)),
         ("interpolations", "Latent interpolations", _picture(out / "interpolations.png", "Spherical interpolations.")),
-        ("neighbours", "Nearest training images", _picture(out / "neighbours.png", "Samples and nearest neighbours.")),
+        (
+            "neighbours",
+            "Nearest training images",
+            _picture(
+                out / "neighbours.png",
+                "In each row a generated image, then its nearest training images, the nearest first.",
+            ),
+        ),
         ("evaluation", "Evaluation", _evaluation(out / "evaluation.json", spec, checkpoint_digest)),
         ("configuration", "Configuration", _configuration(settings, preset, spec)),
         ("versions", "Versions", _table(("software", "version"), versions.items())),
@@ -245,7 +252,7 @@ def _final(sheets: list[tuple[int, Path]]) -> str:
 def _picture(path: Path, caption: str) -> str:
     image = _image(path, caption, _PICTURE_BYTES)
     if not image:
-        return '<p class="none">Not there, or not readable.</p>'
+        return '<p class="none">Not there yet.</p>'
     return f'<figure class="picture">{image}<figcaption>{escape(caption)}</figcaption></figure>'
 
 

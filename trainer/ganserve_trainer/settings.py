@@ -212,6 +212,8 @@ def _check_together(settings: Settings) -> None:
         raise TrainerError("attention is for the dcgan architecture; leave it out, or take architecture dcgan")
     if settings.architecture == "progressive" and settings.minibatch == "discrimination":
         raise TrainerError("architecture progressive compares its minibatch by stddev; leave minibatch out")
+    if settings.architecture == "progressive" and settings.compile:
+        raise TrainerError("architecture progressive changes while it is trained, and cannot be compiled")
     if settings.clusters and (settings.conditional or settings.clusters == 1):
         raise TrainerError("clusters are 2 or more and stand in for the classes of an unconditional network")
     if settings.mismatched_labels and not settings.conditional:

@@ -1,6 +1,7 @@
 """Runs over all combinations of a few values of a few settings, with a table of results at the end."""
 
 import dataclasses
+import difflib
 import itertools
 import json
 import sys
@@ -31,8 +32,11 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
     kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
-    if not equals or name not in kinds or not values:
+    if not equals or not values:
         raise TrainerError(f"{text!r} is no axis of a sweep; write a setting and its values as loss=hinge,minimax")
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1)
+        raise TrainerError(f"{text!r}: there is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     return name, [_value(name, kinds[name], value.strip()) for value in values.split(",")]
 
 
@@ -78,6 +82,7 @@ def sweep(
         TrainerError: no combination could be trained.
     """
     chosen = combinations(axes)
+    _refuse_hopeless_values(chosen, settings_of)
     rows: list[dict[str, Any]] = []
     known = _known(out / RESULTS_FILE_NAME)
     for index, values in enumerate(chosen):
@@ -100,6 +105,24 @@ def sweep(
     if not any("images" in row for row in rows):
         raise TrainerError(f"none of the {len(rows)} runs could be trained; the reasons are in {out / TABLE_FILE_NAME}")
     return table(rows)
+
+
+def _refuse_hopeless_values(
+    chosen: Sequence[dict[str, Any]], settings_of: Callable[[dict[str, Any]], Settings]
+) -> None:
+    """Raise before any hour is spent if a value is refused whatever it is combined with."""
+    reasons: dict[tuple[str, Any], TrainerError] = {}
+    possible: set[tuple[str, Any]] = set()
+    for values in chosen:
+        try:
+            settings_of(values)
+        except TrainerError as error:
+            reasons = dict.fromkeys(values.items(), error) | reasons
+        else:
+            possible |= values.items()
+    for value, reason in reasons.items():
+        if value not in possible:
+            raise reason
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:
@@ -136,7 +159,7 @@ def outcome(history: History) -> str:
     if MODE_COLLAPSE in names:
         return "collapsed"
     early = not history.points or history.points[-1].images_seen < WARM_UP_IMAGES
-    return "; ".join(sorted(names)) or ("too early to tell" if early else "fine")
+    return "; ".join(sorted(names)) or ("too early to tell" if early else "no alarm")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

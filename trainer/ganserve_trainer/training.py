@@ -70,6 +70,7 @@ class Run:
         self._augment = partial(augment, names=settings.augmentations())
         # What the networks would convert images to anyway.
         self._image_type = torch.bfloat16 if bf16 and not settings.augmentations() else torch.float32
+        self._grow()
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -80,7 +81,6 @@ class Run:
         the step, of this process.
         """
         settings = self.settings
-        self._grow()
         rates = settings.learning_rates(self.images_seen)
         self.generator_weights.learning_rate, self.discriminator_weights.learning_rate = rates
         judged = []
@@ -103,6 +103,7 @@ class Run:
             losses.append(self._generator_step(real, label, fake, fake_label))
         self.discriminator_weights.requires_grad_(True)
         self.ema.update(self.generator_weights, self.images_a_step, self.images_seen)
+        self._grow()
         d_loss, real_accuracy, fake_accuracy = torch.stack(judged).mean(0)
         return torch.stack([d_loss, torch.stack(losses).mean(), real_accuracy, fake_accuracy])
 
