@@ -227,7 +227,7 @@ def main() -> None:
             if name not in REFERENCES:
                 (repository / name).symlink_to(BUNDLED_MODELS / name)
         command = [Path(sys.executable).with_name("ganserve-server"), "--address=127.0.0.1:0", f"--models={repository}"]
-        command += ["--metrics-address=127.0.0.1:0", "--log-format=json", *options.server.split()]
+        command += ["--metrics-address=127.0.0.1:0", "--log-format=json", "--access-log=off", *options.server.split()]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
             try:

@@ -136,7 +136,9 @@ class _Watch:
         took = time.perf_counter() - self._started
         self._metrics.requests.labels(self._method, self.model, code.name).inc()
         self._metrics.request_seconds.labels(self._method, self.model).observe(took)
-        if self._access_log == "all" or (self._access_log == "errors" and code is not grpc.StatusCode.OK):
+        # A caller that leaves is no error.
+        failed = code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
+        if self._access_log == "all" or (self._access_log == "errors" and failed):
             call = {"method": self._method, "model": self.model, "code": code.name, "seconds": round(took, 6)}
             call |= {"request_id": self._id, "peer": self._context.peer()}
             _log.info("call", extra=call | ({"reason": text} if text else {}))

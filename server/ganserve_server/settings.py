@@ -60,5 +60,6 @@ class ServerSettings(BaseSettings):
         Field(description="json (a line an event), console, or auto: console on a terminal, else json."),
     ] = "auto"
     access_log: Annotated[
-        AccessLog, Field(description="Which calls to log, with request id, status and time: off, errors or all.")
+        AccessLog,
+        Field(description="Which calls to log: off, errors (not those whose caller left) or all."),
     ] = "errors"
