@@ -140,8 +140,8 @@ class _Watch:
         failed = code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
         if self._access_log == "all" or (self._access_log == "errors" and failed):
             call = {"method": self._method, "model": self.model, "code": code.name, "seconds": round(took, 6)}
-            call |= {"request_id": self._id, "peer": self._context.peer()}
-            _log.info("call", extra=call | ({"reason": text} if text else {}))
+            # Without the peer: gRPC's own code crashes when asked for that of a call that is over.
+            _log.info("call", extra=call | {"request_id": self._id} | ({"reason": text} if text else {}))
 
     async def fail(self, error: BaseException) -> None:
         """Count the call and end it with the error's status; what nobody foresaw is logged and told to nobody."""

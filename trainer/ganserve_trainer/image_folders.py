@@ -137,7 +137,7 @@ def _list_files(folder: Path) -> tuple[list[_File], tuple[str, ...]]:
     added later leave the others where they are.
     """
     if not folder.is_dir():
-        raise TrainerError(f"{folder} (from here: {folder.absolute()}) is not a folder. {_LAYOUT}")
+        raise TrainerError(f"{folder.absolute()} is not a folder. {_LAYOUT}")
     parts = [folder / "train", folder / "test"]
     given = all(part.is_dir() for part in parts)
     trees = parts if given else [folder]
