@@ -103,7 +103,7 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     if code is grpc.StatusCode.CANCELLED and not (answered or closed):
         # Not by us: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
-    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and not answered and "larger than max" in text:
+    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         code = grpc.StatusCode.INVALID_ARGUMENT
         text = f"the request is larger than the server takes ({text}); send fewer latents a call"
     if code is grpc.StatusCode.UNAVAILABLE and "Cancelling all calls" in text:

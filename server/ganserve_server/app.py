@@ -5,26 +5,25 @@ import importlib.metadata
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
-import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import start_http_server
 
-from ganserve.v1 import generation_pb2 as pb
-from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.calls import CallRecorder
 from ganserve_server.engine import ProviderUnavailable
-from ganserve_server.interceptor import CallInterceptor
+from ganserve_server.grpc_server import GrpcServer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
 from ganserve_server.metrics import Metrics
-from ganserve_server.servicer import GenerationServicer
+from ganserve_server.servicer import SERVICE, GenerationServicer
 from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
-SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _MAX_REQUEST_BYTES = 4 << 20  # a thousand latents of a thousand values
 
 
@@ -45,31 +44,34 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     await _load_models(lifecycle, settings, table)
     if stop.is_set():
         return
-    interceptor = CallInterceptor(SERVICE, table, metrics, settings.access_log)
-    server = grpc.aio.server(
-        interceptors=[interceptor],
-        options=(
-            # Without this two servers share one port in silence.
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
-            ("grpc.max_send_message_length", -1),
-        ),
+    recorder = CallRecorder(metrics, settings.access_log)
+    server = GrpcServer(
+        on_finished=recorder.finished,
+        on_refused=recorder.refused,
+        max_connections=settings.max_connections,
+        max_streams=settings.max_calls_per_connection,
+        max_request_bytes=_MAX_REQUEST_BYTES,
+        # Their watchers would stay for ever.
+        unawaited_services=(health.SERVICE_NAME, reflection.SERVICE_NAME),
     )
-    pb_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(table, settings, metrics), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    address = _bind(server, settings.address)
+    GenerationServicer(table, settings, metrics).add_to(server)
+    grpcs: Any = server
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpcs)
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+    add_reflection(reflection.aio.ReflectionServicer(names), grpcs)
+    sockets = _listen(settings.address)
     metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics)
     try:
         await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        await server.start()
+        await server.start(sockets)
         tasks = [asyncio.create_task(_refresh_on(reload, lifecycle))]
         if settings.reload == "watch":
             tasks.append(asyncio.create_task(lifecycle.watch(stop)))
         _log.info(
             "serving",
             extra={
-                "address": address,
+                "address": _name(sockets[0], settings.address),
                 "metrics_address": metrics_address,
                 "models": table.names,
                 "provider": table.find(table.names[0], None).model.engine.provider,
@@ -84,10 +86,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(settings.drain_delay_s)
-        if running := await interceptor.drain(settings.drain_timeout_s):
-            _log.warning("calls cut off", extra={"calls": running, "drain_timeout_s": settings.drain_timeout_s})
-        # Nothing is left but watchers of the health, who would stay for ever.
-        await server.stop(0)
+        await server.drain(settings.drain_timeout_s)
         await lifecycle.close()
     finally:
         stop_metrics()
@@ -130,15 +129,29 @@ def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload:
     loop.add_signal_handler(signal.SIGHUP, reload.set)
 
 
-def _bind(server: grpc.aio.Server, address: str) -> str:
-    host, _ = _split(address, "--address")
+def _listen(address: str) -> list[socket.socket]:
+    """Bind an address: all that its name stands for."""
+    host, port = _split(address, "--address")
+    sockets: list[socket.socket] = []
     try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
+        for family, kind, _, _, place in socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            # A port of the system's choice is one port.
+            if port == 0 and sockets:
+                break
+            both = family == socket.AF_INET6 and place[0] == "::" and socket.has_dualstack_ipv6()
+            sockets.append(socket.create_server(place[:2], family=family, backlog=1024, dualstack_ipv6=both))
+            assert kind == socket.SOCK_STREAM
+    except OSError as error:
         raise StartError(
-            f"cannot listen on {address}: is it in use, or not an address of this machine? (--address)"
+            f"cannot listen on {address}: {error.strerror}; is it in use, or not one of this machine? (--address)"
         ) from error
-    return f"{host}:{port}"
+    return sockets
+
+
+def _name(listening: socket.socket, address: str) -> str:
+    return f"{address.rpartition(':')[0]}:{listening.getsockname()[1]}"
 
 
 def _serve_metrics(address: str, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:

@@ -48,6 +48,13 @@ class MalformedMessage(ServingError):  # noqa: N818
     reason = "malformed"
 
 
+class MessageTooLarge(ServingError):  # noqa: N818
+    """The request has more bytes than the server takes."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "too_large"
+
+
 class ModelNotFound(ServingError):  # noqa: N818
     """No such model, or no such version of it."""
 
@@ -77,6 +84,12 @@ class Unavailable(ServingError):  # noqa: N818
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "draining"
+
+
+class DeadlineTooShort(QueueFull):
+    """The images would be made only after the caller's deadline."""
+
+    reason = "deadline_too_short"
 
 
 class DeadlineExceeded(ServingError):  # noqa: N818

@@ -12,11 +12,12 @@ from grpc_health.v1 import health, health_pb2
 from watchfiles import awatch
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.batcher import Batcher
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.errors import ModelNotFound
+from ganserve_server.machine import cores
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
+from ganserve_server.scheduler import Batcher, Scheduler
 from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class Lifecycle:
         self._reported: set[str] = set()
         self._refreshing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._threads = settings.threads or cores().usable
+        self._schedulers: dict[bool, Scheduler] = {}  # of the CPU, and of the GPU
 
     async def refresh(self, *, starting: bool = False) -> None:
         """Load what is new, drop what is gone.
@@ -144,10 +147,17 @@ class Lifecycle:
             _log.error("the repository is no longer watched; SIGHUP still loads it anew", extra={"reason": str(error)})
 
     async def close(self) -> None:
-        """End all batchers; the caller has seen to it that nothing waits."""
-        for batcher in self._table.batchers().values():
-            self._retire(batcher)
+        """End what the schedulers run; nobody waits for an answer."""
         await asyncio.gather(*self._retiring)
+        for scheduler in self._schedulers.values():
+            await asyncio.to_thread(scheduler.close)
+
+    def _scheduler(self, model: ModelVersion) -> Scheduler:
+        """Return what shares the cores, or the GPU, among the models."""
+        on_cpu = model.engine.on_cpu
+        if on_cpu not in self._schedulers:
+            self._schedulers[on_cpu] = Scheduler(self._threads if on_cpu else 1)
+        return self._schedulers[on_cpu]
 
     async def _choose(
         self, name: str, versions: list[int], found: dict[tuple[str, int], Stamp], *, starting: bool
@@ -162,7 +172,9 @@ class Lifecycle:
             self._stamps[key] = found[key]
             if changed and (model := await self._load(name, number, starting=starting)):
                 settings = self._settings
-                batcher = Batcher(model, settings.max_batch_size, settings.max_queue_images, self._metrics)
+                batcher = Batcher(
+                    model, settings.max_batch_size, settings.max_queue_images, self._metrics, self._scheduler(model)
+                )
                 if before := self._table.put(batcher):
                     self._retire(before)
                 if not starting:
@@ -182,7 +194,7 @@ class Lifecycle:
                 path,
                 max_model_mib=settings.max_model_mib,
                 provider=settings.provider,
-                threads=settings.threads,
+                threads=self._threads,
             )
         except (ModelRejected, ProviderUnavailable) as error:
             if starting and isinstance(error, ProviderUnavailable):

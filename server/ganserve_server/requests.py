@@ -7,13 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.batcher import Made
 from ganserve_server.encoding import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.repository import ModelVersion
+from ganserve_server.scheduler import Made
 
 MAX_TRUNCATION = 2.0
+_LENGTH_DELIMITED = 2  # protobuf's wire type of bytes
+_PIXELS_TAG = bytes((pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
 _SEED_MASK = np.uint64(0xFFFFFFFF)
 
 
@@ -30,6 +32,7 @@ class GenerationRequest:
     encoding: pb.Encoding
     sheet: bool
     omit_identity: bool
+    bulk: bool
 
     def draw(self, start: int, stop: int) -> Draw:
         """Return what is to be made for images start to stop."""
@@ -76,11 +79,24 @@ def parse(
         first_seed = message.seed if message.HasField("seed") else secrets.randbits(32)
     elif labels is None and model.card.class_names:
         raise InvalidRequest("labels", f"model {model.name} is conditional: latents need labels (or label_names)")
+    if message.priority not in pb.Priority.values():
+        raise InvalidRequest(
+            "priority", f"priority {message.priority} is unknown; this server knows INTERACTIVE and BULK"
+        )
     encoding, sheet = _encoding(message)
     if sheet:
         _check_sheet(encoding, model, count)
     return GenerationRequest(
-        model, count, first_seed, latents, labels, truncation, encoding, sheet, message.omit_identity
+        model,
+        count,
+        first_seed,
+        latents,
+        labels,
+        truncation,
+        encoding,
+        sheet,
+        message.omit_identity,
+        bulk=message.priority == pb.PRIORITY_BULK,
     )
 
 
@@ -163,18 +179,15 @@ def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None
         )
 
 
-def respond(request: GenerationRequest, draw: Draw, made: Made) -> pb.GenerateImagesResponse:
-    """Describe the images, and put them in: as pixels, or as files."""
+def respond(request: GenerationRequest, draw: Draw, made: Made) -> bytes:
+    """Describe the images, and put them in, as pixels or as files: a serialised GenerateImagesResponse.
+
+    It is put together of pieces, which protobuf reads as one message: what all answers of a version have in common is
+    written once, and the pixels are copied once.
+    """
     model = request.model
     response = pb.GenerateImagesResponse(
-        model=model.name,
-        version=model.version,
-        digest=model.digest,
-        provider=model.engine.provider,
         count=draw.count,
-        height=model.card.height,
-        width=model.card.width,
-        channels=model.card.channels,
         truncation=draw.truncation,
         seeds=None if draw.seeds is None else draw.seeds.tolist(),
         labels=None if draw.labels is None else draw.labels.tolist(),
@@ -183,17 +196,28 @@ def respond(request: GenerationRequest, draw: Draw, made: Made) -> pb.GenerateIm
     response.queue_time.FromNanoseconds(round(made.queue_s * 1e9))
     response.compute_time.FromNanoseconds(round(made.compute_s * 1e9))
     if request.encoding == pb.ENCODING_RAW:
-        response.pixels = made.pixels.tobytes()
-    elif request.sheet:
+        pixels = made.pixels.tobytes()
+        return b"".join((model.answer, response.SerializeToString(), _PIXELS_TAG, varint(len(pixels)), pixels))
+    if request.sheet:
         identity: Identity | None = (
             None if request.omit_identity else {**_identity(model, draw, 0), "count": draw.count}
         )
         response.files.append(encode(contact_sheet(made.pixels), request.encoding, identity))
     else:
-        for index, pixels in enumerate(made.pixels):
+        for index, pixels_of_one in enumerate(made.pixels):
             identity = None if request.omit_identity else _identity(model, draw, index)
-            response.files.append(encode(pixels, request.encoding, identity))
-    return response
+            response.files.append(encode(pixels_of_one, request.encoding, identity))
+    return model.answer + response.SerializeToString()
+
+
+def varint(value: int) -> bytes:
+    """Write a length as protobuf does."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def _identity(model: ModelVersion, draw: Draw, index: int) -> Identity:

@@ -1,63 +1,124 @@
 """GenerationService: finds the model, has the request checked, the images made, and the answer written."""
 
 import asyncio
+import functools
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
 
-import grpc
+from google.protobuf.message import DecodeError, Message
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.batcher import Batcher
-from ganserve_server.errors import InvalidRequest
+from ganserve_server.engine import Draw
+from ganserve_server.errors import InvalidRequest, MalformedMessage, ServingError
+from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink
 from ganserve_server.lifecycle import ModelTable
-from ganserve_server.metrics import Metrics
-from ganserve_server.requests import GenerationRequest, parse, respond
+from ganserve_server.metrics import OTHER, Metrics
+from ganserve_server.requests import GenerationRequest, parse, respond, varint
+from ganserve_server.scheduler import Batcher, Job, Made
 from ganserve_server.settings import ServerSettings
 
-Context = grpc.aio.ServicerContext[Any, Any]
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 # Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
 _ENCODE_HERE_AT_MOST = 4096
 _MAX_PIXEL_BYTES = 256 << 20
+_LENGTH_DELIMITED = 2  # protobuf's wire type of messages
+_CHUNK_TAG = bytes((pb.StreamImagesResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_RESPONSE_TAG = bytes((pb.GenerateEachResponse.RESPONSE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+# Of one stream of requests: more wait unread, so that neither they nor their answers fill the memory.
+_EACH_RUNNING = 256
+_EACH_PENDING_BYTES = 1 << 20
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 class GenerationServicer(pb_grpc.GenerationServiceServicer):
-    """The service, over the batchers of all models. Its errors are ServingErrors; the interceptor answers with them."""
+    """The service, over the queues of all models."""
 
     def __init__(self, models: ModelTable, settings: ServerSettings, metrics: Metrics) -> None:
         self._models = models
         self._settings = settings
         self._metrics = metrics
 
-    async def GenerateImages(self, request: pb.GenerateImagesRequest, context: Context) -> pb.GenerateImagesResponse:  # noqa: N802
-        """Make all images, then answer."""
-        batcher = self._find(request)
-        limit = self._settings.max_images_per_request
-        # By bytes too: protobuf holds 2 GiB, and a server should not try.
-        card = batcher.model.card
-        limit = max(1, min(limit, _MAX_PIXEL_BYTES // (card.height * card.width * card.channels)))
-        checked = parse(request, batcher.model, limit, self._settings.max_images_per_request)
-        with batcher.held():
-            return await self._make(batcher, checked, 0, checked.count, context)
+    def add_to(self, server: GrpcServer) -> None:
+        """Answer the service's calls."""
+        server.add_method(f"/{SERVICE}/GenerateImages", Method(start=self._generate_images))
+        server.add_method(f"/{SERVICE}/GenerateEach", Method(open=self._generate_each))
+        server.add_method(f"/{SERVICE}/StreamImages", Method(start=self._stream_images))
+        pb_grpc.add_GenerationServiceServicer_to_server(self, server)
 
-    async def StreamImages(  # noqa: N802
-        self, request: pb.StreamImagesRequest, context: Context
-    ) -> AsyncIterator[pb.StreamImagesResponse]:
+    def _generate_images(self, call: Call, content: bytes) -> None:
+        """Make all images, then answer. No task: one costs as much as a small model's image."""
+        request = _read(pb.GenerateImagesRequest, content)
+        batcher = self._find(request, call)
+        checked = self._check(request, batcher)
+        draw = checked.draw(0, checked.count)
+
+        def done(made: Made | ServingError) -> None:
+            if isinstance(made, ServingError):
+                call.fail(made)
+            elif checked.encoding == pb.ENCODING_RAW:
+                call.reply(respond(checked, draw, made))
+            else:
+                call.server.spawn(call, encode(made))
+
+        async def encode(made: Made) -> None:
+            call.reply(await self._encoded(checked, draw, made))
+
+        call.on_cancel = batcher.submit(
+            draw, done, caller=call.connection, deadline=call.deadline, bulk=checked.bulk
+        ).cancel
+
+    def _generate_each(self, call: Call) -> RequestSink:
+        """Answer each request of a stream, in order."""
+        return EachRequest(self, call).sink
+
+    def begin_one(
+        self, call: Call, request: pb.GenerateImagesRequest, done: Callable[[bytes | ServingError], None]
+    ) -> Job:
+        """Make the images of one request of many; `done` gets the serialised response, or the error.
+
+        Raises:
+            ServingError: at once.
+        """
+        batcher = self._find(request, call)
+        checked = self._check(request, batcher)
+        draw = checked.draw(0, checked.count)
+
+        async def encode(made: Made) -> None:
+            done(await self._encoded(checked, draw, made))
+
+        def made_or_not(made: Made | ServingError) -> None:
+            if isinstance(made, ServingError):
+                done(made)
+            elif checked.encoding == pb.ENCODING_RAW:
+                done(respond(checked, draw, made))
+            else:
+                call.server.spawn(call, encode(made), cancel=call.on_cancel)
+
+        return batcher.submit(draw, made_or_not, caller=call.connection, deadline=call.deadline, bulk=checked.bulk)
+
+    def _stream_images(self, call: Call, content: bytes) -> None:
         """Make the next chunk while the last one is being sent; never more, so that a slow reader costs no memory."""
-        batcher, limit = self._find(request.generate), self._settings.max_images_per_request
-        checked = parse(request.generate, batcher.model, self._settings.max_images_per_stream, limit)
+        request = _read(pb.StreamImagesRequest, content).generate
+        batcher, limit = self._find(request, call), self._settings.max_images_per_request
+        checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
         if checked.sheet:
             raise InvalidRequest("generate.layout", "a stream has no contact sheet; ask for one by GenerateImages")
-        size = self._settings.max_batch_size
-        starts = iter(range(0, checked.count, size))
+        call.server.spawn(call, self._stream(call, batcher, checked))
 
-        def begin(*, accepted: bool) -> "asyncio.Task[pb.GenerateImagesResponse] | None":
+    async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest) -> None:
+        size = self._settings.max_batch_size
+        starts = iter(range(0, request.count, size))
+
+        def begin(*, accepted: bool) -> "asyncio.Task[bytes] | None":
             start = next(starts, None)
             if start is None:
                 return None
-            stop = min(start + size, checked.count)
-            return asyncio.create_task(self._make(batcher, checked, start, stop, context, accepted=accepted))
+            stop = min(start + size, request.count)
+            return asyncio.create_task(self._make(batcher, request, start, stop, call, accepted=accepted))
 
         with batcher.held():
             chunk = begin(accepted=False)
@@ -65,37 +126,45 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 while chunk is not None:
                     response = await chunk
                     chunk = begin(accepted=True)
-                    yield pb.StreamImagesResponse(chunk=response)
+                    await call.write(_CHUNK_TAG + varint(len(response)) + response)
             finally:
                 if chunk is not None:
                     chunk.cancel()
                     await asyncio.gather(chunk, return_exceptions=True)
+        call.finish()
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
+    async def ListModels(self, request: pb.ListModelsRequest, context: Call) -> pb.ListModelsResponse:  # noqa: N802
         """Describe the newest version of every model."""
         return pb.ListModelsResponse(models=[self._models.describe(name, None) for name in self._models.names])
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+    async def GetModel(self, request: pb.GetModelRequest, context: Call) -> pb.GetModelResponse:  # noqa: N802
         """Describe one version."""
+        context.model = request.model if request.model in self._models else OTHER
         version = request.version if request.HasField("version") else None
         return pb.GetModelResponse(model=self._models.describe(request.model, version))
 
-    def _find(self, request: pb.GenerateImagesRequest) -> Batcher:
+    def _find(self, request: pb.GenerateImagesRequest, call: Call) -> Batcher:
+        call.model = request.model if request.model in self._models else OTHER
         return self._models.find(request.model, request.version if request.HasField("version") else None)
 
+    def _check(self, request: pb.GenerateImagesRequest, batcher: Batcher) -> GenerationRequest:
+        card = batcher.model.card
+        limit = self._settings.max_images_per_request
+        # By bytes too: protobuf holds 2 GiB, and a server should not try.
+        limit = max(1, min(limit, _MAX_PIXEL_BYTES // (card.height * card.width * card.channels)))
+        return parse(request, batcher.model, limit, self._settings.max_images_per_request)
+
     async def _make(
-        self,
-        batcher: Batcher,
-        request: GenerationRequest,
-        start: int,
-        stop: int,
-        context: Context,
-        *,
-        accepted: bool = False,
-    ) -> pb.GenerateImagesResponse:
+        self, batcher: Batcher, request: GenerationRequest, start: int, stop: int, call: Call, *, accepted: bool
+    ) -> bytes:
         """Make images start to stop of a request, and write them as it asks."""
         draw = request.draw(start, stop)
-        made = await batcher.make(draw, context.time_remaining(), accepted=accepted)
+        made = await batcher.make(
+            draw, caller=call.connection, deadline=call.deadline, bulk=request.bulk, accepted=accepted
+        )
+        return await self._encoded(request, draw, made)
+
+    async def _encoded(self, request: GenerationRequest, draw: Draw, made: Made) -> bytes:
         if request.encoding == pb.ENCODING_RAW:
             return respond(request, draw, made)
         started = time.perf_counter()
@@ -106,3 +175,85 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         encoding = pb.Encoding.Name(request.encoding).removeprefix("ENCODING_")
         self._metrics.encode_seconds.labels(encoding).observe(time.perf_counter() - started)
         return response
+
+
+class EachRequest:
+    """A stream of requests: each is answered, or refused, in its turn, and none ends the stream."""
+
+    def __init__(self, servicer: GenerationServicer, call: Call) -> None:
+        self._servicer, self._call = servicer, call
+        self._unread: deque[bytes] = deque()
+        self._running: deque[_Turn] = deque()
+        self._ended = self._waits = False
+        call.on_cancel = self._cancel
+        self.sink: RequestSink = (self._on_request, self._on_end)
+
+    def _on_request(self, content: bytes) -> None:
+        self._unread.append(content)
+        self._begin()
+
+    def _on_end(self) -> None:
+        self._ended = True
+        self._answer()
+
+    def _begin(self) -> None:
+        while self._unread and len(self._running) < _EACH_RUNNING and not self._waits:
+            content = self._unread.popleft()
+            self._call.consumed(len(content))
+            turn = _Turn()
+            self._running.append(turn)
+            try:
+                request = _read(pb.GenerateEachRequest, content).generate
+                turn.job = self._servicer.begin_one(self._call, request, functools.partial(self._done, turn))
+            except ServingError as error:
+                self._done(turn, error)
+
+    def _done(self, turn: "_Turn", outcome: bytes | ServingError) -> None:
+        if isinstance(outcome, bytes):
+            turn.answer = _RESPONSE_TAG + varint(len(outcome)) + outcome
+        else:
+            error = pb.Error(code=outcome.code.value[0], reason=outcome.reason, message=str(outcome))
+            turn.answer = pb.GenerateEachResponse(error=error).SerializeToString()
+        self._answer()
+
+    def _answer(self) -> None:
+        """Send the answers whose turn it is, then begin what their going makes room for."""
+        while self._running and (answer := self._running[0].answer) is not None:
+            self._running.popleft()
+            self._call.send(answer)
+        if self._call.pending_bytes > _EACH_PENDING_BYTES and not self._waits:
+            self._waits = True
+            self._call.server.spawn(self._call, self._go_on_once_sent(), cancel=self._cancel)
+        if self._unread:
+            self._begin()
+        elif self._ended and not self._running:
+            self._call.finish()
+
+    async def _go_on_once_sent(self) -> None:
+        await self._call.drained()
+        self._waits = False
+        self._answer()
+
+    def _cancel(self) -> None:
+        self._unread.clear()
+        for turn in self._running:
+            if turn.job is not None:
+                turn.job.cancel()
+        self._running.clear()
+
+
+class _Turn:
+    """One request of a stream, and its answer once it is there."""
+
+    __slots__ = ("answer", "job")
+
+    def __init__(self) -> None:
+        self.job: Job | None = None
+        self.answer: bytes | None = None
+
+
+def _read(kind: type[MessageT], content: bytes) -> MessageT:
+    try:
+        return kind.FromString(content)
+    except DecodeError as error:
+        raise MalformedMessage("the request is not a message of this method, by its .proto") from error

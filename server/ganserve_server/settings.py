@@ -47,6 +47,12 @@ class ServerSettings(BaseSettings):
     ] = 4096
     max_images_per_request: Annotated[int, Field(ge=1, description="Images in one GenerateImages call.")] = 1024
     max_images_per_stream: Annotated[int, Field(ge=1, description="Images in one StreamImages call.")] = 10_000_000
+    max_connections: Annotated[int, Field(ge=1, description="Connections at a time; one more is closed at once.")] = (
+        10_000
+    )
+    max_calls_per_connection: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Calls at a time on one connection; a client keeps more waiting.")
+    ] = 1000
     max_model_mib: Annotated[int, Field(ge=1, description="Size of a model file; a larger one is not loaded.")] = 512
     drain_delay_s: Annotated[
         float,

@@ -8,6 +8,12 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_INTERACTIVE: _ClassVar[Priority]
+    PRIORITY_BULK: _ClassVar[Priority]
+
 class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENCODING_UNSPECIFIED: _ClassVar[Encoding]
@@ -21,6 +27,9 @@ class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAYOUT_UNSPECIFIED: _ClassVar[Layout]
     LAYOUT_ONE_EACH: _ClassVar[Layout]
     LAYOUT_CONTACT_SHEET: _ClassVar[Layout]
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_INTERACTIVE: Priority
+PRIORITY_BULK: Priority
 ENCODING_UNSPECIFIED: Encoding
 ENCODING_RAW: Encoding
 ENCODING_PNG: Encoding
@@ -31,7 +40,7 @@ LAYOUT_ONE_EACH: Layout
 LAYOUT_CONTACT_SHEET: Layout
 
 class GenerateImagesRequest(_message.Message):
-    __slots__ = ("model", "version", "count", "seed", "latents", "labels", "label_names", "truncation", "encoding", "layout", "omit_identity")
+    __slots__ = ("model", "version", "count", "seed", "latents", "labels", "label_names", "truncation", "encoding", "layout", "omit_identity", "priority")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +52,7 @@ class GenerateImagesRequest(_message.Message):
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     OMIT_IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     count: int
@@ -54,7 +64,8 @@ class GenerateImagesRequest(_message.Message):
     encoding: Encoding
     layout: Layout
     omit_identity: bool
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., latents: _Optional[_Union[Latents, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ..., label_names: _Optional[_Iterable[str]] = ..., truncation: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., omit_identity: bool = ...) -> None: ...
+    priority: Priority
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., latents: _Optional[_Union[Latents, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ..., label_names: _Optional[_Iterable[str]] = ..., truncation: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., omit_identity: bool = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class Latents(_message.Message):
     __slots__ = ("values",)
@@ -109,6 +120,30 @@ class StreamImagesResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     chunk: GenerateImagesResponse
     def __init__(self, chunk: _Optional[_Union[GenerateImagesResponse, _Mapping]] = ...) -> None: ...
+
+class GenerateEachRequest(_message.Message):
+    __slots__ = ("generate",)
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    generate: GenerateImagesRequest
+    def __init__(self, generate: _Optional[_Union[GenerateImagesRequest, _Mapping]] = ...) -> None: ...
+
+class GenerateEachResponse(_message.Message):
+    __slots__ = ("response", "error")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    response: GenerateImagesResponse
+    error: Error
+    def __init__(self, response: _Optional[_Union[GenerateImagesResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "reason", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    reason: str
+    message: str
+    def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

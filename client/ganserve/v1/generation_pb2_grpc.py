@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=ganserve_dot_v1_dot_generation__pb2.StreamImagesRequest.SerializeToString,
                 response_deserializer=ganserve_dot_v1_dot_generation__pb2.StreamImagesResponse.FromString,
                 _registered_method=True)
+        self.GenerateEach = channel.stream_stream(
+                '/ganserve.v1.GenerationService/GenerateEach',
+                request_serializer=ganserve_dot_v1_dot_generation__pb2.GenerateEachRequest.SerializeToString,
+                response_deserializer=ganserve_dot_v1_dot_generation__pb2.GenerateEachResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/ganserve.v1.GenerationService/ListModels',
                 request_serializer=ganserve_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
@@ -75,6 +80,14 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateEach(self, request_iterator, context):
+        """Answers each request of a stream, in order: what costs least for many small requests. An error answers its own
+        request alone; the stream goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Every model, in alphabetical order, with all versions served and the newest version's card.
         """
@@ -100,6 +113,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.StreamImages,
                     request_deserializer=ganserve_dot_v1_dot_generation__pb2.StreamImagesRequest.FromString,
                     response_serializer=ganserve_dot_v1_dot_generation__pb2.StreamImagesResponse.SerializeToString,
+            ),
+            'GenerateEach': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateEach,
+                    request_deserializer=ganserve_dot_v1_dot_generation__pb2.GenerateEachRequest.FromString,
+                    response_serializer=ganserve_dot_v1_dot_generation__pb2.GenerateEachResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -167,6 +185,33 @@ class GenerationService(object):
             '/ganserve.v1.GenerationService/StreamImages',
             ganserve_dot_v1_dot_generation__pb2.StreamImagesRequest.SerializeToString,
             ganserve_dot_v1_dot_generation__pb2.StreamImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateEach(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ganserve.v1.GenerationService/GenerateEach',
+            ganserve_dot_v1_dot_generation__pb2.GenerateEachRequest.SerializeToString,
+            ganserve_dot_v1_dot_generation__pb2.GenerateEachResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.batcher import Batcher
 from ganserve_server.engine import Draw
 from ganserve_server.errors import DeadlineExceeded, EngineFailed, QueueFull
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
+from ganserve_server.scheduler import Batcher, Made, Scheduler
 
 WAIT_S = 30
 
@@ -22,7 +23,7 @@ WAIT_S = 30
 class HeldEngine:
     """Makes one-pixel images whose value is the seed; each batch waits until it is released."""
 
-    provider = "HeldProvider"
+    wide_is_faster = False
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -30,7 +31,10 @@ class HeldEngine:
         self.released = threading.Semaphore(0)
         self.fail_on: int | None = None
 
-    def run(self, draws: list[Draw]) -> NDArray[np.uint8]:
+    def seconds_for(self, images: int) -> float:
+        return float(images)
+
+    def run(self, draws: list[Draw], *, wide: bool = False) -> NDArray[np.uint8]:
         seeds = np.concatenate([draw.seeds for draw in draws if draw.seeds is not None])
         self.batches.append(seeds.tolist())
         self.started.release()
@@ -53,25 +57,36 @@ def engine() -> Iterator[HeldEngine]:
 
 @pytest.fixture
 async def batcher(engine: HeldEngine) -> AsyncIterator[Batcher]:
-    model = ModelVersion("held", 1, "sha256:0", pb.ModelCard(), engine)  # type: ignore[arg-type]
-    running = Batcher(model, max_batch_size=8, max_queue_images=20, metrics=Metrics())
-    yield running
+    scheduler = Scheduler(1)
+    yield queue_of(engine, scheduler)
     for _ in range(1000):
         engine.released.release()
-    await running.close()
+    await asyncio.to_thread(scheduler.close)
+
+
+def queue_of(engine: HeldEngine, scheduler: Scheduler) -> Batcher:
+    model = ModelVersion("held", 1, "sha256:0", pb.ModelCard(), engine, b"")  # type: ignore[arg-type]
+    return Batcher(model, max_batch_size=8, max_queue_images=20, metrics=Metrics(), scheduler=scheduler)
 
 
 def draw(first: int, count: int = 1) -> Draw:
     return Draw(count, np.arange(first, first + count, dtype=np.uint32), None, None, 1.0)
 
 
-def begin(batcher: Batcher, first: int, count: int = 1, time_remaining_s: float | None = None) -> "asyncio.Task[Any]":
-    return asyncio.create_task(batcher.make(draw(first, count), time_remaining_s))
+async def make(batcher: Batcher, draw: Draw, time_remaining_s: float | None = None, **options: Any) -> Made:
+    deadline = None if time_remaining_s is None else time.monotonic() + time_remaining_s
+    return await batcher.make(draw, caller=options.pop("caller", "caller"), deadline=deadline, **options)
+
+
+def begin(
+    batcher: Batcher, first: int, count: int = 1, time_remaining_s: float | None = None, **options: Any
+) -> "asyncio.Task[Made]":
+    return asyncio.create_task(make(batcher, draw(first, count), time_remaining_s, **options))
 
 
 async def settle() -> None:
     """Let every task that can run, run."""
-    for _ in range(5):
+    for _ in range(10):
         await asyncio.sleep(0)
 
 
@@ -90,7 +105,7 @@ async def test_what_waits_while_the_engine_is_busy_shares_the_next_batch(engine:
 
 async def test_a_lone_request_does_not_wait_for_company(engine: HeldEngine, batcher: Batcher) -> None:
     engine.released.release()
-    assert (await batcher.make(draw(5), None)).pixels.ravel().tolist() == [5]
+    assert (await make(batcher, draw(5))).pixels.ravel().tolist() == [5]
 
 
 async def test_a_large_request_shares_every_batch_with_later_small_ones(engine: HeldEngine, batcher: Batcher) -> None:
@@ -100,7 +115,7 @@ async def test_a_large_request_shares_every_batch_with_later_small_ones(engine: 
     await settle()
     engine.released.release()
     await engine.wait_for_batch()
-    assert engine.batches == [[*range(100, 108)], [*range(108, 112), 7, *range(112, 115)]]
+    assert engine.batches == [[*range(100, 108)], [7, *range(108, 115)]]
     engine.released.release()
     assert (await small).pixels.ravel().tolist() == [7]
     assert not large.done()
@@ -116,25 +131,25 @@ async def test_a_full_queue_refuses_the_next_request_and_says_when_to_come_back(
     waiting = begin(batcher, 1, 20)
     await settle()
     with pytest.raises(QueueFull, match="holds 20") as caught:
-        await batcher.make(draw(50), None)
+        await make(batcher, draw(50))
     assert caught.value.retry_after_s > 0
     for _ in range(4):
         engine.released.release()
     await asyncio.gather(first, waiting)
     engine.released.release()
-    assert (await batcher.make(draw(50), None)).pixels.ravel().tolist() == [50]
+    assert (await make(batcher, draw(50))).pixels.ravel().tolist() == [50]
 
 
 async def test_an_empty_queue_takes_a_request_larger_than_its_bound(engine: HeldEngine, batcher: Batcher) -> None:
     for _ in range(5):
         engine.released.release()
-    assert len((await batcher.make(draw(0, 40), None)).pixels) == 40
+    assert len((await make(batcher, draw(0, 40))).pixels) == 40
 
 
 async def test_the_later_chunks_of_streams_do_not_fill_the_queue(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    chunks = [asyncio.create_task(batcher.make(draw(100 * n, 20), None, accepted=True)) for n in range(5)]
+    chunks = [asyncio.create_task(make(batcher, draw(100 * n, 20), accepted=True)) for n in range(5)]
     small = begin(batcher, 7)
     await settle()
     for _ in range(20):
@@ -196,4 +211,4 @@ async def test_a_failed_batch_answers_its_own_callers_and_nobody_elses(engine: H
     # Nothing of the failed request is left to fill the queue.
     for _ in range(3):
         engine.released.release()
-    assert len((await batcher.make(draw(50, 20), None)).pixels) == 20
+    assert len((await make(batcher, draw(50, 20))).pixels) == 20

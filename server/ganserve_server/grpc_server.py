@@ -1,0 +1,548 @@
+"""gRPC over HTTP/2, the server's side: messages, deadlines, statuses, and the way to the methods.
+
+A method is a function that is given a call and the request's bytes, and that later replies through the call: so the
+methods that are called most cost no task. The servicers of grpcio's own packages (health, reflection) run unchanged:
+`add_registered_method_handlers` takes what the generated code registers.
+"""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import itertools
+import logging
+import re
+import ssl
+import time
+import urllib.parse
+import uuid
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from socket import socket
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, Unavailable, status_details
+from ganserve_server.http2 import Connection, Fields, Stream, literal
+
+_log = logging.getLogger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,64}")
+_TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
+_TIMEOUT_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_HEADERS = (
+    b"\x88" + literal(b"content-type", b"application/grpc") + literal(b"grpc-accept-encoding", b"identity,deflate,gzip")
+)
+_GRPC_STATUS_OK = literal(b"grpc-status", b"0")
+_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+_PREFIX = 5  # bytes before a message: compressed or not, and its length
+_CLOSE_GRACE_S = 1.0
+
+RequestSink = tuple[Callable[[bytes], None], Callable[[], None]]  # for a message, and for the end
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a request's headers say."""
+
+    path: str
+    timeout_s: float | None
+    encoding: bytes  # of the messages
+    request_id: str | None
+    metadata: Mapping[bytes, bytes]
+    refusal: bytes | None  # the HTTP status of a request that is not gRPC
+
+
+def read_head(fields: Fields) -> Head:
+    """Read a request's headers.
+
+    Raises:
+        ValueError: they break HTTP/2's rules (RFC 9113, 8.2 and 8.3).
+    """
+    pseudo: dict[bytes, bytes] = {}
+    metadata: dict[bytes, bytes] = {}
+    for name, value in fields:
+        if name.startswith(b":"):
+            if metadata or name in pseudo or name not in (b":method", b":path", b":scheme", b":authority"):
+                raise ValueError("a pseudo-header is unknown, late, or there twice")
+            pseudo[name] = value
+        elif name != name.lower() or name in (b"connection", b"transfer-encoding", b"keep-alive", b"upgrade"):
+            raise ValueError("a header is not one of HTTP/2")
+        elif name == b"te" and value != b"trailers":
+            raise ValueError("te is trailers, or absent")
+        else:
+            metadata[name] = value
+    if not (pseudo.get(b":path") and b":method" in pseudo and b":scheme" in pseudo):
+        raise ValueError("a pseudo-header is missing")
+    refusal = None
+    if pseudo[b":method"] != b"POST":
+        refusal = b"405"
+    elif not metadata.get(b"content-type", b"").startswith(b"application/grpc"):
+        refusal = b"415"
+    timeout = _TIMEOUT.fullmatch(metadata.get(b"grpc-timeout", b""))
+    request_id = metadata.get(REQUEST_ID_KEY.encode(), b"")
+    return Head(
+        path=pseudo[b":path"].decode("latin-1"),
+        timeout_s=int(timeout[1]) * _TIMEOUT_UNITS_S[timeout[2]] if timeout else None,
+        encoding=metadata.get(b"grpc-encoding", b"identity"),
+        request_id=request_id.decode() if _REQUEST_ID.fullmatch(request_id) else None,
+        metadata=metadata,
+        refusal=refusal,
+    )
+
+
+class Call(Stream):
+    """One call. `reply` or `fail` ends it; `write` and `finish` answer with many messages."""
+
+    __slots__ = (
+        "_body",
+        "_headers_sent",
+        "_sink",
+        "_size",
+        "_timer",
+        "connection",
+        "deadline",
+        "head",
+        "method",
+        "model",
+        "on_cancel",
+        "over",
+        "request_id",
+        "server",
+        "started",
+    )
+
+    def __init__(self, server: "GrpcServer", connection: Connection[Head], stream_id: int, head: Head) -> None:
+        super().__init__(stream_id, 0)
+        self.server, self.connection, self.head = server, connection, head
+        self.method = server.methods.get(head.path)
+        self.started = time.perf_counter()
+        self.request_id = head.request_id or server.new_request_id()
+        self.model = ""  # for the metrics; the method fills it in
+        self.over = False
+        self.on_cancel: Callable[[], object] | None = None  # called if nobody waits for the answer any more
+        self.deadline: float | None = None  # by time.monotonic
+        self._timer: asyncio.TimerHandle | None = None
+        if head.timeout_s is not None:
+            self.deadline = time.monotonic() + head.timeout_s
+            self._timer = server.loop.call_later(head.timeout_s, self._expire)
+        self._body: bytes | bytearray = b""
+        self._size = 0
+        self._headers_sent = False
+        self._sink: RequestSink | None = None
+        if self.method is not None and self.method.open is not None:
+            self._sink = self.method.open(self)
+
+    # The request.
+
+    def on_data(self, data: bytes) -> None:
+        """Keep the message's bytes, or hand on each message of a stream of requests."""
+        if self.over:
+            return
+        self._size += len(data)
+        self.server.buffered_bytes += len(data)
+        if self._body:
+            # A bytearray grows in place: bytes would be copied again and again.
+            self._body = self._body if isinstance(self._body, bytearray) else bytearray(self._body)
+            self._body += data
+        else:
+            self._body = data
+        most = self.server.max_request_bytes
+        if len(self._body) >= _PREFIX and (size := int.from_bytes(self._body[1:_PREFIX], "big")) > most:
+            self.fail(MessageTooLarge(f"the request is larger than max ({size} vs. {most} bytes)"))
+        elif self._sink is None and len(self._body) > most + _PREFIX:
+            self.fail(MalformedMessage("the request has more bytes than its message"))
+        elif self.server.buffered_bytes > self.server.max_buffered_bytes:
+            self.fail(MessageTooLarge("too many unfinished requests; send fewer at a time"))
+        elif self._sink is not None:
+            self._read_stream()
+
+    def on_end(self) -> None:
+        """Start the method: the request is complete."""
+        if self.over:
+            return
+        method, body = self.method, self._body
+        self._forget_body()
+        if self.head.refusal is not None:
+            self._end(grpc.StatusCode.UNIMPLEMENTED, "")
+            self.connection.send(self, literal(b":status", self.head.refusal), b"", b"")
+            return
+        try:
+            if method is None:
+                raise NoSuchMethod(f"there is no method {self.head.path}")
+            if self._sink is not None:
+                if body:
+                    raise MalformedMessage("the last message is incomplete")
+                self._sink[1]()
+            elif len(body) < _PREFIX or len(body) != _PREFIX + int.from_bytes(body[1:_PREFIX], "big"):
+                raise MalformedMessage("the method takes one message, and one whole")
+            else:
+                assert method.start is not None
+                method.start(self, self._message(body[0], bytes(body[_PREFIX:])))
+        except Exception as error:
+            self.fail(error)
+
+    def on_reset(self) -> None:
+        """Stop the work: the peer wants no answer, or is gone."""
+        if not self.over:
+            late = self.deadline is not None and self.deadline <= time.monotonic()
+            self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, "")
+            self._cancel()
+
+    def _read_stream(self) -> None:
+        assert self._sink is not None
+        body, position = self._body, 0
+        try:
+            while len(body) - position >= _PREFIX and not self.over:
+                end = position + _PREFIX + int.from_bytes(body[position + 1 : position + _PREFIX], "big")
+                if end - position > self.server.max_request_bytes + _PREFIX:
+                    raise MessageTooLarge(f"a request is larger than max ({self.server.max_request_bytes} bytes)")
+                if end > len(body):
+                    break
+                message = self._message(body[position], bytes(body[position + _PREFIX : end]))
+                position = end
+                self._sink[0](message)
+        except Exception as error:
+            self.fail(error)
+            return
+        self._body = body[position:]
+        self.server.buffered_bytes -= position
+        self._size -= position
+
+    def _message(self, compressed: int, message: bytes) -> bytes:
+        if not compressed:
+            return message
+        bits = _WINDOW_BITS.get(self.head.encoding)
+        if bits is None:
+            raise UnknownCompression(f"messages compressed by {self.head.encoding.decode('latin-1')} cannot be read")
+        most = self.server.max_request_bytes
+        inflate = zlib.decompressobj(bits)
+        try:
+            message = inflate.decompress(message, most + 1)
+        except zlib.error as error:
+            raise MalformedMessage("the message cannot be decompressed") from error
+        if len(message) > most:
+            raise MessageTooLarge(f"the request is larger than max once decompressed ({most} bytes)")
+        return message
+
+    def _forget_body(self) -> None:
+        self.server.buffered_bytes -= self._size
+        self._size, self._body = 0, b""
+
+    # The answer.
+
+    def reply(self, message: bytes) -> None:
+        """End the call with one message."""
+        if not self.over:
+            self._end(grpc.StatusCode.OK, "")
+            headers = None if self._headers_sent else _HEADERS
+            self.connection.send(self, headers, _framed(message), self._trailers(_GRPC_STATUS_OK))
+
+    def send(self, message: bytes) -> None:
+        """Send one of many messages."""
+        if not self.over:
+            headers, self._headers_sent = None if self._headers_sent else _HEADERS, True
+            self.connection.send(self, headers, _framed(message), None)
+
+    def finish(self) -> None:
+        """End the call after its last message."""
+        if not self.over:
+            self._end(grpc.StatusCode.OK, "")
+            headers = None if self._headers_sent else _HEADERS
+            self.connection.send(self, headers, b"", self._trailers(_GRPC_STATUS_OK))
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with an error's status; what nobody foresaw is logged and told to nobody."""
+        if self.over:
+            return
+        details = b""
+        if isinstance(error, ServingError):
+            code, text = error.code, str(error)
+            details = literal(b"grpc-status-details-bin", base64.b64encode(status_details(error)).rstrip(b"="))
+            self.server.on_refused(self, error)
+        elif isinstance(error, _Aborted):
+            code, text = error.code, error.text
+        else:
+            code, text = grpc.StatusCode.INTERNAL, "internal error"
+            _log.error(
+                "internal error", exc_info=error, extra={"request_id": self.request_id, "method": self.head.path}
+            )
+        self._end(code, text)
+        status = literal(b"grpc-status", str(code.value[0]).encode())
+        if text:
+            status += literal(b"grpc-message", urllib.parse.quote(text, safe=_MESSAGE_SAFE).encode())
+        trailers = self._trailers(status + details)
+        if self._headers_sent:
+            self.connection.send(self, None, b"", trailers)
+        else:
+            # Without a message, headers and trailers are one.
+            self._headers_sent = True
+            self.connection.send(self, _HEADERS + trailers, b"", b"")
+        self._cancel()
+
+    def consumed(self, message_bytes: int) -> None:
+        """Let the peer send more of a stream of requests: one of so many bytes is done with."""
+        self.connection.consumed(self, message_bytes + _PREFIX)
+
+    def _trailers(self, status: bytes) -> bytes:
+        return status + literal(b"x-request-id", self.request_id.encode())
+
+    def _expire(self) -> None:
+        self.fail(_Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer was complete"))
+
+    def _end(self, code: grpc.StatusCode, text: str) -> None:
+        self.over = True
+        self._forget_body()
+        if self._timer is not None:
+            self._timer.cancel()
+        self.server.on_finished(self, code, text)
+
+    def _cancel(self) -> None:
+        if self.on_cancel is not None:
+            self.on_cancel()
+
+    # What the servicers of grpcio's packages call.
+
+    async def write(self, message: Any) -> None:
+        """Send one of many messages, and wait until the peer has taken it."""
+        self.send(message if isinstance(message, bytes) else message.SerializeToString())
+        await self.drained()
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
+        """End the call with a status."""
+        raise _Aborted(code, details)
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the deadline; None if there is none."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+
+_MESSAGE_SAFE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+def _framed(message: bytes) -> bytes:
+    return b"\x00" + len(message).to_bytes(4, "big") + message
+
+
+class _Aborted(Exception):  # noqa: N818
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code, self.text = code, text
+
+
+class NoSuchMethod(ServingError):  # noqa: N818
+    """The server has no such method."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "no_such_method"
+
+
+class UnknownCompression(ServingError):  # noqa: N818
+    """The request is compressed in a way that the server cannot read."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "compression"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a method is called: `start` for one request, `open` for a stream of them."""
+
+    start: Callable[[Call, bytes], None] | None = None
+    open: Callable[[Call], RequestSink] | None = None
+    awaited: bool = True  # by a drain
+
+
+class GrpcServer:
+    """Listens, and leads calls to methods.
+
+    Args:
+        on_finished: called at each call's end, with its status and text.
+        on_refused: called before it with the error, for those that end with one.
+        max_connections: at a time; one more is told so and closed.
+        max_streams: calls at a time on one connection; a client keeps more waiting on its side.
+        max_request_bytes: in one message.
+        unawaited_services: whose calls are not for metrics, and are cut off by a drain.
+        max_buffered_bytes: of requests that are not complete, all connections together.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_finished: Callable[[Call, grpc.StatusCode, str], None],
+        on_refused: Callable[[Call, ServingError], None],
+        max_connections: int,
+        max_streams: int,
+        max_request_bytes: int,
+        unawaited_services: Collection[str] = (),
+        max_buffered_bytes: int = 256 << 20,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.methods: dict[str, Method] = {}
+        self.max_request_bytes, self.max_buffered_bytes = max_request_bytes, max_buffered_bytes
+        self.buffered_bytes = 0
+        self.running = 0
+        self._on_finished, self.on_refused = on_finished, on_refused
+        self._unawaited_services = unawaited_services
+        self._max_connections, self._max_streams = max_connections, max_streams
+        self._connections: set[Connection[Head]] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._listeners: list[asyncio.Server] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = itertools.count()
+        self._id_prefix = uuid.uuid4().hex[:24]
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self._connections)
+
+    def new_request_id(self) -> str:
+        """Return an id that no other call has."""
+        return f"{self._id_prefix}{next(self._ids) & 0xFFFFFFFF:08x}"
+
+    def add_method(self, path: str, method: Method) -> None:
+        """Answer calls of a path, such as /package.Service/Method."""
+        self.methods[path] = method
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Do nothing: generated code registers the same handlers by the next method too."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: Mapping[str, "grpc.RpcMethodHandler[Any, Any]"]
+    ) -> None:
+        """Answer the methods of a servicer written for grpc.aio; of its context, it has what `Call` has."""
+        awaited = service not in self._unawaited_services
+        for name, handler in handlers.items():
+            path = f"/{service}/{name}"
+            if path in self.methods:
+                continue
+            if handler.request_streaming:
+                opener = functools.partial(self._open_stream_stream, handler)
+                self.add_method(path, Method(open=opener, awaited=awaited))
+            else:
+                start = self._start_unary_stream if handler.response_streaming else self._start_unary_unary
+                self.add_method(path, Method(start=functools.partial(start, handler), awaited=awaited))
+
+    async def start(self, sockets: Iterable[socket], tls: ssl.SSLContext | None = None) -> None:
+        """Listen."""
+        for listening in sockets:
+            self._listeners.append(
+                await self.loop.create_server(self._new_connection, sock=listening, ssl=tls, backlog=1024)
+            )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
+        for listener in self._listeners:
+            listener.close()
+        for connection in tuple(self._connections):
+            connection.drain()
+            for call in tuple(connection.streams.values()):
+                assert isinstance(call, Call)
+                if call.method is not None and not call.method.awaited:
+                    call.fail(Unavailable("the server is shutting down"))
+        await self._emptied(timeout_s)
+        calls = [call for connection in self._connections for call in connection.streams.values()]
+        if calls:
+            _log.warning("calls cut off", extra={"calls": len(calls), "drain_timeout_s": timeout_s})
+        for call in calls:
+            assert isinstance(call, Call)
+            call.fail(Unavailable("the server has shut down before the call was done"))
+        await self._emptied(_CLOSE_GRACE_S)
+        for connection in tuple(self._connections):
+            connection.transport.abort()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _emptied(self, timeout_s: float) -> None:
+        """Wait until there are no connections."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+
+    def spawn(self, call: Call, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
+        """Run a call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        task = self.loop.create_task(self._guarded(call, work))
+        call.on_cancel = cancel or task.cancel
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def on_finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
+        """Take note of a call's end."""
+        self.running -= 1
+        self._on_finished(call, code, text)
+
+    @staticmethod
+    async def _guarded(call: Call, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            call.fail(error)
+
+    def _new_connection(self) -> Connection[Head]:
+        return Connection(
+            read_head=read_head,
+            open_stream=self._open,
+            max_streams=self._max_streams,
+            stream_window=self.max_request_bytes + _PREFIX,
+            on_made=self._made,
+            on_lost=self._lost,
+        )
+
+    def _made(self, connection: Connection[Head]) -> bool:
+        self._connections.add(connection)
+        self._empty.clear()
+        return len(self._connections) <= self._max_connections
+
+    def _lost(self, connection: Connection[Head]) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
+        self.running += 1
+        return Call(self, connection, stream_id, head)
+
+    # grpc.aio's ways of writing a method.
+
+    def _start_unary_unary(self, handler: Any, call: Call, content: bytes) -> None:
+        self.spawn(call, self._answer(handler, call, _read(handler, content)))
+
+    async def _answer(self, handler: Any, call: Call, request: Any) -> None:
+        call.reply(handler.response_serializer(await handler.unary_unary(request, call)))
+
+    def _start_unary_stream(self, handler: Any, call: Call, content: bytes) -> None:
+        self.spawn(call, self._answer_all(handler, call, handler.unary_stream(_read(handler, content), call)))
+
+    def _open_stream_stream(self, handler: Any, call: Call) -> RequestSink:
+        requests: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+        async def each() -> AsyncIterator[Any]:
+            while (content := await requests.get()) is not None:
+                call.consumed(len(content))
+                yield _read(handler, content)
+
+        self.spawn(call, self._answer_all(handler, call, handler.stream_stream(each(), call)))
+        return requests.put_nowait, lambda: requests.put_nowait(None)
+
+    @staticmethod
+    async def _answer_all(handler: Any, call: Call, responses: AsyncIterator[Any] | Awaitable[None]) -> None:
+        if isinstance(responses, AsyncIterator):
+            async for response in responses:
+                await call.write(handler.response_serializer(response))
+        else:
+            await responses
+        call.finish()
+
+
+def _read(handler: Any, content: bytes) -> Any:
+    try:
+        return handler.request_deserializer(content)
+    except DecodeError as error:
+        raise MalformedMessage("the request is not a message of this method, by its .proto") from error

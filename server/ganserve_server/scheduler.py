@@ -1,0 +1,463 @@
+"""Decides what the engines make next: batches of what waits, at once when there is a core for it, never on a timer.
+
+Each model version has a queue, and all queues share the cores. What waits is taken fairly: calls for a few images go
+into the next batch, callers in turn, so that a request of a thousand images, which is cut up, starves none; bulk work
+gets what is left, and an eighth where others wait. A request that was cancelled or whose deadline has passed never
+reaches the engine, one that cannot make its deadline is refused at once, and a batch that fails answers its own callers
+and nobody else's.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganserve_server.engine import Draw
+from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
+from ganserve_server.metrics import Metrics
+from ganserve_server.repository import ModelVersion
+
+_log = logging.getLogger(__name__)
+
+_SMALL_PART = 8  # of a batch: a request up to this part of it is never cut
+_BULK_PART = 8
+_LEAST_BATCH = 8  # images that are not worth being spread over more cores
+# A batch shorter than this is made where the calls are read: the way to a thread and back costs 50 to 100 µs.
+_INLINE_S = 0.0003
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The images of a draw, and what they waited and took."""
+
+    pixels: NDArray[np.uint8]  # [count, height, width, channels]
+    queue_s: float
+    compute_s: float
+
+
+class Job:
+    """A draw on its way through the queue: images up to `taken` are in batches, `arrived` of them have come back."""
+
+    __slots__ = (
+        "_batcher",
+        "_done",
+        "accepted",
+        "arrived",
+        "caller",
+        "compute_s",
+        "count",
+        "counted",
+        "deadline",
+        "draw",
+        "lane",
+        "over",
+        "pixels",
+        "queue_s",
+        "taken",
+    )
+
+    def __init__(
+        self,
+        batcher: "Batcher",
+        lane: "_Lane",
+        draw: Draw,
+        caller: Hashable,
+        deadline: float | None,
+        *,
+        counted: bool,
+        done: Callable[[Made | ServingError], None],
+    ) -> None:
+        self._batcher, self.lane, self._done = batcher, lane, done
+        self.draw, self.count, self.caller, self.deadline, self.counted = draw, draw.count, caller, deadline, counted
+        self.accepted = time.monotonic()
+        self.taken = self.arrived = 0
+        self.queue_s = self.compute_s = 0.0
+        self.pixels: NDArray[np.uint8] | None = None  # filled as batches come back, in whatever order
+        self.over = False
+
+    def cancel(self) -> None:
+        """Take what is not yet in a batch out of the queue; nobody waits for it."""
+        if not self.over:
+            self._end()
+
+    def fail(self, error: ServingError) -> None:
+        """Answer with an error."""
+        if not self.over:
+            self._answer(error)
+
+    def arrive(self, start: int, pixels: NDArray[np.uint8], compute_s: float) -> None:
+        """Take the images from `start` on; answer if they are the last."""
+        self.compute_s += compute_s
+        self.arrived += len(pixels)
+        if self.over:
+            return
+        if len(pixels) == self.count:
+            self.pixels = pixels
+        else:
+            if self.pixels is None:
+                self.pixels = np.empty((self.count, *pixels.shape[1:]), np.uint8)
+            self.pixels[start : start + len(pixels)] = pixels
+        if self.arrived == self.count:
+            self._answer(Made(self.pixels, self.queue_s, self.compute_s))
+
+    def _answer(self, outcome: Made | ServingError) -> None:
+        self._end()
+        try:
+            self._done(outcome)
+        except Exception:
+            # Of one caller: the others of the batch must have their answers.
+            _log.exception("an answer could not be written")
+            self._done(EngineFailed("internal error"))
+
+    def _end(self) -> None:
+        self.over = True
+        if self.taken < self.count:
+            self._batcher.drop(self)
+        self.pixels = None
+        self._batcher.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The images of a job that are in one batch."""
+
+    job: Job
+    start: int
+    draw: Draw
+
+
+class _Lane:
+    """Jobs of one kind, callers in turn, each one's in order."""
+
+    def __init__(self) -> None:
+        self._callers: OrderedDict[Hashable, deque[Job]] = OrderedDict()
+        self.images = 0
+        self.jobs = 0
+
+    def put(self, job: Job) -> None:
+        jobs = self._callers.get(job.caller)
+        if jobs is None:
+            jobs = self._callers[job.caller] = deque()
+        jobs.append(job)
+        self.images += job.count
+        self.jobs += 1
+
+    def drop(self, job: Job) -> None:
+        """Leave a job out of the count; it is passed over when its turn comes."""
+        self.images -= job.count - job.taken
+        self.jobs -= 1
+        jobs = self._callers.get(job.caller)
+        if jobs is not None and jobs and jobs[0] is job:
+            jobs.popleft()
+            if not jobs:
+                del self._callers[job.caller]
+
+    def take(self, room: int, now: float, batch: list[Part]) -> int:
+        """Move up to `room` images into a batch, from one caller's first job after the other; return how many."""
+        left = room
+        while left and self._callers:
+            caller, jobs = self._callers.popitem(last=False)
+            while jobs and jobs[0].over:
+                jobs.popleft()
+            if jobs:
+                job = jobs[0]
+                if job.deadline is not None and job.deadline <= now:
+                    self._callers[caller] = jobs
+                    job.fail(DeadlineExceeded("the deadline passed before the images were made"))
+                    continue
+                start, stop = job.taken, min(job.count, job.taken + left)
+                whole = stop - start == job.count
+                batch.append(Part(job, start, job.draw if whole else job.draw.part(start, stop)))
+                job.taken = stop
+                self.images -= stop - start
+                left -= stop - start
+                if stop == job.count:
+                    self.jobs -= 1
+                    jobs.popleft()
+                else:
+                    jobs.rotate(-1)  # this caller's other requests have their turn
+            if jobs:
+                self._callers[caller] = jobs
+        return room - left
+
+
+class Batcher:
+    """The queue of one model version."""
+
+    def __init__(
+        self, model: ModelVersion, max_batch_size: int, max_queue_images: int, metrics: Metrics, scheduler: "Scheduler"
+    ) -> None:
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self._max_queue_images = max_queue_images
+        self._scheduler = scheduler
+        self._small, self._large, self._bulk = _Lane(), _Lane(), _Lane()
+        self._counted_images = 0  # those that the queue's bound counts
+        self.seconds_per_image = model.engine.seconds_for(max_batch_size) / max_batch_size
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._queue_seconds = metrics.queue_seconds.labels(model.name)
+        self._compute_seconds = metrics.compute_seconds.labels(model.name)
+        self._batch_size = metrics.batch_size.labels(model.name)
+        self._queue_images = metrics.queue_images.labels(model.name)
+        self._images = metrics.images.labels(model.name, str(model.version))
+
+    @property
+    def waiting(self) -> int:
+        """How many images wait."""
+        return self._small.images + self._large.images + self._bulk.images
+
+    def submit(
+        self,
+        draw: Draw,
+        done: Callable[[Made | ServingError], None],
+        *,
+        caller: Hashable,
+        deadline: float | None,
+        bulk: bool = False,
+        accepted: bool = False,
+    ) -> Job:
+        """Queue a draw; `done` is called with the images, or the error, once.
+
+        Args:
+            draw: what to make.
+            done: called from the event loop.
+            caller: whose turn it takes.
+            deadline: by time.monotonic; None if there is none.
+            bulk: to be made of what others leave.
+            accepted: neither held to the queue's bound nor counted in it: the later chunks of a stream that was let in.
+
+        Raises:
+            QueueFull: too many images wait already.
+            DeadlineTooShort: what waits would be made, by what images took so far, only after the deadline.
+        """
+        count, waiting = draw.count, self.waiting
+        # An empty queue takes any request: one that is larger than the bound would else be refused for ever.
+        if not accepted and self._counted_images and self._counted_images + count > self._max_queue_images:
+            raise QueueFull(
+                f"{self._counted_images} images of model {self.model.name} are waiting and the queue holds "
+                f"{self._max_queue_images}: there is no room for {count} more; try again later",
+                retry_after_s=waiting * self._pace_s(),
+            )
+        if deadline is not None and not accepted and waiting:
+            # In turn, no job that waits goes before this one with more images than this one has.
+            before = min(waiting, (self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)) * count)
+            needed_s = (before + count) * self._pace_s()
+            left_s = deadline - time.monotonic()
+            if needed_s > left_s:
+                raise DeadlineTooShort(
+                    f"{waiting} images of model {self.model.name} are waiting: {count} more would take about "
+                    f"{needed_s:.3g} s and the deadline is in {max(0.0, left_s):.3g} s; try again later",
+                    retry_after_s=needed_s - left_s,
+                )
+        lane = self._small if count * _SMALL_PART <= self.max_batch_size else self._large
+        job = Job(self, self._bulk if bulk else lane, draw, caller, deadline, counted=not accepted, done=done)
+        job.lane.put(job)
+        self.hold()
+        if job.counted:
+            self._counted_images += count
+        self._scheduler.wake(self)
+        return job
+
+    async def make(
+        self, draw: Draw, *, caller: Hashable, deadline: float | None, bulk: bool = False, accepted: bool = False
+    ) -> Made:
+        """Make the images of a draw.
+
+        Raises:
+            ServingError: as `submit`, or the deadline passed, or the engine failed.
+        """
+        result: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
+
+        def done(made: Made | ServingError) -> None:
+            if result.done():
+                return
+            if isinstance(made, Made):
+                result.set_result(made)
+            else:
+                result.set_exception(made)
+
+        job = self.submit(draw, done, caller=caller, deadline=deadline, bulk=bulk, accepted=accepted)
+        try:
+            return await result
+        finally:
+            job.cancel()
+
+    def drop(self, job: Job) -> None:
+        """Forget what of a job is not yet in a batch."""
+        job.lane.drop(job)
+        if job.counted:
+            self._counted_images -= job.count - job.taken
+        self._queue_images.set(self.waiting)
+
+    def next_batch(self, room: int) -> list[Part]:
+        """Take up to `room` images from what waits."""
+        now = time.monotonic()
+        batch: list[Part] = []
+        small, large, bulk = self._small, self._large, self._bulk
+        others = small.images + large.images
+        for_bulk = max(1, room // _BULK_PART) if bulk.images and others else 0
+        # As many as if each job got an equal share; one large job at a time gets those of all of them.
+        for_large = math.ceil((room - for_bulk) * large.jobs / (large.jobs + small.jobs)) if large.images else 0
+        left = room - small.take(room - for_bulk - for_large, now, batch)
+        left -= large.take(left - for_bulk, now, batch)
+        left -= bulk.take(left, now, batch)
+        if left:
+            left -= small.take(left, now, batch)
+            large.take(left, now, batch)
+        for part in batch:
+            job = part.job
+            if job.counted:
+                self._counted_images -= part.draw.count
+            if not part.start:
+                job.queue_s = now - job.accepted
+                self._queue_seconds.observe(job.queue_s)
+        self._queue_images.set(self.waiting)
+        return batch
+
+    def hand_out(self, batch: list[Part], pixels: NDArray[np.uint8], seconds: float) -> None:
+        """Give a batch's images to its jobs."""
+        count = len(pixels)
+        self._compute_seconds.observe(seconds)
+        self._batch_size.observe(count)
+        self._images.inc(count)
+        # Small batches, with their fixed cost, say little of what many images take.
+        self.seconds_per_image += (
+            0.1 * min(1.0, count / self.max_batch_size) * (seconds / count - self.seconds_per_image)
+        )
+        first = 0
+        for part in batch:
+            stop = first + part.draw.count
+            part.job.arrive(part.start, pixels[first:stop], seconds)
+            first = stop
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the version, should it be retired, for a call that will queue more draws."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def hold(self) -> None:
+        """Keep the version until `release`."""
+        self._users += 1
+
+    def release(self) -> None:
+        """Let the version go."""
+        self._users -= 1
+        if not self._users:
+            self._unused.set()
+
+    async def retire(self) -> None:
+        """Wait for the draws and the calls that hold the version; the caller lets no new ones come."""
+        while self._users:
+            self._unused.clear()
+            await self._unused.wait()
+
+    def _pace_s(self) -> float:
+        return self.seconds_per_image / self._scheduler.cores
+
+
+class Scheduler:
+    """Runs the batches of all queues on so many cores, or on one device.
+
+    Two ways to use the cores: one batch on each, which makes the most images, and one batch on all of them, which makes
+    a lone caller's soonest.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self.cores = self._free = cores
+        self._loop = asyncio.get_running_loop()
+        self._ready: OrderedDict[Batcher, None] = OrderedDict()
+        self._woken = False
+        self._work: queue.SimpleQueue[tuple[Batcher, list[Part], int] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"engine-{number}", daemon=True) for number in range(cores)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self, batcher: Batcher) -> None:
+        """Look at a queue in this turn of the loop, once all calls that came with this one are in it."""
+        self._ready[batcher] = None
+        if not self._woken and self._free:
+            self._woken = True
+            self._loop.call_soon(self._dispatch)
+
+    def close(self) -> None:
+        """End the threads; nothing waits."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _dispatch(self) -> None:
+        self._woken = False
+        while self._ready and self._free:
+            batcher, _ = self._ready.popitem(last=False)
+            waiting, engine = batcher.waiting, batcher.model.engine
+            if not waiting:
+                continue
+            alone = self._free == self.cores and not self._ready
+            spread = max(_LEAST_BATCH, math.ceil(waiting / self._free))
+            wide = alone and waiting <= spread and engine.wide_is_faster
+            cores = self.cores if wide else 1
+            batch = batcher.next_batch(min(spread, batcher.max_batch_size))
+            if batcher.waiting:
+                self._ready[batcher] = None  # behind the others
+            if not batch:
+                continue
+            self._free -= cores
+            if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S:
+                self._done(batcher, batch, cores, *self._compute(batcher, batch, wide=wide))
+            else:
+                self._work.put((batcher, batch, cores))
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            batcher, batch, cores = work
+            result = self._compute(batcher, batch, wide=cores > 1)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(self._done, batcher, batch, cores, *result)
+
+    @staticmethod
+    def _compute(batcher: Batcher, batch: list[Part], *, wide: bool) -> tuple[NDArray[np.uint8] | Exception, float]:
+        started = time.perf_counter()
+        try:
+            pixels = batcher.model.engine.run([part.draw for part in batch], wide=wide)
+            if len(pixels) != (wanted := sum(part.draw.count for part in batch)):
+                raise ValueError(f"the model made {len(pixels)} images of {wanted} latents")
+        except Exception as error:
+            return error, time.perf_counter() - started
+        return pixels, time.perf_counter() - started
+
+    def _done(
+        self,
+        batcher: Batcher,
+        batch: list[Part],
+        cores: int,
+        result: NDArray[np.uint8] | Exception,
+        seconds: float,
+    ) -> None:
+        self._free += cores
+        if self._ready and not self._woken:
+            self._woken = True
+            self._loop.call_soon(self._dispatch)
+        if isinstance(result, Exception):
+            model = batcher.model
+            _log.error("the engine failed", exc_info=result, extra={"model": model.name, "version": model.version})
+            for part in batch:
+                part.job.fail(EngineFailed("internal error"))
+        else:
+            batcher.hand_out(batch, result, seconds * cores)
