@@ -148,11 +148,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return self._models.find(request.model, request.version if request.HasField("version") else None)
 
     def _check(self, request: pb.GenerateImagesRequest, batcher: Batcher) -> GenerationRequest:
-        card = batcher.model.card
-        limit = self._settings.max_images_per_request
+        most = self._settings.max_images_per_request
         # By bytes too: protobuf holds 2 GiB, and a server should not try.
-        limit = max(1, min(limit, _MAX_PIXEL_BYTES // (card.height * card.width * card.channels)))
-        return parse(request, batcher.model, limit, self._settings.max_images_per_request)
+        limit = max(1, min(most, _MAX_PIXEL_BYTES // max(1, batcher.model.pixel_bytes)))
+        return parse(request, batcher.model, limit, most)
 
     async def _make(
         self, batcher: Batcher, request: GenerationRequest, start: int, stop: int, call: Call, *, accepted: bool
