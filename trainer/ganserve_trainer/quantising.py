@@ -41,7 +41,8 @@ def to_int8(model: onnx.ModelProto, calibration: Iterable[_Feeds]) -> onnx.Model
             "and dcgan, without the first and the last; take --precision fp16 or fp32"
         )
     inputs = [node.input[0] for node in (*dense, *doubling)]
-    ranges = _ranges(model, {*inputs, *(graph.consumer(node).output[0] for node in doubling)}, calibration)
+    grown = [relu.output[0] for node in doubling for relu in graph.consumers(node)]
+    ranges = _ranges(model, {*inputs, *grown}, calibration)
     for node in dense:
         graph.quantise_dense(node, ranges)
     for node in doubling:
@@ -83,10 +84,8 @@ class _Graph:
     def has_constants(self, node: onnx.NodeProto) -> bool:
         return all(name in self._constants for name in node.input[1:])
 
-    def consumer(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        """Return the one node that takes this one's output."""
-        (found,) = (other for other in self._nodes if node.output[0] in other.input)
-        return found
+    def consumers(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        return [other for other in self._nodes if node.output[0] in other.input]
 
     def doubles(self, node: onnx.NodeProto) -> bool:
         """Tell whether it is a transposed convolution of 4x4 pixels that doubles the size, with a ReLU after it."""
@@ -95,7 +94,7 @@ class _Graph:
         return (
             self.has_constants(node)
             and all(given.get(name) == value for name, value in asked.items())
-            and self.consumer(node).op_type == "Relu"
+            and [other.op_type for other in self.consumers(node)] == ["Relu"]
         )
 
     def quantise_dense(self, node: onnx.NodeProto, ranges: dict[str, tuple[float, float]]) -> None:
@@ -113,7 +112,7 @@ class _Graph:
         channels, which are then laid out side by side, pixel by pixel (channels last, so that whole pixels move) and
         without the outermost, which lie outside. ConvTranspose itself can't be quantised.
         """
-        name, x, relu = node.output[0], node.input[0], self.consumer(node)
+        name, x, (relu,) = node.output[0], node.input[0], self.consumers(node)
         kernels = self._value(node.input[1])  # [inputs, outputs, 4, 4]
         outputs = kernels.shape[1]
         _, _, height, width = self._shapes[name]

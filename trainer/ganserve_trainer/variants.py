@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint
+from ganserve_trainer.checkpoints import load_checkpoint
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation import Generate, Metric, Report, compare, load_parts
 from ganserve_trainer.exporting import (
@@ -66,9 +66,11 @@ def export(
     check_name(name)
     checkpoint = load_checkpoint(checkpoint_path)
     fp32 = to_onnx(checkpoint)
-    variant = (
-        to_onnx_in_fp16(checkpoint) if precision is ExportPrecision.FP16 else to_int8(fp32, _calibration(checkpoint))
-    )
+    if precision is ExportPrecision.FP16:
+        variant = to_onnx_in_fp16(checkpoint)
+    else:
+        classes = len(checkpoint.spec.class_names) if checkpoint.settings.conditional else 0
+        variant = to_int8(fp32, calibration(checkpoint.settings.latent_dim, classes))
     card = card_of(variant, checkpoint, precision)
     try:
         train, test = load_parts(checkpoint_path, card, card.dataset, data_root)
@@ -120,16 +122,14 @@ def check_gate(metrics: list[Metric], precision: ExportPrecision) -> None:
         )
 
 
-def _calibration(checkpoint: Checkpoint) -> list[dict[str, NDArray[Any]]]:
-    """Make the inputs that decide the scales: latents of known seeds, and every class in turn."""
+def calibration(latent_dim: int, classes: int) -> list[dict[str, NDArray[Any]]]:
+    """Make the inputs that decide the scales: latents of known seeds; of a conditional model, all classes in turn."""
     batches = []
     for start in range(0, _CALIBRATION_IMAGES, _CALIBRATED_AT_ONCE):
         number = np.arange(start, start + _CALIBRATED_AT_ONCE)
-        feeds: dict[str, NDArray[Any]] = {
-            "latent": latents(_FIRST_CALIBRATION_SEED + number, checkpoint.settings.latent_dim)
-        }
-        if checkpoint.settings.conditional:
-            feeds["label"] = number % len(checkpoint.spec.class_names)
+        feeds: dict[str, NDArray[Any]] = {"latent": latents(_FIRST_CALIBRATION_SEED + number, latent_dim)}
+        if classes:
+            feeds["label"] = number % classes
         batches.append(feeds)
     return batches
 
