@@ -7,28 +7,27 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
+from ganserve_server.addresses import StartError, bind, name, refused, split
 from ganserve_server.calls import CallRecorder
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.grpc_server import GrpcServer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
+from ganserve_server.machine import cores, nvidia_driver
 from ganserve_server.metrics import Metrics
 from ganserve_server.servicer import SERVICE, GenerationServicer
 from ganserve_server.settings import ServerSettings
+from ganserve_server.workers import WORKER_VARIABLE, Parent, Supervisor
 
 _log = logging.getLogger(__name__)
 
 _MAX_REQUEST_BYTES = 4 << 20  # a thousand latents of a thousand values
-
-
-class StartError(Exception):
-    """The server cannot start; the text says why and what to do."""
 
 
 async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
@@ -37,10 +36,65 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     Raises:
         StartError: no model can be served, or an address is taken.
     """
+    if variable := os.environ.get(WORKER_VARIABLE):
+        parent = Parent(variable)
+        await _serve_models(settings, stop, reload, parent.sockets, Metrics(), parent)
+        return
     started = time.perf_counter()
-    metrics = Metrics()
+    sockets = bind(settings.address, "--address")
+    workers = _count_workers(settings)
+
+    def log_serving(facts: Mapping[str, Any], metrics_address: str | None) -> None:
+        _log.info(
+            "serving",
+            extra={
+                "address": name(sockets[0], settings.address),
+                "metrics_address": metrics_address,
+                "workers": workers,
+                "start_s": round(time.perf_counter() - started, 3),
+                "version": importlib.metadata.version("ganserve"),
+                **facts,
+            },
+        )
+
+    if workers == 1:
+        metrics = Metrics()
+        metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics.registry)
+        try:
+            await _serve_models(
+                settings, stop, reload, sockets, metrics, on_serving=lambda facts: log_serving(facts, metrics_address)
+            )
+        finally:
+            stop_metrics()
+    else:
+        supervisor = Supervisor(workers, sockets)
+        metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, supervisor.registry)
+        try:
+            log_serving(await supervisor.start(), metrics_address)
+            forwarding = asyncio.create_task(_forward_reloads(reload, supervisor))
+            await stop.wait()
+            _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
+            forwarding.cancel()
+            await supervisor.stop()
+        finally:
+            stop_metrics()
+            supervisor.close()
+    _log.info("stopped")
+
+
+async def _serve_models(
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    reload: asyncio.Event,
+    sockets: list[socket.socket],
+    metrics: Metrics,
+    parent: Parent | None = None,
+    on_serving: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> None:
+    """Do all of a server's work that is one process's."""
+    board = parent.board if parent else None
     table, health_servicer = ModelTable(), health.aio.HealthServicer()
-    lifecycle = Lifecycle(settings, metrics, table, health_servicer)
+    lifecycle = Lifecycle(settings, metrics, table, health_servicer, board)
     await _load_models(lifecycle, settings, table)
     if stop.is_set():
         return
@@ -53,6 +107,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         max_request_bytes=_MAX_REQUEST_BYTES,
         # Their watchers would stay for ever.
         unawaited_services=(health.SERVICE_NAME, reflection.SERVICE_NAME),
+        board=board,
     )
     GenerationServicer(table, settings, metrics).add_to(server)
     grpcs: Any = server
@@ -60,37 +115,51 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
     add_reflection(reflection.aio.ReflectionServicer(names), grpcs)
-    sockets = _listen(settings.address)
-    metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics)
+    await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     try:
-        await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        await server.start(sockets)
-        tasks = [asyncio.create_task(_refresh_on(reload, lifecycle))]
-        if settings.reload == "watch":
-            tasks.append(asyncio.create_task(lifecycle.watch(stop)))
-        _log.info(
-            "serving",
-            extra={
-                "address": _name(sockets[0], settings.address),
-                "metrics_address": metrics_address,
-                "models": table.names,
-                "provider": table.find(table.names[0], None).model.engine.provider,
-                "start_s": round(time.perf_counter() - started, 3),
-                "version": importlib.metadata.version("ganserve"),
-            },
-        )
-        await stop.wait()
+        server.start(sockets)
+    except OSError as error:
+        raise refused(settings.address, "--address", error) from error
+    tasks = [asyncio.create_task(_refresh_on(reload, lifecycle))]
+    if settings.reload == "watch":
+        tasks.append(asyncio.create_task(lifecycle.watch(stop)))
+    facts = {
+        "models": table.names,
+        "provider": table.find(table.names[0], None).model.engine.provider,
+    }
+    if parent:
+        parent.tell(facts)
+        tasks.append(asyncio.create_task(parent.follow(stop)))
+    else:
+        on_serving(facts)
+    await stop.wait()
+    if not parent:
         _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
-        await health_servicer.enter_graceful_shutdown()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(settings.drain_delay_s)
-        await server.drain(settings.drain_timeout_s)
-        await lifecycle.close()
-    finally:
-        stop_metrics()
-    _log.info("stopped")
+    await health_servicer.enter_graceful_shutdown()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(settings.drain_delay_s)
+    await server.drain(settings.drain_timeout_s)
+    await lifecycle.close()
+
+
+def _count_workers(settings: ServerSettings) -> int:
+    """Decide how many processes serve."""
+    if settings.workers != "auto":
+        return int(settings.workers)
+    if settings.provider != "cpu" and nvidia_driver():
+        return 1  # each would keep every model on the GPU
+    # On two cores one process makes as many images as two, and a lone caller's sooner: it uses both cores. With more
+    # cores its one thread that reads and writes calls becomes the limit; a quarter of the cores is a guess.
+    return max(1, (settings.threads or cores().usable) // 4)
+
+
+async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor) -> None:
+    while True:
+        await reload.wait()
+        reload.clear()
+        supervisor.signal(signal.SIGHUP)
 
 
 async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable) -> None:
@@ -129,38 +198,13 @@ def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload:
     loop.add_signal_handler(signal.SIGHUP, reload.set)
 
 
-def _listen(address: str) -> list[socket.socket]:
-    """Bind an address: all that its name stands for."""
-    host, port = _split(address, "--address")
-    sockets: list[socket.socket] = []
-    try:
-        for family, kind, _, _, place in socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            # A port of the system's choice is one port.
-            if port == 0 and sockets:
-                break
-            both = family == socket.AF_INET6 and place[0] == "::" and socket.has_dualstack_ipv6()
-            sockets.append(socket.create_server(place[:2], family=family, backlog=1024, dualstack_ipv6=both))
-            assert kind == socket.SOCK_STREAM
-    except OSError as error:
-        raise StartError(
-            f"cannot listen on {address}: {error.strerror}; is it in use, or not one of this machine? (--address)"
-        ) from error
-    return sockets
-
-
-def _name(listening: socket.socket, address: str) -> str:
-    return f"{address.rpartition(':')[0]}:{listening.getsockname()[1]}"
-
-
-def _serve_metrics(address: str, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:
+def _serve_metrics(address: str, registry: CollectorRegistry) -> tuple[str | None, Callable[[], None]]:
     """Start the Prometheus endpoint; return its address and what stops it."""
     if address == "off":
         return None, lambda: None
-    host, port = _split(address, "--metrics-address")
+    host, port = split(address, "--metrics-address")
     try:
-        http, thread = start_http_server(port, host.strip("[]"), metrics.registry)
+        http, thread = start_http_server(port, host.strip("[]"), registry)
     except (OSError, UnicodeError) as error:
         raise StartError(f"cannot listen on {address}: {error} (--metrics-address, 'off' for none)") from error
 
@@ -170,10 +214,3 @@ def _serve_metrics(address: str, metrics: Metrics) -> tuple[str | None, Callable
         thread.join()
 
     return f"{host}:{http.server_port}", stop
-
-
-def _split(address: str, flag: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise StartError(f"{flag} is {address!r}; it must be HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
-    return host, int(port)

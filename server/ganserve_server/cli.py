@@ -35,6 +35,7 @@ def _serve(context: typer.Context, **flags: Any) -> None:
     _configure_logs(settings)
     # Imported late: --help and a wrong flag should not wait for onnxruntime.
     from ganserve_server import app
+    from ganserve_server.addresses import StartError
 
     async def run() -> None:
         stop, reload = asyncio.Event(), asyncio.Event()
@@ -43,7 +44,7 @@ def _serve(context: typer.Context, **flags: Any) -> None:
 
     try:
         asyncio.run(run())
-    except app.StartError as error:
+    except StartError as error:
         logging.getLogger(__name__).error("cannot start", extra={"reason": str(error)})
         raise typer.Exit(1) from error
 

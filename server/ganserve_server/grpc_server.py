@@ -12,7 +12,6 @@ import functools
 import itertools
 import logging
 import re
-import ssl
 import time
 import urllib.parse
 import uuid
@@ -27,6 +26,7 @@ from google.protobuf.message import DecodeError
 
 from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, Unavailable, status_details
 from ganserve_server.http2 import Connection, Fields, Stream, literal
+from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ _GRPC_STATUS_OK = literal(b"grpc-status", b"0")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
 _PREFIX = 5  # bytes before a message: compressed or not, and its length
 _CLOSE_GRACE_S = 1.0
+_BACKLOG = 1024
+_YIELD_S = 0.001  # in which a worker with fewer connections takes the next
+_ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
 
 RequestSink = tuple[Callable[[bytes], None], Callable[[], None]]  # for a message, and for the end
 
@@ -368,6 +371,7 @@ class GrpcServer:
         max_request_bytes: in one message.
         unawaited_services: whose calls are not for metrics, and are cut off by a drain.
         max_buffered_bytes: of requests that are not complete, all connections together.
+        board: where the workers that share the sockets, if there are others, tell their connections.
     """
 
     def __init__(
@@ -380,6 +384,7 @@ class GrpcServer:
         max_request_bytes: int,
         unawaited_services: Collection[str] = (),
         max_buffered_bytes: int = 256 << 20,
+        board: Board | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.methods: dict[str, Method] = {}
@@ -392,7 +397,9 @@ class GrpcServer:
         self._connections: set[Connection[Head]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
-        self._listeners: list[asyncio.Server] = []
+        self._listening: list[socket] = []
+        self._accepting = 0
+        self._board = board
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
         self._id_prefix = uuid.uuid4().hex[:24]
@@ -429,17 +436,25 @@ class GrpcServer:
                 start = self._start_unary_stream if handler.response_streaming else self._start_unary_unary
                 self.add_method(path, Method(start=functools.partial(start, handler), awaited=awaited))
 
-    async def start(self, sockets: Iterable[socket], tls: ssl.SSLContext | None = None) -> None:
-        """Listen."""
-        for listening in sockets:
-            self._listeners.append(
-                await self.loop.create_server(self._new_connection, sock=listening, ssl=tls, backlog=1024)
-            )
+    def start(self, sockets: Iterable[socket]) -> None:
+        """Listen on sockets that are bound.
+
+        Raises:
+            OSError: somebody else does.
+        """
+        self._count_connections()
+        for bound in sockets:
+            bound.setblocking(False)
+            bound.listen(_BACKLOG)
+            self._listening.append(bound)
+            self.loop.add_reader(bound, self._accept, bound)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
-        for listener in self._listeners:
-            listener.close()
+        listening, self._listening = self._listening, []
+        for bound in listening:
+            self.loop.remove_reader(bound)
+            bound.close()
         for connection in tuple(self._connections):
             connection.drain()
             for call in tuple(connection.streams.values()):
@@ -485,6 +500,43 @@ class GrpcServer:
         except Exception as error:
             call.fail(error)
 
+    def _accept(self, listening: socket) -> None:
+        """Take one connection, if no other worker has fewer: the one that has is woken too."""
+        pause_s = 0.0
+        if self._board is not None and not self._board.may_accept():
+            pause_s = _YIELD_S
+        else:
+            try:
+                accepted, _ = listening.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                _log.error("a connection cannot be accepted", extra={"reason": str(error)})
+                pause_s = _ACCEPT_PAUSE_S
+            else:
+                accepted.setblocking(False)
+                self._accepting += 1
+                self._count_connections()
+                task = self.loop.create_task(self._adopt(accepted))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        if pause_s:
+            self.loop.remove_reader(listening)
+            self.loop.call_later(pause_s, self._accept_again, listening)
+
+    def _accept_again(self, listening: socket) -> None:
+        if listening in self._listening:
+            self.loop.add_reader(listening, self._accept, listening)
+
+    async def _adopt(self, accepted: socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(self._new_connection, accepted)
+        except OSError:
+            accepted.close()
+        finally:
+            self._accepting -= 1
+            self._count_connections()
+
     def _new_connection(self) -> Connection[Head]:
         return Connection(
             read_head=read_head,
@@ -502,8 +554,13 @@ class GrpcServer:
 
     def _lost(self, connection: Connection[Head]) -> None:
         self._connections.discard(connection)
+        self._count_connections()
         if not self._connections:
             self._empty.set()
+
+    def _count_connections(self) -> None:
+        if self._board is not None:
+            self._board.set_connections(len(self._connections) + self._accepting)
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
         self.running += 1

@@ -19,6 +19,7 @@ from ganserve_server.metrics import Metrics
 from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
 from ganserve_server.scheduler import Batcher, Scheduler
 from ganserve_server.settings import ServerSettings
+from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
 _STATUS = health_pb2.HealthCheckResponse
@@ -95,8 +96,14 @@ class Lifecycle:
     """Keeps a table of models as the repository is."""
 
     def __init__(
-        self, settings: ServerSettings, metrics: Metrics, table: ModelTable, health_servicer: health.aio.HealthServicer
+        self,
+        settings: ServerSettings,
+        metrics: Metrics,
+        table: ModelTable,
+        health_servicer: health.aio.HealthServicer,
+        board: Board | None = None,
     ) -> None:
+        self._board = board
         self._settings = settings
         self._metrics = metrics
         self._table = table
@@ -133,7 +140,6 @@ class Lifecycle:
             for key in self._table.batchers().keys() - wanted:
                 self._retire(self._table.remove(*key))
                 self._metrics.model_loads.labels("unloaded").inc()
-                self._metrics.model_info.remove(key[0], str(key[1]))
                 _log.info("model unloaded", extra={"model": key[0], "version": key[1]})
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
             await self._report({name for name, _ in found})
@@ -156,7 +162,8 @@ class Lifecycle:
         """Return what shares the cores, or the GPU, among the models."""
         on_cpu = model.engine.on_cpu
         if on_cpu not in self._schedulers:
-            self._schedulers[on_cpu] = Scheduler(self._threads if on_cpu else 1)
+            workers = self._board.workers if self._board else 1
+            self._schedulers[on_cpu] = Scheduler(max(1, self._threads // workers) if on_cpu else 1, self._board)
         return self._schedulers[on_cpu]
 
     async def _choose(
@@ -177,6 +184,8 @@ class Lifecycle:
                 )
                 if before := self._table.put(batcher):
                     self._retire(before)
+                labels = (name, str(number), model.digest, model.engine.provider)
+                self._metrics.model_info.labels(*labels).set(1)
                 if not starting:
                     _log.info("model loaded", extra={"model": name, "version": number, "digest": model.digest})
             # A file that was replaced by a bad one, rather than removed, is served as it was.
@@ -205,14 +214,15 @@ class Lifecycle:
             _log.exception("model kept out", extra={"path": str(path), "reason": "the file could not be read"})
         else:
             self._metrics.model_loads.labels("loaded").inc()
-            self._metrics.model_info.labels(name, str(number)).info(
-                {"digest": model.digest, "provider": model.engine.provider}
-            )
             return model
         self._metrics.model_loads.labels("rejected").inc()
         return None
 
     def _retire(self, batcher: Batcher) -> None:
+        model = batcher.model
+        labels = (model.name, str(model.version), model.digest, model.engine.provider)
+        self._metrics.model_info.labels(*labels).set(0)  # in the file that workers share, it cannot be removed
+        self._metrics.model_info.remove(*labels)
         task = asyncio.create_task(batcher.retire())
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

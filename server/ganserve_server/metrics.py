@@ -3,7 +3,8 @@
 import importlib.metadata
 import platform
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+import onnxruntime
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -58,7 +59,13 @@ class Metrics:
         self.batch_size = Histogram(
             "ganserve_batch_size", "Images in one batch.", ["model"], buckets=_IMAGES, registry=registry
         )
-        self.queue_images = Gauge("ganserve_queue_images", "Images waiting now.", ["model"], registry=registry)
+        self.queue_images = Gauge(
+            "ganserve_queue_images",
+            "Images waiting now.",
+            ["model"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.rejections = Counter(
             "ganserve_rejections", "Requests refused by the server, by reason.", ["reason"], registry=registry
         )
@@ -68,13 +75,18 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
-        self.model_info = Info(
-            "ganserve_model", "A version that is served, and what it runs on.", ["model", "version"], registry=registry
+        # Gauges, not Infos: those cannot be added up over processes.
+        self.model_info = Gauge(
+            "ganserve_model_info",
+            "1 for a version that is served, with what it runs on.",
+            ["model", "version", "digest", "provider"],
+            registry=registry,
+            multiprocess_mode="livemax",
         )
-        Info("ganserve_build", "Versions.", registry=registry).info(
-            {
-                "version": importlib.metadata.version("ganserve"),
-                "grpc": importlib.metadata.version("grpcio"),
-                "python": platform.python_version(),
-            }
-        )
+        Gauge(
+            "ganserve_build_info",
+            "Versions.",
+            ["version", "python", "onnxruntime"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        ).labels(importlib.metadata.version("ganserve"), platform.python_version(), onnxruntime.__version__).set(1)

@@ -25,6 +25,7 @@ from ganserve_server.engine import Draw
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
+from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
 
@@ -203,6 +204,7 @@ class Batcher:
         self._small, self._large, self._bulk = _Lane(), _Lane(), _Lane()
         self._counted_images = 0  # those that the queue's bound counts
         self.seconds_per_image = model.engine.seconds_for(max_batch_size) / max_batch_size
+        self._told_waiting = 0
         self._users = 0
         self._unused = asyncio.Event()
         self._queue_seconds = metrics.queue_seconds.labels(model.name)
@@ -265,6 +267,7 @@ class Batcher:
         self.hold()
         if job.counted:
             self._counted_images += count
+        self._tell_waiting()
         self._scheduler.wake(self)
         return job
 
@@ -297,7 +300,7 @@ class Batcher:
         job.lane.drop(job)
         if job.counted:
             self._counted_images -= job.count - job.taken
-        self._queue_images.set(self.waiting)
+        self._tell_waiting()
 
     def next_batch(self, room: int) -> list[Part]:
         """Take up to `room` images from what waits."""
@@ -321,7 +324,7 @@ class Batcher:
             if not part.start:
                 job.queue_s = now - job.accepted
                 self._queue_seconds.observe(job.queue_s)
-        self._queue_images.set(self.waiting)
+        self._tell_waiting()
         return batch
 
     def hand_out(self, batch: list[Part], pixels: NDArray[np.uint8], seconds: float) -> None:
@@ -365,6 +368,11 @@ class Batcher:
             self._unused.clear()
             await self._unused.wait()
 
+    def _tell_waiting(self) -> None:
+        waiting = self.waiting
+        self._queue_images.inc(waiting - self._told_waiting)  # of all versions of the model
+        self._told_waiting = waiting
+
     def _pace_s(self) -> float:
         return self.seconds_per_image / self._scheduler.cores
 
@@ -376,8 +384,9 @@ class Scheduler:
     a lone caller's soonest.
     """
 
-    def __init__(self, cores: int) -> None:
+    def __init__(self, cores: int, board: Board | None = None) -> None:
         self.cores = self._free = cores
+        self._board = board
         self._loop = asyncio.get_running_loop()
         self._ready: OrderedDict[Batcher, None] = OrderedDict()
         self._woken = False
@@ -411,18 +420,24 @@ class Scheduler:
                 continue
             alone = self._free == self.cores and not self._ready
             spread = max(_LEAST_BATCH, math.ceil(waiting / self._free))
-            wide = alone and waiting <= spread and engine.wide_is_faster
+            idle = alone and (self._board is None or self._board.others_idle())
+            wide = idle and waiting <= spread and engine.wide_is_faster
             cores = self.cores if wide else 1
             batch = batcher.next_batch(min(spread, batcher.max_batch_size))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others
             if not batch:
                 continue
-            self._free -= cores
+            self._change_free(-cores)
             if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S:
                 self._done(batcher, batch, cores, *self._compute(batcher, batch, wide=wide))
             else:
                 self._work.put((batcher, batch, cores))
+
+    def _change_free(self, cores: int) -> None:
+        self._free += cores
+        if self._board is not None:
+            self._board.set_running(self.cores - self._free)
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
@@ -450,7 +465,7 @@ class Scheduler:
         result: NDArray[np.uint8] | Exception,
         seconds: float,
     ) -> None:
-        self._free += cores
+        self._change_free(cores)
         if self._ready and not self._woken:
             self._woken = True
             self._loop.call_soon(self._dispatch)

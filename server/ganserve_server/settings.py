@@ -34,6 +34,13 @@ class ServerSettings(BaseSettings):
     metrics_address: Annotated[
         str, Field(description="Where to answer Prometheus, HOST:PORT; port 0 takes a free one; 'off' for none.")
     ] = "127.0.0.1:9464"
+    workers: Annotated[
+        str,
+        Field(
+            pattern="^(auto|[1-9][0-9]{0,2})$",
+            description="Processes that answer calls: so many, or auto (a quarter of the cores; one on a GPU).",
+        ),
+    ] = "auto"
     provider: Annotated[
         Literal["auto", "cuda", "cpu"],
         Field(description="Where to compute: auto (CUDA if it works, else the CPU), cuda (nothing else) or cpu."),

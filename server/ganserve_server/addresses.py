@@ -1,0 +1,58 @@
+"""Where the server listens: HOST:PORT as a user gives it, to sockets."""
+
+import socket
+
+
+class StartError(Exception):
+    """The server cannot start; the text says why and what to do."""
+
+
+def bind(address: str, flag: str) -> list[socket.socket]:
+    """Bind an address, every one that its name stands for; nothing can connect until a server listens there.
+
+    Raises:
+        StartError: it is no address, or not one of this machine, or taken.
+    """
+    host, port = split(address, flag)
+    sockets: list[socket.socket] = []
+    try:
+        for family, _, _, _, place in socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            # A port of the system's choice is one port.
+            if port == 0 and sockets:
+                break
+            bound = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(bound)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # "::" is every address of both kinds, as servers in containers expect.
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, place[0] != "::")
+            bound.bind(place)
+    except OSError as error:
+        raise refused(address, flag, error) from error
+    return sockets
+
+
+def refused(address: str, flag: str, error: OSError) -> StartError:
+    """Say that an address cannot be listened on."""
+    return StartError(
+        f"cannot listen on {address}: {error.strerror}; is it in use, or not one of this machine? ({flag})"
+    )
+
+
+def name(bound: socket.socket, address: str) -> str:
+    """Return the address with the port that was taken."""
+    return f"{address.rpartition(':')[0]}:{bound.getsockname()[1]}"
+
+
+def split(address: str, flag: str) -> tuple[str, int]:
+    """Split HOST:PORT.
+
+    Raises:
+        StartError: it is none.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise StartError(f"{flag} is {address!r}; it must be HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
+    return host, int(port)

@@ -1,0 +1,266 @@
+"""Several worker processes on one port: started, watched, replaced when one dies, and ended together.
+
+The workers share the listening sockets, and each accepts only while it has no more connections than the others: so they
+are spread evenly, which the kernel's hash (SO_REUSEPORT) does not do for the few that a load balancer opens. Counters
+are true sums over all workers, dead ones too: prometheus-client keeps them in files.
+"""
+
+import asyncio
+import functools
+import json
+import logging
+import mmap
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.process_collector import ProcessCollector
+
+from ganserve_server.addresses import StartError
+
+_log = logging.getLogger(__name__)
+
+WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
+_CELL, _CELLS = 8, 2  # bytes; of one worker: its connections, its running batches
+_ABSENT = 1 << 60  # connections of a worker that cannot take any
+_RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
+_LONG_LIFE_S = 30.0
+
+
+class Board:
+    """Memory that all workers see: how busy each is. A worker writes its own cells alone."""
+
+    def __init__(self, descriptor: int, workers: int, mine: int) -> None:
+        self._cells = memoryview(mmap.mmap(descriptor, workers * _CELLS * _CELL)).cast("q")
+        self._mine = mine
+        self.workers = workers
+        self._others = [number for number in range(workers) if number != mine]
+
+    def set_connections(self, count: int) -> None:
+        """Say how many connections this worker has."""
+        self._cells[self._mine * _CELLS] = count
+
+    def set_running(self, batches: int) -> None:
+        """Say how many batches this worker computes."""
+        self._cells[self._mine * _CELLS + 1] = batches
+
+    def may_accept(self) -> bool:
+        """Tell whether no other worker has fewer connections."""
+        mine = self._cells[self._mine * _CELLS]
+        return all(self._cells[other * _CELLS] >= mine for other in self._others)
+
+    def others_idle(self) -> bool:
+        """Tell whether no other worker computes anything."""
+        return not any(self._cells[other * _CELLS + 1] for other in self._others)
+
+    def absent(self, worker: int) -> None:
+        """Take note that a worker is not there; the supervisor's to say."""
+        self._cells[worker * _CELLS] = _ABSENT
+        self._cells[worker * _CELLS + 1] = 0
+
+
+class Parent:
+    """A worker's side of the channel to its supervisor."""
+
+    def __init__(self, variable: str) -> None:
+        given = json.loads(variable)
+        self.board = Board(given["board"], given["workers"], given["number"])
+        self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
+        self._channel = socket.socket(fileno=given["channel"])
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def follow(self, stop: asyncio.Event) -> None:
+        """Drain if the supervisor is gone."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
+        with suppress(OSError):
+            while await reader.readline():
+                pass
+        stop.set()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send the supervisor a message."""
+        line = json.dumps(message).encode() + b"\n"
+        if self._writer is None:
+            self._channel.sendall(line)
+        else:
+            self._writer.write(line)
+
+
+class _Worker:
+    """One process, as the supervisor sees it."""
+
+    def __init__(self, number: int, process: asyncio.subprocess.Process, channel: socket.socket) -> None:
+        self.number, self.process, self._channel = number, process, channel
+        self.started = time.monotonic()
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+        self._asking = asyncio.Lock()
+
+    async def ready(self) -> dict[str, Any] | None:
+        """Wait until it serves; None if it ended before."""
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
+        return await self._read()
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Have it do something; None if it ended meanwhile."""
+        async with self._asking:
+            self._writer.write(json.dumps(request).encode() + b"\n")
+            return await self._read()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    async def _read(self) -> dict[str, Any] | None:
+        with suppress(OSError):
+            if line := await self._reader.readline():
+                message: dict[str, Any] = json.loads(line)
+                return message
+        return None
+
+
+class Supervisor:
+    """Keeps so many workers running."""
+
+    def __init__(self, count: int, sockets: list[socket.socket]) -> None:
+        self._count, self._sockets = count, sockets
+        self._memory = os.memfd_create("ganserve-board")
+        os.ftruncate(self._memory, count * _CELLS * _CELL)
+        self._board = Board(self._memory, count, mine=0)
+        for number in range(count):
+            self._board.absent(number)
+        self._folder = Path(tempfile.mkdtemp(prefix="ganserve-metrics-"))
+        self._workers: dict[int, _Worker] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self.registry = CollectorRegistry()
+        MultiProcessCollector(self.registry, str(self._folder))
+        self.registry.register(_Processes(self))
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.process.pid for worker in self._workers.values()]
+
+    async def start(self) -> dict[str, Any]:
+        """Start all workers; return what the first says of itself.
+
+        Raises:
+            StartError: the first cannot start; it has logged why.
+        """
+        first = await self._start(0)
+        if first is None:
+            raise StartError("the worker cannot start")
+        await asyncio.gather(*(self._start(number) for number in range(1, self._count)))
+        self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._count)]
+        return first
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send all workers a signal."""
+        for worker in self._workers.values():
+            worker.signal(number)
+
+    async def ask_all(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Have all workers do something; return what those answer that live."""
+        answers = await asyncio.gather(*(worker.ask(request) for worker in self._workers.values()))
+        return [answer for answer in answers if answer is not None]
+
+    async def stop(self) -> None:
+        """End all workers, each in its own time, and take nothing more."""
+        self._stopping = True
+        self.signal(signal.SIGTERM)
+        # Else the system would go on taking connections that nobody accepts.
+        for listening in self._sockets:
+            listening.close()
+        await asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    def close(self) -> None:
+        """Remove what is left: the processes, if the start failed, and the metrics' files."""
+        self.signal(signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _start(self, number: int) -> dict[str, Any] | None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        descriptors = [bound.fileno() for bound in self._sockets]
+        variable = {
+            "number": number,
+            "workers": self._count,
+            "sockets": descriptors,
+            "board": self._memory,
+            "channel": theirs.fileno(),
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "ganserve_server",
+            *sys.argv[1:],
+            env={**os.environ, WORKER_VARIABLE: json.dumps(variable), "PROMETHEUS_MULTIPROC_DIR": str(self._folder)},
+            pass_fds=(*descriptors, self._memory, theirs.fileno()),
+            process_group=0,  # a terminal's Ctrl-C is the supervisor's to pass on
+        )
+        theirs.close()
+        worker = self._workers[number] = _Worker(number, process, ours)
+        ready = await worker.ready()
+        if self._stopping:
+            worker.signal(signal.SIGTERM)
+        return ready
+
+    async def _keep(self, number: int) -> None:
+        """Replace a worker whenever it ends."""
+        quick_ends = 0
+        while True:
+            worker = self._workers[number]
+            status = await worker.process.wait()
+            self._board.absent(number)
+            mark_process_dead(worker.process.pid, str(self._folder))
+            if self._stopping:
+                return
+            quick_ends = quick_ends + 1 if time.monotonic() - worker.started < _LONG_LIFE_S else 0
+            delay_s = _RESTART_DELAYS_S[min(quick_ends, len(_RESTART_DELAYS_S) - 1)]
+            _log.error("a worker ended; it is replaced", extra={"worker": number, "status": status, "in_s": delay_s})
+            await asyncio.sleep(delay_s)
+            if await self._start(number) is not None:
+                _log.info("worker started", extra={"worker": number, "pid": self._workers[number].process.pid})
+
+
+class _Processes:
+    """CPU, memory and open files of all workers together, under the names that prometheus-client uses for one."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    def collect(self) -> Iterator[Metric]:
+        """Add up what each worker has now; a worker that died takes its CPU seconds with it."""
+        totals: dict[str, float] = {}
+        starts: list[float] = []
+        for pid in self._supervisor.pids:
+            for metric in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
+                for sample in metric.samples:
+                    if sample.name == "process_start_time_seconds":
+                        starts.append(sample.value)
+                    else:
+                        totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        for name, value in totals.items():
+            if name.endswith("_total"):
+                yield CounterMetricFamily(name.removesuffix("_total"), "Of all workers that run.", value)
+            else:
+                yield GaugeMetricFamily(name, "Of all workers that run.", value)
+        if starts:
+            yield GaugeMetricFamily("process_start_time_seconds", "Of the worker started last.", max(starts))
+        yield GaugeMetricFamily("ganserve_workers", "Worker processes that run.", len(starts))
