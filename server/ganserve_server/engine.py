@@ -102,6 +102,8 @@ class Engine:
                 took = time.perf_counter() - started
                 times[count, wide] = min(took, times.get((count, wide), took))
         self.wide_is_faster = self._wide_session is not self._session and times[1, True] < times[1, False]
+        if not self.wide_is_faster:
+            self._wide_session = self._session  # frees its weights
         self._image_s = max(0.0, times[_TIMED_IMAGES, False] - times[1, False]) / (_TIMED_IMAGES - 1)
         self._call_s = max(0.0, times[1, False] - self._image_s)
 

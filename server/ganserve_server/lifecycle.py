@@ -14,7 +14,7 @@ from watchfiles import awatch
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.errors import ModelNotFound
-from ganserve_server.machine import cores
+from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
 from ganserve_server.scheduler import Batcher, Scheduler
@@ -141,6 +141,7 @@ class Lifecycle:
                 self._retire(self._table.remove(*key))
                 self._metrics.model_loads.labels("unloaded").inc()
                 _log.info("model unloaded", extra={"model": key[0], "version": key[1]})
+            await asyncio.to_thread(give_back_memory)
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
             await self._report({name for name, _ in found})
 

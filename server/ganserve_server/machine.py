@@ -52,6 +52,12 @@ def memory_limit() -> int | None:
         return None
 
 
+def give_back_memory() -> None:
+    """Have the C library return what it keeps free: reading a model takes several times its size for a moment."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def nvidia_driver() -> bool:
     """Tell whether NVIDIA's driver is installed."""
     return _why_not_loaded(_DRIVER) is None
