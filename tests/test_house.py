@@ -29,6 +29,16 @@ def test_the_committed_stubs_are_what_the_proto_generates(tmp_path: Path) -> Non
         assert committed.read_text() == generated.read_text(), f"{generated.name} is stale: run `make stubs`"
 
 
+def test_the_committed_messages_of_the_inference_protocol_are_what_its_proto_says(tmp_path: Path) -> None:
+    (tmp_path / "inference").mkdir()
+    outputs = [f"--pyi_out={tmp_path}", f"--descriptor_set_out={tmp_path / 'inference' / 'grpc_service.binpb'}"]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *outputs]
+    subprocess.run([*command, "inference/grpc_service.proto"], check=True)
+    for name in ("grpc_service.binpb", "grpc_service_pb2.pyi"):
+        committed = ROOT / "server" / "ganserve_server" / "inference" / name
+        assert committed.read_bytes() == (tmp_path / "inference" / name).read_bytes(), f"{name} is stale: `make stubs`"
+
+
 def test_the_proto_passes_buf_lint() -> None:
     subprocess.run([Path(sys.executable).with_name("buf"), "lint"], cwd=ROOT, check=True)
 
