@@ -8,15 +8,21 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from prometheus_client import start_http_server
 
+from ganserve.v1 import generation_pb2
+from ganserve_server import inference_protocol
 from ganserve_server.calls import CallRecorder
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.grpc_server import GrpcServer
+from ganserve_server.inference import grpc_service_pb2
+from ganserve_server.inference_protocol import InferenceServicer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
 from ganserve_server.metrics import Metrics
 from ganserve_server.servicer import SERVICE, GenerationServicer
@@ -55,15 +61,18 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         unawaited_services=(health.SERVICE_NAME, reflection.SERVICE_NAME),
     )
     GenerationServicer(table, settings, metrics).add_to(server)
+    InferenceServicer(table, settings, health_servicer).add_to(server)
     grpcs: Any = server
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpcs)
-    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    ours = (SERVICE, inference_protocol.SERVICE)
+    names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
     add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
-    add_reflection(reflection.aio.ReflectionServicer(names), grpcs)
+    add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
     sockets = _listen(settings.address)
     metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics)
     try:
-        await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        for name in ours:
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start(sockets)
         tasks = [asyncio.create_task(_refresh_on(reload, lifecycle))]
         if settings.reload == "watch":
@@ -107,6 +116,20 @@ async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: Mo
             f"{settings.models} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
             "as `ganserve-trainer export` writes it"
         )
+
+
+def _reflected() -> DescriptorPool:
+    """Return the files of all services in one pool; those of the Open Inference Protocol are not in the usual one."""
+    pool: Any = DescriptorPool()
+
+    def add(file: FileDescriptor) -> None:
+        for needed in file.dependencies:
+            add(needed)
+        pool.AddSerializedFile(file.serialized_pb)
+
+    for module in (generation_pb2, grpc_service_pb2, health_pb2, reflection_pb2):
+        add(module.DESCRIPTOR)
+    return cast(DescriptorPool, pool)
 
 
 async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle) -> None:
