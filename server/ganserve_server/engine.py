@@ -29,7 +29,7 @@ class SessionRefused(Exception):  # noqa: N818
     """Onnxruntime refuses the model."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that doubles what making one costs
 class Draw:
     """The images to make: by seeds, or by latents that truncation has already scaled. Labels for conditional models."""
 
@@ -116,28 +116,31 @@ class Engine:
             draws: what to make.
             wide: with all cores, not with the calling thread alone.
         """
-        latents = [self._latents(draw) for draw in draws]
-        feeds: dict[str, NDArray[Any]] = {"latent": latents[0] if len(latents) == 1 else np.concatenate(latents)}
+        feeds: dict[str, NDArray[Any]] = {"latent": self._latents(draws)}
         labels = [draw.labels for draw in draws if draw.labels is not None]
         if labels:
             feeds["label"] = labels[0] if len(labels) == 1 else np.concatenate(labels)
         pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
         return pixels
 
-    def _latents(self, draw: Draw) -> NDArray[np.float32]:
-        if draw.seeds is None:
-            assert draw.latents is not None
-            return draw.latents
-        latents = np.empty((draw.count, self._latent_dim), np.float32)
+    def _latents(self, draws: list[Draw]) -> NDArray[np.float32]:
+        latents = np.empty((sum(draw.count for draw in draws), self._latent_dim), np.float32)
         # Re-seeding one generator costs 5 µs an image, making one 94 µs; the stream is the same.
         random = getattr(self._of_thread, "random", None)
         if random is None:
             random = self._of_thread.random = np.random.RandomState(0)
-        for row, seed in zip(latents, draw.seeds.tolist(), strict=True):
-            random.seed(seed)
-            row[:] = random.standard_normal(self._latent_dim)
-        if draw.truncation != 1.0:
-            latents *= np.float32(draw.truncation)
+        seed, standard_normal, size = random.seed, random.standard_normal, self._latent_dim
+        row = 0
+        for draw in draws:
+            first, row = row, row + draw.count
+            if draw.seeds is None:
+                latents[first:row] = draw.latents
+                continue
+            for index, number in enumerate(draw.seeds.tolist(), first):
+                seed(number)
+                latents[index] = standard_normal(size)
+            if draw.truncation != 1.0:
+                latents[first:row] *= np.float32(draw.truncation)
         return latents
 
 

@@ -225,10 +225,13 @@ class _Options:
     bulk: bool = False
 
 
+_NO_OPTIONS = _Options()
+
+
 def _options(request: pb.ModelInferRequest) -> _Options:
     """Read the parameters of a request."""
     if not request.parameters:
-        return _Options()
+        return _NO_OPTIONS
     if unknown := sorted(set(request.parameters) - {"priority", "timeout", "truncation"}):
         raise InvalidRequest(
             "parameters", f"there is no parameter {unknown[0]!r}; there are priority, timeout and truncation"
@@ -271,7 +274,7 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
         raise InvalidRequest(name, f"{name} is for {count} images; one call may ask for 1 to {limit} images here")
     if latents is not None:
         latents = scaled(latents, truncation, "latent")
-        if labels is None and model.card.class_names:
+        if labels is None and model.classes:
             raise InvalidRequest("label", f"model {model.name} is conditional: latents need the input label")
     if seeds is not None:
         if seeds.min() < 0 or seeds.max() > _MAX_SEED:
@@ -280,7 +283,7 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
     if labels is not None:
         check_labels(labels, model, count, "label")
         labels = labels.repeat(count) if len(labels) == 1 else labels
-    elif seeds is not None and model.card.class_names:
+    elif seeds is not None and model.classes:
         labels = labels_of(seeds, model)
     return Draw(count, seeds, latents, labels, truncation)
 

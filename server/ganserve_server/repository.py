@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,14 @@ class ModelVersion:
     card: pb.ModelCard
     engine: Engine
     answer: bytes  # serialised: what every GenerateImagesResponse of this version says
+
+    classes: int = attribute(init=False)
+    pixel_bytes: int = attribute(init=False)  # of one image
+
+    def __post_init__(self) -> None:
+        """Read from the card, once, what every request needs: protobuf's fields are slow."""
+        object.__setattr__(self, "classes", len(self.card.class_names))
+        object.__setattr__(self, "pixel_bytes", self.card.height * self.card.width * self.card.channels)
 
 
 def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:

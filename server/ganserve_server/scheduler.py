@@ -35,7 +35,7 @@ _LEAST_BATCH = 8  # images that are not worth being spread over more cores
 _INLINE_S = 0.0003
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that doubles what making one costs
 class Made:
     """The images of a draw, and what they waited and took."""
 
@@ -126,7 +126,7 @@ class Job:
         self._batcher.release()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """The images of a job that are in one batch."""
 

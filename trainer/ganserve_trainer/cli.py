@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.settings import FREE_ON_RESUME, PRESETS, Settings, from_preset, read_config
+from ganserve_trainer.settings import FREE_ON_RESUME, PRESETS, ExportPrecision, Settings, from_preset, read_config
 
 if TYPE_CHECKING:
     from ganserve_trainer.history import Point
@@ -258,11 +258,23 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint.")],
     repository: Annotated[Path, typer.Option(help="Model repository: REPOSITORY/NAME/VERSION/model.onnx.")],
     name: Annotated[str, typer.Option(help="The model's name: lower-case letters, digits, '-', '_' and '.'.")],
+    precision: Annotated[ExportPrecision, typer.Option(help="fp32, int8 (for CPUs) or fp16 (for GPUs).")] = (
+        ExportPrecision.FP32
+    ),
+    data_root: DataRoot = Path("data"),
+    gate_images: Annotated[int, typer.Option(min=1000, help="How many images to compare with fp32's.")] = 10_000,
 ) -> None:
-    """Publish the averaged generator as the model's next version, after comparing it with PyTorch."""
-    from ganserve_trainer import exporting
+    """Publish the averaged generator as the model's next version, after comparing it with PyTorch.
 
-    print(exporting.export(checkpoint, repository, name))
+    In fp16 and int8 only if its images are as good as in fp32, judged as `evaluate` does: that takes the data set.
+    """
+    from ganserve_trainer import exporting, variants
+
+    if precision is ExportPrecision.FP32:
+        file = exporting.export(checkpoint, repository, name)
+    else:
+        file = variants.export(checkpoint, repository, name, precision, data_root, gate_images, _say)
+    print(file)
     print(f"next: ganserve-server --models {repository}", file=sys.stderr)
 
 

@@ -103,7 +103,7 @@ def evaluate(
     else:
         checkpoint = load_checkpoint(model)
         generate, card = _from_checkpoint(checkpoint)
-    train, test = _load(model, card, dataset_name or card.dataset, data_root)
+    train, test = load_parts(model, card, dataset_name or card.dataset, data_root)
     evaluation = measure(generate, card, train, test, data_root, images, report)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -125,10 +125,7 @@ def measure(
     """Measure a generator by both parts of a data set; see `evaluate`. Of the card, latent_dim and classes count."""
     judge = judge_of(train, data_root, report)
     judge_accuracy = judge.accuracy(test)
-    judged_by = (
-        f"a CNN trained to tell {judge.task} on the training part of {train.name} ({_short(train.digest())}), "
-        f"right on {judge_accuracy:.4f} of its test images, weights {_short(judge.digest())}"
-    )
+    judged_by = _described(judge, judge_accuracy, train)
     classes = len(train.spec.class_names)
     conditional = bool(card.class_names)
     # Modes are counted in as many images as the literature takes, unless a quick answer is wanted.
@@ -138,9 +135,6 @@ def measure(
     def add(name: str, value: float, how: str) -> None:
         metrics.append(Metric(name=name, value=round(value, 6), method=f"{how}{JUDGE}{judged_by}"))
 
-    def seeds(count: int, first: int = 0) -> str:
-        return f"{count} images of seeds {first} to {first + count - 1}"
-
     report(f"generating {count} images")
     asked = torch.arange(count) % (classes if conditional else 1)
     samples = _images(generate, 0, asked, card.latent_dim)
@@ -148,7 +142,7 @@ def measure(
     generated = features[:images]
     if conditional:
         accuracy = figures.label_accuracy(asked[:images], judge.labels(generated))
-        how = f"{seeds(images)}, labels seed modulo {classes}; the share that the judge takes for the class asked for"
+        how = f"{_seeds(images)}, labels seed modulo {classes}; the share that the judge takes for the class asked for"
         add("label_accuracy", accuracy, how)
 
     report("comparing them with real images")
@@ -157,19 +151,19 @@ def measure(
     training = judge.features(training_images)
     ours, floor = _compare(real, generated), _compare(real, training[:images])
     for name, value in ours.items():
-        how = f"{seeds(images)} against {len(real)} test images; training images get {floor[name]:.4f}"
+        how = f"{_seeds(images)} against {len(real)} test images; training images get {floor[name]:.4f}"
         add(name, value, how)
         if name == "fid":
             trained = f"{len(training[:images])} training images against {len(real)} test images"
             add("fid_floor", floor[name], f"FID of {trained}")
-            add("fid_over_floor", value / max(floor[name], 1e-9), f"{seeds(images)}; FID over that of {trained}")
+            add("fid_over_floor", value / max(floor[name], 1e-9), f"{_seeds(images)}; FID over that of {trained}")
 
     report("looking for copies of training images")
     found = figures.nearest(generated[:_QUERIES], training)[0][:, 0]
     usual = figures.nearest(real[:_QUERIES], training)[0][:, 0]
     how = (
-        f"how often one of {seeds(len(found))} is nearer to its nearest of {len(training)} training images than one of "
-        f"{len(usual)} test images is; without copying 0.5"
+        f"how often one of {_seeds(len(found))} is nearer to its nearest of {len(training)} training images than one "
+        f"of {len(usual)} test images is; without copying 0.5"
     )
     add("data_copying", figures.data_copying(found, usual), how)
     _, neighbours = figures.nearest(generated[:_SHOWN_SAMPLES], training, _SHOWN_NEIGHBOURS)
@@ -188,20 +182,69 @@ def measure(
         histogram = figures.class_histogram(judge.labels(features), classes)
         expected = torch.ones(classes) if conditional else figures.class_histogram(train.labels, classes)
         of_what = "labels asked for, all as often" if conditional else "training part's"
-        how = f"{seeds(count)}; Kullback-Leibler divergence of the judged classes from the {of_what}, in nats"
+        how = f"{_seeds(count)}; Kullback-Leibler divergence of the judged classes from the {of_what}, in nats"
         add("class_kl", figures.kl_divergence(histogram, expected), how)
         if judge.stacked:
-            add("modes", int((histogram > 0).sum()), f"{seeds(count)}; distinct classes of {classes}")
+            add("modes", int((histogram > 0).sum()), f"{_seeds(count)}; distinct classes of {classes}")
         details["class_histogram"] = dict(zip(train.spec.class_names, histogram.tolist(), strict=True))
     if conditional and not judge.stacked:
         report(f"training a classifier on {len(train.labels)} generated images")
         score = classification_accuracy_score(generate, card.latent_dim, train, test)
         how = (
             f"{len(test.images)} test images, recognised by a CNN like the judge that was trained on "
-            f"{seeds(len(train.labels), _FIRST_TRAINING_SEED)}, of the training part's labels"
+            f"{_seeds(len(train.labels), _FIRST_TRAINING_SEED)}, of the training part's labels"
         )
         add("classification_accuracy_score", score, how)
     return Evaluation(metrics, details, torch.stack(rows))
+
+
+def compare(
+    variant: Generate,
+    fp32: Generate,
+    card: pb.ModelCard,
+    train: Dataset,
+    test: Dataset,
+    data_root: Path,
+    images: int,
+    report: Report = lambda _: None,
+) -> list[Metric]:
+    """Measure a model of lower precision beside the one in fp32, on images of the same seeds and labels.
+
+    Returns label_accuracy and fid of the variant, label_accuracy_loss (fp32's minus its own), fid_over_fp32, and how
+    far its pixels are from fp32's, of 255 grey levels; the accuracies only of a conditional model.
+    """
+    judge = judge_of(train, data_root, report)
+    judged_by = _described(judge, judge.accuracy(test), train)
+    conditional = bool(card.class_names)
+    asked = torch.arange(images) % (len(train.spec.class_names) if conditional else 1)
+    report(f"generating {images} images in fp32 and in {card.precision}")
+    wanted, made = (_images(generate, 0, asked, card.latent_dim) for generate in (fp32, variant))
+    metrics: list[Metric] = []
+
+    def add(name: str, value: float, how: str) -> None:
+        method = f"{card.precision}: {_seeds(images)}{how}{JUDGE}{judged_by}"
+        metrics.append(Metric(name=name, value=round(value, 6), method=method))
+
+    report("comparing them with real images")
+    real = _test_features(judge, test)
+    wanted_features, made_features = judge.features(wanted), judge.features(made)
+    if conditional:
+        before, now = (figures.label_accuracy(asked, judge.labels(each)) for each in (wanted_features, made_features))
+        how = f", labels seed modulo {len(train.spec.class_names)}; the share that the judge takes for the class asked"
+        add("label_accuracy", now, f"{how} for; fp32 gets {before:.4f}")
+        add("label_accuracy_loss", before - now, f"{how} for, {now:.4f}, subtracted from that of fp32, {before:.4f}")
+    before, now = (figures.fid(real, each) for each in (wanted_features, made_features))
+    add("fid", now, f" against {len(real)} test images; fp32 gets {before:.4f}")
+    add(
+        "fid_over_fp32",
+        now / max(before, 1e-9),
+        f" against {len(real)} test images, {now:.4f}, over fp32's {before:.4f}",
+    )
+    difference = torch.maximum(made, wanted) - torch.minimum(made, wanted)
+    mean = int(difference.sum(dtype=torch.int64)) / difference.numel()
+    add("grey_level_difference_mean", mean, "; how far a pixel's value is from fp32's on average")
+    add("grey_level_difference_max", int(difference.max()), "; how far the farthest pixel's value is from fp32's")
+    return metrics
 
 
 def classification_accuracy_score(generate: Generate, latent_dim: int, train: Dataset, test: Dataset) -> float:
@@ -292,12 +335,23 @@ def _some(images: Tensor, count: int) -> Tensor:
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
+def _seeds(count: int, first: int = 0) -> str:
+    return f"{count} images of seeds {first} to {first + count - 1}"
+
+
+def _described(judge: Judge, accuracy: float, train: Dataset) -> str:
+    return (
+        f"a CNN trained to tell {judge.task} on the training part of {train.name} ({_short(train.digest())}), "
+        f"right on {accuracy:.4f} of its test images, weights {_short(judge.digest())}"
+    )
+
+
 def _short(digest: str) -> str:
     return f"{digest[:19]}…"
 
 
-def _load(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> tuple[Dataset, Dataset]:
-    """Read both parts of the data set, in the model's size."""
+def load_parts(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> tuple[Dataset, Dataset]:
+    """Read both parts of the data set that a model is judged by, in the model's size."""
     configured = card.training.configuration.get("image_size", "")  # "None" for the data set's own
     size = int(configured) if configured.isdecimal() else None
     train = load_dataset(name, data_root, train=True, image_size=size)

@@ -35,6 +35,7 @@ from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, run_folder
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.layers import UnflattenPixels
 from ganserve_trainer.networks import Generator, ImageSpec, parameter_count
+from ganserve_trainer.settings import ExportPrecision
 
 CARD_KEY = "ganserve.model_card"
 MODEL_FILE_NAME = "model.onnx"
@@ -109,32 +110,63 @@ def run_session(
 
 
 def export(checkpoint_path: Path, repository: Path, name: str) -> Path:
-    """Publish a checkpoint's EMA generator as the next version of model `name`; return the file.
+    """Publish a checkpoint's EMA generator, in fp32, as the next version of model `name`; return the file.
 
     Raises:
         TrainerError: the name is not allowed, the checkpoint unreadable, or the exported model differs from PyTorch's.
     """
+    check_name(name)
+    checkpoint = load_checkpoint(checkpoint_path)
+    model = to_onnx(checkpoint)
+    card = card_of(model, checkpoint, ExportPrecision.FP32)
+    card.metrics.extend(_read_evaluation(checkpoint_path, checkpoint))
+    return publish(with_card(model, card), repository, name)
+
+
+def check_name(name: str) -> None:
+    """Refuse a model name that no server would find."""
     if not _NAME.fullmatch(name):
         raise TrainerError(
             f"{name!r} is no model name: 1 to 64 lower-case letters, digits, '-', '_' and '.', a letter or digit first"
         )
-    checkpoint = load_checkpoint(checkpoint_path)
+
+
+def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """Export the EMA generator in fp32, compared with PyTorch's images."""
     generator = checkpoint.ema_generator()
-    module = UInt8Generator(generator).eval()
     folded = copy.deepcopy(generator)
     folded.layers = fold_batch_norm(generator.layers)
-    model = _to_onnx(UInt8Generator(folded).eval(), checkpoint)
-    session = load_session(model.SerializeToString())
-    _compare_with_pytorch(session, module, checkpoint)
+    model = _trace(folded, checkpoint)
+    _compare_with_pytorch(load_session(model.SerializeToString()), UInt8Generator(generator).eval(), checkpoint)
+    return model
 
+
+def to_onnx_in_fp16(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """Export the EMA generator with layers in fp16; what decides the cluster and what makes grey levels stays fp32."""
+    folded = checkpoint.ema_generator()
+    folded.layers = nn.Sequential(_To(torch.float16), fold_batch_norm(folded.layers).half(), _To(torch.float32))
+    return _trace(folded, checkpoint)
+
+
+class _To(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def with_card(model: onnx.ModelProto, card: pb.ModelCard) -> bytes:
+    """Return the file's content: the checked model, with the card in its metadata."""
     entry = model.metadata_props.add()
     entry.key = CARD_KEY
-    entry.value = json_format.MessageToJson(_card(checkpoint, session, _read_evaluation(checkpoint_path, checkpoint)))
+    entry.value = json_format.MessageToJson(card)
     onnx.checker.check_model(model, full_check=True)
-    return publish(model.SerializeToString(), repository, name)
+    return model.SerializeToString()
 
 
-def _to_onnx(module: UInt8Generator, checkpoint: Checkpoint) -> onnx.ModelProto:
+def _trace(generator: Generator, checkpoint: Checkpoint) -> onnx.ModelProto:
     batch = torch.export.Dim("N", min=1)
     arguments: dict[str, Tensor] = {"latent": torch.zeros(3, checkpoint.settings.latent_dim)}
     if checkpoint.settings.conditional:
@@ -145,7 +177,7 @@ def _to_onnx(module: UInt8Generator, checkpoint: Checkpoint) -> onnx.ModelProto:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         path = Path(scratch) / MODEL_FILE_NAME
         torch.onnx.export(
-            module,
+            UInt8Generator(generator).eval(),
             kwargs=arguments,
             f=str(path),
             dynamo=True,
@@ -189,9 +221,9 @@ def _compare_with_pytorch(
             )
 
 
-def _card(
-    checkpoint: Checkpoint, session: onnxruntime.InferenceSession, metrics: list[pb.QualityMetric]
-) -> pb.ModelCard:
+def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPrecision) -> pb.ModelCard:
+    """Describe an exported model, golden images and all, but for how good it is."""
+    session = load_session(model.SerializeToString())
     settings, spec = checkpoint.settings, checkpoint.spec
     configuration = {key: str(value) for key, value in dataclasses.asdict(settings).items()}
     configuration["dataset_digest"] = checkpoint.dataset_digest
@@ -205,9 +237,9 @@ def _card(
         class_names=spec.class_names if settings.conditional else (),
         generator_parameters=parameter_count(checkpoint.ema_generator()),
         training=pb.Training(images_seen=checkpoint.images_seen, device=checkpoint.device, configuration=configuration),
-        metrics=metrics,
         golden_images=_golden_images(session, settings.latent_dim, spec if settings.conditional else None),
         trainer_version=importlib.metadata.version("ganserve"),
+        precision=precision,
     )
     card.training.duration.FromMilliseconds(round(checkpoint.elapsed_s * 1000))
     card.created_at.GetCurrentTime()

@@ -13,6 +13,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,15 @@ Conditioning = Literal["label-channels", "projection"]
 Loss = Literal["non-saturating", "minimax", "least-squares", "hinge", "wasserstein-clip", "wasserstein-gp"]
 MinibatchLayer = Literal["none", "stddev", "discrimination"]
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+class ExportPrecision(StrEnum):
+    """What an exported model computes in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
 
 _VERSIONS_OF = ("ganserve", "torch", "torchvision", "numpy")
 AUGMENTATIONS = ("color", "translation", "cutout")

@@ -186,7 +186,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., provider: _Optional[str] = ..., card: _Optional[_Union[ModelCard, _Mapping]] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("architecture", "dataset", "latent_dim", "height", "width", "channels", "class_names", "generator_parameters", "training", "metrics", "golden_images", "created_at", "trainer_version")
+    __slots__ = ("architecture", "dataset", "latent_dim", "height", "width", "channels", "class_names", "generator_parameters", "training", "metrics", "golden_images", "created_at", "trainer_version", "precision")
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     LATENT_DIM_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class ModelCard(_message.Message):
     GOLDEN_IMAGES_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     TRAINER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     architecture: str
     dataset: str
     latent_dim: int
@@ -213,7 +214,8 @@ class ModelCard(_message.Message):
     golden_images: _containers.RepeatedCompositeFieldContainer[GoldenImage]
     created_at: _timestamp_pb2.Timestamp
     trainer_version: str
-    def __init__(self, architecture: _Optional[str] = ..., dataset: _Optional[str] = ..., latent_dim: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., generator_parameters: _Optional[int] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[QualityMetric, _Mapping]]] = ..., golden_images: _Optional[_Iterable[_Union[GoldenImage, _Mapping]]] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., trainer_version: _Optional[str] = ...) -> None: ...
+    precision: str
+    def __init__(self, architecture: _Optional[str] = ..., dataset: _Optional[str] = ..., latent_dim: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., generator_parameters: _Optional[int] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[QualityMetric, _Mapping]]] = ..., golden_images: _Optional[_Iterable[_Union[GoldenImage, _Mapping]]] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., trainer_version: _Optional[str] = ..., precision: _Optional[str] = ...) -> None: ...
 
 class Training(_message.Message):
     __slots__ = ("images_seen", "duration", "device", "configuration")

@@ -1,0 +1,139 @@
+"""Models that compute below fp32, published only if their images are as good as those of the same generator in fp32.
+
+The quality gate makes images of the same seeds in both precisions, judged as `evaluate` does. Its figures go into the
+card of what it lets through; nothing else is published.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf import json_format
+from numpy.typing import NDArray
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_trainer.checkpoints import load_checkpoint
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.evaluation import Generate, Metric, Report, compare, load_parts
+from ganserve_trainer.exporting import (
+    card_of,
+    check_name,
+    latents,
+    load_session,
+    publish,
+    run_session,
+    to_onnx,
+    to_onnx_in_fp16,
+    with_card,
+)
+from ganserve_trainer.quantising import to_int8
+from ganserve_trainer.settings import ExportPrecision
+
+# By how much a variant's figures may exceed fp32's. Better figures pass: they are no reason to keep a model out.
+LIMITS = {"label_accuracy_loss": 0.002, "fid_over_fp32": 1.02, "grey_level_difference_mean": 2.0}
+
+# Seeds that no figure is measured on.
+_FIRST_CALIBRATION_SEED = 2**21
+_CALIBRATION_IMAGES = 1024
+_CALIBRATED_AT_ONCE = 64
+
+
+def export(
+    checkpoint_path: Path,
+    repository: Path,
+    name: str,
+    precision: ExportPrecision,
+    data_root: Path,
+    images: int = 10_000,
+    report: Report = lambda _: None,
+) -> Path:
+    """Publish a checkpoint's EMA generator in this precision as the next version of `name`, if it passes the gate.
+
+    Args:
+        checkpoint_path: a run's folder, or a checkpoint.
+        repository: where to publish.
+        name: the model's.
+        precision: fp16 or int8.
+        data_root: where the data set lies that the run was trained on.
+        images: how many images of each precision to compare.
+        report: told what is being done.
+
+    Raises:
+        TrainerError: as exporting.export; the data set to judge by is missing or another; or the gate keeps it out.
+    """
+    check_name(name)
+    checkpoint = load_checkpoint(checkpoint_path)
+    fp32 = to_onnx(checkpoint)
+    if precision is ExportPrecision.FP16:
+        variant = to_onnx_in_fp16(checkpoint)
+    else:
+        classes = len(checkpoint.spec.class_names) if checkpoint.settings.conditional else 0
+        variant = to_int8(fp32, calibration(checkpoint.settings.latent_dim, classes))
+    card = card_of(variant, checkpoint, precision)
+    try:
+        train, test = load_parts(checkpoint_path, card, card.dataset, data_root)
+    except TrainerError as error:
+        raise TrainerError(
+            f"a model in {precision} is published only if its images are judged as good as those in fp32, which takes "
+            f"the data set it was trained on (--data-root): {error}"
+        ) from error
+    if train.digest() != checkpoint.dataset_digest:
+        raise TrainerError(
+            f"the run was trained on other data than {card.dataset} in {data_root}: say by --data-root where its own "
+            f"are, for a model in {precision} is published only if they judge it as good as the one in fp32"
+        )
+    conditional = checkpoint.settings.conditional
+    metrics = compare(
+        _generate_by(variant, conditional=conditional),
+        _generate_by(fp32, conditional=conditional),
+        card,
+        train,
+        test,
+        data_root,
+        images,
+        report,
+    )
+    for metric in metrics:
+        limit = LIMITS.get(metric["name"])
+        allowed = "" if limit is None else f"  (at most {limit})"
+        print(f"{metric['name']} {metric['value']:.4f}{allowed}", file=sys.stderr)
+    check_gate(metrics, precision)
+    card.metrics.extend(json_format.ParseDict(dict(metric), pb.QualityMetric()) for metric in metrics)
+    return publish(with_card(variant, card), repository, name)
+
+
+def check_gate(metrics: list[Metric], precision: ExportPrecision) -> None:
+    """Refuse a variant whose images are worse than fp32's.
+
+    Raises:
+        TrainerError: a figure is beyond its limit; the text has all of those.
+    """
+    # Written so that a figure which is no number fails.
+    failed = [
+        f"{metric['name']} is {metric['value']:.4f}, the limit {LIMITS[metric['name']]}"
+        for metric in metrics
+        if metric["name"] in LIMITS and not metric["value"] <= LIMITS[metric["name"]]
+    ]
+    if failed:
+        raise TrainerError(
+            f"in {precision} the images are not as good as in fp32: {'; '.join(failed)}; nothing was published"
+        )
+
+
+def calibration(latent_dim: int, classes: int) -> list[dict[str, NDArray[Any]]]:
+    """Make the inputs that decide the scales: latents of known seeds; of a conditional model, all classes in turn."""
+    batches = []
+    for start in range(0, _CALIBRATION_IMAGES, _CALIBRATED_AT_ONCE):
+        number = np.arange(start, start + _CALIBRATED_AT_ONCE)
+        feeds: dict[str, NDArray[Any]] = {"latent": latents(_FIRST_CALIBRATION_SEED + number, latent_dim)}
+        if classes:
+            feeds["label"] = number % classes
+        batches.append(feeds)
+    return batches
+
+
+def _generate_by(model: onnx.ModelProto, *, conditional: bool) -> Generate:
+    session = load_session(model.SerializeToString())
+    return lambda latent, label: run_session(session, latent, label if conditional else None)
