@@ -18,10 +18,12 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/buf lint
 
-# Regenerates what is committed under client/ganserve/v1.
+# Regenerates what is committed under client/ganserve/v1 and server/ganserve_server/inference.
 stubs: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=client --pyi_out=client --grpc_python_out=client \
-		proto/ganserve/v1/generation.proto
+		proto/ganserve/v1/generation.proto proto/ganserve/v1/administration.proto
+	$(BIN)/python -m grpc_tools.protoc -Iproto --pyi_out=server/ganserve_server \
+		--descriptor_set_out=server/ganserve_server/inference/grpc_service.binpb proto/inference/grpc_service.proto
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

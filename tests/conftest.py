@@ -27,6 +27,7 @@ class RunningServer:
     events: "queue.Queue[dict[str, Any]]"
     address: str = ""
     metrics_address: str = ""
+    admin_address: str = ""
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """Read the server's log up to this event."""
@@ -60,6 +61,7 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
         try:
             serving = server.wait_for("serving")
             server.address, server.metrics_address = serving["address"], serving["metrics_address"]
+            server.admin_address = serving["admin_address"] or ""
             yield server
         finally:
             process.kill()

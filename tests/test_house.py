@@ -23,10 +23,20 @@ ROOT = Path(__file__).parent.parent
 def test_the_committed_stubs_are_what_the_proto_generates(tmp_path: Path) -> None:
     outputs = [f"--{kind}={tmp_path}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *outputs]
-    subprocess.run([*command, "ganserve/v1/generation.proto"], check=True)
+    subprocess.run([*command, "ganserve/v1/generation.proto", "ganserve/v1/administration.proto"], check=True)
     for generated in (tmp_path / "ganserve" / "v1").iterdir():
         committed = ROOT / "client" / "ganserve" / "v1" / generated.name
         assert committed.read_text() == generated.read_text(), f"{generated.name} is stale: run `make stubs`"
+
+
+def test_the_committed_messages_of_the_inference_protocol_are_what_its_proto_says(tmp_path: Path) -> None:
+    (tmp_path / "inference").mkdir()
+    outputs = [f"--pyi_out={tmp_path}", f"--descriptor_set_out={tmp_path / 'inference' / 'grpc_service.binpb'}"]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *outputs]
+    subprocess.run([*command, "inference/grpc_service.proto"], check=True)
+    for name in ("grpc_service.binpb", "grpc_service_pb2.pyi"):
+        committed = ROOT / "server" / "ganserve_server" / "inference" / name
+        assert committed.read_bytes() == (tmp_path / "inference" / name).read_bytes(), f"{name} is stale: `make stubs`"
 
 
 def test_the_proto_passes_buf_lint() -> None:

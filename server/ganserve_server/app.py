@@ -1,6 +1,7 @@
 """Puts the server together, runs it, and takes it down without losing a call."""
 
 import asyncio
+import functools
 import importlib.metadata
 import logging
 import os
@@ -8,16 +9,23 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry, start_http_server
 
+from ganserve.v1 import administration_pb2_grpc, generation_pb2
+from ganserve_server import administration, inference_protocol
 from ganserve_server.addresses import StartError, bind, name, refused, split
+from ganserve_server.administration import Administration, AdministrationServicer, OfAllWorkers
 from ganserve_server.calls import CallRecorder
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.grpc_server import GrpcServer
+from ganserve_server.inference import grpc_service_pb2
+from ganserve_server.inference_protocol import InferenceServicer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
 from ganserve_server.machine import cores, nvidia_driver
 from ganserve_server.metrics import Metrics
@@ -28,6 +36,7 @@ from ganserve_server.workers import WORKER_VARIABLE, Parent, Supervisor
 _log = logging.getLogger(__name__)
 
 _MAX_REQUEST_BYTES = 4 << 20  # a thousand latents of a thousand values
+_ADMIN_CONNECTIONS = 100
 
 
 async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
@@ -44,12 +53,13 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     sockets = bind(settings.address, "--address")
     workers = _count_workers(settings)
 
-    def log_serving(facts: Mapping[str, Any], metrics_address: str | None) -> None:
+    def log_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
         _log.info(
             "serving",
             extra={
                 "address": name(sockets[0], settings.address),
                 "metrics_address": metrics_address,
+                "admin_address": admin_address,
                 "workers": workers,
                 "start_s": round(time.perf_counter() - started, 3),
                 "version": importlib.metadata.version("ganserve"),
@@ -60,21 +70,28 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     if workers == 1:
         metrics = Metrics()
         metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics.registry)
+        admin = _AdminServer(settings)
+
+        def on_serving(facts: Mapping[str, Any], lifecycle: Lifecycle) -> None:
+            log_serving(facts, metrics_address, admin.start(lifecycle))
+
         try:
-            await _serve_models(
-                settings, stop, reload, sockets, metrics, on_serving=lambda facts: log_serving(facts, metrics_address)
-            )
+            await _serve_models(settings, stop, reload, sockets, metrics, on_serving=on_serving)
+            await admin.stop()
         finally:
             stop_metrics()
     else:
         supervisor = Supervisor(workers, sockets)
         metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, supervisor.registry)
+        admin = _AdminServer(settings)
         try:
-            log_serving(await supervisor.start(), metrics_address)
+            facts = await supervisor.start()
+            log_serving(facts, metrics_address, admin.start(OfAllWorkers(supervisor)))
             forwarding = asyncio.create_task(_forward_reloads(reload, supervisor))
             await stop.wait()
             _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
             forwarding.cancel()
+            await admin.stop()
             await supervisor.stop()
         finally:
             stop_metrics()
@@ -89,12 +106,12 @@ async def _serve_models(
     sockets: list[socket.socket],
     metrics: Metrics,
     parent: Parent | None = None,
-    on_serving: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    on_serving: Callable[[Mapping[str, Any], Lifecycle], None] = lambda *_: None,
 ) -> None:
     """Do all of a server's work that is one process's."""
     board = parent.board if parent else None
     table, health_servicer = ModelTable(), health.aio.HealthServicer()
-    lifecycle = Lifecycle(settings, metrics, table, health_servicer, board)
+    lifecycle = Lifecycle(settings, metrics, table, health_servicer, board, parent.unloaded if parent else ())
     await _load_models(lifecycle, settings, table)
     if stop.is_set():
         return
@@ -110,12 +127,15 @@ async def _serve_models(
         board=board,
     )
     GenerationServicer(table, settings, metrics).add_to(server)
+    InferenceServicer(table, settings, health_servicer).add_to(server)
     grpcs: Any = server
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpcs)
-    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    ours = (SERVICE, inference_protocol.SERVICE)
+    names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
     add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
-    add_reflection(reflection.aio.ReflectionServicer(names), grpcs)
-    await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
+    for service in ours:
+        await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     try:
         server.start(sockets)
     except OSError as error:
@@ -129,9 +149,9 @@ async def _serve_models(
     }
     if parent:
         parent.tell(facts)
-        tasks.append(asyncio.create_task(parent.follow(stop)))
+        tasks.append(asyncio.create_task(parent.follow(stop, functools.partial(administration.answer, lifecycle))))
     else:
-        on_serving(facts)
+        on_serving(facts, lifecycle)
     await stop.wait()
     if not parent:
         _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
@@ -142,6 +162,44 @@ async def _serve_models(
     await asyncio.sleep(settings.drain_delay_s)
     await server.drain(settings.drain_timeout_s)
     await lifecycle.close()
+
+
+class _AdminServer:
+    """Answers AdministrationService, if it has an address."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        # Before the models are loaded: an address that is taken should be told at once.
+        off = settings.admin_address == "off"
+        self._sockets = [] if off else bind(settings.admin_address, "--admin-address")
+        self._server: GrpcServer | None = None
+
+    def start(self, able: Administration) -> str | None:
+        """Listen; return where."""
+        if not self._sockets:
+            return None
+        self._server = server = GrpcServer(
+            on_finished=lambda *_: None,
+            on_refused=lambda *_: None,
+            max_connections=_ADMIN_CONNECTIONS,
+            max_streams=_ADMIN_CONNECTIONS,
+            max_request_bytes=_MAX_REQUEST_BYTES,
+        )
+        grpcs: Any = server
+        administration_pb2_grpc.add_AdministrationServiceServicer_to_server(AdministrationServicer(able), grpcs)
+        InferenceServicer(ModelTable(), self._settings, health.aio.HealthServicer(), able).add_to(
+            server, administration_alone=True
+        )
+        try:
+            server.start(self._sockets)
+        except OSError as error:
+            raise refused(self._settings.admin_address, "--admin-address", error) from error
+        return name(self._sockets[0], self._settings.admin_address)
+
+    async def stop(self) -> None:
+        """Finish what was begun, and close."""
+        if self._server is not None:
+            await self._server.drain(self._settings.drain_timeout_s)
 
 
 def _count_workers(settings: ServerSettings) -> int:
@@ -176,6 +234,20 @@ async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: Mo
             f"{settings.models} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
             "as `ganserve-trainer export` writes it"
         )
+
+
+def _reflected() -> DescriptorPool:
+    """Return the files of all services in one pool; those of the Open Inference Protocol are not in the usual one."""
+    pool: Any = DescriptorPool()
+
+    def add(file: FileDescriptor) -> None:
+        for needed in file.dependencies:
+            add(needed)
+        pool.AddSerializedFile(file.serialized_pb)
+
+    for module in (generation_pb2, grpc_service_pb2, health_pb2, reflection_pb2):
+        add(module.DESCRIPTOR)
+    return cast(DescriptorPool, pool)
 
 
 async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle) -> None:

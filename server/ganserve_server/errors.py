@@ -62,6 +62,20 @@ class ModelNotFound(ServingError):  # noqa: N818
     reason = "not_found"
 
 
+class PermissionDenied(ServingError):  # noqa: N818
+    """The caller may not do this here."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "permission_denied"
+
+
+class ModelNotLoaded(ServingError):  # noqa: N818
+    """None of a model's versions can be served."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "not_loaded"
+
+
 class QueueFull(ServingError):  # noqa: N818
     """More images are waiting than the server will hold."""
 

@@ -6,14 +6,16 @@ file that breaks a rule stays out, once in the log, and what was served before g
 
 import asyncio
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from grpc_health.v1 import health, health_pb2
 from watchfiles import awatch
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.administration import VersionState
 from ganserve_server.engine import ProviderUnavailable
-from ganserve_server.errors import ModelNotFound
+from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
@@ -102,8 +104,10 @@ class Lifecycle:
         table: ModelTable,
         health_servicer: health.aio.HealthServicer,
         board: Board | None = None,
+        unloaded: Collection[str] = (),
     ) -> None:
         self._board = board
+        self._unloaded = set(unloaded)  # by an operator
         self._settings = settings
         self._metrics = metrics
         self._table = table
@@ -112,6 +116,7 @@ class Lifecycle:
             {"all": None, "latest": 1}[settings.versions] if settings.versions.isalpha() else int(settings.versions)
         )
         self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
+        self._reasons: dict[tuple[str, int], str] = {}  # why it was kept out
         self._reported: set[str] = set()
         self._refreshing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -134,7 +139,7 @@ class Lifecycle:
                 _log.error("the repository cannot be listed", extra={"reason": str(error)})
                 return
             wanted: set[tuple[str, int]] = set()
-            for name in sorted({name for name, _ in found}):
+            for name in sorted({name for name, _ in found} - self._unloaded):
                 versions = sorted((number for other, number in found if other == name), reverse=True)
                 wanted |= await self._choose(name, versions, found, starting=starting)
             for key in self._table.batchers().keys() - wanted:
@@ -143,7 +148,49 @@ class Lifecycle:
                 _log.info("model unloaded", extra={"model": key[0], "version": key[1]})
             await asyncio.to_thread(give_back_memory)
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
+            self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
             await self._report({name for name, _ in found})
+
+    async def load(self, name: str) -> list[VersionState]:
+        """Load a model from its folder, anew if it is served.
+
+        Raises:
+            ModelNotFound: it has no folder.
+            ModelNotLoaded: none of its versions can be served.
+        """
+        self._unloaded.discard(name)
+        self._stamps = {key: stamp for key, stamp in self._stamps.items() if key[0] != name}
+        states = [state for state in await self.reload() if state.model == name]
+        if not states:
+            raise ModelNotFound(f"the repository {self._settings.models} has no model {name!r}")
+        if not any(state.served for state in states):
+            raise ModelNotLoaded(
+                f"no version of model {name} can be served: version {states[-1].version}: {states[-1].reason}"
+            )
+        return states
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model until it is loaded again.
+
+        Raises:
+            ModelNotFound: it is not served.
+        """
+        self._table.find(name, None)
+        self._unloaded.add(name)
+        await self.refresh()
+
+    async def reload(self) -> list[VersionState]:
+        """Look for new and removed versions."""
+        await self.refresh()
+        served = self._table.batchers()
+        states: list[VersionState] = []
+        for name, number in sorted(self._stamps.keys() | served.keys() | self._reasons.keys()):
+            batcher = served.get((name, number))
+            digest = batcher.model.digest if batcher else ""
+            states.append(
+                VersionState(name, number, batcher is not None, digest, self._reasons.get((name, number), ""))
+            )
+        return states
 
     async def watch(self, stop: asyncio.Event) -> None:
         """Refresh whenever something changes in the repository, until `stop` is set."""
@@ -209,13 +256,17 @@ class Lifecycle:
         except (ModelRejected, ProviderUnavailable) as error:
             if starting and isinstance(error, ProviderUnavailable):
                 raise
-            _log.error("model kept out", extra={"path": str(path), "reason": str(error)})
+            reason = str(error)
+            _log.error("model kept out", extra={"path": str(path), "reason": reason})
         except Exception:
             # A file from outside must not take the others down, whatever the libraries make of it.
-            _log.exception("model kept out", extra={"path": str(path), "reason": "the file could not be read"})
+            reason = "the file could not be read"
+            _log.exception("model kept out", extra={"path": str(path), "reason": reason})
         else:
+            self._reasons.pop((name, number), None)
             self._metrics.model_loads.labels("loaded").inc()
             return model
+        self._reasons[name, number] = reason
         self._metrics.model_loads.labels("rejected").inc()
         return None
 

@@ -14,6 +14,7 @@ from ganserve_server.repository import ModelVersion
 from ganserve_server.scheduler import Made
 
 MAX_TRUNCATION = 2.0
+_MAX_PIXEL_BYTES = 256 << 20
 _LENGTH_DELIMITED = 2  # protobuf's wire type of bytes
 _PIXELS_TAG = bytes((pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
 _SEEDS = 2**32
@@ -48,7 +49,7 @@ class GenerationRequest:
         if self.labels is not None:
             labels = self.labels.repeat(stop - start) if len(self.labels) == 1 else self.labels[start:stop]
         elif seeds is not None and self.model.classes:
-            labels = (seeds % self.model.classes).astype(np.int64)
+            labels = labels_of(seeds, self.model)
         latents = None if self.latents is None else self.latents[start:stop]
         return Draw(stop - start, seeds, latents, labels, self.truncation)
 
@@ -68,8 +69,7 @@ def parse(
         InvalidRequest: a field is wrong.
     """
     truncation = message.truncation if message.HasField("truncation") else 1.0
-    if not 0 <= truncation <= MAX_TRUNCATION:
-        raise InvalidRequest("truncation", f"truncation is {truncation:g}; it must be from 0 to {MAX_TRUNCATION:g}")
+    check_truncation(truncation)
     for field, given in (("labels", message.labels), ("label_names", message.label_names)):
         if len(given) > max_values:
             raise InvalidRequest(field, f"there are {len(given)} {field}; a request brings {max_values} at most")
@@ -104,6 +104,47 @@ def parse(
     )
 
 
+def images_limit(model: ModelVersion, most: int) -> int:
+    """Return how many images of a model one answer may hold, of `most` by the settings.
+
+    By bytes too: protobuf holds 2 GiB, and a server should not try.
+    """
+    return max(1, min(most, _MAX_PIXEL_BYTES // max(1, model.pixel_bytes)))
+
+
+def labels_of(seeds: NDArray[np.uint32], model: ModelVersion) -> NDArray[np.int64]:
+    """Return the classes that seeds without labels get."""
+    return (seeds % model.classes).astype(np.int64)
+
+
+def check_truncation(truncation: float) -> None:
+    """Raise InvalidRequest unless it is a number in range."""
+    if not 0 <= truncation <= MAX_TRUNCATION:
+        raise InvalidRequest("truncation", f"truncation is {truncation:g}; it must be from 0 to {MAX_TRUNCATION:g}")
+
+
+def scaled(latents: NDArray[np.float32], truncation: float, field: str) -> NDArray[np.float32]:
+    """Return latents times truncation; raise InvalidRequest if any is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        latents = latents * np.float32(truncation)
+    if not np.isfinite(latents).all():
+        raise InvalidRequest(field, f"{field} has values that are not finite, or not once truncation has scaled them")
+    return latents
+
+
+def check_labels(labels: NDArray[np.int64], model: ModelVersion, count: int, field: str) -> None:
+    """Raise InvalidRequest unless there is one for all images or one for each, and each is a class of the model."""
+    if not model.classes:
+        raise InvalidRequest(field, f"model {model.name} is unconditional: it takes no labels")
+    if len(labels) not in (1, count):
+        raise InvalidRequest(
+            field, f"{field} has {len(labels)} values for {count} images; give one, or one for each image"
+        )
+    wrong = labels.min() if labels.min() < 0 else labels.max()
+    if not 0 <= wrong < model.classes:
+        raise InvalidRequest(field, f"there is no label {wrong}; model {model.name} has 0 to {model.classes - 1}")
+
+
 def _count(message: pb.GenerateImagesRequest, latents: int | None, max_images: int) -> int:
     given = latents or len(message.labels) or len(message.label_names)
     count = message.count if message.HasField("count") else (given or 1)
@@ -122,13 +163,7 @@ def _latents(message: pb.GenerateImagesRequest, model: ModelVersion, truncation:
             "latents",
             f"latents has {values.size} values; model {model.name} takes a multiple of {latent_dim}, 1 or more",
         )
-    with np.errstate(over="ignore", invalid="ignore"):
-        values *= np.float32(truncation)
-    if not np.isfinite(values).all():
-        raise InvalidRequest(
-            "latents", "latents has values that are not finite, or not once truncation has scaled them"
-        )
-    return values.reshape(-1, latent_dim)
+    return scaled(values, truncation, "latents").reshape(-1, latent_dim)
 
 
 def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) -> NDArray[np.int64] | None:
@@ -140,21 +175,15 @@ def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) 
     field = "label_names" if message.label_names else "labels"
     if message.labels and message.label_names:
         raise InvalidRequest("label_names", "give labels or label_names, not both")
-    if not names:
-        raise InvalidRequest(field, f"model {model.name} is unconditional: it takes no labels")
-    if given not in (1, count):
-        raise InvalidRequest(field, f"{given} {field} were given for {count} images; give one, or one for each image")
-    if message.label_names:
+    if message.label_names and names:
         index = {name: label for label, name in enumerate(names)}
-        if unknown := next((name for name in message.label_names if name not in index), None):
+        unknown = next((name for name in message.label_names if name not in index), None)
+        if unknown is not None:
             raise InvalidRequest(field, f"model {model.name} has no class {unknown!r}; it has {', '.join(names)}")
         labels = np.array([index[name] for name in message.label_names], np.int64)
     else:
         labels = np.array(message.labels, np.int64)
-        if labels.max() >= len(names):
-            raise InvalidRequest(
-                field, f"label {labels.max()} is too high; model {model.name} has 0 to {len(names) - 1}"
-            )
+    check_labels(labels, model, count, field)
     return labels
 
 

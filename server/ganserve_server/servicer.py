@@ -16,14 +16,13 @@ from ganserve_server.errors import InvalidRequest, MalformedMessage, ServingErro
 from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
-from ganserve_server.requests import GenerationRequest, parse, respond, varint
+from ganserve_server.requests import GenerationRequest, images_limit, parse, respond, varint
 from ganserve_server.scheduler import Batcher, Job, Made
 from ganserve_server.settings import ServerSettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 # Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
 _ENCODE_HERE_AT_MOST = 4096
-_MAX_PIXEL_BYTES = 256 << 20
 _LENGTH_DELIMITED = 2  # protobuf's wire type of messages
 _CHUNK_TAG = bytes((pb.StreamImagesResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
 _RESPONSE_TAG = bytes((pb.GenerateEachResponse.RESPONSE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
@@ -149,9 +148,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def _check(self, request: pb.GenerateImagesRequest, batcher: Batcher) -> GenerationRequest:
         most = self._settings.max_images_per_request
-        # By bytes too: protobuf holds 2 GiB, and a server should not try.
-        limit = max(1, min(most, _MAX_PIXEL_BYTES // max(1, batcher.model.pixel_bytes)))
-        return parse(request, batcher.model, limit, most)
+        return parse(request, batcher.model, images_limit(batcher.model, most), most)
 
     async def _make(
         self, batcher: Batcher, request: GenerationRequest, start: int, stop: int, call: Call, *, accepted: bool

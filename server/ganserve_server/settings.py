@@ -34,6 +34,10 @@ class ServerSettings(BaseSettings):
     metrics_address: Annotated[
         str, Field(description="Where to answer Prometheus, HOST:PORT; port 0 takes a free one; 'off' for none.")
     ] = "127.0.0.1:9464"
+    admin_address: Annotated[
+        str,
+        Field(description="Where to answer AdministrationService (load, unload, reload), HOST:PORT; 'off' for none."),
+    ] = "off"
     workers: Annotated[
         str,
         Field(

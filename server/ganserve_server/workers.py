@@ -17,7 +17,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,16 @@ class Parent:
         given = json.loads(variable)
         self.board = Board(given["board"], given["workers"], given["number"])
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
+        self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
 
-    async def follow(self, stop: asyncio.Event) -> None:
-        """Drain if the supervisor is gone."""
+    async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
+        """Do what the supervisor asks; drain if it is gone."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
         with suppress(OSError):
-            while await reader.readline():
-                pass
+            while line := await reader.readline():
+                self.tell(await answer(json.loads(line)))
         stop.set()
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -145,6 +146,7 @@ class Supervisor:
         self._workers: dict[int, _Worker] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
+        self.unloaded: set[str] = set()  # models that an operator has stopped
         self.registry = CollectorRegistry()
         MultiProcessCollector(self.registry, str(self._folder))
         self.registry.register(_Processes(self))
@@ -204,6 +206,7 @@ class Supervisor:
             "sockets": descriptors,
             "board": self._memory,
             "channel": theirs.fileno(),
+            "unloaded": sorted(self.unloaded),
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable,

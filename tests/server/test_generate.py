@@ -120,6 +120,12 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str | None, str]]
     "label too high": ({"labels": [10]}, grpc.StatusCode.INVALID_ARGUMENT, "labels", "0 to 9"),
     "too few labels": ({"count": 3, "labels": [1, 2]}, grpc.StatusCode.INVALID_ARGUMENT, "labels", "for each image"),
     "unknown class": ({"label_names": ["cat"]}, grpc.StatusCode.INVALID_ARGUMENT, "label_names", "0, 1, 2"),
+    "a class without a name": (
+        {"label_names": [""]},
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "label_names",
+        "no class ''",
+    ),
     "two kinds of label": (
         {"labels": [1], "label_names": ["1"]},
         grpc.StatusCode.INVALID_ARGUMENT,

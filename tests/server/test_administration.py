@@ -1,0 +1,106 @@
+"""Models loaded and unloaded by an operator's calls, in one process and in several."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import tritonclient.grpc as triton
+from tests.conftest import RunningServer
+
+from ganserve import Client, ModelNotFoundError
+from ganserve.v1 import administration_pb2 as pb
+from ganserve.v1 import administration_pb2_grpc as pb_grpc
+from ganserve_server.settings import BUNDLED_MODELS
+
+Start = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    for name in ("mlp-mnist", "cdcgan-mnist"):
+        shutil.copytree(BUNDLED_MODELS / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture(params=["1", "2"])
+def running(request: pytest.FixtureRequest, start_server: Start, repository: Path) -> RunningServer:
+    flags = ("--workers", request.param, "--reload", "off", "--admin-address", "127.0.0.1:0")
+    return start_server("--models", repository, *flags)
+
+
+@contextmanager
+def administration(running: RunningServer) -> Iterator[pb_grpc.AdministrationServiceStub]:
+    with grpc.insecure_channel(running.admin_address) as channel:
+        yield pb_grpc.AdministrationServiceStub(channel)
+
+
+def test_a_model_is_unloaded_and_loaded_again(running: RunningServer) -> None:
+    with administration(running) as stub, Client(running.address) as client:
+        stub.UnloadModel(pb.UnloadModelRequest(model="mlp-mnist"))
+        with pytest.raises(ModelNotFoundError, match="there are cdcgan-mnist"):
+            client.generate("mlp-mnist", seed=1)
+        # It stays so when the repository is looked at.
+        assert [state.model for state in stub.ReloadModels(pb.ReloadModelsRequest()).versions if state.served] == [
+            "cdcgan-mnist"
+        ]
+        [state] = stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist")).versions
+        assert (state.version, state.served, state.reason) == (1, True, "")
+        assert client.generate("mlp-mnist", seed=1).digest == state.digest
+
+
+def test_loading_says_why_a_version_is_kept_out(running: RunningServer, repository: Path) -> None:
+    broken = repository / "mlp-mnist" / "2" / "model.onnx"
+    broken.parent.mkdir()
+    broken.write_bytes(b"no model")
+    with administration(running) as stub, Client(running.address) as client:
+        first, second = stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist")).versions
+        assert (first.served, second.served) == (True, False)
+        assert "not ONNX" in second.reason
+        assert client.generate("mlp-mnist", seed=1).version == 1
+        shutil.rmtree(repository / "mlp-mnist" / "1")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist"))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "not ONNX" in caught.value.details()
+
+
+def test_reloading_finds_a_new_version(running: RunningServer, repository: Path) -> None:
+    shutil.copytree(repository / "mlp-mnist" / "1", repository / "mlp-mnist" / "2")
+    with administration(running) as stub, Client(running.address) as client:
+        states = stub.ReloadModels(pb.ReloadModelsRequest()).versions
+        assert [(state.model, state.version) for state in states] == [
+            ("cdcgan-mnist", 1),
+            ("mlp-mnist", 1),
+            ("mlp-mnist", 2),
+        ]
+        assert client.generate("mlp-mnist", seed=1).version == 2
+
+
+@pytest.mark.parametrize("call", ["LoadModel", "UnloadModel"])
+def test_a_model_that_is_not_there_is_not_found(call: str, running: RunningServer) -> None:
+    with administration(running) as stub, pytest.raises(grpc.RpcError) as caught:
+        getattr(stub, call)(getattr(pb, f"{call}Request")(model="nothing"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_tritons_calls_do_the_same(running: RunningServer) -> None:
+    operator, caller = triton.InferenceServerClient(running.admin_address), Client(running.address)
+    with operator, caller:
+        operator.unload_model("mlp-mnist")
+        with pytest.raises(ModelNotFoundError):
+            caller.generate("mlp-mnist", seed=1)
+        operator.load_model("mlp-mnist")
+        assert len(caller.generate("mlp-mnist", seed=1)) == 1
+
+
+def test_the_public_address_does_not_administer(running: RunningServer) -> None:
+    with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        pb_grpc.AdministrationServiceStub(channel).UnloadModel(pb.UnloadModelRequest(model="mlp-mnist"))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_there_is_no_administration_unless_asked_for(server: RunningServer) -> None:
+    assert server.admin_address == ""
