@@ -3,13 +3,17 @@
     L1      one caller, one image a call
     L2      64 calls in flight over 8 connections, one image each
     L3      8 connections, 64 images a call
+    each    8 connections, streams of 64 one-image requests (GenerateEach)
     stream  2 streams of all the images they can get
 
 The calls come from h2load (Debian: nghttp2-client), a C program, so that the server is what is measured; the streams
-from a raw gRPC client in this process. Server and bare onnxruntime alternate; medians over the rounds are printed. Bare
-onnxruntime is the better of one process with all cores and one process a core, in batches of 64.
+from a raw gRPC client in this process. Bare onnxruntime, the rivals of rivals.py and the server alternate; medians over
+the rounds are printed. Bare onnxruntime is the better of one process with all cores and one process a core, in batches
+of 64.
 
-    python benchmarks/serving.py [--models cdcgan-mnist,mlp28,cdcgan28,dcgan64] [--rounds 3] [--seconds 5]
+    python benchmarks/serving.py [--models cdcgan-mnist,mlp28,cdcgan28,dcgan64] [--rounds 3] [--seconds 5] [--layers]
+
+--layers adds where the server's threads spend their time in L2, by py-spy (PyPI).
 """
 
 import argparse
@@ -25,7 +29,9 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +41,11 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.settings import BUNDLED_MODELS
 
-PATH = "/ganserve.v1.GenerationService/GenerateImages"
-# Connections, calls in flight on each, images a call.
-LOADS = {"L1": (1, 1, 1), "L2": (8, 8, 1), "L3": (8, 1, 64)}
+PATH = "/ganserve.v1.GenerationService/"
+METHOD, EACH = "GenerateImages", "GenerateEach"
+# Connections, calls in flight on each, images a request, requests a call.
+LOADS = {"L1": (1, 1, 1, 1), "L2": (8, 8, 1, 1), "L3": (8, 1, 64, 1), "each": (8, 1, 1, 64)}
+RIVALS = ("sync", "aio")
 STREAMS = 2
 REFERENCES = ("mlp28", "cdcgan28", "dcgan64")
 
@@ -107,14 +115,16 @@ def _children(task: Path) -> list[str]:
 
 
 def h2load(address: str, model: str, load: str, seconds: float, scratch: Path, server: list[int]) -> Measured:
-    connections, in_flight, count = LOADS[load]
-    message = pb.GenerateImagesRequest(model=model, count=count, seed=1).SerializeToString()
+    connections, in_flight, count, requests = LOADS[load]
+    method = EACH if load == "each" else METHOD
+    request = pb.GenerateImagesRequest(model=model, count=count, seed=1)
+    message = (pb.GenerateEachRequest(generate=request) if method == EACH else request).SerializeToString()
     body, log = scratch / "body", scratch / "log"
-    body.write_bytes(struct.pack(">BI", 0, len(message)) + message)
+    body.write_bytes((struct.pack(">BI", 0, len(message)) + message) * requests)
     log.unlink(missing_ok=True)
     command = ["h2load", f"--clients={connections}", f"--max-concurrent-streams={in_flight}", "--threads=1"]
     command += [f"--duration={seconds}", "--warm-up-time=1", f"--data={body}", f"--log-file={log}"]
-    command += ["--header=content-type: application/grpc", "--header=te: trailers", f"http://{address}{PATH}"]
+    command += ["--header=content-type: application/grpc", "--header=te: trailers", f"http://{address}{PATH}{method}"]
     before, children, started = cpu_s(server), os.times(), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     took, after = time.perf_counter() - started, os.times()
@@ -124,7 +134,7 @@ def h2load(address: str, model: str, load: str, seconds: float, scratch: Path, s
     if len(milliseconds) < len(rows) or len(rows) < 10:
         sys.exit(f"{model} {load}: {len(milliseconds)} of {len(rows)} calls were answered")
     percentiles = statistics.quantiles(milliseconds, n=100)
-    rate = len(rows) * count / seconds
+    rate = len(rows) * count * requests / seconds
     return Measured(rate, percentiles[49], percentiles[98], (cpu_s(server) - before) / took, client / took)
 
 
@@ -169,14 +179,64 @@ def failed_calls(metrics_address: str) -> float:
     with urllib.request.urlopen(f"http://{metrics_address}/metrics") as response:
         lines = response.read().decode().splitlines()
     calls = [line for line in lines if line.startswith("ganserve_requests_total") and 'code="OK"' not in line]
-    # h2load drops the calls in flight when its time is over.
+    # h2load drops the calls in flight when its time is over, now and then in the middle of one.
     return sum(float(line.split()[-1]) for line in calls if 'code="CANCELLED"' not in line)
+
+
+@contextmanager
+def rival(kind: str, repository: Path) -> Iterator[tuple[str, int]]:
+    """Run one; give its address and process."""
+    command = [sys.executable, str(Path(__file__).with_name("rivals.py")), kind, str(repository)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"127.0.0.1:{process.stdout.readline().strip()}", process.pid
+        finally:
+            process.kill()
+
+
+LAYERS = {
+    "onnxruntime": ("onnxruntime/",),
+    "latents": ("_latents (",),
+    "HTTP/2": ("ganserve_server/http2.py",),
+    "gRPC": ("ganserve_server/grpc_server.py",),
+    "checking and answering": ("ganserve_server/requests.py", "ganserve_server/servicer.py"),
+    "scheduling": ("ganserve_server/scheduler.py",),
+    "metrics": ("prometheus_client/", "ganserve_server/calls.py"),
+    "sockets and event loop": ("asyncio/", "selectors.py"),
+}
+
+
+def layers(pid: int, seconds: float) -> dict[str, float]:
+    """Sample the stacks of a process; return each layer's share of the time that its threads run."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        command = ["py-spy", "record", f"--pid={pid}", f"--duration={seconds:.0f}", "--rate=400", "--format=raw"]
+        subprocess.run([*command, f"--output={file.name}"], check=True, capture_output=True)
+        lines = file.readlines()
+    samples: Counter[str] = Counter()
+    for line in lines:
+        stack, _, count = line.rpartition(" ")
+        frames = stack.split(";")
+        # Waiting for work is no work.
+        if "select (selectors.py" in frames[-1] or frames[-1].startswith(("_run (", "Scheduler._run", "_worker")):
+            continue
+        innermost = (
+            name for frame in reversed(frames) for name, marks in LAYERS.items() if any(m in frame for m in marks)
+        )
+        samples[next(innermost, "other")] += int(count)
+    total = sum(samples.values())
+    return {name: count / total for name, count in samples.most_common()}
+
+
+def _layer(frame: str) -> str | None:
+    return next((name for name, marks in LAYERS.items() if any(mark in frame for mark in marks)), None)
 
 
 def measure(serving: dict[str, str], server: int, path: Path, options: argparse.Namespace, scratch: Path) -> None:
     """Measure one model and print its table."""
     model, cores = path.parts[-3], len(os.sched_getaffinity(0))
     limits: list[float] = []
+    rivals: dict[str, dict[str, list[Measured]]] = {kind: {load: [] for load in ("L1", "L2", "L3")} for kind in RIVALS}
     loads: dict[str, Callable[[], Measured]] = {
         load: lambda load=load: h2load(serving["address"], model, load, options.seconds, scratch, pids)
         for load in LOADS
@@ -186,20 +246,49 @@ def measure(serving: dict[str, str], server: int, path: Path, options: argparse.
     for _ in range(options.rounds):
         ways = {(1, cores), (cores, 1)}
         limits.append(max(bare_onnxruntime(path, *way, options.seconds) for way in ways))
+        for kind, found in rivals.items():
+            with rival(kind, path.parents[2]) as (address, pid):
+                for load, rows in found.items():
+                    rows.append(h2load(address, model, load, options.seconds, scratch, [pid]))
         for load, run in loads.items():
             pids = process_and_children(server)
             results[load].append(run())
     limit = statistics.median(limits)
     print(f"\n{model}: bare onnxruntime {limit:,.0f} images/s")
-    titles = ("load", "images/s", "of bare", "p50 ms", "p99 ms", "cores of the server", "of the client")
+    titles = ("load", "images/s", "of bare", "p50 ms", "p99 ms", "cores of the server", "of the client", "best rival")
     print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for load, rows in results.items():
-        found = Measured(*(statistics.median(column) for column in zip(*map(_columns, rows), strict=True)))
+        found = _median(rows)
+        best = (
+            ""
+            if load not in ("L1", "L2", "L3")
+            else _best_rival({kind: _median(r[load]) for kind, r in rivals.items()})
+        )
         print(
             f"| {load} | {found.images_per_s:,.0f} | {found.images_per_s / limit:.2f} | {found.p50_ms:.2f} | "
-            f"{found.p99_ms:.2f} | {found.server_cores:.2f} | {found.client_cores:.2f} |",
+            f"{found.p99_ms:.2f} | {found.server_cores:.2f} | {found.client_cores:.2f} | {best} |",
             flush=True,
         )
+    if options.layers:
+        pids = process_and_children(server)
+        loading = threading.Thread(
+            target=h2load, args=(serving["address"], model, "L2", options.seconds, scratch, pids)
+        )
+        loading.start()
+        shares = layers(pids[-1], options.seconds)
+        loading.join()
+        print("layers in L2: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+
+
+def _median(rows: list[Measured]) -> Measured:
+    return Measured(*(statistics.median(column) for column in zip(*map(_columns, rows), strict=True)))
+
+
+def _best_rival(found: dict[str, Measured]) -> str:
+    if not found:
+        return ""
+    kind, best = max(found.items(), key=lambda item: item[1].images_per_s)
+    return f"{best.images_per_s:,.0f} ({best.p50_ms:.2f} ms, {kind})"
 
 
 def _columns(found: Measured) -> tuple[float, ...]:
@@ -211,6 +300,7 @@ def main() -> None:
     parser.add_argument("--models", default=f"cdcgan-mnist,{','.join(REFERENCES)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--layers", action="store_true", help="say where the time goes, by py-spy")
     parser.add_argument("--server", default="", help="more flags for ganserve-server")
     options = parser.parse_args()
     if shutil.which("h2load") is None:

@@ -22,7 +22,8 @@ def bind(address: str, flag: str) -> list[socket.socket]:
             # A port of the system's choice is one port.
             if port == 0 and sockets:
                 break
-            bound = socket.socket(family, socket.SOCK_STREAM)
+            # With the protocol said: asyncio turns TCP's delays off only for what it knows to be TCP.
+            bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             sockets.append(bound)
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

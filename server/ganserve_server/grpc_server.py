@@ -287,9 +287,9 @@ class Call(Stream):
             self.connection.send(self, _HEADERS + trailers, b"", b"")
         self._cancel()
 
-    def consumed(self, message_bytes: int) -> None:
-        """Let the peer send more of a stream of requests: one of so many bytes is done with."""
-        self.connection.consumed(self, message_bytes + _PREFIX)
+    def consumed(self, message_bytes: int, messages: int = 1) -> None:
+        """Let the peer send more of a stream of requests: some, of so many bytes together, are done with."""
+        self.connection.consumed(self, message_bytes + messages * _PREFIX)
 
     def _trailers(self, status: bytes) -> bytes:
         return status + literal(b"x-request-id", self.request_id.encode())

@@ -226,8 +226,8 @@ def respond(request: GenerationRequest, draw: Draw, made: Made) -> bytes:
         labels=None if draw.labels is None else draw.labels.tolist(),
         encoding=request.encoding,
     )
-    response.queue_time.FromNanoseconds(round(made.queue_s * 1e9))
-    response.compute_time.FromNanoseconds(round(made.compute_s * 1e9))
+    for duration, seconds in ((response.queue_time, made.queue_s), (response.compute_time, made.compute_s)):
+        duration.seconds, duration.nanos = divmod(round(seconds * 1e9), 10**9)
     if request.encoding == pb.ENCODING_RAW:
         pixels = made.pixels.tobytes()
         return b"".join((model.answer, response.SerializeToString(), _PIXELS_TAG, varint(len(pixels)), pixels))

@@ -193,9 +193,10 @@ class EachRequest:
         self._answer()
 
     def _begin(self) -> None:
+        taken = taken_bytes = 0
         while self._unread and len(self._running) < _EACH_RUNNING and not self._waits:
             content = self._unread.popleft()
-            self._call.consumed(len(content))
+            taken, taken_bytes = taken + 1, taken_bytes + len(content)
             turn = _Turn()
             self._running.append(turn)
             try:
@@ -203,6 +204,8 @@ class EachRequest:
                 turn.job = self._servicer.begin_one(self._call, request, functools.partial(self._done, turn))
             except ServingError as error:
                 self._done(turn, error)
+        if taken:
+            self._call.consumed(taken_bytes, taken)
 
     def _done(self, turn: "_Turn", outcome: bytes | ServingError) -> None:
         if isinstance(outcome, bytes):

@@ -1,0 +1,107 @@
+"""A stream of requests, each answered in its turn."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.conftest import RunningServer
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+
+Start = Callable[..., RunningServer]
+
+
+@pytest.fixture
+async def stub(server: RunningServer) -> AsyncIterator[pb_grpc.GenerationServiceStub]:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield pb_grpc.GenerationServiceStub(channel)
+
+
+def request(**fields: object) -> pb.GenerateEachRequest:
+    return pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(**fields))
+
+
+async def test_requests_are_answered_in_order_with_what_single_calls_get(stub: pb_grpc.GenerationServiceStub) -> None:
+    models = ("mlp-mnist", "cdcgan-mnist", "dcgan-mnist")
+    wanted = [{"model": models[seed % 3], "seed": seed, "count": 1 + 7 * (seed % 5)} for seed in range(1000)]
+    answers = [answer async for answer in stub.GenerateEach(request(**fields) for fields in wanted)]
+    assert [answer.response.seeds[0] for answer in answers] == list(range(1000))
+    for fields, answer in list(zip(wanted, answers, strict=True))[::97]:
+        alone = await stub.GenerateImages(pb.GenerateImagesRequest(**fields))
+        assert answer.response.pixels == alone.pixels
+        assert answer.response.digest == alone.digest
+
+
+async def test_an_error_answers_its_own_request_alone(stub: pb_grpc.GenerationServiceStub) -> None:
+    requests = [
+        request(model="mlp-mnist", seed=1),
+        request(model="nothing", seed=1),
+        request(model="mlp-mnist", seed=1, count=100_000),
+        request(model="mlp-mnist", seed=2),
+    ]
+    answers = [answer async for answer in stub.GenerateEach(requests)]
+    assert [answer.WhichOneof("outcome") for answer in answers] == ["response", "error", "error", "response"]
+    assert (answers[1].error.code, answers[1].error.reason) == (grpc.StatusCode.NOT_FOUND.value[0], "not_found")
+    assert "count is 100000" in answers[2].error.message
+
+
+async def test_an_image_may_be_answered_before_the_next_is_asked_for(stub: pb_grpc.GenerationServiceStub) -> None:
+    call = stub.GenerateEach()
+    for seed in range(20):
+        await call.write(request(model="mlp-mnist", seed=seed))
+        assert (await call.read()).response.seeds == [seed]
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+    assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_files_are_answered_too(stub: pb_grpc.GenerationServiceStub) -> None:
+    requests = [request(model="mlp-mnist", seed=seed, count=20, encoding=pb.ENCODING_PNG) for seed in range(5)]
+    answers = [answer async for answer in stub.GenerateEach(requests)]
+    assert [len(answer.response.files) for answer in answers] == [20] * 5
+
+
+async def test_a_stream_that_is_left_leaves_nothing_in_the_queue(start_server: Start) -> None:
+
+    running = start_server()
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        call = pb_grpc.GenerationServiceStub(channel).GenerateEach()
+        for seed in range(100):
+            await call.write(request(model="cdcgan-mnist", seed=seed, count=1000))
+        await call.read()
+        call.cancel()
+    # It ends at once only if nothing of it is left to be made.
+    code = await asyncio.to_thread(running.stop)
+    assert code == 0
+
+
+async def test_a_reader_that_does_not_read_fills_no_memory(start_server: Start) -> None:
+    running = start_server("--max-queue-images", "100000")
+
+    def resident() -> int:
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) >> 10
+
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        call = pb_grpc.GenerationServiceStub(channel).GenerateEach()
+        await call.write(request(model="mlp-mnist", seed=0))
+        await call.read()
+        before = resident()
+        writing = asyncio.create_task(write_all(call))
+        # 20,000 answers of 10 images would be 157 MB: the server stops reading requests long before.
+        await asyncio.wait({writing}, timeout=3)
+        assert resident() - before < 60
+        answers = 0
+        while answers < 20_000 and (await call.read()) is not grpc.aio.EOF:
+            answers += 1
+        assert answers == 20_000
+        await writing
+
+
+async def write_all(call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
+    for seed in range(20_000):
+        await call.write(request(model="mlp-mnist", seed=seed, count=10))
+    await call.done_writing()
