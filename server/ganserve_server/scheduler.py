@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 _SMALL_PART = 8  # of a batch: a request up to this part of it is never cut
 _BULK_PART = 8
 _LEAST_BATCH = 8  # images that are not worth being spread over more cores
+# On two cores, batches of 16 to 24 of a model that takes 1 ms an image make as many images as larger ones.
+_BATCH_S = 0.02
+_DEADLINE_MARGIN = 1.1
 # A batch shorter than this is made where the calls are read: the way to a thread and back costs 50 to 100 µs.
 _INLINE_S = 0.0003
 
@@ -203,7 +206,12 @@ class Batcher:
         self._scheduler = scheduler
         self._small, self._large, self._bulk = _Lane(), _Lane(), _Lane()
         self._counted_images = 0  # those that the queue's bound counts
-        self.seconds_per_image = model.engine.seconds_for(max_batch_size) / max_batch_size
+        # Of a core for an image; and from image to image while some wait, which is what counts for deadlines: the calls'
+        # own work is in it, and the other models'.
+        self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
+        self._pace_s = self._core_s / scheduler.cores
+        self._running_images = 0
+        self._saturated_since: float | None = None  # the last batch came back, or began, with images still waiting
         self._told_waiting = 0
         self._users = 0
         self._unused = asyncio.Event()
@@ -248,12 +256,13 @@ class Batcher:
             raise QueueFull(
                 f"{self._counted_images} images of model {self.model.name} are waiting and the queue holds "
                 f"{self._max_queue_images}: there is no room for {count} more; try again later",
-                retry_after_s=waiting * self._pace_s(),
+                retry_after_s=waiting * self._pace_s,
             )
-        if deadline is not None and not accepted and waiting:
+        if deadline is not None and not accepted and (waiting or self._running_images):
             # In turn, no job that waits goes before this one with more images than this one has.
             before = min(waiting, (self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)) * count)
-            needed_s = (before + count) * self._pace_s()
+            # An image that comes too late was made in vain, so rather one too few.
+            needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
             left_s = deadline - time.monotonic()
             if needed_s > left_s:
                 raise DeadlineTooShort(
@@ -324,8 +333,22 @@ class Batcher:
             if not part.start:
                 job.queue_s = now - job.accepted
                 self._queue_seconds.observe(job.queue_s)
+        self._running_images += sum(part.draw.count for part in batch)
         self._tell_waiting()
         return batch
+
+    def batch_size(self) -> int:
+        """Return how many images a batch has at most: so few that others wait little, where more would gain nothing."""
+        return min(self.max_batch_size, max(_LEAST_BATCH, int(_BATCH_S / max(self._core_s, 1e-9))))
+
+    def saturated(self) -> None:
+        """Take note that images wait and no core is free."""
+        if self._saturated_since is None:
+            self._saturated_since = time.monotonic()
+
+    def returned(self, images: int) -> None:
+        """Take note that a batch is done, well or not."""
+        self._running_images -= images
 
     def hand_out(self, batch: list[Part], pixels: NDArray[np.uint8], seconds: float) -> None:
         """Give a batch's images to its jobs."""
@@ -334,9 +357,12 @@ class Batcher:
         self._batch_size.observe(count)
         self._images.inc(count)
         # Small batches, with their fixed cost, say little of what many images take.
-        self.seconds_per_image += (
-            0.1 * min(1.0, count / self.max_batch_size) * (seconds / count - self.seconds_per_image)
-        )
+        weight = 0.1 * min(1.0, count / self.batch_size())
+        self._core_s += weight * (seconds / count - self._core_s)
+        now = time.monotonic()
+        if self._saturated_since is not None:
+            self._pace_s += weight * ((now - self._saturated_since) / count - self._pace_s)
+        self._saturated_since = now if self.waiting else None
         first = 0
         for part in batch:
             stop = first + part.draw.count
@@ -373,8 +399,8 @@ class Batcher:
         self._queue_images.inc(waiting - self._told_waiting)  # of all versions of the model
         self._told_waiting = waiting
 
-    def _pace_s(self) -> float:
-        return self.seconds_per_image / self._scheduler.cores
+    def _batch_s(self) -> float:
+        return self.batch_size() * self._core_s
 
 
 class Scheduler:
@@ -423,7 +449,7 @@ class Scheduler:
             idle = alone and (self._board is None or self._board.others_idle())
             wide = idle and waiting <= spread and engine.wide_is_faster
             cores = self.cores if wide else 1
-            batch = batcher.next_batch(min(spread, batcher.max_batch_size))
+            batch = batcher.next_batch(min(spread, batcher.batch_size()))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others
             if not batch:
@@ -433,6 +459,10 @@ class Scheduler:
                 self._done(batcher, batch, cores, *self._compute(batcher, batch, wide=wide))
             else:
                 self._work.put((batcher, batch, cores))
+
+        if not self._free:
+            for batcher in self._ready:
+                batcher.saturated()
 
     def _change_free(self, cores: int) -> None:
         self._free += cores
@@ -466,6 +496,7 @@ class Scheduler:
         seconds: float,
     ) -> None:
         self._change_free(cores)
+        batcher.returned(sum(part.draw.count for part in batch))
         if self._ready and not self._woken:
             self._woken = True
             self._loop.call_soon(self._dispatch)

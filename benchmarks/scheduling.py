@@ -1,0 +1,179 @@
+"""What the scheduler promises, measured on a real server.
+
+fairness   one-image callers, alone and beside a stream of 10,000 images and bulk requests: by how many batches' time
+           does their p99 rise (2 are allowed)?
+overload   ten times the calls that can be answered, with a deadline: images that were made in time as a share of the
+           most that can be (0.9 are asked for), the p99 of those answered, and how the others were refused.
+
+    python benchmarks/scheduling.py [--model dcgan64] [--seconds 10]
+"""
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import grpc
+from running import serving
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.settings import BUNDLED_MODELS
+
+CALLERS = 4
+DEADLINE_S = 1.0
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A connection of its own: those of one program are shared otherwise."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.insecure_channel(address, options)
+
+
+async def one_image_calls(address: str, model: str, seconds: float) -> list[float]:
+    """Call for one image after the other from a few connections; return the latencies in ms."""
+    latencies: list[float] = []
+
+    async def caller(number: int) -> None:
+        async with channel(address) as connected:
+            stub = pb_grpc.GenerationServiceStub(connected)
+            end = time.perf_counter() + seconds
+            while (started := time.perf_counter()) < end:
+                await stub.GenerateImages(pb.GenerateImagesRequest(model=model, seed=number))
+                latencies.append(1000 * (time.perf_counter() - started))
+
+    await asyncio.gather(*(caller(number) for number in range(CALLERS)))
+    return latencies
+
+
+async def fairness(address: str, model: str, seconds: float) -> None:
+    async with channel(address) as connected:
+        stub = pb_grpc.GenerationServiceStub(connected)
+        batches = []
+        for _ in range(5):
+            answer = await stub.GenerateImages(pb.GenerateImagesRequest(model=model, count=64, seed=0))
+            # On one core, as a batch of 64 would be.
+            batches.append(1000 * answer.compute_time.ToTimedelta().total_seconds())
+        batch_ms = statistics.median(batches)
+
+        async def stream(priority: "pb.Priority") -> None:
+            while True:
+                generate = pb.GenerateImagesRequest(model=model, count=10_000, seed=0, priority=priority)
+                async for _ in stub.StreamImages(pb.StreamImagesRequest(generate=generate)):
+                    pass
+
+        async def requests() -> None:
+            while True:
+                await stub.GenerateImages(pb.GenerateImagesRequest(model=model, count=1000, seed=0))
+
+        p99 = statistics.quantiles(await one_image_calls(address, model, seconds), n=100)[98]
+        print(f"{model}: a batch of 64 takes {batch_ms:.1f} ms on one core; p99 of one-image calls alone {p99:.1f} ms")
+        for beside, others in {
+            "a stream of 10,000": [stream(pb.PRIORITY_INTERACTIVE)],
+            "a bulk stream of 10,000": [stream(pb.PRIORITY_BULK)],
+            "requests of 1,000": [requests(), requests()],
+        }.items():
+            tasks = [asyncio.create_task(other) for other in others]
+            rows = await one_image_calls(address, model, seconds)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            beside_p99 = statistics.quantiles(rows, n=100)[98]
+            print(
+                f"  beside {beside}: p99 {beside_p99:.1f} ms, {(beside_p99 - p99) / batch_ms:+.2f} batches", flush=True
+            )
+
+
+async def load(address: str, model: str, rate: float, count: int, seconds: float) -> tuple[Counter[str], list[float]]:
+    """Call at a rate, whether or not earlier calls were answered; return outcomes and latencies of the answered."""
+    outcomes: Counter[str] = Counter()
+    latencies: list[float] = []
+    channels = [channel(address) for _ in range(8)]
+    stubs = [pb_grpc.GenerationServiceStub(one) for one in channels]
+
+    async def call(stub: pb_grpc.GenerationServiceStub, seed: int) -> None:
+        started = time.perf_counter()
+        try:
+            await stub.GenerateImages(pb.GenerateImagesRequest(model=model, count=count, seed=seed), timeout=DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            outcomes[error.code().name] += 1
+        else:
+            outcomes["OK"] += 1
+            latencies.append(1000 * (time.perf_counter() - started))
+
+    calls: set[asyncio.Task[None]] = set()
+    started, sent = time.perf_counter(), 0
+    while (now := time.perf_counter() - started) < seconds:
+        while sent < now * rate:
+            task = asyncio.create_task(call(stubs[sent % 8], sent))
+            calls.add(task)
+            task.add_done_callback(calls.discard)
+            sent += 1
+        await asyncio.sleep(0.001)
+    await asyncio.gather(*calls)
+    for one in channels:
+        await one.close()
+    return outcomes, latencies
+
+
+async def overload(address: str, model: str, count: int, seconds: float) -> None:
+    """Find the most that can be made by calls that wait for each other, then ask for more."""
+
+    async def caller(connected: grpc.aio.Channel, end: float) -> int:
+        stub, images = pb_grpc.GenerationServiceStub(connected), 0
+        while time.perf_counter() < end:
+            await stub.GenerateImages(pb.GenerateImagesRequest(model=model, count=count, seed=images))
+            images += count
+        return images
+
+    peaks = []
+    channels = [channel(address) for _ in range(8)]
+    for _ in range(3):
+        end = time.perf_counter() + seconds / 3
+        made = sum(await asyncio.gather(*(caller(one, end) for one in channels for _ in range(2))))
+        peaks.append(made / (seconds / 3))
+    for one in channels:
+        await one.close()
+    peak = statistics.median(peaks)
+    print(f"{model}, {count} images a call, deadline {DEADLINE_S:g} s: at most {peak:,.0f} images/s")
+    for factor in (0.5, 1, 2, 5, 10):
+        outcomes, latencies = await load(address, model, factor * peak / count, count, seconds)
+        goodput = outcomes["OK"] * count / seconds
+        p99 = statistics.quantiles(latencies, n=100)[98] if len(latencies) > 1 else float("nan")
+        refused = ", ".join(f"{code} {number:,}" for code, number in sorted(outcomes.items()) if code != "OK")
+        print(
+            f"  {factor:g} x: goodput {goodput:,.0f} images/s, {goodput / peak:.2f} of the peak; p99 {p99:.0f} ms; "
+            f"{outcomes['OK']:,} answered; {refused}",
+            flush=True,
+        )
+
+
+async def measure(address: str, options: argparse.Namespace) -> None:
+    await fairness(address, options.model, options.seconds)
+    # So few calls that this program, too, can make ten times as many.
+    await overload(address, options.model, options.count, options.seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dcgan64")
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--count", type=int, default=64, help="images a call of the overload")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        repository = Path(scratch)
+        if (BUNDLED_MODELS / options.model).exists():
+            (repository / options.model).symlink_to(BUNDLED_MODELS / options.model)
+        else:
+            from reference_models import publish  # needs the extra "trainer"
+
+            publish(repository)
+        with serving(f"--models={repository}") as running:
+            asyncio.run(measure(running.address, options))
+
+
+if __name__ == "__main__":
+    main()
