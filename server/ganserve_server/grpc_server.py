@@ -563,7 +563,12 @@ class GrpcServer:
         task = self.loop.create_task(self._guarded(call, work))
         call.on_cancel = cancel or task.cancel
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def done(task: "asyncio.Task[None]") -> None:
+            self._tasks.discard(task)
+            work.close()  # cancelled before its first step, it would be warned of as never awaited
+
+        task.add_done_callback(done)
 
     def make_room(self, call: Call) -> None:
         """Fail calls until the others have room: those first that have held much for longest, else this one.
@@ -627,7 +632,7 @@ class GrpcServer:
         call.reply(handler.response_serializer(await handler.unary_unary(request, call)))
 
     def _start_unary_stream(self, handler: Any, call: Call, content: bytes) -> None:
-        self.spawn(call, self._answer_all(handler, call, handler.unary_stream(_read(handler, content), call)))
+        self.spawn(call, self._answer_all(handler, call, handler.unary_stream, _read(handler, content)))
 
     def _open_stream_stream(self, handler: Any, call: Call) -> RequestSink:
         requests: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -637,11 +642,14 @@ class GrpcServer:
                 call.consumed(len(content))
                 yield _read(handler, content)
 
-        self.spawn(call, self._answer_all(handler, call, handler.stream_stream(each(), call)))
+        self.spawn(call, self._answer_all(handler, call, handler.stream_stream, each()))
         return requests.put_nowait, lambda: requests.put_nowait(None)
 
     @staticmethod
-    async def _answer_all(handler: Any, call: Call, responses: AsyncIterator[Any] | Awaitable[None]) -> None:
+    async def _answer_all(
+        handler: Any, call: Call, method: Callable[[Any, Call], AsyncIterator[Any] | Awaitable[None]], request: Any
+    ) -> None:
+        responses = method(request, call)
         if isinstance(responses, AsyncIterator):
             async for response in responses:
                 await call.write(handler.response_serializer(response))

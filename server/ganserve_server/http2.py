@@ -766,6 +766,9 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._out.append(frame(GOAWAY, 0, 0, struct.pack(">II", last, code) + text.encode()))
         self._flush_now()
         self._end_streams()
+        if self._is_flooded():
+            self.transport.abort()
+            return
         # Closed both ways while the peer still sends, the connection would lose what it has not read yet.
         if self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
