@@ -105,7 +105,7 @@ class Peer:
         self.encoder, self.decoder = Encoder(), Decoder()
         self.answers: dict[int, Answer] = {}
         self.seen: list[Frame] = []
-        self._next_id = 1
+        self._next_id, self._greets = 1, greet
         self._rest = b""
         if greet:
             payload = b"".join(struct.pack(">HI", *setting) for setting in (settings or {}).items())
@@ -171,7 +171,7 @@ class Peer:
             else:
                 answer.reset = int.from_bytes(got.payload, "big")
             answer.ended |= kind != RST_STREAM and bool(flags & END_STREAM)
-        elif kind == SETTINGS and not flags & ACK:
+        elif kind == SETTINGS and not flags & ACK and self._greets:
             self.send(SETTINGS, ACK)
         return got
 

@@ -1,11 +1,12 @@
 """HTTP/2 and gRPC on the wire: what the rules say, what peers do that keep them, and peers that do not."""
 
+import asyncio
 import gzip
 import struct
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from urllib.parse import unquote
 
 import pytest
@@ -26,6 +27,7 @@ from tests.wire import (
     GOAWAY,
     HEADERS,
     INITIAL_WINDOW_SIZE,
+    INTERNAL_ERROR,
     MAX_FRAME_SIZE,
     NO_ERROR,
     PADDED,
@@ -51,6 +53,7 @@ from tests.wire import (
 )
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server import http2
 
 Start = Callable[..., RunningServer]
 Break = Callable[[Peer], None]
@@ -319,7 +322,7 @@ def test_an_error_of_the_connection_ends_the_calls_on_it_and_nothing_is_logged(s
         peer.send(PING, 0, 1, bytes(8))
         assert peer.closed_for() == PROTOCOL_ERROR
         # Before this side has closed its half.
-        assert running.events.get(timeout=10)["code"] == "CANCELLED"
+        assert running.events.get(timeout=3)["code"] == "CANCELLED"
     assert running.stop() == 0
     assert {running.events.get(timeout=10)["event"] for _ in range(2)} == {"draining", "stopped"}
 
@@ -919,6 +922,81 @@ def test_a_watcher_that_comes_during_the_drain_does_not_hold_it_up(start_server:
         stream = peer.start(b"", head("/grpc.health.v1.Health/Watch"))
         assert peer.answer(stream).status == UNAVAILABLE
     assert running.process.wait(timeout=10) == 0
+
+
+# A connection alone, for what a whole server does not let happen, or takes long over.
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """Listen with connections whose heads are read by a function; return the address."""
+    loop, servers = asyncio.get_running_loop(), []
+
+    async def listen(read_head: Callable[[object], object] = list) -> str:
+        def connection() -> http2.Connection[object]:
+            return http2.Connection(
+                read_head=read_head,
+                open_stream=lambda *_: None,
+                max_streams=1,
+                stream_window=1000,
+                backlog=http2.Backlog(),
+                on_made=lambda _: True,
+                on_lost=lambda _: None,
+            )
+
+        servers.append(await loop.create_server(connection, "127.0.0.1", 0))
+        return f"127.0.0.1:{servers[-1].sockets[0].getsockname()[1]}"
+
+    yield listen
+    for listening in servers:
+        listening.close()
+        await listening.wait_closed()
+
+
+async def test_an_error_of_our_own_is_logged_and_ends_the_connection(
+    connect: Callable[..., Awaitable[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_head(_: object) -> object:
+        raise RuntimeError("a bug")
+
+    def ask(address: str) -> int:
+        with Peer(address) as peer:
+            peer.head(head())
+            return peer.closed_for()
+
+    assert await asyncio.to_thread(ask, await connect(read_head)) == INTERNAL_ERROR
+    assert "a bug" in caplog.text
+
+
+@pytest.mark.parametrize("begun", [b"", PREFACE[:10], PREFACE, PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, 0, 1)])
+async def test_a_peer_that_stops_in_the_midst_is_not_waited_for(
+    begun: bytes, connect: Callable[..., Awaitable[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http2, "_PREFACE_TIMEOUT_S", 0.1)
+
+    def stop(address: str) -> int:
+        with Peer(address, greet=False) as peer:
+            peer.write(begun)
+            return peer.closed_for()
+
+    assert await asyncio.to_thread(stop, await connect()) == PROTOCOL_ERROR
+
+
+async def test_a_peer_that_neither_reads_nor_closes_is_not_kept(
+    connect: Callable[..., Awaitable[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http2, "_CLOSE_TIMEOUT_S", 0.1)
+
+    def stay(address: str) -> None:
+        with Peer(address) as peer:
+            peer.send(PING, 0, 1, bytes(8))
+            assert peer.closed_for() == PROTOCOL_ERROR
+            with pytest.raises(ConnectionError):  # noqa: PT012
+                for _ in range(100):
+                    peer.send(PING, 0, 0, bytes(8))
+                    time.sleep(0.01)
+
+    await asyncio.to_thread(stay, await connect())
 
 
 def scrape(running: RunningServer) -> dict[str, float]:
