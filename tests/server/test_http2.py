@@ -908,6 +908,7 @@ def test_a_peer_that_greets_only_after_the_drain_has_begun_does_not_hold_it_up(s
         peer.write(PREFACE + frame(SETTINGS, 0, 0))
         while peer.read() is not None:
             pass
+        assert {got.payload[4:8] for got in peer.seen if got.kind == GOAWAY} == {bytes(4)}
         while first.read() is not None:
             pass
     assert running.process.wait(timeout=10) == 0
