@@ -16,6 +16,7 @@ import time
 import urllib.parse
 import uuid
 import zlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from socket import socket
@@ -25,7 +26,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, Unavailable, status_details
-from ganserve_server.http2 import Connection, Fields, Stream, literal
+from ganserve_server.http2 import PROTOCOL_ERROR, Backlog, Connection, Fields, Stream, literal
 from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
@@ -38,12 +39,21 @@ _HEADERS = (
     b"\x88" + literal(b"content-type", b"application/grpc") + literal(b"grpc-accept-encoding", b"identity,deflate,gzip")
 )
 _GRPC_STATUS_OK = literal(b"grpc-status", b"0")
+_CONTENT_TYPE = re.compile(rb"application/grpc(\+proto)?(;.*)?")  # grpc-web and JSON are other protocols
+_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")  # RFC 9110's token, in lower case
+_NO_VALUE = re.compile(rb"[\0\r\n]")
+_OF_HTTP1 = (b"connection", b"proxy-connection", b"transfer-encoding", b"keep-alive", b"upgrade")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
 _PREFIX = 5  # bytes before a message: compressed or not, and its length
 _CLOSE_GRACE_S = 1.0
 _BACKLOG = 1024
 _YIELD_S = 0.001  # in which a worker with fewer connections takes the next
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
+_KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
+_HOLDS_MUCH = 64 << 10  # bytes of an unfinished request
+# Answers beyond it that a peer does not read. One answer more may come: the largest is 256 MiB.
+_MAX_KEPT_BYTES = 128 << 20
+_SMALL_ANSWER = 16 << 10
 
 RequestSink = tuple[Callable[[bytes], None], Callable[[], None]]  # for a message, and for the end
 
@@ -54,6 +64,7 @@ class Head:
 
     path: str
     timeout_s: float | None
+    length: int | None  # of the body, if told
     encoding: bytes  # of the messages
     request_id: str | None
     metadata: Mapping[bytes, bytes]
@@ -73,7 +84,7 @@ def read_head(fields: Fields) -> Head:
             if metadata or name in pseudo or name not in (b":method", b":path", b":scheme", b":authority"):
                 raise ValueError("a pseudo-header is unknown, late, or there twice")
             pseudo[name] = value
-        elif name != name.lower() or name in (b"connection", b"transfer-encoding", b"keep-alive", b"upgrade"):
+        elif not _NAME.fullmatch(name) or _NO_VALUE.search(value) or name in _OF_HTTP1:
             raise ValueError("a header is not one of HTTP/2")
         elif name == b"te" and value != b"trailers":
             raise ValueError("te is trailers, or absent")
@@ -81,16 +92,23 @@ def read_head(fields: Fields) -> Head:
             metadata[name] = value
     if not (pseudo.get(b":path") and b":method" in pseudo and b":scheme" in pseudo):
         raise ValueError("a pseudo-header is missing")
+    length = metadata.get(b"content-length")
+    if length is not None and not length.isdigit():
+        raise ValueError("content-length is a number")
     refusal = None
+    timeout = metadata.get(b"grpc-timeout")
+    in_time = None if timeout is None else _TIMEOUT.fullmatch(timeout)
     if pseudo[b":method"] != b"POST":
         refusal = b"405"
-    elif not metadata.get(b"content-type", b"").startswith(b"application/grpc"):
+    elif not _CONTENT_TYPE.fullmatch(metadata.get(b"content-type", b"")):
         refusal = b"415"
-    timeout = _TIMEOUT.fullmatch(metadata.get(b"grpc-timeout", b""))
+    elif timeout is not None and in_time is None:
+        refusal = b"400"  # a deadline that cannot be read is not none at all
     request_id = metadata.get(REQUEST_ID_KEY.encode(), b"")
     return Head(
         path=pseudo[b":path"].decode("latin-1"),
-        timeout_s=int(timeout[1]) * _TIMEOUT_UNITS_S[timeout[2]] if timeout else None,
+        timeout_s=int(in_time[1]) * _TIMEOUT_UNITS_S[in_time[2]] if in_time else None,
+        length=None if length is None else int(length),
         encoding=metadata.get(b"grpc-encoding", b"identity"),
         request_id=request_id.decode() if _REQUEST_ID.fullmatch(request_id) else None,
         metadata=metadata,
@@ -104,6 +122,8 @@ class Call(Stream):
     __slots__ = (
         "_body",
         "_headers_sent",
+        "_holds_much",
+        "_inflated",
         "_sink",
         "_size",
         "_timer",
@@ -120,7 +140,7 @@ class Call(Stream):
     )
 
     def __init__(self, server: "GrpcServer", connection: Connection[Head], stream_id: int, head: Head) -> None:
-        super().__init__(stream_id, 0)
+        super().__init__(stream_id)
         self.server, self.connection, self.head = server, connection, head
         self.method = server.methods.get(head.path)
         self.started = time.perf_counter()
@@ -134,7 +154,9 @@ class Call(Stream):
             self.deadline = time.monotonic() + head.timeout_s
             self._timer = server.loop.call_later(head.timeout_s, self._expire)
         self._body: bytes | bytearray = b""
-        self._size = 0
+        self._size = 0  # bytes kept of the request, and of messages that are not consumed
+        self._inflated = 0  # by how much messages that are not consumed are larger than they came
+        self._holds_much = False
         self._headers_sent = False
         self._sink: RequestSink | None = None
         if self.method is not None and self.method.open is not None:
@@ -146,37 +168,42 @@ class Call(Stream):
         """Keep the message's bytes, or hand on each message of a stream of requests."""
         if self.over:
             return
-        self._size += len(data)
-        self.server.buffered_bytes += len(data)
+        if self.head.refusal is not None:
+            self._refuse(self.head.refusal)
+            return
         if self._body:
             # A bytearray grows in place: bytes would be copied again and again.
             self._body = self._body if isinstance(self._body, bytearray) else bytearray(self._body)
             self._body += data
         else:
             self._body = data
+        self._keep(len(data))
         most = self.server.max_request_bytes
+        if self.over:
+            return
         if len(self._body) >= _PREFIX and (size := int.from_bytes(self._body[1:_PREFIX], "big")) > most:
             self.fail(MessageTooLarge(f"the request is larger than max ({size} vs. {most} bytes)"))
-        elif self._sink is None and len(self._body) > most + _PREFIX:
-            self.fail(MalformedMessage("the request has more bytes than its message"))
-        elif self.server.buffered_bytes > self.server.max_buffered_bytes:
-            self.fail(MessageTooLarge("too many unfinished requests; send fewer at a time"))
         elif self._sink is not None:
             self._read_stream()
+        elif len(self._body) > most + _PREFIX:
+            self.fail(MalformedMessage("the request has more bytes than its message"))
 
     def on_end(self) -> None:
         """Start the method: the request is complete."""
         if self.over:
             return
-        method, body = self.method, self._body
-        self._forget_body()
-        if self.head.refusal is not None:
-            self._end(grpc.StatusCode.UNIMPLEMENTED, "")
-            self.connection.send(self, literal(b":status", self.head.refusal), b"", b"")
+        method, body, head = self.method, self._body, self.head
+        if head.refusal is not None:
+            self._refuse(head.refusal)
             return
+        if self._sink is None:
+            if head.length is not None and head.length != self._size:
+                self.connection.abort(self, PROTOCOL_ERROR)
+                return
+            self._forget_body()
         try:
             if method is None:
-                raise NoSuchMethod(f"there is no method {self.head.path}")
+                raise NoSuchMethod(f"there is no method {head.path}")
             if self._sink is not None:
                 if body:
                     raise MalformedMessage("the last message is incomplete")
@@ -198,28 +225,38 @@ class Call(Stream):
 
     def _read_stream(self) -> None:
         assert self._sink is not None
-        body, position = self._body, 0
+        take, body, position = self._sink[0], self._body, 0
         try:
-            while len(body) - position >= _PREFIX and not self.over:
-                end = position + _PREFIX + int.from_bytes(body[position + 1 : position + _PREFIX], "big")
-                if end - position > self.server.max_request_bytes + _PREFIX:
+            while len(body) - position >= _PREFIX:
+                size = int.from_bytes(body[position + 1 : position + _PREFIX], "big")
+                end = position + _PREFIX + size
+                if size > self.server.max_request_bytes:
                     raise MessageTooLarge(f"a request is larger than max ({self.server.max_request_bytes} bytes)")
                 if end > len(body):
                     break
                 message = self._message(body[position], bytes(body[position + _PREFIX : end]))
+                # Counted until it is consumed: a method may keep what it cannot take yet.
+                self._keep(len(message) + _KEPT_WITH_MESSAGE - (end - position))
+                self._inflated += len(message) - size
                 position = end
-                self._sink[0](message)
+                if not self.over:
+                    take(message)
+                if self.over:
+                    return
         except Exception as error:
             self.fail(error)
             return
-        self._body = body[position:]
-        self.server.buffered_bytes -= position
-        self._size -= position
+        if isinstance(body, bytearray):
+            del body[:position]
+        else:
+            self._body = body[position:]
 
     def _message(self, compressed: int, message: bytes) -> bytes:
         if not compressed:
             return message
         bits = _WINDOW_BITS.get(self.head.encoding)
+        if compressed > 1:
+            raise MalformedMessage("a message is compressed (1) or not (0)")
         if bits is None:
             raise UnknownCompression(f"messages compressed by {self.head.encoding.decode('latin-1')} cannot be read")
         most = self.server.max_request_bytes
@@ -230,24 +267,45 @@ class Call(Stream):
             raise MalformedMessage("the message cannot be decompressed") from error
         if len(message) > most:
             raise MessageTooLarge(f"the request is larger than max once decompressed ({most} bytes)")
+        if not inflate.eof:
+            raise MalformedMessage("the compressed message is incomplete")
         return message
+
+    def _refuse(self, status: bytes) -> None:
+        """Answer what is not gRPC as HTTP does."""
+        self._end(grpc.StatusCode.UNIMPLEMENTED, "")
+        self.connection.send(self, literal(b":status", status), b"", b"")
+
+    def _keep(self, size: int) -> None:
+        self._size += size
+        server = self.server
+        server.buffered_bytes += size
+        if self._size > _HOLDS_MUCH and not self._holds_much:
+            self._holds_much = True
+            server.holders[self] = None
+        if server.buffered_bytes > server.max_buffered_bytes:
+            server.make_room(self)
 
     def _forget_body(self) -> None:
         self.server.buffered_bytes -= self._size
         self._size, self._body = 0, b""
+        if self._holds_much:
+            self._holds_much = False
+            self.server.holders.pop(self, None)
 
     # The answer.
 
     def reply(self, message: bytes) -> None:
         """End the call with one message."""
-        if not self.over:
+        if not self.over and self._has_room(message):
             self._end(grpc.StatusCode.OK, "")
+            self.on_cancel = None  # knows the call: each would keep the other
             headers = None if self._headers_sent else _HEADERS
             self.connection.send(self, headers, _framed(message), self._trailers(_GRPC_STATUS_OK))
 
     def send(self, message: bytes) -> None:
         """Send one of many messages."""
-        if not self.over:
+        if not self.over and self._has_room(message):
             headers, self._headers_sent = None if self._headers_sent else _HEADERS, True
             self.connection.send(self, headers, _framed(message), None)
 
@@ -255,6 +313,7 @@ class Call(Stream):
         """End the call after its last message."""
         if not self.over:
             self._end(grpc.StatusCode.OK, "")
+            self.on_cancel = None
             headers = None if self._headers_sent else _HEADERS
             self.connection.send(self, headers, b"", self._trailers(_GRPC_STATUS_OK))
 
@@ -289,7 +348,26 @@ class Call(Stream):
 
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
         """Let the peer send more of a stream of requests: some, of so many bytes together, are done with."""
-        self.connection.consumed(self, message_bytes + messages * _PREFIX)
+        if self.over:
+            return
+        kept = message_bytes + messages * _KEPT_WITH_MESSAGE
+        self._size -= kept
+        self.server.buffered_bytes -= kept
+        # The peer's window is of bytes as they came: compressed.
+        read = message_bytes + messages * _PREFIX
+        came = max(0, read - self._inflated)
+        self._inflated -= read - came
+        self.connection.consumed(self, came)
+
+    def _has_room(self, message: bytes) -> bool:
+        """Fail the call if its answer would only be kept, beside many others that are not read."""
+        kept = self.connection.kept_bytes
+        if (not kept and len(message) <= _SMALL_ANSWER) or (
+            kept <= _MAX_KEPT_BYTES and self.server.backlog.bytes <= self.server.max_backlog_bytes
+        ):
+            return True
+        self.fail(AnswersUnread("too many answers wait for being read; read them, or ask for fewer at a time"))
+        return False
 
     def _trailers(self, status: bytes) -> bytes:
         return status + literal(b"x-request-id", self.request_id.encode())
@@ -300,13 +378,15 @@ class Call(Stream):
     def _end(self, code: grpc.StatusCode, text: str) -> None:
         self.over = True
         self._forget_body()
+        self._sink = None
         if self._timer is not None:
             self._timer.cancel()
         self.server.on_finished(self, code, text)
 
     def _cancel(self) -> None:
         if self.on_cancel is not None:
-            self.on_cancel()
+            on_cancel, self.on_cancel = self.on_cancel, None
+            on_cancel()
 
     # What the servicers of grpcio's packages call.
 
@@ -351,6 +431,13 @@ class UnknownCompression(ServingError):  # noqa: N818
     reason = "compression"
 
 
+class AnswersUnread(ServingError):  # noqa: N818
+    """The server keeps more answers than it will, for peers that do not read theirs."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "unread"
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """How a method is called: `start` for one request, `open` for a stream of them."""
@@ -371,6 +458,7 @@ class GrpcServer:
         max_request_bytes: in one message.
         unawaited_services: whose calls are not for metrics, and are cut off by a drain.
         max_buffered_bytes: of requests that are not complete, all connections together.
+        max_backlog_bytes: of answers that are not read, all connections together: large ones beyond it are refused.
         board: where the workers that share the sockets, if there are others, tell their connections.
     """
 
@@ -384,12 +472,16 @@ class GrpcServer:
         max_request_bytes: int,
         unawaited_services: Collection[str] = (),
         max_buffered_bytes: int = 256 << 20,
+        max_backlog_bytes: int = 1 << 30,
         board: Board | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.methods: dict[str, Method] = {}
         self.max_request_bytes, self.max_buffered_bytes = max_request_bytes, max_buffered_bytes
         self.buffered_bytes = 0
+        self.max_backlog_bytes, self.backlog = max_backlog_bytes, Backlog()
+        self.holders: OrderedDict[Call, None] = OrderedDict()  # unfinished calls that hold much, oldest first
+        self._draining = False
         self.running = 0
         self._on_finished, self.on_refused = on_finished, on_refused
         self._unawaited_services = unawaited_services
@@ -451,6 +543,7 @@ class GrpcServer:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
+        self._draining = True
         listening, self._listening = self._listening, []
         for bound in listening:
             self.loop.remove_reader(bound)
@@ -486,7 +579,23 @@ class GrpcServer:
         task = self.loop.create_task(self._guarded(call, work))
         call.on_cancel = cancel or task.cancel
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def done(task: "asyncio.Task[None]") -> None:
+            self._tasks.discard(task)
+            work.close()  # cancelled before its first step, it would be warned of as never awaited
+
+        task.add_done_callback(done)
+
+    def make_room(self, call: Call) -> None:
+        """Fail calls until the others have room: those first that have held much for longest, else this one.
+
+        Not the newest: a peer that never finishes its requests would then keep everybody else out.
+        """
+        error = MessageTooLarge("too many unfinished requests; send fewer at a time")
+        while self.buffered_bytes > self.max_buffered_bytes and self.holders:
+            self.holders.popitem(last=False)[0].fail(error)
+        if self.buffered_bytes > self.max_buffered_bytes:
+            call.fail(error)
 
     def on_finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
         """Take note of a call's end."""
@@ -543,6 +652,7 @@ class GrpcServer:
             open_stream=self._open,
             max_streams=self._max_streams,
             stream_window=self.max_request_bytes + _PREFIX,
+            backlog=self.backlog,
             on_made=self._made,
             on_lost=self._lost,
         )
@@ -550,6 +660,8 @@ class GrpcServer:
     def _made(self, connection: Connection[Head]) -> bool:
         self._connections.add(connection)
         self._empty.clear()
+        if self._draining:
+            connection.drain()  # it was accepted before the listeners were closed
         return len(self._connections) <= self._max_connections
 
     def _lost(self, connection: Connection[Head]) -> None:
@@ -564,7 +676,10 @@ class GrpcServer:
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
         self.running += 1
-        return Call(self, connection, stream_id, head)
+        call = Call(self, connection, stream_id, head)
+        if self._draining and call.method is not None and not call.method.awaited:
+            self.loop.call_soon(call.fail, Unavailable("the server is shutting down"))
+        return call
 
     # grpc.aio's ways of writing a method.
 
@@ -575,7 +690,7 @@ class GrpcServer:
         call.reply(handler.response_serializer(await handler.unary_unary(request, call)))
 
     def _start_unary_stream(self, handler: Any, call: Call, content: bytes) -> None:
-        self.spawn(call, self._answer_all(handler, call, handler.unary_stream(_read(handler, content), call)))
+        self.spawn(call, self._answer_all(handler, call, handler.unary_stream, _read(handler, content)))
 
     def _open_stream_stream(self, handler: Any, call: Call) -> RequestSink:
         requests: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -585,11 +700,14 @@ class GrpcServer:
                 call.consumed(len(content))
                 yield _read(handler, content)
 
-        self.spawn(call, self._answer_all(handler, call, handler.stream_stream(each(), call)))
+        self.spawn(call, self._answer_all(handler, call, handler.stream_stream, each()))
         return requests.put_nowait, lambda: requests.put_nowait(None)
 
     @staticmethod
-    async def _answer_all(handler: Any, call: Call, responses: AsyncIterator[Any] | Awaitable[None]) -> None:
+    async def _answer_all(
+        handler: Any, call: Call, method: Callable[[Any, Call], AsyncIterator[Any] | Awaitable[None]], request: Any
+    ) -> None:
+        responses = method(request, call)
         if isinstance(responses, AsyncIterator):
             async for response in responses:
                 await call.write(handler.response_serializer(response))

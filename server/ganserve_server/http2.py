@@ -4,19 +4,24 @@ Why not grpcio's: an empty call costs its Python server 165 to 290 µs of a core
 image costs. Here calls that came in one packet are read together, answered together, and written in one packet.
 
 RFC 9113 is followed but for two things that gRPC has no use for: push and priorities. What a peer may make the server
-keep is bounded: streams, bytes of a header block, and answers to its control frames (bodies are bounded by the layer
-above, which alone knows what a message is).
+keep is bounded: streams, bytes of a header block, and answers to its control frames (bodies and answers are bounded by
+the layer above, which alone knows what a message is: `kept_bytes` and `Backlog` tell it what waits for a slow reader).
 """
 
 import asyncio
+import contextlib
 import itertools
+import logging
+import socket
 import struct
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from hpack import Decoder, HPACKError, OversizedHeaderListError
 from hpack.table import HeaderTable
+
+_log = logging.getLogger(__name__)
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -37,9 +42,17 @@ _PREFACE_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 5.0
 _HIGH_WATER = 256 << 10  # bytes on their way to a peer that does not read, before its streams must wait
 _MAX_CONTROL_BYTES = 1 << 20  # beyond those: acknowledgements that it asks for and does not read
-_CACHED_BLOCKS = 64
+_MAX_PEER_FRAME = 64 << 10  # larger frames would be written past the high-water mark
+_CACHED_BLOCKS = 32
+_CACHED_BLOCK_BYTES = 1024
+_GRANT_AFTER = 16384  # bytes done with, before the peer is told: a frame a message would cost more than the message
+# Frames of one read that cost far more than their bytes: SETTINGS, and streams opened and reset in one breath. A client
+# that gives up all its calls while the server is busy stays below.
+_MAX_COSTLY = 1000
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, tries
 _GOAWAY_GRACE_S = 0.1  # for streams that were opened before the peer read that it should open none
 _KEPT_CLOSED = 128  # streams that this side reset, whose late frames are no error
+_KEPT_SKIPPED = 16
 
 Fields = list[tuple[bytes, bytes]]
 HeadT = TypeVar("HeadT")
@@ -79,11 +92,23 @@ def _integer(value: int) -> bytes:
 class Stream:
     """One exchange: its request comes by the `on_` methods, which a subclass fills in; its answer goes by `send`."""
 
-    __slots__ = ("_drained", "ended", "id", "pending", "pending_bytes", "remote_ended", "send_window", "trailers")
+    __slots__ = (
+        "_drained",
+        "ended",
+        "id",
+        "owed",
+        "pending",
+        "pending_bytes",
+        "receive_window",
+        "remote_ended",
+        "send_window",
+        "trailers",
+    )
 
-    def __init__(self, stream_id: int, send_window: int) -> None:
+    def __init__(self, stream_id: int) -> None:
         self.id = stream_id
-        self.send_window = send_window
+        self.send_window = self.receive_window = 0
+        self.owed = 0  # bytes done with that the peer has not been told of
         self.remote_ended = False
         self.ended = False  # nothing will be sent any more
         self.pending: deque[bytes | memoryview] | None = None  # waits for the peer's window
@@ -113,8 +138,18 @@ class Stream:
     async def drained(self) -> None:
         """Wait until nothing is pending."""
         if self.pending and not self.ended:
-            self._drained = asyncio.get_running_loop().create_future()
+            if self._drained is None:
+                self._drained = asyncio.get_running_loop().create_future()
             await self._drained
+
+
+class Backlog:
+    """Bytes of answers that wait for their peers, of all connections that share it."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
 
 
 class _Table(HeaderTable):
@@ -135,7 +170,9 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             It may raise ValueError: the request is malformed (RFC 9113, 8.1.1).
         open_stream: called with the connection, a stream's id and that head; returns the stream, or None to refuse it.
         max_streams: that the peer may have open at a time.
-        stream_window: bytes that the peer may send on a stream before it is told to go on.
+        stream_window: bytes that the peer may send on a stream before it is told to go on, at least.
+        backlog: where the bytes are counted that wait for this peer.
+        on_made: called when the connection is there; says whether it may stay.
         on_lost: called when the connection is over.
     """
 
@@ -146,21 +183,26 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         open_stream: "Callable[[Connection[HeadT], int, HeadT], Stream | None]",
         max_streams: int,
         stream_window: int,
+        backlog: Backlog,
         on_made: "Callable[[Connection[HeadT]], bool]",
         on_lost: "Callable[[Connection[HeadT]], None]",
     ) -> None:
         self._read_head, self._open_stream = read_head, open_stream
         self._on_made, self._on_lost = on_made, on_lost
-        self._max_streams, self._stream_window = max_streams, stream_window
+        self._max_streams, self._stream_window = max_streams, stream_window + _GRANT_AFTER
+        self._backlog = backlog
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(_HEADER_LIST_BYTES)
         self._table = self._decoder.header_table = _Table()
         self._heads: dict[bytes, HeadT] = {}
-        self._heads_of = (0, self._table.maxsize)  # the state of the table that they were read with
+        self._heads_of = 0  # changes of the table when they were read
         self._rest = b""
         self._greeted = False
         self._block: tuple[int, int, bytes] | None = None  # stream, flags and bytes of an unfinished header block
         self._last_id = 0
+        self._last_id_before = 0  # this read
+        self._costly = 0  # frames of this read
+        self._skipped: deque[range] = deque(maxlen=_KEPT_SKIPPED)  # streams that can never be opened
         self._reset_here: deque[int] = deque(maxlen=_KEPT_CLOSED)
         self._receive_window = _DEFAULT_WINDOW
         self._send_window = _DEFAULT_WINDOW
@@ -169,10 +211,14 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._out: list[bytes | memoryview] = []
         self._flushing = False
         self._writable = True
-        self._blocked: deque[Stream] = deque()  # streams with something pending, next one first
+        # Streams with something pending that their own windows let pass, next one first. The others are not looked at:
+        # a peer could have a thousand of them, and open the window of one by a byte, again and again.
+        self._ready: OrderedDict[int, Stream] = OrderedDict()
+        self.kept_bytes = 0  # pending on all streams
         self._goaway_at: int | None = None  # no stream above this is answered
         self._closing = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._peer_timer: asyncio.TimerHandle | None = None  # for what the peer must do in time
+        self._drain_timer: asyncio.TimerHandle | None = None
         self.streams: dict[int, Stream] = {}
         self.transport: asyncio.Transport
 
@@ -183,7 +229,13 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(_HIGH_WATER)
-        self._timer = self._loop.call_later(_PREFACE_TIMEOUT_S, self._fail, PROTOCOL_ERROR, "no preface came")
+        with contextlib.suppress(OSError):  # the peer is gone already; connection_lost comes next
+            # A peer that was switched off says no goodbye, and would count as a connection for ever.
+            connected = transport.get_extra_info("socket")
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._expect_soon("preface")
         settings = {
             _MAX_CONCURRENT_STREAMS: self._max_streams,
             _INITIAL_WINDOW_SIZE: self._stream_window,
@@ -201,34 +253,28 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if self._closing:
             return
         data = self._rest + data if self._rest else data
+        self._last_id_before, self._costly = self._last_id, 0
         try:
-            position = 0
-            if not self._greeted:
-                if not PREFACE.startswith(data[: len(PREFACE)]):
-                    raise _ConnectionFailed(PROTOCOL_ERROR, "this port speaks gRPC (HTTP/2 with prior knowledge)")
-                if len(data) < len(PREFACE):
-                    self._rest = data
-                    return
-                self._greeted, position = True, len(PREFACE)
-                assert self._timer is not None
-                self._timer.cancel()
-            self._rest = data[self._read_frames(data, position) :]
+            position = 0 if self._greeted else self._read_preface(data)
+            if self._greeted:
+                position = self._read_frames(data, position)
+            self._rest = data[position:]
         except _ConnectionFailed as error:
             self._fail(error.code, str(error))
+        except Exception:
+            _log.exception("a connection failed")
+            self._fail(INTERNAL_ERROR, "internal error")
 
     def eof_received(self) -> bool:
         """Close: a peer that has closed its side reads no answers."""
+        self._fail(NO_ERROR, "")
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
         """End all streams."""
         self._closing = True
-        if self._timer is not None:
-            self._timer.cancel()
-        streams, self.streams = list(self.streams.values()), {}
-        self._blocked.clear()
-        for stream in streams:
-            self._end(stream, reset=True)
+        self._stop_timers()
+        self._end_streams()
         self._on_lost(self)
 
     def pause_writing(self) -> None:
@@ -246,6 +292,9 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         """Send some of a stream's answer; trailers end it. What the peer's windows do not let pass yet is kept."""
         if stream.ended or stream.trailers is not None:
             return
+        if not self._writable and self._is_flooded():
+            self._fail(ENHANCE_YOUR_CALM, "answers are not read")
+            return
         if headers is not None:
             flags = END_HEADERS | END_STREAM if trailers == b"" else END_HEADERS
             self._write(frame(HEADERS, flags, stream.id, headers))
@@ -254,20 +303,25 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                 return
         stream.trailers = trailers
         size = len(data)
-        if stream.pending or not self._writable or size > stream.send_window or size > self._send_window:
+        if stream.pending or (
+            size and (size > stream.send_window or size > self._send_window or not self._writable or size > _HIGH_WATER)
+        ):
             if stream.pending is None:
                 stream.pending = deque()
-            if not stream.pending:
-                self._blocked.append(stream)
             # Without data too: trailers must not pass what waits.
             stream.pending.append(data)
-            stream.pending_bytes += size
-            self._send_pending()
+            self._keep(stream, size)
+            if stream.send_window > 0:
+                self._ready[stream.id] = stream
+                self._send_pending()
             return
         if size:
             stream.send_window -= size
             self._send_window -= size
             self._write_data(stream.id, data)
+            if size >= _FRAME_SIZE:
+                # Only the transport knows whether the peer reads: of many such answers, the later ones have to wait.
+                self._flush_now()
         if trailers is not None:
             self._write(frame(HEADERS, END_HEADERS | END_STREAM, stream.id, trailers))
             self._finish(stream)
@@ -279,10 +333,18 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._reset_here.append(stream.id)
             self._end(stream)
 
+    def abort(self, stream: Stream, code: int) -> None:
+        """End a stream whose peer has broken a rule."""
+        self.reset(stream, code)
+        stream.on_reset()
+
     def consumed(self, stream: Stream, size: int) -> None:
         """Let the peer send so much more on a stream."""
-        if not stream.remote_ended and not self._closing and size:
-            self._grant(stream.id, size)
+        stream.owed += size
+        if stream.owed >= _GRANT_AFTER and not stream.remote_ended and not stream.ended:
+            stream.receive_window += stream.owed
+            self._grant(stream.id, stream.owed)
+            stream.owed = 0
 
     def drain(self) -> None:
         """Ask the peer to open no more streams here, answer those it has opened, then close. No call is lost by it."""
@@ -291,13 +353,26 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._goaway_at = _MAX_WINDOW
         # In two steps, as RFC 9113, 6.8 advises: streams that are on their way now will be answered.
         self._write(frame(GOAWAY, 0, 0, struct.pack(">II", _MAX_WINDOW, NO_ERROR)))
-        self._timer = self._loop.call_later(_GOAWAY_GRACE_S, self._stop_streams)
+        self._drain_timer = self._loop.call_later(_GOAWAY_GRACE_S, self._stop_streams)
 
     def close(self) -> None:
         """Close the connection, with whatever runs on it."""
         self._fail(NO_ERROR, "")
 
     # Reading.
+
+    def _read_preface(self, data: bytes) -> int:
+        """Read the preface, if it is complete; return where the rest begins."""
+        if not PREFACE.startswith(data[: len(PREFACE)]):
+            raise _ConnectionFailed(PROTOCOL_ERROR, "this port speaks gRPC (HTTP/2 with prior knowledge)")
+        if len(data) < len(PREFACE) + _HEAD.size:
+            return 0
+        _, _, kind, flags, _ = _HEAD.unpack_from(data, len(PREFACE))
+        if kind != SETTINGS or flags & ACK:
+            raise _ConnectionFailed(PROTOCOL_ERROR, "the preface ends with SETTINGS")
+        self._greeted = True
+        self._came()
+        return len(PREFACE)
 
     def _read_frames(self, data: bytes, position: int) -> int:
         """Read all complete frames from a position on; return where the rest begins."""
@@ -337,6 +412,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._on_block(stream_id, flags, payload)
         else:
             self._block = (stream_id, flags, payload)
+            self._expect_soon("the rest of a header block")
 
     def _on_continuation(self, stream_id: int, flags: int, payload: bytes) -> None:
         if self._block is None:
@@ -348,28 +424,19 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._block = (stream_id, first_flags, block)
         if flags & END_HEADERS:
             self._block = None
+            self._came()
             self._on_block(stream_id, first_flags, block)
 
     def _on_block(self, stream_id: int, flags: int, block: bytes) -> None:
-        stream = self.streams.get(stream_id)
         if stream_id <= self._last_id:
-            self._decode(block)  # keeps the table right
-            if stream is None:
-                if stream_id not in self._reset_here:
-                    raise _ConnectionFailed(STREAM_CLOSED, f"stream {stream_id} is closed")
-            elif stream.remote_ended:
-                self.reset(stream, STREAM_CLOSED)
-                stream.on_reset()
-            elif not flags & END_STREAM:
-                raise _ConnectionFailed(PROTOCOL_ERROR, "trailers must end the stream")
-            else:
-                self._remote_end(stream)
+            self._on_trailers(stream_id, flags, block)
             return
+        if stream_id > self._last_id + 2:
+            self._skipped.append(range(self._last_id + 1, stream_id))
         self._last_id = stream_id
         try:
             head = self._head(block)
-        except ValueError as error:
-            del error
+        except ValueError:
             self._refuse(stream_id, PROTOCOL_ERROR)
             return
         if self._goaway_at is not None and stream_id > self._goaway_at:
@@ -381,35 +448,58 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if stream is None:
             self._refuse(stream_id, REFUSED_STREAM)
             return
-        stream.send_window = self._peer_stream_window
+        stream.send_window, stream.receive_window = self._peer_stream_window, self._stream_window
         self.streams[stream_id] = stream
         if flags & END_STREAM:
+            self._remote_end(stream)
+
+    def _on_trailers(self, stream_id: int, flags: int, block: bytes) -> None:
+        fields = self._decode(block)  # also if nobody wants them: it keeps the table right
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            if any(stream_id in ids for ids in self._skipped):
+                raise _ConnectionFailed(PROTOCOL_ERROR, f"stream {stream_id} comes after higher ones")
+            if stream_id not in self._reset_here:
+                raise _ConnectionFailed(STREAM_CLOSED, f"stream {stream_id} is closed")
+        elif stream.remote_ended:
+            self.abort(stream, STREAM_CLOSED)
+        elif not flags & END_STREAM:
+            raise _ConnectionFailed(PROTOCOL_ERROR, "trailers must end the stream")
+        elif any(name.startswith(b":") for name, _ in fields):
+            self.abort(stream, PROTOCOL_ERROR)
+        else:
             self._remote_end(stream)
 
     def _head(self, block: bytes) -> HeadT:
         """Read a request's header block, or remember it: the same bytes mean the same while the table is the same."""
         head = self._heads.get(block)
         if head is None:
+            changes = self._table.changes
             head = self._read_head(self._decode(block))
-            state = (self._table.changes, self._table.maxsize)
-            if state != self._heads_of or len(self._heads) >= _CACHED_BLOCKS:
-                self._heads.clear()
-                changed, self._heads_of = state != self._heads_of, state
-                if changed:
-                    return head  # this very block changed the table: it would mean something else the next time
-            self._heads[block] = head
+            # One that changes the table means something else the next time.
+            if changes == self._table.changes and len(block) <= _CACHED_BLOCK_BYTES:
+                if len(self._heads) >= _CACHED_BLOCKS:
+                    self._heads.clear()
+                self._heads[block] = head
         return head
 
     def _decode(self, block: bytes) -> Fields:
+        if block and block[0] >> 5 == 1:
+            self._table.changes += 1  # its size changes, perhaps to 0 and back
         try:
             return [(name, value) for name, value in self._decoder.decode(block, raw=True)]
         except OversizedHeaderListError as error:
             raise _ConnectionFailed(ENHANCE_YOUR_CALM, f"headers may have {_HEADER_LIST_BYTES} bytes") from error
         except (HPACKError, IndexError, ValueError) as error:
             raise _ConnectionFailed(COMPRESSION_ERROR, "the headers cannot be decoded") from error
+        finally:
+            if self._heads_of != self._table.changes:
+                self._heads_of = self._table.changes
+                self._heads.clear()
 
     def _on_data(self, stream_id: int, flags: int, payload: bytes) -> None:
-        self._receive_window -= len(payload)
+        size = len(payload)
+        self._receive_window -= size
         if self._receive_window < _MAX_WINDOW // 2:
             self._grant(0, _MAX_WINDOW - self._receive_window)
             self._receive_window = _MAX_WINDOW
@@ -423,11 +513,16 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                 self._refuse(stream_id, STREAM_CLOSED)
             return
         if stream.remote_ended:
-            self.reset(stream, STREAM_CLOSED)
-            stream.on_reset()
+            self.abort(stream, STREAM_CLOSED)
+            return
+        stream.receive_window -= size
+        if stream.receive_window < 0:
+            self.abort(stream, FLOW_CONTROL_ERROR)
             return
         if payload:
             stream.on_data(payload)
+        if flags & PADDED:
+            self.consumed(stream, size - len(payload))
         if flags & END_STREAM and not stream.ended:
             self._remote_end(stream)
 
@@ -441,7 +536,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if stream_id > self._last_id or not stream_id & 1:
             raise _ConnectionFailed(PROTOCOL_ERROR, f"RST_STREAM of stream {stream_id}, which is not open")
         if stream := self.streams.get(stream_id):
-            self._reset_here.append(stream_id)
+            if stream_id > self._last_id_before:
+                self._count_costly("streams are opened only to be reset")
             self._end(stream, reset=True)
 
     def _on_settings(self, stream_id: int, flags: int, payload: bytes) -> None:
@@ -451,23 +547,33 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             raise _ConnectionFailed(FRAME_SIZE_ERROR, "SETTINGS has 6 bytes for each, and none if acknowledged")
         if flags & ACK:
             return
+        self._count_costly("SETTINGS follow SETTINGS")
+        window = self._peer_stream_window
         for name, value in _SETTING.iter_unpack(payload):
             if name == _ENABLE_PUSH and value > 1:
                 raise _ConnectionFailed(PROTOCOL_ERROR, "ENABLE_PUSH is 0 or 1")
             if name == _MAX_FRAME_SIZE:
                 if not _FRAME_SIZE <= value < 1 << 24:
                     raise _ConnectionFailed(PROTOCOL_ERROR, "MAX_FRAME_SIZE is from 2^14 to 2^24-1")
-                self._peer_frame_size = value
+                self._peer_frame_size = min(value, _MAX_PEER_FRAME)
             if name == _INITIAL_WINDOW_SIZE:
                 if value > _MAX_WINDOW:
                     raise _ConnectionFailed(FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE is at most 2^31-1")
-                for stream in self.streams.values():
-                    stream.send_window += value - self._peer_stream_window
-                    if stream.send_window > _MAX_WINDOW:
-                        raise _ConnectionFailed(FLOW_CONTROL_ERROR, "a window is at most 2^31-1")
-                self._peer_stream_window = value
+                window = value
+        if window != self._peer_stream_window:
+            self._resize(window)
         self._control(frame(SETTINGS, ACK, 0))
         self._send_pending()
+
+    def _resize(self, window: int) -> None:
+        """Change the windows of all streams, to below zero too (RFC 9113, 6.9.2)."""
+        more, self._peer_stream_window = window - self._peer_stream_window, window
+        for stream in self.streams.values():
+            stream.send_window += more
+            if stream.send_window > _MAX_WINDOW:
+                raise _ConnectionFailed(FLOW_CONTROL_ERROR, "a window is at most 2^31-1")
+            if stream.pending and stream.send_window > 0:
+                self._ready[stream.id] = stream
 
     def _on_ping(self, stream_id: int, flags: int, payload: bytes) -> None:
         if stream_id:
@@ -490,11 +596,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         elif stream := self.streams.get(stream_id):
             stream.send_window += more
             if not more or stream.send_window > _MAX_WINDOW:
-                self.reset(stream, FLOW_CONTROL_ERROR if more else PROTOCOL_ERROR)
-                stream.on_reset()
+                self.abort(stream, FLOW_CONTROL_ERROR if more else PROTOCOL_ERROR)
+            elif stream.pending and stream.send_window > 0:
+                self._ready[stream_id] = stream
         elif stream_id > self._last_id or not stream_id & 1:
             raise _ConnectionFailed(PROTOCOL_ERROR, f"WINDOW_UPDATE of stream {stream_id}, which is not open")
-        if self._blocked:
+        if self._ready:
             self._send_pending()
 
     def _on_priority(self, stream_id: int, flags: int, payload: bytes) -> None:
@@ -517,6 +624,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _write(self, data: bytes | memoryview) -> None:
         """Write once for all that is written in this turn of the loop."""
+        if self._closing:
+            return
         self._out.append(data)
         if not self._flushing:
             self._flushing = True
@@ -533,15 +642,23 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _flush(self) -> None:
         self._flushing = False
-        if self._out and not self.transport.is_closing():
-            self.transport.write(b"".join(self._out))
-        self._out.clear()
+        self._flush_now()
+
+    def _flush_now(self) -> None:
+        if self._out:
+            data = b"".join(self._out)
+            self._out.clear()
+            if not self.transport.is_closing():
+                self.transport.write(data)
 
     def _control(self, data: bytes) -> None:
         """Answer a control frame, unless the peer asks for more answers than it reads."""
-        if self.transport.get_write_buffer_size() > _HIGH_WATER + _MAX_CONTROL_BYTES:
+        if not self._writable and self._is_flooded():
             raise _ConnectionFailed(ENHANCE_YOUR_CALM, "answers to control frames are not read")
         self._write(data)
+
+    def _is_flooded(self) -> bool:
+        return self.transport.get_write_buffer_size() > _HIGH_WATER + _MAX_CONTROL_BYTES
 
     def _grant(self, stream_id: int, more: int) -> None:
         self._write(frame(WINDOW_UPDATE, 0, stream_id, more.to_bytes(4, "big")))
@@ -550,44 +667,40 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._reset_here.append(stream_id)
         self._control(frame(RST_STREAM, 0, stream_id, code.to_bytes(4, "big")))
 
+    def _keep(self, stream: Stream, size: int) -> None:
+        """Count bytes that wait; below zero: that do no more."""
+        stream.pending_bytes += size
+        self.kept_bytes += size
+        self._backlog.bytes += size
+
     def _send_pending(self) -> None:
         """Send what the windows let pass, a frame of each stream in turn."""
-        waiting = len(self._blocked)  # streams in a row that could send nothing
-        while self._blocked and waiting and self._writable and self._send_window > 0:
-            stream = self._blocked.popleft()
+        while self._ready and self._writable and self._send_window > 0:
+            _, stream = self._ready.popitem(last=False)
             assert stream.pending
             first = stream.pending[0]
             size = min(len(first), stream.send_window, self._send_window, self._peer_frame_size)
-            if size <= 0 and len(first):
-                self._blocked.append(stream)
-                waiting -= 1
-                continue
             if size:
                 stream.send_window -= size
                 self._send_window -= size
-                stream.pending_bytes -= size
+                self._keep(stream, -size)
                 self._write_data(stream.id, memoryview(first)[:size])
             if size == len(first):
                 stream.pending.popleft()
+                while stream.pending and not stream.pending[0]:
+                    stream.pending.popleft()  # the end, which needs no window
             else:
                 stream.pending[0] = memoryview(first)[size:]
-            if stream.pending:
-                self._blocked.append(stream)
-            else:
+            if not stream.pending:
                 if stream.trailers is not None:
                     self._write(frame(HEADERS, END_HEADERS | END_STREAM, stream.id, stream.trailers))
                     self._finish(stream)
                 stream.sent()
-            waiting = len(self._blocked)
+            elif stream.send_window > 0:
+                self._ready[stream.id] = stream
             # The transport says whether it can take more only once it has been written to.
             if len(self._out) > 32:
                 self._flush_now()
-
-    def _flush_now(self) -> None:
-        data = b"".join(self._out)
-        self._out.clear()
-        if not self.transport.is_closing():
-            self.transport.write(data)
 
     # Ends.
 
@@ -605,9 +718,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self.streams.pop(stream.id, None)
         if stream.pending:
             stream.pending.clear()
-            stream.pending_bytes = 0
-            if stream in self._blocked:
-                self._blocked.remove(stream)
+            self._keep(stream, -stream.pending_bytes)
+            self._ready.pop(stream.id, None)
         stream.sent()
         if reset:
             stream.on_reset()
@@ -620,23 +732,50 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if not self.streams:
             self._fail(NO_ERROR, "")
 
+    def _end_streams(self) -> None:
+        for stream in tuple(self.streams.values()):
+            self._end(stream, reset=True)
+
+    def _expect_soon(self, what: str) -> None:
+        self._peer_timer = self._loop.call_later(_PREFACE_TIMEOUT_S, self._fail, PROTOCOL_ERROR, f"no {what} came")
+
+    def _came(self) -> None:
+        if self._peer_timer is not None:
+            self._peer_timer.cancel()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._peer_timer, self._drain_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def _count_costly(self, text: str) -> None:
+        self._costly += 1
+        if self._costly > _MAX_COSTLY:
+            raise _ConnectionFailed(ENHANCE_YOUR_CALM, text)
+
     def _fail(self, code: int, text: str) -> None:
         """Say why, and close."""
         if self._closing:
             return
         self._closing = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timers()
+        self._rest, self._block = b"", None
         if code != NO_ERROR:
-            self._out.append(frame(GOAWAY, 0, 0, struct.pack(">II", self._last_id, code) + text.encode()))
+            # The last stream may not be a higher one than the peer has been told already.
+            last = self._last_id if self._goaway_at is None else min(self._last_id, self._goaway_at)
+            self._out.append(frame(GOAWAY, 0, 0, struct.pack(">II", last, code) + text.encode()))
         self._flush_now()
+        self._end_streams()
+        if self._is_flooded():
+            self.transport.abort()
+            return
         # Closed both ways while the peer still sends, the connection would lose what it has not read yet.
         if self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
         else:
             self.transport.close()
         # A peer that neither reads nor closes would keep it for ever.
-        self._timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self.transport.abort)
+        self._peer_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self.transport.abort)
 
 
 def _unpadded(payload: bytes) -> bytes:

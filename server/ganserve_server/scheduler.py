@@ -206,8 +206,8 @@ class Batcher:
         self._scheduler = scheduler
         self._small, self._large, self._bulk = _Lane(), _Lane(), _Lane()
         self._counted_images = 0  # those that the queue's bound counts
-        # Of a core for an image; and from image to image while some wait, which is what counts for deadlines: the calls'
-        # own work is in it, and the other models'.
+        # Of a core for an image; and from image to image while some wait. The second is what counts for deadlines: the
+        # calls' own work is in it, and the other models'.
         self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
         self._pace_s = self._core_s / scheduler.cores
         self._running_images = 0

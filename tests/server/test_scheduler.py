@@ -6,13 +6,14 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.engine import Draw
-from ganserve_server.errors import DeadlineExceeded, EngineFailed, QueueFull
+from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
 from ganserve_server.scheduler import Batcher, Made, Scheduler
@@ -180,7 +181,9 @@ async def test_a_cancelled_request_never_reaches_the_engine(engine: HeldEngine, 
 async def test_an_expired_request_never_reaches_the_engine(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    late, stays = begin(batcher, 10, time_remaining_s=0.0), begin(batcher, 20, time_remaining_s=1000.0)
+    # As a stream's chunk, which is not refused for its deadline.
+    late = begin(batcher, 10, time_remaining_s=0.0, accepted=True)
+    stays = begin(batcher, 20, time_remaining_s=1000.0)
     await settle()
     engine.released.release()
     engine.released.release()
@@ -212,3 +215,81 @@ async def test_a_failed_batch_answers_its_own_callers_and_nobody_elses(engine: H
     for _ in range(3):
         engine.released.release()
     assert len((await make(batcher, draw(50, 20))).pixels) == 20
+
+
+async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    waiting = begin(batcher, 10, 8)
+    await settle()
+    # By the engine's word an image takes a second: 17 are ahead or asked for, and a batch of 8 is the least.
+    with pytest.raises(DeadlineTooShort, match="8 images of model held are waiting") as caught:
+        await make(batcher, draw(50, 8), 20.0)
+    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.retry_after_s == pytest.approx(1.1 * 17 + 8 - 20, abs=0.5)
+    fits = begin(batcher, 50, 8, 1000.0)
+    await settle()
+    for _ in range(3):
+        engine.released.release()
+    await asyncio.gather(first, waiting, fits)
+
+
+async def test_callers_have_turns_however_many_requests_they_send(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    greedy = [begin(batcher, 100 + n, caller="greedy") for n in range(18)]
+    await settle()
+    modest = begin(batcher, 7, caller="modest")
+    await settle()
+    for _ in range(4):
+        engine.released.release()
+    await asyncio.gather(first, *greedy, modest)
+    assert engine.batches[1] == [100, 7, *range(101, 107)]
+
+
+async def test_bulk_gets_an_eighth_while_others_wait_and_all_that_they_leave(
+    engine: HeldEngine, batcher: Batcher
+) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    bulk = begin(batcher, 100, 10, bulk=True)
+    await settle()
+    small = [begin(batcher, seed) for seed in range(1, 10)]
+    await settle()
+    for _ in range(4):
+        engine.released.release()
+    await asyncio.gather(first, bulk, *small)
+    assert engine.batches[1:] == [[1, 2, 3, 4, 5, 6, 7, 100], [8, 9, *range(101, 107)], [107, 108, 109]]
+
+
+async def test_an_answer_that_cannot_be_written_hurts_nobody_else(engine: HeldEngine, batcher: Batcher) -> None:
+    outcomes: list[Any] = []
+
+    def broken(outcome: Any) -> None:
+        outcomes.append(outcome)
+        if isinstance(outcome, Made):
+            raise RuntimeError("cannot be written")
+
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    batcher.submit(draw(1), broken, caller="a", deadline=None)
+    other = begin(batcher, 2, caller="b")
+    await settle()
+    for _ in range(2):
+        engine.released.release()
+    assert (await other).pixels.ravel().tolist() == [2]
+    await first
+    assert isinstance(outcomes[1], EngineFailed)
+
+
+async def test_two_cores_make_the_parts_of_a_request_at_a_time_and_they_come_back_in_order(engine: HeldEngine) -> None:
+    scheduler = Scheduler(2)
+    batcher = queue_of(engine, scheduler)
+    large = begin(batcher, 0, 16)
+    await engine.wait_for_batch()
+    await engine.wait_for_batch()
+    assert sorted(engine.batches) == [[*range(8)], [*range(8, 16)]]
+    engine.released.release()
+    engine.released.release()
+    assert (await large).pixels.ravel().tolist() == [*range(16)]
+    await asyncio.to_thread(scheduler.close)

@@ -1,0 +1,1012 @@
+"""HTTP/2 and gRPC on the wire: what the rules say, what peers do that keep them, and peers that do not."""
+
+import asyncio
+import gzip
+import struct
+import time
+import urllib.request
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from urllib.parse import unquote
+
+import pytest
+from tests.conftest import RunningServer
+from tests.wire import (
+    ACK,
+    CANCEL,
+    COMPRESSION_ERROR,
+    CONTINUATION,
+    DATA,
+    EACH,
+    END_HEADERS,
+    END_STREAM,
+    ENHANCE_YOUR_CALM,
+    FLOW_CONTROL_ERROR,
+    FRAME_SIZE_ERROR,
+    GENERATE,
+    GOAWAY,
+    HEADERS,
+    INITIAL_WINDOW_SIZE,
+    INTERNAL_ERROR,
+    MAX_FRAME_SIZE,
+    NO_ERROR,
+    PADDED,
+    PING,
+    PREFACE,
+    PRIORITY,
+    PRIORITY_FLAG,
+    PROTOCOL_ERROR,
+    PUSH_PROMISE,
+    REFUSED_STREAM,
+    RST_STREAM,
+    SERVICE,
+    SETTINGS,
+    STREAM,
+    STREAM_CLOSED,
+    WINDOW_UPDATE,
+    Answer,
+    Peer,
+    frame,
+    head,
+    message,
+    request,
+)
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server import http2
+
+Start = Callable[..., RunningServer]
+Break = Callable[[Peer], None]
+OK, CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = 0, 1, 3, 4, 5
+RESOURCE_EXHAUSTED, UNIMPLEMENTED, UNAVAILABLE = 8, 12, 14
+MAX_WINDOW = 2**31 - 1
+MAX_REQUEST = 4 << 20
+FIRST = 1  # a stream that `opened` has opened
+
+
+@pytest.fixture
+def peer(server: RunningServer) -> Iterator[Peer]:
+    with Peer(server.address) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def pixels(server: RunningServer) -> bytes:
+    """The image of seed 1, as grpcio's client sees it."""
+    from ganserve import Client
+
+    with Client(server.address) as client:
+        return client.generate("mlp-mnist", seed=1).pixels.tobytes()
+
+
+def opened(peer: Peer) -> None:
+    assert peer.head(head()) == FIRST
+
+
+def requested(peer: Peer) -> None:
+    """Open a stream, and end it on this side: no answer comes before its time."""
+    stream = pb.StreamImagesRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=1_000_000))
+    assert peer.start(stream.SerializeToString(), head(STREAM)) == FIRST
+
+
+def answered(peer: Peer) -> None:
+    assert peer.answer(peer.start(request())).status == OK
+
+
+def resetted(peer: Peer) -> None:
+    opened(peer)
+    peer.send(RST_STREAM, 0, FIRST, CANCEL.to_bytes(4, "big"))
+
+
+def sends(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"", *, first: Break | None = None) -> Break:
+    def send(peer: Peer) -> None:
+        if first is not None:
+            first(peer)
+        peer.send(kind, flags, stream, payload)
+
+    return send
+
+
+def block(*fields: tuple[str, str], path: str = "/x") -> bytes:
+    from hpack import Encoder
+
+    return Encoder().encode([*head(path), *fields])
+
+
+def opens(stream: int, *fields: tuple[str, str]) -> bytes:
+    return frame(HEADERS, END_HEADERS | END_STREAM, stream, block(*fields))
+
+
+def open_and_reset(peer: Peer) -> None:
+    peer.answer(peer.start(request()))
+    again = peer.encoder.encode(list(head()))  # a few bytes
+    peer.write(
+        b"".join(
+            frame(HEADERS, END_HEADERS, stream, again) + frame(RST_STREAM, 0, stream, bytes(4))
+            for stream in range(3, 40_000, 2)
+        )
+    )
+
+
+def setting(name: int, value: int) -> bytes:
+    return struct.pack(">HI", name, value)
+
+
+def two_frames(first: bytes, second: bytes) -> Break:
+    return lambda peer: peer.write(first + second)
+
+
+OWN = (FIRST).to_bytes(4, "big") + b"\x00"
+CONNECTION_ERRORS: dict[str, tuple[Break, int]] = {
+    # RFC 9113, 4.2 and 4.3
+    "a frame that is too large": (lambda peer: peer.write(b"\x00\x40\x01\x00\x00\x00\x00\x00\x01"), FRAME_SIZE_ERROR),
+    "a large SETTINGS": (lambda peer: peer.write(b"\x00\x40\x02\x04\x00\x00\x00\x00\x00"), FRAME_SIZE_ERROR),
+    "headers that cannot be decoded": (sends(HEADERS, END_HEADERS, 1, b"\xff\xff\xff\xff\xff\xff"), COMPRESSION_ERROR),
+    "an index beyond the table": (sends(HEADERS, END_HEADERS, 1, b"\xc0"), COMPRESSION_ERROR),
+    "a table size above ours": (sends(HEADERS, END_HEADERS, 1, b"\x3f\xe2\x1f"), COMPRESSION_ERROR),
+    "a size update after a field": (sends(HEADERS, END_HEADERS, 1, b"\x82\x20"), COMPRESSION_ERROR),
+    "truncated Huffman": (sends(HEADERS, END_HEADERS, 1, b"\x40\x81\xff\x81\xff"), COMPRESSION_ERROR),
+    "another frame in a header block": (two_frames(frame(HEADERS, 0, 1, block()), frame(PING, 0, 0, bytes(8))), 1),
+    "an unknown frame in a header block": (two_frames(frame(HEADERS, 0, 1, block()), frame(99, 0, 1)), PROTOCOL_ERROR),
+    "a header block of another stream": (
+        two_frames(frame(HEADERS, 0, 1, block()), frame(HEADERS, END_HEADERS, 3, block())),
+        PROTOCOL_ERROR,
+    ),
+    # 5.1
+    "DATA on an idle stream": (sends(DATA, END_STREAM, 1, b"x"), PROTOCOL_ERROR),
+    "RST_STREAM on an idle stream": (sends(RST_STREAM, 0, 1, bytes(4)), PROTOCOL_ERROR),
+    "WINDOW_UPDATE on an idle stream": (sends(WINDOW_UPDATE, 0, 1, b"\x00\x00\x00\x01"), PROTOCOL_ERROR),
+    "CONTINUATION on an idle stream": (sends(CONTINUATION, END_HEADERS, 1, block()), PROTOCOL_ERROR),
+    "HEADERS after RST_STREAM": (
+        lambda peer: (resetted(peer), peer.head(head(), END_HEADERS | END_STREAM, FIRST))[0],
+        STREAM_CLOSED,
+    ),
+    "HEADERS after both ends": (
+        lambda peer: (answered(peer), peer.head(head(), END_HEADERS | END_STREAM, FIRST))[0],
+        STREAM_CLOSED,
+    ),
+    "a stream with an even number": (lambda peer: peer.write(opens(2)), PROTOCOL_ERROR),
+    "a stream with a lower number": (two_frames(opens(5), opens(3)), PROTOCOL_ERROR),
+    # 6, a kind of frame after the other
+    "DATA without a stream": (sends(DATA, 0, 0, b"x"), PROTOCOL_ERROR),
+    "DATA that is all padding": (sends(DATA, PADDED, FIRST, b"\x05abcd", first=opened), PROTOCOL_ERROR),
+    "DATA without its padding's length": (sends(DATA, PADDED, FIRST, first=opened), PROTOCOL_ERROR),
+    "HEADERS without a stream": (sends(HEADERS, END_HEADERS, 0, b"\x82"), PROTOCOL_ERROR),
+    "HEADERS that are all padding": (sends(HEADERS, END_HEADERS | PADDED, 1, b"\x05abcd"), PROTOCOL_ERROR),
+    "HEADERS too short for a priority": (
+        sends(HEADERS, END_HEADERS | PRIORITY_FLAG, 1, b"\x00\x00"),
+        FRAME_SIZE_ERROR,
+    ),
+    "HEADERS that depend on themselves": (
+        sends(HEADERS, END_HEADERS | PRIORITY_FLAG, 1, OWN + block()),
+        PROTOCOL_ERROR,
+    ),
+    "headers in the midst of a body": (lambda peer: (opened(peer), peer.head(head(), stream=FIRST))[0], PROTOCOL_ERROR),
+    "PRIORITY without a stream": (sends(PRIORITY, 0, 0, bytes(5)), PROTOCOL_ERROR),
+    "PRIORITY of 4 bytes": (sends(PRIORITY, 0, 1, bytes(4)), FRAME_SIZE_ERROR),
+    "PRIORITY on itself": (sends(PRIORITY, 0, FIRST, OWN), PROTOCOL_ERROR),
+    "RST_STREAM without a stream": (sends(RST_STREAM, 0, 0, bytes(4)), PROTOCOL_ERROR),
+    "RST_STREAM of 3 bytes": (sends(RST_STREAM, 0, FIRST, bytes(3), first=opened), FRAME_SIZE_ERROR),
+    "SETTINGS on a stream": (sends(SETTINGS, 0, 1), PROTOCOL_ERROR),
+    "SETTINGS of 3 bytes": (sends(SETTINGS, 0, 0, bytes(3)), FRAME_SIZE_ERROR),
+    "SETTINGS acknowledged with a payload": (sends(SETTINGS, ACK, 0, bytes(6)), FRAME_SIZE_ERROR),
+    "ENABLE_PUSH of 2": (sends(SETTINGS, 0, 0, setting(2, 2)), PROTOCOL_ERROR),
+    "a window of 2^31": (sends(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, 1 << 31)), FLOW_CONTROL_ERROR),
+    "frames below 2^14": (sends(SETTINGS, 0, 0, setting(MAX_FRAME_SIZE, 16383)), PROTOCOL_ERROR),
+    "frames above 2^24": (sends(SETTINGS, 0, 0, setting(MAX_FRAME_SIZE, 1 << 24)), PROTOCOL_ERROR),
+    "PUSH_PROMISE": (sends(PUSH_PROMISE, END_HEADERS, 1, bytes(4), first=opened), PROTOCOL_ERROR),
+    "PING on a stream": (sends(PING, 0, 1, bytes(8)), PROTOCOL_ERROR),
+    "PING of 6 bytes": (sends(PING, 0, 0, bytes(6)), FRAME_SIZE_ERROR),
+    "GOAWAY on a stream": (sends(GOAWAY, 0, 1, bytes(8)), PROTOCOL_ERROR),
+    "WINDOW_UPDATE of 3 bytes": (sends(WINDOW_UPDATE, 0, 0, bytes(3)), FRAME_SIZE_ERROR),
+    "WINDOW_UPDATE by nothing": (sends(WINDOW_UPDATE, 0, 0, bytes(4)), PROTOCOL_ERROR),
+    "a connection's window above 2^31-1": (
+        sends(WINDOW_UPDATE, 0, 0, MAX_WINDOW.to_bytes(4, "big")),
+        FLOW_CONTROL_ERROR,
+    ),
+    "a stream's window above 2^31-1 by SETTINGS": (
+        lambda peer: (
+            requested(peer),
+            peer.send(WINDOW_UPDATE, 0, FIRST, (MAX_WINDOW - 65535).to_bytes(4, "big")),
+            peer.send(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, MAX_WINDOW)),
+        )[0],
+        FLOW_CONTROL_ERROR,
+    ),
+    "CONTINUATION that continues nothing": (sends(CONTINUATION, END_HEADERS, FIRST, first=opened), PROTOCOL_ERROR),
+    "CONTINUATION of another stream": (
+        two_frames(frame(HEADERS, 0, 1, block()), frame(CONTINUATION, END_HEADERS, 3)),
+        PROTOCOL_ERROR,
+    ),
+    # What costs the server more than it costs the peer.
+    "a header block without end": (
+        lambda peer: peer.write(frame(HEADERS, 0, 1, b"\x82") + frame(CONTINUATION, 0, 1, bytes(16000)) * 2),
+        ENHANCE_YOUR_CALM,
+    ),
+    "empty CONTINUATION frames": (
+        lambda peer: peer.write(frame(HEADERS, 0, 1, b"\x82") + frame(CONTINUATION, 0, 1) * 100),
+        ENHANCE_YOUR_CALM,
+    ),
+    "a header block that grows once read": (
+        sends(HEADERS, END_HEADERS, 1, b"\x40\x01a\x7f\xa1\x1e" + bytes(4000) + b"\xbe" * 1000),
+        ENHANCE_YOUR_CALM,
+    ),
+    "streams opened to be reset": (open_and_reset, ENHANCE_YOUR_CALM),
+    "SETTINGS after SETTINGS": (lambda peer: peer.write(frame(SETTINGS, 0, 0) * 20_000), ENHANCE_YOUR_CALM),
+}
+
+
+@pytest.mark.parametrize("name", CONNECTION_ERRORS)
+def test_the_connection_ends_with_the_code_of(name: str, peer: Peer) -> None:
+    break_a_rule, code = CONNECTION_ERRORS[name]
+    break_a_rule(peer)
+    assert peer.closed_for() == code
+
+
+def content_length(length: int) -> Break:
+    return lambda peer: peer.body(peer.head(head(content_length=str(length))), message(request()))
+
+
+STREAM_ERRORS: dict[str, tuple[Break, int]] = {
+    "DATA after END_STREAM": (sends(DATA, END_STREAM, FIRST, b"x", first=requested), STREAM_CLOSED),
+    "HEADERS after END_STREAM": (
+        lambda peer: (requested(peer), peer.head([("a", "b")], END_HEADERS | END_STREAM, FIRST))[0],
+        STREAM_CLOSED,
+    ),
+    "DATA after RST_STREAM": (sends(DATA, END_STREAM, FIRST, b"x", first=resetted), STREAM_CLOSED),
+    "WINDOW_UPDATE by nothing": (sends(WINDOW_UPDATE, 0, FIRST, bytes(4), first=requested), PROTOCOL_ERROR),
+    "a window above 2^31-1": (
+        sends(WINDOW_UPDATE, 0, FIRST, MAX_WINDOW.to_bytes(4, "big"), first=requested),
+        FLOW_CONTROL_ERROR,
+    ),
+    "pseudo-headers in trailers": (
+        lambda peer: (opened(peer), peer.head([(":path", "/")], END_HEADERS | END_STREAM, FIRST))[0],
+        PROTOCOL_ERROR,
+    ),
+    "an upper-case name": (lambda peer: peer.write(opens(1, ("X-Upper", "1"))), PROTOCOL_ERROR),
+    "a name with a space": (lambda peer: peer.write(opens(1, ("x y", "1"))), PROTOCOL_ERROR),
+    "an empty name": (lambda peer: peer.write(opens(1, ("", "1"))), PROTOCOL_ERROR),
+    "a line end in a value": (lambda peer: peer.write(opens(1, ("x", "1\r\ny: 2"))), PROTOCOL_ERROR),
+    "an unknown pseudo-header": (lambda peer: peer.head([(":unknown", "1"), *head()]) and None, PROTOCOL_ERROR),
+    "an answer's pseudo-header": (lambda peer: peer.head([(":status", "200"), *head()]) and None, PROTOCOL_ERROR),
+    "a late pseudo-header": (lambda peer: peer.head(head("/x", (":authority", "x"))) and None, PROTOCOL_ERROR),
+    "a pseudo-header twice": (lambda peer: peer.head([(":path", "/y"), *head()]) and None, PROTOCOL_ERROR),
+    "an empty path": (lambda peer: peer.head(head("")) and None, PROTOCOL_ERROR),
+    "no method": (lambda peer: peer.head(head(method=None)) and None, PROTOCOL_ERROR),
+    "no scheme": (lambda peer: peer.head(head(scheme=None)) and None, PROTOCOL_ERROR),
+    "no path": (lambda peer: peer.head([field for field in head() if field[0] != ":path"]) and None, PROTOCOL_ERROR),
+    "a header of HTTP/1": (lambda peer: peer.head(head("/x", ("connection", "close"))) and None, PROTOCOL_ERROR),
+    "another te": (lambda peer: peer.head(head(te="gzip")) and None, PROTOCOL_ERROR),
+    "a body that is shorter than told": (content_length(1000), PROTOCOL_ERROR),
+    "a body that is longer than told": (content_length(1), PROTOCOL_ERROR),
+    "a length that is none": (lambda peer: peer.head(head(content_length="-1")) and None, PROTOCOL_ERROR),
+}
+
+
+@pytest.mark.parametrize("name", STREAM_ERRORS)
+def test_the_stream_ends_and_no_other_with_the_code_of(name: str, peer: Peer) -> None:
+    break_a_rule, code = STREAM_ERRORS[name]
+    break_a_rule(peer)
+    while (answer := peer.answers.get(FIRST, Answer())).reset is None:
+        assert peer.read() is not None
+    assert answer.reset == code
+    peer.new_id()  # some of them have opened a stream by hand
+    assert peer.call(request()).status == OK
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+        PREFACE[:-1] + b"x",
+        PREFACE + frame(PING, 0, 0, bytes(8)),
+        PREFACE + frame(SETTINGS, ACK, 0),
+    ],
+)
+def test_another_protocol_is_told_so(data: bytes, server: RunningServer) -> None:
+    with Peer(server.address, greet=False) as peer:
+        peer.write(data)
+        assert peer.closed_for() == PROTOCOL_ERROR
+
+
+def test_a_closing_server_reads_on_so_that_its_last_words_arrive(peer: Peer) -> None:
+    peer.send(PING, 0, 1, bytes(8))
+    peer.write(frame(PING, 0, 0, bytes(8)) * 50_000)
+    assert peer.closed_for() == PROTOCOL_ERROR
+
+
+def test_an_error_of_the_connection_ends_the_calls_on_it_and_nothing_is_logged(start_server: Start) -> None:
+    running = start_server("--access-log", "all")
+    with Peer(running.address) as peer:
+        requested(peer)
+        peer.until(DATA)
+        peer.send(PING, 0, 1, bytes(8))
+        assert peer.closed_for() == PROTOCOL_ERROR
+        # Before this side has closed its half.
+        assert running.events.get(timeout=3)["code"] == "CANCELLED"
+    assert running.stop() == 0
+    assert {running.events.get(timeout=10)["event"] for _ in range(2)} == {"draining", "stopped"}
+
+
+def test_ping_is_answered_with_its_data_and_its_acknowledgement_is_not(peer: Peer) -> None:
+    peer.send(PING, ACK, 0, b"whatever")
+    peer.ping(b"\x00\x01\x02\x03\x04\x05\x06\x07")
+    assert [got.payload for got in peer.seen if got.kind == PING] == [b"\x00\x01\x02\x03\x04\x05\x06\x07"]
+
+
+def test_settings_are_acknowledged_and_unknown_ones_are_passed_over(peer: Peer) -> None:
+    for payload in (b"", setting(0x99, 5), setting(INITIAL_WINDOW_SIZE, 100) + setting(INITIAL_WINDOW_SIZE, 70000)):
+        peer.send(SETTINGS, 0, 0, payload)
+        peer.until(SETTINGS, flags=ACK)
+
+
+def test_unknown_frames_flags_and_reserved_bits_are_passed_over(peer: Peer, pixels: bytes) -> None:
+    peer.write(frame(0x42, 0xFF, 0x80000001, b"anything"))
+    peer.write(frame(PING, 0xFE, 0x80000000, bytes(8)))
+    peer.write(frame(WINDOW_UPDATE, 0xFF, 0x80000000, b"\x80\x00\x00\x01"))
+    peer.send(PRIORITY, 0, 7, b"\x80\x00\x00\x03\x10")
+    assert peer.call(request()).images.pixels == pixels
+
+
+def test_padding_priority_and_continuation_change_nothing(peer: Peer, pixels: bytes) -> None:
+    whole = peer.encoder.encode(list(head()))
+    payload = b"\x07" + b"\x00\x00\x00\x00\x10" + whole[:3] + bytes(7)
+    peer.send(HEADERS, PADDED | PRIORITY_FLAG, 1, payload)
+    for byte in whole[3:-1]:
+        peer.send(CONTINUATION, 0, 1, bytes((byte,)))
+    peer.send(CONTINUATION, END_HEADERS, 1, whole[-1:])
+    for byte in message(request()):
+        peer.send(DATA, PADDED, 1, b"\xff" + bytes((byte,)) + bytes(255))
+    peer.send(DATA, PADDED | END_STREAM, 1, b"\x00")
+    assert peer.answer(1).images.pixels == pixels
+
+
+def test_trailers_of_the_request_end_it(peer: Peer, pixels: bytes) -> None:
+    stream = peer.head(head())
+    peer.body(stream, message(request()), end=False)
+    peer.head([("x-checksum", "1")], END_HEADERS | END_STREAM, stream)
+    assert peer.answer(stream).images.pixels == pixels
+
+
+def test_a_call_that_comes_byte_by_byte_is_answered(server: RunningServer, pixels: bytes) -> None:
+    with Peer(server.address, greet=False) as peer:
+        block_ = peer.encoder.encode(list(head()))
+        data = PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, END_HEADERS, 1, block_)
+        data += b"".join(frame(DATA, 0, 1, bytes((byte,))) for byte in message(request()))
+        for byte in data + frame(DATA, END_STREAM, 1):
+            peer.write(bytes((byte,)))
+        assert peer.answer(1).images.pixels == pixels
+
+
+def test_many_calls_in_one_packet_are_all_answered(server: RunningServer, pixels: bytes) -> None:
+    with Peer(server.address, greet=False) as peer:
+        data = PREFACE + frame(SETTINGS, 0, 0)
+        for stream in range(1, 401, 2):
+            data += frame(HEADERS, END_HEADERS, stream, peer.encoder.encode(list(head())))
+            data += frame(DATA, END_STREAM, stream, message(request()))
+        peer.write(data + frame(WINDOW_UPDATE, 0, 0, (1 << 24).to_bytes(4, "big")))
+        assert {peer.answer(stream).images.pixels for stream in range(1, 401, 2)} == {pixels}
+
+
+def test_more_streams_than_allowed_are_refused_and_may_be_asked_again(start_server: Start) -> None:
+    with Peer(start_server("--max-calls-per-connection", "3").address) as peer:
+        streams = [peer.head(head()) for _ in range(4)]
+        assert peer.answer(streams[3]).reset == REFUSED_STREAM
+        peer.body(streams[3], message(request()))  # was on its way
+        for stream in streams[:3]:
+            peer.body(stream, message(request()))
+            assert peer.answer(stream).status == OK
+        assert peer.call(request()).status == OK
+
+
+# Header blocks: a server may remember what one meant, but not for longer than it means it.
+
+
+def literal_indexed(name: bytes, value: bytes) -> bytes:
+    return b"\x40" + bytes((len(name),)) + name + bytes((len(value),)) + value
+
+
+def fixed(*more: bytes) -> bytes:
+    """A call's fields without a table, but for `more`."""
+    path = b"\x04" + bytes((len(SERVICE + "GenerateImages"),)) + (SERVICE + "GenerateImages").encode()
+    return b"\x83\x86" + path + b"\x0f\x10\x10application/grpc" + b"".join(more)
+
+
+def id_of(peer: Peer, block_: bytes) -> str:
+    stream = peer.new_id()
+    peer.send(HEADERS, END_HEADERS, stream, block_)
+    peer.body(stream, message(request()))
+    return peer.answer(stream).blocks[-1]["x-request-id"]
+
+
+NEWEST = b"\xbe"  # the entry of the dynamic table that was added last
+TRAILERS_THAT_INDEX = literal_indexed(b"x-request-id", b"second")
+
+
+def by_a_request(peer: Peer) -> None:
+    assert id_of(peer, fixed(literal_indexed(b"x-request-id", b"second"))) == "second"
+
+
+def by_trailers(peer: Peer) -> None:
+    stream = peer.new_id()
+    peer.send(HEADERS, END_HEADERS, stream, fixed())
+    peer.body(stream, message(request()), end=False)
+    peer.send(HEADERS, END_HEADERS | END_STREAM, stream, TRAILERS_THAT_INDEX)
+    assert peer.answer(stream).status == OK
+
+
+def by_a_malformed_request(peer: Peer) -> None:
+    stream = peer.new_id()
+    peer.send(HEADERS, END_HEADERS | END_STREAM, stream, literal_indexed(b"x-request-id", b"second"))
+    assert peer.answer(stream).reset == PROTOCOL_ERROR
+
+
+def by_trailers_of_a_closed_stream(peer: Peer) -> None:
+    stream = peer.new_id()
+    peer.send(HEADERS, END_HEADERS, stream, fixed() + b"\x00\x0cgrpc-timeout\x021n")
+    assert peer.answer(stream).status == DEADLINE_EXCEEDED
+    peer.send(HEADERS, END_HEADERS | END_STREAM, stream, TRAILERS_THAT_INDEX)
+
+
+@pytest.mark.parametrize("change", [by_a_request, by_trailers, by_a_malformed_request, by_trailers_of_a_closed_stream])
+def test_the_same_block_means_something_else_once_the_table_is_changed(change: Break, peer: Peer) -> None:
+    assert id_of(peer, fixed(literal_indexed(b"x-request-id", b"first"))) == "first"
+    for _ in range(3):
+        assert id_of(peer, fixed(NEWEST)) == "first"
+    change(peer)
+    for _ in range(3):
+        assert id_of(peer, fixed(NEWEST)) == "second"
+
+
+@pytest.mark.parametrize("size", [b"\x20\x3f\xe1\x1f", b"\x20", b"\x3f\x00"])
+def test_a_block_means_nothing_once_its_entry_is_evicted(size: bytes, peer: Peer) -> None:
+    id_of(peer, fixed(literal_indexed(b"x-request-id", b"first")))
+    for _ in range(2):
+        assert id_of(peer, fixed(NEWEST)) == "first"
+    id_of(peer, size + fixed())
+    peer.send(HEADERS, END_HEADERS, peer.new_id(), fixed(NEWEST))
+    assert peer.closed_for() == COMPRESSION_ERROR
+
+
+def test_a_block_that_changes_the_table_changes_it_each_time(peer: Peer) -> None:
+    adding = fixed(literal_indexed(b"x-request-id", b"first"))
+    for _ in range(3):
+        assert id_of(peer, adding) == "first"
+    assert id_of(peer, fixed(b"\xc0")) == "first"  # the third newest
+
+
+# Flow control.
+
+
+def granted(peer: Peer, stream: int, size: int) -> None:
+    peer.send(WINDOW_UPDATE, 0, stream, size.to_bytes(4, "big"))
+
+
+def test_an_answer_comes_whole_through_a_window_grown_by_a_byte_at_a_time(server: RunningServer, pixels: bytes) -> None:
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 1}) as peer:
+        stream = peer.start(request())
+        size = 1
+        while not (answer := peer.answers.get(stream, Answer())).ended:
+            got = peer.read()
+            assert got is not None
+            if got.kind == DATA:
+                assert len(answer.data) <= size
+                size += 1
+                granted(peer, stream, 1)
+        assert answer.images.pixels == pixels
+        assert answer.status == OK
+
+
+def test_a_window_below_zero_is_made_good_first(server: RunningServer) -> None:
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 100}) as peer:
+        stream = peer.start(request())
+        while len(peer.answers.get(stream, Answer()).data) < 100:
+            peer.read()
+        peer.send(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, 0))  # now at -100
+        granted(peer, stream, 100)
+        peer.ping()
+        assert len(peer.answers[stream].data) == 100
+        granted(peer, stream, 1)
+        peer.ping()
+        assert len(peer.answers[stream].data) == 101
+        peer.send(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, 1 << 20))
+        assert peer.answer(stream).status == OK
+
+
+def test_a_stream_that_ends_while_its_window_is_below_zero_leaves_the_connections_window_right(
+    server: RunningServer,
+) -> None:
+    with Peer(server.address) as peer:
+        stream = peer.head(head(EACH))
+        each = pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=1)).SerializeToString()
+        peer.body(stream, message(each), end=False)
+        peer.until(DATA)
+        sent = len(peer.answers[stream].data)
+        peer.send(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, 0))
+        peer.ping()
+        peer.body(stream, b"")
+        assert peer.answer(stream).status == OK
+        peer.send(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, 1 << 20))
+        second = peer.start(request(count=200))
+        peer.ping()
+        while sent + len(peer.answers.get(second, Answer()).data) < 65535:
+            peer.read()
+        peer.ping()
+        assert sent + len(peer.answers[second].data) == 65535
+
+
+def test_the_connections_window_is_shared_fairly_and_never_passed(server: RunningServer) -> None:
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 1 << 20}) as peer:
+        streams = [peer.start(request(count=200)) for _ in range(4)]
+        while sum(len(peer.answers.get(stream, Answer()).data) for stream in streams) < 65535:
+            peer.read()
+        peer.ping()
+        assert sum(len(peer.answers.get(stream, Answer()).data) for stream in streams) == 65535
+        granted(peer, 0, 4 * 16384)
+        for _ in range(4):
+            peer.until(DATA)
+        assert sum(len(peer.answers.get(stream, Answer()).data) for stream in streams) == 65535 + 4 * 16384
+        granted(peer, 0, 1 << 24)
+        for stream in streams:
+            assert len(peer.answer(stream).images.pixels) == 200 * 784
+
+
+def test_an_end_needs_no_window(server: RunningServer) -> None:
+    generate = pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", seed=1)).SerializeToString()
+    with Peer(server.address) as peer:
+        stream = peer.head(head(EACH))
+        peer.body(stream, message(generate))
+        size = len(peer.answer(stream).data)
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 0}) as peer:
+        filler = peer.start(request(count=1000))
+        granted(peer, filler, 65535 - size)
+        while len(peer.answers.get(filler, Answer()).data) < 65535 - size:
+            peer.read()
+        stream = peer.head(head(EACH))
+        peer.body(stream, message(generate))
+        peer.ping()
+        granted(peer, stream, size)  # takes the connection's last byte
+        assert peer.answer(stream).status == OK
+
+
+def test_a_frame_is_no_larger_than_the_peer_takes(server: RunningServer) -> None:
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 1 << 24}) as peer:
+        granted(peer, 0, 1 << 24)
+        peer.call(request(count=1000))
+        assert max(len(got.payload) for got in peer.seen if got.kind == DATA) == 16384
+
+
+def test_a_peer_that_sends_more_than_its_window_loses_the_stream(server: RunningServer) -> None:
+    each = pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=64)).SerializeToString()
+    unknown_field = b"\x7a\xa0\x9c\x01" + bytes(20_000)
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 0}) as peer:
+        stream = peer.head(head(EACH))
+        # The answers cannot be sent, so that the server takes no more requests after a while.
+        peer.body(stream, message(each + unknown_field) * 1000, end=False)
+        assert peer.answer(stream).reset == FLOW_CONTROL_ERROR
+        assert peer.call(b"").status == NOT_FOUND
+
+
+@pytest.mark.parametrize("compress", [None, gzip.compress, lambda data: gzip.compress(data, 0)])
+def test_a_stream_of_requests_goes_on_past_its_window(
+    compress: Callable[[bytes], bytes] | None, server: RunningServer
+) -> None:
+    """The windows hold what comes, compressed or not, and padding."""
+    wrong = pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(model="x" * 200_000)).SerializeToString()
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: MAX_WINDOW}) as peer:
+        window = dict(struct.iter_unpack(">HI", peer.until(SETTINGS).payload))[INITIAL_WINDOW_SIZE]
+        sent = 0
+        stream = peer.head(head(EACH, ("grpc-encoding", "gzip" if compress else "identity")))
+        data = message(wrong) if compress is None else message(compress(wrong), 1)
+        for start in range(0, 60 * len(data), 16000):
+            payload = b"\x64" + (data * 60)[start : start + 16000] + bytes(100)
+            while sent + len(payload) > window + granted_on(peer, stream):
+                assert peer.read() is not None
+            peer.send(DATA, PADDED, stream, payload)
+            sent += len(payload)
+        peer.send(DATA, END_STREAM, stream)
+        answer = peer.answer(stream)
+        assert len(answer.messages) == 60
+        assert answer.status == OK
+        assert granted_on(peer, stream) <= sent
+
+
+def granted_on(peer: Peer, stream: int) -> int:
+    updates = (got for got in peer.seen if got.kind == WINDOW_UPDATE and got.stream == stream)
+    return sum(int.from_bytes(got.payload, "big") for got in updates)
+
+
+# gRPC.
+
+
+def test_an_unknown_method_is_unimplemented(peer: Peer) -> None:
+    for path in (SERVICE + "Nothing", "/nothing", "/", "*"):
+        answer = peer.call(request(), head(path))
+        assert answer.status == UNIMPLEMENTED
+        assert path in unquote(answer.blocks[0]["grpc-message"])
+
+
+def test_an_error_is_one_block_with_what_a_client_needs(peer: Peer) -> None:
+    answer = peer.call(request(model="n\u00fcll %"), head(GENERATE, ("x-request-id", "mine")))
+    (fields,) = answer.blocks
+    assert not answer.data
+    assert fields[":status"] == "200"
+    assert fields["content-type"] == "application/grpc"
+    assert fields["grpc-status"] == str(NOT_FOUND)
+    assert "n%C3%BCll %25" in fields["grpc-message"]
+    assert fields["x-request-id"] == "mine"
+    assert fields["grpc-status-details-bin"]
+
+
+def test_an_answer_is_headers_a_message_and_trailers(peer: Peer, pixels: bytes) -> None:
+    answer = peer.call(request(), head(GENERATE, ("x-request-id", "mine")))
+    first, last = answer.blocks
+    assert first[":status"] == "200"
+    assert first["content-type"] == "application/grpc"
+    assert last["grpc-status"] == str(OK)
+    assert last["x-request-id"] == "mine"
+    assert answer.images.pixels == pixels
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "with space", "\xfc"])
+def test_a_request_id_that_cannot_be_one_is_replaced(given: str, peer: Peer) -> None:
+    ids = {peer.call(request(), head(GENERATE, ("x-request-id", given))).blocks[-1]["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+    assert given not in ids
+
+
+def test_what_is_not_grpc_is_refused_as_http_does(peer: Peer) -> None:
+    for status, fields in (
+        ("405", head(method="GET")),
+        ("415", head(content_type="application/json")),
+        ("415", head(content_type="application/grpc-web+proto")),
+        ("415", head(content_type="application/grpc+json")),
+        ("415", head(content_type=None)),
+        ("400", head(GENERATE, ("grpc-timeout", "soon"))),
+        ("400", head(GENERATE, ("grpc-timeout", "123456789S"))),
+        ("400", head(GENERATE, ("grpc-timeout", "-1S"))),
+    ):
+        # The body's length, read as gRPC's, would be far too large.
+        for body in (b'{"model": "mlp-mnist"}', b""):
+            stream = peer.head(fields, END_HEADERS if body else END_HEADERS | END_STREAM)
+            if body:
+                peer.body(stream, body)
+            assert peer.answer(stream).blocks == [{":status": status}]
+
+
+@pytest.mark.parametrize("content_type", ["application/grpc+proto", "application/grpc;charset=utf-8"])
+def test_other_names_of_grpc_are_taken_and_te_may_be_missing(content_type: str, peer: Peer) -> None:
+    assert peer.call(request(), head(content_type=content_type, te=None)).status == OK
+
+
+COMPRESSED = {
+    "gzip": gzip.compress(request()),
+    "deflate": zlib.compress(request()),
+}
+
+
+@pytest.mark.parametrize("encoding", COMPRESSED)
+def test_compressed_requests_are_read(encoding: str, peer: Peer, pixels: bytes) -> None:
+    stream = peer.head(head(GENERATE, ("grpc-encoding", encoding)))
+    peer.body(stream, message(COMPRESSED[encoding], 1))
+    assert peer.answer(stream).images.pixels == pixels
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status"),
+    [
+        ("gzip", message(gzip.compress(bytes(1 << 30)), 1), RESOURCE_EXHAUSTED),
+        ("gzip", message(b"not gzip at all", 1), INVALID_ARGUMENT),
+        ("gzip", message(COMPRESSED["gzip"][:-6], 1), INVALID_ARGUMENT),
+        ("gzip", message(COMPRESSED["deflate"], 1), INVALID_ARGUMENT),
+        ("br", message(request(), 1), UNIMPLEMENTED),
+        ("identity", message(request(), 1), UNIMPLEMENTED),
+        ("gzip", message(request(), 2), INVALID_ARGUMENT),
+        ("identity", message(request())[:-1], INVALID_ARGUMENT),
+        ("identity", message(request()) + b"x", INVALID_ARGUMENT),
+        ("identity", message(request()) * 2, INVALID_ARGUMENT),
+        ("identity", b"\x00\x00", INVALID_ARGUMENT),
+        ("identity", b"", INVALID_ARGUMENT),
+        ("identity", message(b"\xff\xff"), INVALID_ARGUMENT),
+        ("identity", message(bytes(MAX_REQUEST + 1)), RESOURCE_EXHAUSTED),
+        ("identity", b"\x00\xff\xff\xff\xff", RESOURCE_EXHAUSTED),
+    ],
+)
+@pytest.mark.parametrize("path", [GENERATE, STREAM, SERVICE + "GetModel"])
+def test_a_body_that_is_not_one_message_is_refused(
+    path: str, encoding: str, body: bytes, status: int, peer: Peer
+) -> None:
+    stream = peer.head(head(path, ("grpc-encoding", encoding)))
+    peer.body(stream, body)
+    answer = peer.answer(stream)
+    assert answer.status == status
+    assert "gzip" in answer.blocks[0]["grpc-accept-encoding"]
+
+
+def test_the_largest_request_is_taken_whole_with_padding_or_without(peer: Peer) -> None:
+    size = MAX_REQUEST - len(request()) - 5
+    varint = bytes((size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128, size >> 21))
+    unknown_field = b"\x7a" + varint + bytes(size)
+    data = message(request() + unknown_field)
+    assert len(data) == MAX_REQUEST + 5
+    window = dict(struct.iter_unpack(">HI", peer.until(SETTINGS).payload))[INITIAL_WINDOW_SIZE]
+    for padding in (0, 255):
+        stream, sent = peer.head(head()), 0
+        for start in range(0, len(data), 16000):
+            payload = bytes((padding,)) + data[start : start + 16000] + bytes(padding)
+            while sent + len(payload) > window + granted_on(peer, stream):
+                assert peer.read() is not None
+            peer.send(DATA, PADDED, stream, payload)
+            sent += len(payload)
+        peer.send(DATA, END_STREAM, stream)
+        assert peer.answer(stream).status == OK
+
+
+@pytest.mark.parametrize("timeout", ["0S", "1n", "0m", "00000000u"])
+def test_a_deadline_that_has_passed_is_told_so(timeout: str, peer: Peer) -> None:
+    answer = peer.answer(peer.head(head(GENERATE, ("grpc-timeout", timeout))))
+    assert answer.status == DEADLINE_EXCEEDED
+    # The rest of the request is not wanted.
+    while peer.answers[FIRST].reset is None:
+        peer.read()
+    assert peer.answers[FIRST].reset == NO_ERROR
+
+
+@pytest.mark.parametrize("timeout", ["99999999H", "99999999M", "30S", "30000m", "30000000u"])
+def test_a_long_deadline_is_none(timeout: str, peer: Peer) -> None:
+    assert peer.call(request(), head(GENERATE, ("grpc-timeout", timeout))).status == OK
+
+
+def test_a_deadline_ends_a_request_that_is_never_complete(peer: Peer) -> None:
+    stream = peer.head(head(GENERATE, ("grpc-timeout", "100m")))
+    peer.body(stream, message(request())[:-1], end=False)
+    assert peer.answer(stream).status == DEADLINE_EXCEEDED
+
+
+def test_a_call_cancelled_while_it_waits_leaves_the_queue(start_server: Start) -> None:
+    running = start_server()
+    with Peer(running.address) as peer:
+        # Enough that the last ones wait.
+        streams = [peer.start(request(1000, "cdcgan-mnist")) for _ in range(4)]
+        for stream in streams:
+            peer.send(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big"))
+        assert peer.call(request()).status == OK
+        samples = scrape(running)
+    assert samples['ganserve_requests_total{code="CANCELLED",method="GenerateImages",model="cdcgan-mnist"}'] == 4
+    assert samples['ganserve_queue_images{model="cdcgan-mnist"}'] == 0
+    assert samples.get('ganserve_images_total{model="cdcgan-mnist",version="1"}', 0) < 4000
+
+
+def test_a_stream_that_is_cancelled_or_whose_peer_leaves_ends(start_server: Start) -> None:
+    running = start_server("--access-log", "all")
+    for leave in ("reset", "close"):
+        with Peer(running.address) as peer:
+            requested(peer)
+            peer.until(DATA)
+            if leave == "reset":
+                peer.send(RST_STREAM, 0, FIRST, CANCEL.to_bytes(4, "big"))
+                assert running.wait_for("call")["code"] == "CANCELLED"
+                peer.ping()
+                seen = len(peer.answers[FIRST].data)
+                peer.ping()
+                assert len(peer.answers[FIRST].data) == seen
+        if leave == "close":
+            assert running.wait_for("call")["code"] == "CANCELLED"
+    assert running.stop() == 0
+
+
+def test_a_peer_that_does_not_read_stops_no_other_and_costs_bounded_memory(start_server: Start, pixels: bytes) -> None:
+    running = start_server("--max-images-per-request", "1000000", "--max-queue-images", "10000000")
+    before = memory_kib(running)
+    with Peer(running.address, {INITIAL_WINDOW_SIZE: MAX_WINDOW}, receive_buffer=4096) as deaf:
+        granted(deaf, 0, MAX_WINDOW - 65535)
+        for _ in range(9):
+            deaf.start(request(30_000))  # 23 MB each
+        with Peer(running.address) as peer:
+            for _ in range(50):
+                assert peer.call(request()).images.pixels == pixels
+            while (
+                sum(
+                    scrape(running).get(
+                        f'ganserve_requests_total{{code="{code}",method="GenerateImages",model="mlp-mnist"}}', 0
+                    )
+                    for code in ("OK", "RESOURCE_EXHAUSTED")
+                )
+                < 59
+            ):
+                time.sleep(0.1)
+            assert peer.call(request()).images.pixels == pixels
+        samples = scrape(running)
+        assert samples['ganserve_rejections_total{reason="unread"}'] >= 2
+        assert memory_kib(running) - before < 500_000
+    assert running.stop() == 0
+
+
+def test_a_peer_that_reads_no_answers_at_all_is_cut_off(server: RunningServer) -> None:
+    flood = frame(PING, 0, 0, bytes(8)) * 1000
+    with Peer(server.address, receive_buffer=4096) as deaf, pytest.raises(ConnectionError):  # noqa: PT012
+        for _ in range(10_000):
+            deaf.write(flood)
+
+
+def test_a_peer_that_reads_no_errors_is_cut_off(server: RunningServer) -> None:
+    with Peer(server.address, receive_buffer=4096) as deaf:
+        deaf.head(head("/" + "x" * 300), END_HEADERS | END_STREAM)
+        block_ = deaf.encoder.encode(list(head("/" + "x" * 300)))
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            for first in range(3, 600_000, 200):
+                streams = range(first, first + 200, 2)
+                deaf.write(b"".join(frame(HEADERS, END_HEADERS | END_STREAM, stream, block_) for stream in streams))
+
+
+def test_unfinished_requests_beyond_the_bound_end_and_the_newest_one_does_not(start_server: Start) -> None:
+    running = start_server()
+    held = b"\x00" + MAX_REQUEST.to_bytes(4, "big") + bytes(MAX_REQUEST - 100)
+    with Peer(running.address) as hoarder, Peer(running.address) as peer:
+        streams = [hoarder.head(head()) for _ in range(66)]
+        for stream in streams:
+            hoarder.body(stream, held, end=False)
+        assert hoarder.answer(streams[0]).status == RESOURCE_EXHAUSTED
+        assert hoarder.answer(streams[1]).status == RESOURCE_EXHAUSTED
+        assert peer.call(request()).status == OK
+        hoarder.ping()
+        assert not set(streams[3:]) & set(hoarder.answers)
+
+
+def test_compressed_messages_that_nobody_takes_yet_are_bounded_too(start_server: Start) -> None:
+    running = start_server()
+    before = memory_kib(running)
+    each = pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=64)).SerializeToString()
+    bomb = gzip.compress(each + b"\x7a\x80\x80\xc0\x01" + bytes(3 << 20))
+    with Peer(running.address, {INITIAL_WINDOW_SIZE: 0}) as peer:
+        stream = peer.head(head(EACH, ("grpc-encoding", "gzip")))
+        peer.body(stream, message(bomb, 1) * 900, end=False)
+        peer.ping()
+        assert scrape(running)['ganserve_rejections_total{reason="too_large"}'] == 1
+        assert memory_kib(running) - before < 600_000
+        # After the answers that there are.
+        granted(peer, 0, 1 << 24)
+        granted(peer, stream, 1 << 24)
+        assert peer.answer(stream).status == RESOURCE_EXHAUSTED
+
+
+def test_a_connection_too_many_is_told_so(start_server: Start) -> None:
+    running = start_server("--max-connections", "2")
+    with Peer(running.address) as first, Peer(running.address) as second:
+        first.ping()
+        second.ping()
+        with Peer(running.address) as third:
+            assert third.closed_for() == ENHANCE_YOUR_CALM
+        assert first.call(request()).status == OK
+
+
+def test_a_drain_answers_what_has_come_and_refuses_what_comes_later(start_server: Start, pixels: bytes) -> None:
+    running = start_server()
+    with Peer(running.address) as peer:
+        slow = peer.head(head())
+        peer.ping()
+        running.process.terminate()
+        assert int.from_bytes(peer.until(GOAWAY).payload[:4], "big") == MAX_WINDOW
+        late = peer.start(request())  # on its way when the peer was told
+        assert int.from_bytes(peer.until(GOAWAY).payload[:4], "big") == late
+        peer.start(request())
+        peer.body(slow, message(request()))
+        assert peer.answer(late).images.pixels == pixels
+        assert peer.answer(slow).images.pixels == pixels
+        while peer.read() is not None:
+            pass
+        assert len(peer.answers) == 2
+    assert running.process.wait(timeout=10) == 0
+
+
+def test_a_peer_that_greets_only_after_the_drain_has_begun_does_not_hold_it_up(start_server: Start) -> None:
+    running = start_server("--drain-timeout-s", "3600")
+    with Peer(running.address) as first, Peer(running.address, greet=False) as peer:
+        peer.until(SETTINGS)
+        first.ping()
+        running.process.terminate()
+        peer.until(GOAWAY)
+        peer.write(PREFACE + frame(SETTINGS, 0, 0))
+        while peer.read() is not None:
+            pass
+        assert {got.payload[4:8] for got in peer.seen if got.kind == GOAWAY} == {bytes(4)}
+        while first.read() is not None:
+            pass
+    assert running.process.wait(timeout=10) == 0
+
+
+def test_a_watcher_that_comes_during_the_drain_does_not_hold_it_up(start_server: Start) -> None:
+    running = start_server("--drain-timeout-s", "3600")
+    with Peer(running.address) as peer:
+        peer.ping()
+        running.process.terminate()
+        peer.until(GOAWAY)
+        stream = peer.start(b"", head("/grpc.health.v1.Health/Watch"))
+        assert peer.answer(stream).status == UNAVAILABLE
+    assert running.process.wait(timeout=10) == 0
+
+
+# A connection alone, for what a whole server does not let happen, or takes long over.
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """Listen with connections whose heads are read by a function; return the address."""
+    loop, servers = asyncio.get_running_loop(), []
+
+    async def listen(read_head: Callable[[object], object] = list) -> str:
+        def connection() -> http2.Connection[object]:
+            return http2.Connection(
+                read_head=read_head,
+                open_stream=lambda *_: None,
+                max_streams=1,
+                stream_window=1000,
+                backlog=http2.Backlog(),
+                on_made=lambda _: True,
+                on_lost=lambda _: None,
+            )
+
+        servers.append(await loop.create_server(connection, "127.0.0.1", 0))
+        return f"127.0.0.1:{servers[-1].sockets[0].getsockname()[1]}"
+
+    yield listen
+    for listening in servers:
+        listening.close()
+        await listening.wait_closed()
+
+
+async def test_an_error_of_our_own_is_logged_and_ends_the_connection(
+    connect: Callable[..., Awaitable[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_head(_: object) -> object:
+        raise RuntimeError("a bug")
+
+    def ask(address: str) -> int:
+        with Peer(address) as peer:
+            peer.head(head())
+            return peer.closed_for()
+
+    assert await asyncio.to_thread(ask, await connect(read_head)) == INTERNAL_ERROR
+    assert "a bug" in caplog.text
+
+
+@pytest.mark.parametrize("begun", [b"", PREFACE[:10], PREFACE, PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, 0, 1)])
+async def test_a_peer_that_stops_in_the_midst_is_not_waited_for(
+    begun: bytes, connect: Callable[..., Awaitable[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http2, "_PREFACE_TIMEOUT_S", 0.1)
+
+    def stop(address: str) -> int:
+        with Peer(address, greet=False) as peer:
+            peer.write(begun)
+            return peer.closed_for()
+
+    assert await asyncio.to_thread(stop, await connect()) == PROTOCOL_ERROR
+
+
+async def test_a_peer_that_neither_reads_nor_closes_is_not_kept(
+    connect: Callable[..., Awaitable[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http2, "_CLOSE_TIMEOUT_S", 0.1)
+
+    def stay(address: str) -> None:
+        with Peer(address) as peer:
+            peer.send(PING, 0, 1, bytes(8))
+            assert peer.closed_for() == PROTOCOL_ERROR
+            with pytest.raises(ConnectionError):  # noqa: PT012
+                for _ in range(100):
+                    peer.send(PING, 0, 0, bytes(8))
+                    time.sleep(0.01)
+
+    await asyncio.to_thread(stay, await connect())
+
+
+def scrape(running: RunningServer) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{running.metrics_address}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in samples}
+
+
+def memory_kib(running: RunningServer) -> int:
+    with open(f"/proc/{running.process.pid}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
