@@ -248,7 +248,8 @@ class Batcher:
 
         Raises:
             QueueFull: too many images wait already.
-            DeadlineTooShort: what waits would be made, by what images took so far, only after the deadline.
+            DeadlineTooShort: by what images took so far, it would be done only after the deadline, for what waits.
+            DeadlineExceeded: it would be so even if nothing waited.
         """
         count, waiting = draw.count, self.waiting
         # An empty queue takes any request: one that is larger than the bound would else be refused for ever.
@@ -264,6 +265,12 @@ class Batcher:
             # An image that comes too late was made in vain, so rather one too few.
             needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
             left_s = deadline - time.monotonic()
+            if _DEADLINE_MARGIN * count * self._pace_s > left_s:
+                # Not for what waits: trying again would not help.
+                raise DeadlineExceeded(
+                    f"{count} images take about {count * self._pace_s:.3g} s here and the deadline is in "
+                    f"{max(0.0, left_s):.3g} s; ask for fewer, or give them longer"
+                )
             if needed_s > left_s:
                 raise DeadlineTooShort(
                     f"{waiting} images of model {self.model.name} are waiting: {count} more would take about "

@@ -18,6 +18,7 @@ from ganserve import (
     GanserveError,
     InvalidRequestError,
     ModelNotFoundError,
+    OverloadedError,
     UnavailableError,
 )
 from ganserve.client import DEFAULT_ADDRESS
@@ -167,7 +168,8 @@ def test_a_timeout_is_kept_to_by_every_call(server: RunningServer) -> None:
             lambda: list(hasty.stream("cdcgan-mnist", count=1000)),
             lambda: hasty.contact_sheet("cdcgan-mnist", columns=100),
         ):
-            with pytest.raises(DeadlineExceededError):
+            # The server refuses at once what it cannot make in time for what waits: the calls before this one may.
+            with pytest.raises((DeadlineExceededError, OverloadedError)):
                 call()
 
 
