@@ -34,7 +34,7 @@ _BULK_PART = 8
 _LEAST_BATCH = 8  # images that are not worth being spread over more cores
 # On two cores, batches of 16 to 24 of a model that takes 1 ms an image make as many images as larger ones.
 _BATCH_S = 0.02
-_DEADLINE_MARGIN = 1.1
+_DEADLINE_MARGIN = 1.2
 # A batch shorter than this is made where the calls are read: the way to a thread and back costs 50 to 100 µs.
 _INLINE_S = 0.0003
 
@@ -140,9 +140,10 @@ class Part:
 
 
 class _Lane:
-    """Jobs of one kind, callers in turn, each one's in order."""
+    """Jobs of one kind, callers in turn, each one's in order; a turn is a job, or so many images of a larger one."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: int) -> None:
+        self._turn = turn
         self._callers: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self.images = 0
         self.jobs = 0
@@ -178,7 +179,8 @@ class _Lane:
                     self._callers[caller] = jobs
                     job.fail(DeadlineExceeded("the deadline passed before the images were made"))
                     continue
-                start, stop = job.taken, min(job.count, job.taken + left)
+                start = job.taken
+                stop = min(job.count, start + left, start - start % self._turn + self._turn)
                 whole = stop - start == job.count
                 batch.append(Part(job, start, job.draw if whole else job.draw.part(start, stop)))
                 job.taken = stop
@@ -187,6 +189,11 @@ class _Lane:
                 if stop == job.count:
                     self.jobs -= 1
                     jobs.popleft()
+                elif stop % self._turn:
+                    # All would be late if all went on a little at a time.
+                    self._callers[caller] = jobs
+                    self._callers.move_to_end(caller, last=False)
+                    continue
                 else:
                     jobs.rotate(-1)  # this caller's other requests have their turn
             if jobs:
@@ -204,7 +211,7 @@ class Batcher:
         self.max_batch_size = max_batch_size
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
-        self._small, self._large, self._bulk = _Lane(), _Lane(), _Lane()
+        self._small, self._large, self._bulk = (_Lane(max_batch_size) for _ in range(3))
         self._counted_images = 0  # those that the queue's bound counts
         # Of a core for an image; and from image to image while some wait. The second is what counts for deadlines: the
         # calls' own work is in it, and the other models'.

@@ -226,7 +226,7 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine
     with pytest.raises(DeadlineTooShort, match="8 images of model held are waiting") as caught:
         await make(batcher, draw(50, 8), 20.0)
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert caught.value.retry_after_s == pytest.approx(1.1 * 17 + 8 - 20, abs=0.5)
+    assert caught.value.retry_after_s == pytest.approx(1.2 * 17 + 8 - 20, abs=0.5)
     fits = begin(batcher, 50, 8, 1000.0)
     await settle()
     for _ in range(3):

@@ -1,0 +1,256 @@
+"""Does to a real server what the world does, and counts what is hurt. Needs h2load (Debian: nghttp2-client).
+
+connections   1,000 at a time, each with calls
+readers       50 streams whose readers stop reading, while an ordinary caller goes on: its latency, the server's memory
+leavers       300 callers that leave in the middle of a stream: what of theirs is left in the queue and in open files
+drain         SIGTERM under load with a delay in which load balancers notice: failed calls, exit status
+kill          SIGKILL of one of two workers under load: calls that failed, and until the next worker served
+soak          all kinds of calls for so many minutes: the server's memory each minute
+
+    python benchmarks/faults.py [--only connections,readers,leavers,drain,kill] [--soak-minutes 0]
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+
+import grpc
+from running import Running, serving
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+
+PATH = "/ganserve.v1.GenerationService/GenerateImages"
+FAULTS = ("connections", "readers", "leavers", "drain", "kill")
+
+
+def h2load(address: str, *flags: str) -> "subprocess.Popen[str]":
+    message = pb.GenerateImagesRequest(model="mlp-mnist", seed=1).SerializeToString()
+    with tempfile.NamedTemporaryFile(delete=False) as body:
+        body.write(struct.pack(">BI", 0, len(message)) + message)
+    command = ["h2load", *flags, f"--data={body.name}", "--header=content-type: application/grpc"]
+    return subprocess.Popen(
+        [*command, "--header=te: trailers", f"http://{address}{PATH}"], stdout=subprocess.PIPE, text=True
+    )
+
+
+def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
+    """Return how many calls h2load had answered, and how many failed."""
+    text = process.communicate()[0]
+    found = re.search(r"requests: .*, (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def metrics(running: Running) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{running.metrics_address}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
+
+
+def not_ok(found: dict[str, float]) -> float:
+    names = (name for name in found if name.startswith("ganserve_requests_total") and 'code="OK"' not in name)
+    return sum(found[name] for name in names)
+
+
+def images(running: Running) -> float:
+    return sum(value for name, value in metrics(running).items() if name.startswith("ganserve_images_total"))
+
+
+def open_files(running: Running) -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in running.pids())
+
+
+def waiting(running: Running) -> float:
+    return sum(value for name, value in metrics(running).items() if name.startswith("ganserve_queue_images"))
+
+
+def connections() -> None:
+    with serving() as running:
+        before = running.resident_mib()
+        answered, failed = counted(h2load(running.address, "--clients=1000", "--requests=20000", "-m1"))
+        print(
+            f"connections: 1,000, {answered:,} calls answered, {failed + not_ok(metrics(running)):.0f} failed; "
+            f"memory {before:.0f} MiB before, {running.resident_mib():.0f} after"
+        )
+
+
+async def readers() -> None:
+    with serving() as running:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+
+        def stub() -> pb_grpc.GenerationServiceStub:
+            return pb_grpc.GenerationServiceStub(grpc.aio.insecure_channel(running.address, options))
+
+        async def latencies(caller: pb_grpc.GenerationServiceStub) -> list[float]:
+            rows = []
+            for seed in range(300):
+                started = time.perf_counter()
+                await caller.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist", seed=seed))
+                rows.append(1000 * (time.perf_counter() - started))
+            return rows
+
+        caller = stub()
+        alone, before = statistics.median(await latencies(caller)), running.resident_mib()
+        request = pb.StreamImagesRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=10_000_000))
+        streams = [stub().StreamImages(request) for _ in range(50)]
+        for stream in streams:
+            await stream.read()
+        # Until nothing is made but for the caller: all are held up.
+        made = 0.0
+        while made != (made := images(running)):
+            pass
+        beside = statistics.median(await latencies(caller))
+        print(
+            f"readers: 50 streams of 10,000,000 images (7.8 GB each) that nobody reads: memory {before:.0f} MiB before, "
+            f"{running.resident_mib():.0f} with them; a caller's p50 {alone:.2f} ms before, {beside:.2f} with them"
+        )
+        for stream in streams:
+            stream.cancel()
+
+
+async def leavers() -> None:
+    with serving() as running:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+        before, files = running.resident_mib(), open_files(running)
+        for _ in range(6):
+            channels = [grpc.aio.insecure_channel(running.address, options) for _ in range(50)]
+            request = pb.StreamImagesRequest(generate=pb.GenerateImagesRequest(model="dcgan-mnist", count=100_000))
+            streams = [pb_grpc.GenerationServiceStub(channel).StreamImages(request) for channel in channels]
+            for number, stream in enumerate(streams):
+                await stream.read()
+                if number % 2:
+                    stream.cancel()  # and the others are cut off with their connection
+            for channel in channels:
+                await channel.close()
+        async with grpc.aio.insecure_channel(running.address, options) as channel:
+            await pb_grpc.GenerationServiceStub(channel).GenerateImages(pb.GenerateImagesRequest(model="dcgan-mnist"))
+        print(
+            f"leavers: 300; left in the queue {waiting(running):.0f} images, open files {files} before, "
+            f"{open_files(running)} after; memory {before:.0f} MiB before, {running.resident_mib():.0f} after"
+        )
+
+
+def drain() -> None:
+    with serving("--drain-delay-s=4") as running:
+        load = h2load(running.address, "--clients=8", "-m4", "--duration=3")
+        while not_ok(found := metrics(running)) == 0 and len([n for n in found if "requests_total" in n]) == 0:
+            pass
+        running.process.send_signal(signal.SIGTERM)
+        answered, failed = counted(load)
+        print(
+            f"drain: {answered:,} calls answered around a SIGTERM, {failed} failed; "
+            f"exit status {running.process.wait(60)}"
+        )
+
+
+def kill() -> None:
+    with serving("--workers=2") as running:
+        first = running.pids()[1]
+        outcomes: list[tuple[float, bool]] = []
+        stop = threading.Event()
+
+        def caller() -> None:
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            with grpc.insecure_channel(running.address, options) as channel:
+                stub = pb_grpc.GenerationServiceStub(channel)
+                while not stop.is_set():
+                    try:
+                        stub.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist"), timeout=5)
+                        outcomes.append((time.monotonic(), True))
+                    except grpc.RpcError:
+                        outcomes.append((time.monotonic(), False))
+
+        callers = [threading.Thread(target=caller) for _ in range(8)]
+        for one in callers:
+            one.start()
+        while len(outcomes) < 500:
+            time.sleep(0.01)
+        killed = time.monotonic()
+        os.kill(first, signal.SIGKILL)
+        assert running.process.stderr is not None
+        while json.loads(running.process.stderr.readline())["event"] != "worker started":
+            pass
+        back_s = time.monotonic() - killed
+        stop.set()
+        for one in callers:
+            one.join()
+        failed = [at for at, ok in outcomes if not ok]
+        last = max((at - killed for at in failed), default=0.0)
+        print(
+            f"kill: {len(outcomes):,} calls by 8 callers without retries, {len(failed)} failed, the last "
+            f"{1000 * last:.0f} ms after the kill; the next worker served after {back_s:.2f} s; "
+            f"{metrics(running)['ganserve_workers']:.0f} workers"
+        )
+
+
+async def soak(minutes: float) -> None:
+    with serving() as running:
+        memory = []
+        end = time.monotonic() + 60 * minutes
+        async with grpc.aio.insecure_channel(running.address, [("grpc.max_receive_message_length", -1)]) as channel:
+            stub = pb_grpc.GenerationServiceStub(channel)
+
+            async def caller(number: int) -> int:
+                calls = 0
+                while time.monotonic() < end:
+                    calls += 1
+                    model = ("mlp-mnist", "cdcgan-mnist", "dcgan-mnist")[calls % 3]
+                    encoding = (pb.ENCODING_RAW, pb.ENCODING_PNG, pb.ENCODING_WEBP)[(calls // 3) % 3]
+                    count = (1, 7, 64, 300)[(number + calls) % 4]
+                    request = pb.GenerateImagesRequest(model=model, count=count, encoding=encoding)
+                    if calls % 5 == 0:
+                        stream = stub.StreamImages(pb.StreamImagesRequest(generate=request))
+                        async for _ in stream:
+                            if calls % 2:
+                                stream.cancel()
+                                break
+                    elif calls % 7 == 0:
+                        request.model = "nothing"
+                    try:
+                        await stub.GenerateImages(request, timeout=(0.002 if calls % 11 == 0 else 30))
+                    except grpc.aio.AioRpcError:
+                        pass
+                return calls
+
+            callers = [asyncio.create_task(caller(number)) for number in range(6)]
+            while time.monotonic() < end:
+                await asyncio.wait(callers, timeout=max(0.0, min(60.0, end - time.monotonic())))
+                memory.append(round(running.resident_mib()))
+            calls = sum(await asyncio.gather(*callers))
+        print(
+            f"soak: {calls:,} calls in {minutes:g} minutes; MiB each minute: {memory}; "
+            f"files {open_files(running)}, waiting {waiting(running):.0f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(FAULTS))
+    parser.add_argument("--soak-minutes", type=float, default=0)
+    options = parser.parse_args()
+    for name in options.only.split(","):
+        if name not in FAULTS:
+            sys.exit(f"{name!r} is none of {', '.join(FAULTS)}")
+        found = globals()[name]()
+        if asyncio.iscoroutine(found):
+            asyncio.run(found)
+        sys.stdout.flush()
+    if options.soak_minutes:
+        asyncio.run(soak(options.soak_minutes))
+
+
+if __name__ == "__main__":
+    main()
