@@ -12,6 +12,7 @@ soak          all kinds of calls for so many minutes: the server's memory each m
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -32,6 +33,8 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 PATH = "/ganserve.v1.GenerationService/GenerateImages"
+CALLS = 300
+CLOSED_IN_S = 15.0
 FAULTS = ("connections", "readers", "leavers", "drain", "kill")
 
 
@@ -96,7 +99,7 @@ async def readers() -> None:
 
         async def latencies(caller: pb_grpc.GenerationServiceStub) -> list[float]:
             rows = []
-            for seed in range(300):
+            for seed in range(CALLS):
                 started = time.perf_counter()
                 await caller.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist", seed=seed))
                 rows.append(1000 * (time.perf_counter() - started))
@@ -109,12 +112,14 @@ async def readers() -> None:
         for stream in streams:
             await stream.read()
         # Until nothing is made but for the caller: all are held up.
-        made = 0.0
-        while made != (made := images(running)):
-            pass
+        made = -1.0
+        while images(running) != made:
+            await latencies(caller)
+            made = images(running) + CALLS
+            await latencies(caller)
         beside = statistics.median(await latencies(caller))
         print(
-            f"readers: 50 streams of 10,000,000 images (7.8 GB each) that nobody reads: memory {before:.0f} MiB before, "
+            f"readers: 50 streams of 10,000,000 images (7.8 GB each), unread: memory {before:.0f} MiB before, "
             f"{running.resident_mib():.0f} with them; a caller's p50 {alone:.2f} ms before, {beside:.2f} with them"
         )
         for stream in streams:
@@ -135,8 +140,13 @@ async def leavers() -> None:
                     stream.cancel()  # and the others are cut off with their connection
             for channel in channels:
                 await channel.close()
+            # gRPC keeps a connection as long as anybody holds its channel.
+            del channels, channel, streams, stream
         async with grpc.aio.insecure_channel(running.address, options) as channel:
             await pb_grpc.GenerationServiceStub(channel).GenerateImages(pb.GenerateImagesRequest(model="dcgan-mnist"))
+        end = time.monotonic() + CLOSED_IN_S
+        while open_files(running) > files + 1 and time.monotonic() < end:
+            pass
         print(
             f"leavers: 300; left in the queue {waiting(running):.0f} images, open files {files} before, "
             f"{open_files(running)} after; memory {before:.0f} MiB before, {running.resident_mib():.0f} after"
@@ -219,10 +229,8 @@ async def soak(minutes: float) -> None:
                                 break
                     elif calls % 7 == 0:
                         request.model = "nothing"
-                    try:
+                    with contextlib.suppress(grpc.aio.AioRpcError):
                         await stub.GenerateImages(request, timeout=(0.002 if calls % 11 == 0 else 30))
-                    except grpc.aio.AioRpcError:
-                        pass
                 return calls
 
             callers = [asyncio.create_task(caller(number)) for number in range(6)]
