@@ -1,6 +1,7 @@
 """Spans as a collector gets them, and what the server does where there is none."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -138,15 +139,17 @@ def test_workers_trace_too(start_server: Start, collector: Collector, monkeypatc
     assert collector.resources[0]["service.name"] == "faces"
 
 
-def test_an_unreachable_collector_holds_up_neither_calls_nor_the_end(
+def test_a_collector_that_does_not_answer_holds_up_neither_calls_nor_the_end(
     start_server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    running = start_server()
-    with Client(running.address) as client:
-        client.generate("mlp-mnist", seed=1, timeout_s=10)
-    running.process.terminate()
-    assert running.process.wait(timeout=15) == 0
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+        running = start_server()
+        with Client(running.address) as client:
+            client.generate("mlp-mnist", seed=1, timeout_s=10)
+        running.process.terminate()
+        assert running.process.wait(timeout=20) == 0
 
 
 WITHOUT = """
