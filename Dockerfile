@@ -5,7 +5,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
 COPY trainer trainer
-RUN python -m venv /opt/ganserve && /opt/ganserve/bin/pip install --no-cache-dir '.[server]'
+RUN python -m venv /opt/ganserve && /opt/ganserve/bin/pip install --no-cache-dir '.[server,tracing]'
 
 FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="ganserve" \

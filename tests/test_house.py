@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import Metric
 
-from ganserve_server.metrics import Metrics
+from ganserve_server.metrics import Load, Metrics
 from ganserve_server.settings import ENVIRONMENT_PREFIX, ServerSettings
 from ganserve_trainer.settings import Settings
 
@@ -98,11 +99,13 @@ def test_the_readme_lists_every_setting_and_metric() -> None:
         assert f"`--{name.replace('_', '-')}`" in readme
         assert f"`{ENVIRONMENT_PREFIX}{name.upper()}`" in readme
         assert (field.description or "?") in readme, f"the README describes {name} otherwise"
-    own: list[Metric] = [metric for metric in Metrics().registry.collect() if metric.name.startswith("ganserve_")]
+    every = itertools.chain(Metrics().registry.collect(), Load(lambda: (0, 0)).collect())
+    own: list[Metric] = [metric for metric in every if metric.name.startswith("ganserve_")]
     assert len(own) > 5
     for metric in own:
         suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
         assert f"`{metric.name}{suffix}`" in readme
+        assert metric.documentation.rstrip(".") in readme, f"the README describes {metric.name} otherwise"
 
 
 def test_the_page_on_training_has_a_row_for_every_setting() -> None:
@@ -129,10 +132,12 @@ def _canonical(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
 
 
-@pytest.mark.parametrize(("room", "extra"), [("client", None), ("server", "server"), ("trainer", "trainer")])
-def test_a_room_imports_nothing_but_what_its_extra_names(room: str, extra: str | None) -> None:
+@pytest.mark.parametrize(
+    ("room", "extras"), [("client", ()), ("server", ("server", "tracing")), ("trainer", ("trainer",))]
+)
+def test_a_room_imports_nothing_but_what_its_extras_name(room: str, extras: tuple[str, ...]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *(project["optional-dependencies"][extra] if extra else ())]
+    named = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
     wanted = {_canonical(requirement) for requirement in named}
     owners = importlib.metadata.packages_distributions()
     for name in _third_party_imports(ROOT / room):

@@ -28,9 +28,10 @@ from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.inference_protocol import InferenceServicer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
 from ganserve_server.machine import cores, nvidia_driver
-from ganserve_server.metrics import Metrics
+from ganserve_server.metrics import Load, Metrics
 from ganserve_server.servicer import SERVICE, GenerationServicer
 from ganserve_server.settings import ServerSettings
+from ganserve_server.tracing import start_tracing
 from ganserve_server.workers import WORKER_VARIABLE, Parent, Supervisor
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ async def _serve_models(
     await _load_models(lifecycle, settings, table)
     if stop.is_set():
         return
-    recorder = CallRecorder(metrics, settings.access_log)
+    tracing = start_tracing(tell=parent is None or parent.number == 0)
+    recorder = CallRecorder(metrics, settings.access_log, tracing)
     server = GrpcServer(
         on_finished=recorder.finished,
         on_refused=recorder.refused,
@@ -126,6 +128,8 @@ async def _serve_models(
         unawaited_services=(health.SERVICE_NAME, reflection.SERVICE_NAME),
         board=board,
     )
+    if parent is None:
+        metrics.registry.register(Load(lambda: server.load))
     GenerationServicer(table, settings, metrics).add_to(server)
     InferenceServicer(table, settings, health_servicer).add_to(server)
     grpcs: Any = server
@@ -161,6 +165,8 @@ async def _serve_models(
     await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.sleep(settings.drain_delay_s)
     await server.drain(settings.drain_timeout_s)
+    if tracing is not None:
+        await tracing.close()
     await lifecycle.close()
 
 

@@ -1,46 +1,90 @@
-"""What is told of each call: metrics, and a line in the log."""
+"""What is told of each call: metrics, a line in the log, and a trace."""
 
 import functools
 import logging
 import time
+from typing import Any
 
 import grpc
+from prometheus_client import Counter, Histogram
 
 from ganserve_server.errors import ServingError
 from ganserve_server.grpc_server import Call
 from ganserve_server.metrics import OTHER, Metrics
 from ganserve_server.settings import AccessLog
+from ganserve_server.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
 
 class CallRecorder:
-    """Counts, times and logs the calls of our services; those of health and reflection pass in silence."""
+    """Counts, times, logs and traces the calls of our services; those of health and reflection pass in silence."""
 
-    def __init__(self, metrics: Metrics, access_log: AccessLog) -> None:
+    def __init__(self, metrics: Metrics, access_log: AccessLog, tracing: Tracing | None = None) -> None:
         self._metrics = metrics
         self._access_log = access_log
+        self._tracing = tracing
         # Looking up a metric by its labels costs more than counting; the labels are bounded.
-        self._requests = functools.cache(metrics.requests.labels)
-        self._seconds = functools.cache(metrics.request_seconds.labels)
+        self._of = functools.cache(self._find)
 
     def refused(self, call: Call, error: ServingError) -> None:
         """Count an error that the caller was told."""
         self._metrics.rejections.labels(error.reason).inc()
 
     def finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
-        """Count the call, and log it if it is of those that are logged."""
+        """Count the call, trace it, and log it if it is of those that are logged."""
         if call.method is not None and not call.method.awaited:
             return
         took = time.perf_counter() - call.started
-        method = OTHER if call.method is None else call.head.path.rpartition("/")[2]
-        model = call.model or OTHER
-        self._requests(method, model, code.name).inc()
-        self._seconds(method, model).observe(took)
+        path = None if call.method is None else call.head.path
+        requests, seconds = self._of(path, call.model, call.version, code.name)
+        requests.inc()
+        seconds.observe(took)
+        if code is grpc.StatusCode.CANCELLED:
+            self._metrics.cancellations.labels(call.model or OTHER, _stage(call)).inc()
+        trace_id = None if self._tracing is None else self._tracing.record(call, code, text)
         if self._access_log == "off":
             return
         # A caller that leaves is no error.
         failed = code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
         if failed or self._access_log == "all":
-            told = {"method": method, "model": model, "code": code.name, "seconds": round(took, 6)}
-            _log.info("call", extra=told | {"request_id": call.request_id} | ({"reason": text} if text else {}))
+            self._log(call, code, text, took, trace_id)
+
+    def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
+        method, model = _method(path), model or OTHER
+        return (
+            self._metrics.requests.labels(method, model, "" if version is None else version, code),
+            self._metrics.request_seconds.labels(method, model),
+        )
+
+    def _log(self, call: Call, code: grpc.StatusCode, text: str, took: float, trace_id: str | None) -> None:
+        method = _method(None if call.method is None else call.head.path)
+        told: dict[str, Any] = {"method": method, "model": call.model or OTHER, "code": code.name}
+        if call.version is not None:
+            told["version"] = call.version
+        told["seconds"] = round(took, 6)
+        if (work := call.work) is not None:
+            told |= {
+                "images": work.count,
+                "queue_s": round(work.queue_s, 6),
+                "compute_s": round(work.compute_s, 6),
+            }
+        told["request_id"] = call.request_id
+        if trace_id is not None:
+            told["trace_id"] = trace_id
+        if text:
+            told["reason"] = text
+        _log.info("call", extra=told)
+
+
+def _method(path: str | None) -> str:
+    return OTHER if path is None else path.rpartition("/")[2]
+
+
+def _stage(call: Call) -> str:
+    """Name what was being done for a call."""
+    if call.partly_sent:
+        return "sending"
+    if call.work is None or not call.work.count:
+        return "receiving"
+    return "computing" if call.work.taken else "queued"

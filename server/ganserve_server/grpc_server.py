@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from socket import socket
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -116,6 +116,28 @@ def read_head(fields: Fields) -> Head:
     )
 
 
+class Work(Protocol):
+    """Images that are made for a call: what there is to tell of it."""
+
+    count: int
+
+    @property
+    def accepted(self) -> float:
+        """When the first of them was queued, by time.monotonic."""
+
+    @property
+    def taken(self) -> int:
+        """How many are in a batch, or have been; of those that were queued at once with the first."""
+
+    @property
+    def queue_s(self) -> float:
+        """How long the first waited for its batch."""
+
+    @property
+    def compute_s(self) -> float:
+        """What their batches took."""
+
+
 class Call(Stream):
     """One call. `reply` or `fail` ends it; `write` and `finish` answer with many messages."""
 
@@ -129,6 +151,7 @@ class Call(Stream):
         "_timer",
         "connection",
         "deadline",
+        "encode_s",
         "head",
         "method",
         "model",
@@ -137,6 +160,8 @@ class Call(Stream):
         "request_id",
         "server",
         "started",
+        "version",
+        "work",
     )
 
     def __init__(self, server: "GrpcServer", connection: Connection[Head], stream_id: int, head: Head) -> None:
@@ -145,7 +170,11 @@ class Call(Stream):
         self.method = server.methods.get(head.path)
         self.started = time.perf_counter()
         self.request_id = head.request_id or server.new_request_id()
-        self.model = ""  # for the metrics; the method fills it in
+        # For metrics, log and traces; the method fills them in.
+        self.model = ""
+        self.version: int | None = None
+        self.work: Work | None = None
+        self.encode_s = 0.0
         self.over = False
         self.on_cancel: Callable[[], object] | None = None  # called if nobody waits for the answer any more
         self.deadline: float | None = None  # by time.monotonic
@@ -161,6 +190,11 @@ class Call(Stream):
         self._sink: RequestSink | None = None
         if self.method is not None and self.method.open is not None:
             self._sink = self.method.open(self)
+
+    @property
+    def partly_sent(self) -> bool:
+        """Whether some of the answer was sent before the last of it."""
+        return self._headers_sent
 
     # The request.
 
@@ -497,9 +531,9 @@ class GrpcServer:
         self._id_prefix = uuid.uuid4().hex[:24]
 
     @property
-    def connections(self) -> int:
-        """How many there are."""
-        return len(self._connections)
+    def load(self) -> tuple[int, int]:
+        """How many connections and calls there are."""
+        return len(self._connections), self.running
 
     def new_request_id(self) -> str:
         """Return an id that no other call has."""
@@ -600,6 +634,8 @@ class GrpcServer:
     def on_finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
         """Take note of a call's end."""
         self.running -= 1
+        if self._board is not None:
+            self._board.set_calls(self.running)
         self._on_finished(call, code, text)
 
     @staticmethod
@@ -676,6 +712,8 @@ class GrpcServer:
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
         self.running += 1
+        if self._board is not None:
+            self._board.set_calls(self.running)
         call = Call(self, connection, stream_id, head)
         if self._draining and call.method is not None and not call.method.awaited:
             self.loop.call_soon(call.fail, Unavailable("the server is shutting down"))

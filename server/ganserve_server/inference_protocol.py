@@ -109,9 +109,10 @@ class InferenceServicer:
                 call.reply(_respond(request, model, made))
 
         deadlines = [one for one in (call.deadline, options.deadline) if one is not None]
-        call.on_cancel = batcher.submit(
+        call.work = job = batcher.submit(
             draw, done, caller=call.connection, deadline=min(deadlines, default=None), bulk=options.bulk
-        ).cancel
+        )
+        call.on_cancel = job.cancel
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Call) -> pb.ServerLiveResponse:  # noqa: N802
         """Say yes: a server that does not live says nothing."""
@@ -202,7 +203,9 @@ class InferenceServicer:
 
     def _find(self, model: str, version: str, call: Call) -> Batcher:
         self._name(model, call)
-        return self._models.find(model, _version(version))
+        batcher = self._models.find(model, _version(version))
+        call.version = batcher.model.version
+        return batcher
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,34 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Callable, Iterator
 
 import onnxruntime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 OTHER = "other"
+
+
+class Load:
+    """How busy the server is, read when it is asked for: to count it in a gauge would cost every call.
+
+    Args:
+        read: returns the connections and the calls that there are now.
+    """
+
+    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Return both gauges."""
+        connections, calls = self._read()
+        yield GaugeMetricFamily("ganserve_connections", "Connections that are open now.", connections)
+        yield GaugeMetricFamily("ganserve_calls", "Calls that run now, those of health and reflection too.", calls)
 
 
 class Metrics:
@@ -23,8 +42,8 @@ class Metrics:
         GCCollector(registry=registry)
         self.requests = Counter(
             "ganserve_requests",
-            "Finished calls by method, model (unknown ones: other) and gRPC status.",
-            ["method", "model", "code"],
+            "Finished calls by method, model (unknown ones: other), version that answered (or none) and gRPC status.",
+            ["method", "model", "version", "code"],
             registry=registry,
         )
         self.request_seconds = Histogram(
@@ -32,6 +51,12 @@ class Metrics:
             "From the call's arrival in the servicer until its last message is handed to gRPC.",
             ["method", "model"],
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.cancellations = Counter(
+            "ganserve_cancellations",
+            "Calls whose caller left, by what was being done: receiving, queued, computing or sending.",
+            ["model", "stage"],
             registry=registry,
         )
         self.images = Counter("ganserve_images", "Images made.", ["model", "version"], registry=registry)
@@ -78,14 +103,14 @@ class Metrics:
         # Gauges, not Infos: those cannot be added up over processes.
         self.model_info = Gauge(
             "ganserve_model_info",
-            "1 for a version that is served, with what it runs on.",
+            "1 for a version that is served, with its digest and what it runs on.",
             ["model", "version", "digest", "provider"],
             registry=registry,
             multiprocess_mode="livemax",
         )
         Gauge(
             "ganserve_build_info",
-            "Versions.",
+            "1, with versions.",
             ["version", "python", "onnxruntime"],
             registry=registry,
             multiprocess_mode="livemax",

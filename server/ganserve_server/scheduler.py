@@ -130,6 +130,37 @@ class Job:
         self._batcher.release()
 
 
+class Tally:
+    """What the jobs of one call waited and took, together."""
+
+    __slots__ = ("_first", "compute_s", "count")
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+        self.compute_s = 0.0
+        self._first: Job | None = None
+
+    def queued(self, job: Job) -> None:
+        """Take note of a job."""
+        if self._first is None:
+            self._first = job
+
+    @property
+    def accepted(self) -> float:
+        """When the first was queued, by time.monotonic."""
+        return time.monotonic() if self._first is None else self._first.accepted
+
+    @property
+    def taken(self) -> int:
+        """How many images of the first are in batches."""
+        return 0 if self._first is None else self._first.taken
+
+    @property
+    def queue_s(self) -> float:
+        """How long the first waited."""
+        return 0.0 if self._first is None else self._first.queue_s
+
+
 @dataclass(slots=True)
 class Part:
     """The images of a job that are in one batch."""
@@ -295,9 +326,16 @@ class Batcher:
         return job
 
     async def make(
-        self, draw: Draw, *, caller: Hashable, deadline: float | None, bulk: bool = False, accepted: bool = False
+        self,
+        draw: Draw,
+        *,
+        caller: Hashable,
+        deadline: float | None,
+        bulk: bool = False,
+        accepted: bool = False,
+        tally: Tally | None = None,
     ) -> Made:
-        """Make the images of a draw.
+        """Make the images of a draw, and add it to a tally.
 
         Raises:
             ServingError: as `submit`, or the deadline passed, or the engine failed.
@@ -313,9 +351,12 @@ class Batcher:
                 result.set_exception(made)
 
         job = self.submit(draw, done, caller=caller, deadline=deadline, bulk=bulk, accepted=accepted)
+        tally = tally or Tally()
+        tally.queued(job)
         try:
             return await result
         finally:
+            tally.compute_s += job.compute_s
             job.cancel()
 
     def drop(self, job: Job) -> None:

@@ -17,7 +17,7 @@ from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
 from ganserve_server.requests import GenerationRequest, images_limit, parse, respond, varint
-from ganserve_server.scheduler import Batcher, Job, Made
+from ganserve_server.scheduler import Batcher, Job, Made, Tally
 from ganserve_server.settings import ServerSettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -64,18 +64,17 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 call.server.spawn(call, encode(made))
 
         async def encode(made: Made) -> None:
-            call.reply(await self._encoded(checked, draw, made))
+            call.reply(await self._encoded(checked, draw, made, call))
 
-        call.on_cancel = batcher.submit(
-            draw, done, caller=call.connection, deadline=call.deadline, bulk=checked.bulk
-        ).cancel
+        call.work = job = batcher.submit(draw, done, caller=call.connection, deadline=call.deadline, bulk=checked.bulk)
+        call.on_cancel = job.cancel
 
     def _generate_each(self, call: Call) -> RequestSink:
         """Answer each request of a stream, in order."""
         return EachRequest(self, call).sink
 
     def begin_one(
-        self, call: Call, request: pb.GenerateImagesRequest, done: Callable[[bytes | ServingError], None]
+        self, call: Call, tally: Tally, request: pb.GenerateImagesRequest, done: Callable[[bytes | ServingError], None]
     ) -> Job:
         """Make the images of one request of many; `done` gets the serialised response, or the error.
 
@@ -87,17 +86,22 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         draw = checked.draw(0, checked.count)
 
         async def encode(made: Made) -> None:
-            done(await self._encoded(checked, draw, made))
+            done(await self._encoded(checked, draw, made, call))
 
         def made_or_not(made: Made | ServingError) -> None:
             if isinstance(made, ServingError):
                 done(made)
-            elif checked.encoding == pb.ENCODING_RAW:
+                return
+            tally.compute_s += made.compute_s
+            if checked.encoding == pb.ENCODING_RAW:
                 done(respond(checked, draw, made))
             else:
                 call.server.spawn(call, encode(made), cancel=call.on_cancel)
 
-        return batcher.submit(draw, made_or_not, caller=call.connection, deadline=call.deadline, bulk=checked.bulk)
+        job = batcher.submit(draw, made_or_not, caller=call.connection, deadline=call.deadline, bulk=checked.bulk)
+        tally.count += draw.count
+        tally.queued(job)
+        return job
 
     def _stream_images(self, call: Call, content: bytes) -> None:
         """Make the next chunk while the last one is being sent; never more, so that a slow reader costs no memory."""
@@ -106,9 +110,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
         if checked.sheet:
             raise InvalidRequest("generate.layout", "a stream has no contact sheet; ask for one by GenerateImages")
-        call.server.spawn(call, self._stream(call, batcher, checked))
+        call.work = tally = Tally(checked.count)
+        call.server.spawn(call, self._stream(call, batcher, checked, tally))
 
-    async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest) -> None:
+    async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest, tally: Tally) -> None:
         size = self._settings.max_batch_size
         starts = iter(range(0, request.count, size))
 
@@ -117,7 +122,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             if start is None:
                 return None
             stop = min(start + size, request.count)
-            return asyncio.create_task(self._make(batcher, request, start, stop, call, accepted=accepted))
+            return asyncio.create_task(self._make(batcher, request, start, stop, call, tally, accepted=accepted))
 
         with batcher.held():
             chunk = begin(accepted=False)
@@ -140,27 +145,39 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """Describe one version."""
         context.model = request.model if request.model in self._models else OTHER
         version = request.version if request.HasField("version") else None
-        return pb.GetModelResponse(model=self._models.describe(request.model, version))
+        model = self._models.describe(request.model, version)
+        context.version = model.version
+        return pb.GetModelResponse(model=model)
 
     def _find(self, request: pb.GenerateImagesRequest, call: Call) -> Batcher:
         call.model = request.model if request.model in self._models else OTHER
-        return self._models.find(request.model, request.version if request.HasField("version") else None)
+        batcher = self._models.find(request.model, request.version if request.HasField("version") else None)
+        call.version = batcher.model.version
+        return batcher
 
     def _check(self, request: pb.GenerateImagesRequest, batcher: Batcher) -> GenerationRequest:
         most = self._settings.max_images_per_request
         return parse(request, batcher.model, images_limit(batcher.model, most), most)
 
     async def _make(
-        self, batcher: Batcher, request: GenerationRequest, start: int, stop: int, call: Call, *, accepted: bool
+        self,
+        batcher: Batcher,
+        request: GenerationRequest,
+        start: int,
+        stop: int,
+        call: Call,
+        tally: Tally,
+        *,
+        accepted: bool,
     ) -> bytes:
         """Make images start to stop of a request, and write them as it asks."""
         draw = request.draw(start, stop)
         made = await batcher.make(
-            draw, caller=call.connection, deadline=call.deadline, bulk=request.bulk, accepted=accepted
+            draw, caller=call.connection, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally
         )
-        return await self._encoded(request, draw, made)
+        return await self._encoded(request, draw, made, call)
 
-    async def _encoded(self, request: GenerationRequest, draw: Draw, made: Made) -> bytes:
+    async def _encoded(self, request: GenerationRequest, draw: Draw, made: Made, call: Call) -> bytes:
         if request.encoding == pb.ENCODING_RAW:
             return respond(request, draw, made)
         started = time.perf_counter()
@@ -169,7 +186,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         else:
             response = await asyncio.to_thread(respond, request, draw, made)
         encoding = pb.Encoding.Name(request.encoding).removeprefix("ENCODING_")
-        self._metrics.encode_seconds.labels(encoding).observe(time.perf_counter() - started)
+        took = time.perf_counter() - started
+        call.encode_s += took
+        self._metrics.encode_seconds.labels(encoding).observe(took)
         return response
 
 
@@ -182,6 +201,7 @@ class EachRequest:
         self._running: deque[_Turn] = deque()
         self._ended = self._waits = False
         call.on_cancel = self._cancel
+        call.work = self._tally = Tally()
         self.sink: RequestSink = (self._on_request, self._on_end)
 
     def _on_request(self, content: bytes) -> None:
@@ -201,7 +221,9 @@ class EachRequest:
             self._running.append(turn)
             try:
                 request = _read(pb.GenerateEachRequest, content).generate
-                turn.job = self._servicer.begin_one(self._call, request, functools.partial(self._done, turn))
+                turn.job = self._servicer.begin_one(
+                    self._call, self._tally, request, functools.partial(self._done, turn)
+                )
             except ServingError as error:
                 self._done(turn, error)
         if taken:

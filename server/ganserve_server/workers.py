@@ -28,11 +28,12 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.process_collector import ProcessCollector
 
 from ganserve_server.addresses import StartError
+from ganserve_server.metrics import Load
 
 _log = logging.getLogger(__name__)
 
 WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
-_CELL, _CELLS = 8, 2  # bytes; of one worker: its connections, its running batches
+_CELL, _CELLS = 8, 3  # bytes; of one worker: its connections, its running batches, its running calls
 _ABSENT = 1 << 60  # connections of a worker that cannot take any
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
@@ -55,6 +56,16 @@ class Board:
         """Say how many batches this worker computes."""
         self._cells[self._mine * _CELLS + 1] = batches
 
+    def set_calls(self, calls: int) -> None:
+        """Say how many calls this worker answers."""
+        self._cells[self._mine * _CELLS + 2] = calls
+
+    def load(self) -> tuple[int, int]:
+        """Add up the connections and the calls of all workers that are there."""
+        cells = self._cells
+        there = [one for one in range(0, self.workers * _CELLS, _CELLS) if cells[one] != _ABSENT]
+        return sum(cells[one] for one in there), sum(cells[one + 2] for one in there)
+
     def may_accept(self) -> bool:
         """Tell whether no other worker has fewer connections."""
         mine = self._cells[self._mine * _CELLS]
@@ -67,7 +78,7 @@ class Board:
     def absent(self, worker: int) -> None:
         """Take note that a worker is not there; the supervisor's to say."""
         self._cells[worker * _CELLS] = _ABSENT
-        self._cells[worker * _CELLS + 1] = 0
+        self._cells[worker * _CELLS + 1] = self._cells[worker * _CELLS + 2] = 0
 
 
 class Parent:
@@ -75,7 +86,8 @@ class Parent:
 
     def __init__(self, variable: str) -> None:
         given = json.loads(variable)
-        self.board = Board(given["board"], given["workers"], given["number"])
+        self.number: int = given["number"]
+        self.board = Board(given["board"], given["workers"], self.number)
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
         self._channel = socket.socket(fileno=given["channel"])
@@ -150,6 +162,7 @@ class Supervisor:
         self.registry = CollectorRegistry()
         MultiProcessCollector(self.registry, str(self._folder))
         self.registry.register(_Processes(self))
+        self.registry.register(Load(self._board.load))
 
     @property
     def pids(self) -> list[int]:

@@ -455,8 +455,8 @@ def test_calls_are_counted(start_server: Start) -> None:
             connected.infer("nobody", tensors(seed=np.array([1], np.uint32)))
     with urlopen(f"http://{server.metrics_address}/metrics", timeout=30) as page:
         lines = page.read().decode().splitlines()
-    assert 'ganserve_requests_total{code="OK",method="ModelInfer",model="mlp-mnist"} 1.0' in lines
-    assert 'ganserve_requests_total{code="NOT_FOUND",method="ModelInfer",model="other"} 1.0' in lines
+    assert 'ganserve_requests_total{code="OK",method="ModelInfer",model="mlp-mnist",version="1"} 1.0' in lines
+    assert 'ganserve_requests_total{code="NOT_FOUND",method="ModelInfer",model="other",version=""} 1.0' in lines
 
 
 def test_reflection_and_health_know_the_service(server: RunningServer) -> None:

@@ -2,22 +2,29 @@
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import hpack
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from tests.conftest import RunningServer
+from tests.conftest import START_TIMEOUT_S, RunningServer
 
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.settings import BUNDLED_MODELS
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -60,11 +67,112 @@ def test_metrics_count_what_was_done(start_server: Start) -> None:
     assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 100
     assert samples['ganserve_batch_size_sum{model="mlp-mnist"}'] == 100
     assert samples['ganserve_batch_size_count{model="mlp-mnist"}'] >= 2
-    assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="cdcgan-mnist"}'] == 1
-    assert samples['ganserve_requests_total{code="NOT_FOUND",method="GenerateImages",model="other"}'] == 2
+    assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="cdcgan-mnist",version="1"}'] == 1
+    assert samples['ganserve_requests_total{code="NOT_FOUND",method="GenerateImages",model="other",version=""}'] == 2
     assert samples['ganserve_rejections_total{reason="not_found"}'] == 2
     assert samples['ganserve_queue_images{model="mlp-mnist"}'] == 0
     assert not [name for name in samples if "nothing" in name]
+
+
+def wait_for_sample(running: RunningServer, name: str, wanted: Callable[[float], bool]) -> None:
+    until = time.monotonic() + START_TIMEOUT_S
+    while not wanted(scrape(running).get(name, 0)):
+        assert time.monotonic() < until, f"{name} is {scrape(running).get(name)}"
+
+
+def test_the_versions_that_answer_are_counted_apart_and_others_not_at_all(start_server: Start, tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        shutil.copytree(BUNDLED_MODELS / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / version)
+    running = start_server("--models", tmp_path)
+    with Client(running.address) as client:
+        for version in (1, 2, 2):
+            client.generate("mlp-mnist", version=version)
+        client.generate("mlp-mnist")
+        client.model("mlp-mnist", version=1)
+        with pytest.raises(GanserveError):
+            client.generate("mlp-mnist", version=77)
+        with pytest.raises(GanserveError):
+            client.generate("mlp-mnist", version=1, label=3)
+    samples = scrape(running)
+    counted = {name: value for name, value in samples.items() if name.startswith("ganserve_requests_total")}
+    name = 'ganserve_requests_total{{code="{}",method="{}",model="mlp-mnist",version="{}"}}'
+    assert counted == {
+        name.format("OK", "GenerateImages", 1): 1,
+        name.format("OK", "GenerateImages", 2): 3,
+        name.format("OK", "GetModel", 1): 1,
+        name.format("NOT_FOUND", "GenerateImages", ""): 1,
+        name.format("INVALID_ARGUMENT", "GenerateImages", 1): 1,
+    }
+
+
+def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+    return struct.pack(">I", len(content))[1:] + struct.pack(">BBI", kind, flags, stream) + content
+
+
+def left_at_once(address: str, *, request: bytes) -> None:
+    """Begin a call, send its message if there is one, and leave, all in one packet."""
+    headers = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/ganserve.v1.GenerationService/GenerateImages"),
+        (":authority", address),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ]
+    sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, hpack.Encoder().encode(headers))
+    if request:
+        sent += frame(0, 1, 1, struct.pack(">BI", 0, len(request)) + request)
+    sent += frame(3, 0, 1, struct.pack(">I", 8))
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(sent + frame(6, 0, 0, bytes(8)))
+        answered = b""
+        while frame(6, 1, 0, bytes(8)) not in answered:  # that it is still there says that it has read all
+            more = connection.recv(4096)
+            assert more, "the server has closed the connection"
+            answered += more
+
+
+def test_callers_that_leave_are_counted_by_what_was_being_done(start_server: Start) -> None:
+    running = start_server("--max-images-per-request", "10000")
+    name = 'ganserve_cancellations_total{{model="{}",stage="{}"}}'
+    left_at_once(running.address, request=b"")
+    left_at_once(running.address, request=pb.GenerateImagesRequest(model="mlp-mnist", count=1).SerializeToString())
+    with grpc.insecure_channel(running.address) as channel:
+        request = pb.GenerateImagesRequest(model="cdcgan-mnist", count=3000, encoding=pb.ENCODING_PNG)
+        call = pb_grpc.GenerationServiceStub(channel).GenerateImages.future(request)
+        wait_for_sample(running, 'ganserve_batch_size_count{model="cdcgan-mnist"}', lambda batches: batches > 0)
+        call.cancel()
+        wait_for_sample(running, name.format("cdcgan-mnist", "computing"), lambda calls: calls == 1)
+    with Client(running.address) as client:
+        stream = client.stream("mlp-mnist", count=1_000_000)
+        next(stream)
+        stream.close()
+    wait_for_sample(running, name.format("mlp-mnist", "sending"), lambda calls: calls == 1)
+    counted = {name: value for name, value in scrape(running).items() if "cancellations" in name}
+    assert counted == {
+        name.format("other", "receiving"): 1,
+        name.format("mlp-mnist", "queued"): 1,
+        name.format("cdcgan-mnist", "computing"): 1,
+        name.format("mlp-mnist", "sending"): 1,
+    }
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_connections_and_running_calls_are_told(workers: str, start_server: Start) -> None:
+    running = start_server("--workers", workers)
+    with Client(running.address) as client, grpc.insecure_channel(running.address) as channel:
+        stream = client.stream("mlp-mnist", count=1_000_000)
+        next(stream)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        next(watch)
+        samples = scrape(running)
+        assert (samples["ganserve_connections"], samples["ganserve_calls"]) == (2, 2)
+        stream.close()
+        watch.cancel()
+        wait_for_sample(running, "ganserve_calls", lambda calls: calls == 0)
+        assert scrape(running)["ganserve_connections"] == 2
+    wait_for_sample(running, "ganserve_connections", lambda connections: connections == 0)
 
 
 def test_sigterm_finishes_what_runs_and_exits_0(start_server: Start) -> None:
@@ -237,6 +345,21 @@ def test_calls_are_logged_by_request_id(flags: tuple[str, ...], codes: list[str]
     assert logged[-1]["request_id"] == caught.value.request_id
     assert "there is no model 'nothing'" in str(logged[-1]["reason"])
     assert logged[-1]["model"] == "other"
+
+
+def test_a_line_of_the_log_tells_what_a_call_was_and_took(start_server: Start) -> None:
+    running = start_server("--access-log", "all")
+    with Client(running.address) as client:
+        client.generate("mlp-mnist", count=20)
+        list(client.stream("mlp-mnist", count=200))
+        client.models()
+    generated, streamed, listed = calls_logged(running)  # each is a line of JSON, or it would not be found
+    for call, method, images in ((generated, "GenerateImages", 20), (streamed, "StreamImages", 200)):
+        assert (call["method"], call["model"], call["version"], call["images"]) == (method, "mlp-mnist", 1, images)
+        assert 0 < float(str(call["queue_s"])) < float(str(call["seconds"]))
+        assert float(str(call["compute_s"])) > 0
+        assert call["request_id"]
+    assert {"images", "queue_s", "version", "trace_id", "reason"}.isdisjoint(listed)
 
 
 def test_no_call_is_logged_where_that_is_turned_off(start_server: Start) -> None:

@@ -68,7 +68,7 @@ async def test_connections_are_spread_evenly_and_counters_are_true_sums(start_se
         assert [connections_of(pid, port) for pid in workers_of(running)] == [4, 4]
         samples = scrape(running)
     assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 40
-    assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="mlp-mnist"}'] == 8
+    assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="mlp-mnist",version="1"}'] == 8
     assert samples["ganserve_workers"] == 2
     assert samples['ganserve_queue_images{model="mlp-mnist"}'] == 0
     assert samples["process_resident_memory_bytes"] > 0
@@ -92,7 +92,10 @@ async def test_a_killed_worker_is_replaced_while_the_others_serve(start_server: 
         await asyncio.gather(*(caller.make("mlp-mnist", 1, 1) for caller in callers))
     samples = scrape(running)
     # Those of the dead one are not lost.
-    assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="mlp-mnist"}'] == 8 + answered
+    assert (
+        samples['ganserve_requests_total{code="OK",method="GenerateImages",model="mlp-mnist",version="1"}']
+        == 8 + answered
+    )
     assert samples["ganserve_workers"] == 2
 
 
