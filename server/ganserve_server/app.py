@@ -147,6 +147,8 @@ async def _serve_models(
     tasks = [asyncio.create_task(_refresh_on(reload, lifecycle))]
     if settings.reload == "watch":
         tasks.append(asyncio.create_task(lifecycle.watch(stop)))
+        await asyncio.sleep(0)  # it watches from here on
+        await lifecycle.refresh()  # what changed since the models were loaded
     facts = {
         "models": table.names,
         "provider": table.find(table.names[0], None).model.engine.provider,

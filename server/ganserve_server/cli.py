@@ -52,16 +52,16 @@ def _serve(context: typer.Context, **flags: Any) -> None:
 def _doctor(
     context: typer.Context,
     provider: Annotated[
-        str | None, typer.Option(help="auto, cuda or cpu.", show_default="as the server has it")
+        str | None, typer.Option(help="auto, cuda, tensorrt or cpu.", show_default="as the server has it")
     ] = None,
 ) -> None:
     """Say what this machine has, and on what a server would compute here; exit status 1 if not as asked for."""
     from ganserve_server import doctor
 
     settings: ServerSettings = context.obj
-    if provider not in (None, "auto", "cuda", "cpu"):
-        raise typer.BadParameter(f"{provider!r} is none of auto, cuda and cpu", param_hint="--provider")
-    lines, as_asked = doctor.examine(provider or settings.provider, settings.threads)  # type: ignore[arg-type]
+    if provider not in (None, "auto", "cuda", "tensorrt", "cpu"):
+        raise typer.BadParameter(f"{provider!r} is none of auto, cuda, tensorrt and cpu", param_hint="--provider")
+    lines, as_asked = doctor.examine(settings.model_copy(update={"provider": provider or settings.provider}))
     print("\n".join(lines))
     if not as_asked:
         raise typer.Exit(1)

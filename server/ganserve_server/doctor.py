@@ -6,13 +6,15 @@ import platform
 import onnxruntime
 
 from ganserve_server import machine
-from ganserve_server.engine import Provider, ProviderUnavailable
+from ganserve_server.engine import Engine, ProviderUnavailable
+from ganserve_server.gpu import gpu_options
 from ganserve_server.repository import MODEL_FILE_NAME, load_version
-from ganserve_server.settings import BUNDLED_MODELS
+from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
 
-def examine(provider: Provider, threads: int) -> tuple[list[str], bool]:
+def examine(settings: ServerSettings) -> tuple[list[str], bool]:
     """Return lines to print, and whether the provider that was asked for runs: a bundled model is tried."""
+    provider, threads = settings.provider, settings.threads
     cores, memory = machine.cores(), machine.memory_limit()
     machine.load_cuda_libraries()
     packages = ("ganserve", "grpcio", "protobuf", "numpy")
@@ -27,18 +29,30 @@ def examine(provider: Provider, threads: int) -> tuple[list[str], bool]:
         f"memory       {'no limit of the cgroup' if memory is None else f'{memory >> 20} MiB by the cgroup'}",
         f"onnxruntime  was built for {', '.join(providers)}",
     ]
-    for name, reason in machine.cuda_libraries().items():
-        lines.append(f"{'missing' if reason else 'found':<11}  {name}")
+    cuda, tensorrt = machine.cuda_libraries(), machine.tensorrt_libraries()
+    for name, reason in (tensorrt | cuda).items():
+        only = "" if name in cuda else " (TensorRT)"
+        lines.append(f"{'missing' if reason else 'found':<11}  {name}{only}")
     try:
-        runs = _provider_of_a_bundled_model(provider, threads)
+        engine = _engine_of_a_bundled_model(settings)
     except ProviderUnavailable as error:
         return [*lines, f"provider     {error}"], False
-    why = "" if runs.startswith("CUDA") or provider == "cpu" else f": {machine.why_no_cuda()}"
-    return [*lines, f"provider     {provider} runs on {runs.removesuffix('ExecutionProvider')}{why}"], True
+    why = f": {machine.why_no_cuda()}" if engine.on_cpu and provider != "cpu" else ""
+    lines.append(f"provider     {provider} runs on {engine.provider.removesuffix('ExecutionProvider')}{why}")
+    if engine.buckets:
+        lines.append(f"buckets      of {', '.join(map(str, engine.buckets))} images")
+    return lines, True
 
 
-def _provider_of_a_bundled_model(provider: Provider, threads: int) -> str:
+def _engine_of_a_bundled_model(settings: ServerSettings) -> Engine:
     """Load one as a server does, golden images included."""
     path = next(BUNDLED_MODELS.glob(f"*/1/{MODEL_FILE_NAME}"))
-    model = load_version(path.parts[-3], 1, path, max_model_mib=512, provider=provider, threads=threads)
-    return model.engine.provider
+    return load_version(
+        path.parts[-3],
+        1,
+        path,
+        max_model_mib=512,
+        provider=settings.provider,
+        threads=settings.threads,
+        gpu=gpu_options(settings),
+    ).engine

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,14 +11,24 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ganserve_server.machine import load_cuda_libraries, nvidia_driver, why_no_cuda
+from ganserve_server.gpu import (
+    CPU,
+    CUDA,
+    PROBES,
+    TENSORRT,
+    BucketRunner,
+    Feeds,
+    GpuOptions,
+    Providers,
+    cuda_providers,
+    tensorrt_providers,
+)
+from ganserve_server.machine import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
 
 _log = logging.getLogger(__name__)
 
-Provider = Literal["auto", "cuda", "cpu"]
+Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
 
-_CUDA = "CUDAExecutionProvider"
-_CPU = "CPUExecutionProvider"
 _TIMED_IMAGES = 8
 
 
@@ -48,52 +59,106 @@ class Draw:
 
 
 class Engine:
-    """One model's onnxruntime sessions: one that computes with the calling thread, one with all cores.
+    """One model's onnxruntime sessions: one that computes with the calling thread, one with all cores; or one on a GPU.
 
     Batches may run at the same time, each from a thread of its own: onnxruntime lets go of Python's lock.
     """
 
-    def __init__(self, model: bytes, latent_dim: int, provider: Provider, threads: int) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        latent_dim: int,
+        provider: Provider,
+        threads: int,
+        *,
+        gpu: GpuOptions = GpuOptions(),  # noqa: B008
+        classes: int = 0,
+    ) -> None:
         """Open the sessions.
 
+        Args:
+            model: the ONNX file.
+            latent_dim: of its latents.
+            provider: what it is to run on.
+            threads: of the session with all cores.
+            gpu: how to use a GPU.
+            classes: how many labels it takes; 0: it has no such input.
+
         Raises:
-            ProviderUnavailable: CUDA was asked for and is not what runs.
+            ProviderUnavailable: CUDA or TensorRT was asked for and is not what runs.
             SessionRefused: onnxruntime refuses the model.
         """
         self._latent_dim = latent_dim
         self._of_thread = threading.local()
-        wanted = [_CPU]
-        if provider == "cuda" or (provider == "auto" and nvidia_driver()):
+        wanted: list[Providers] = []  # the best first
+        if provider == "tensorrt":
+            wanted.append(tensorrt_providers(gpu, latent_dim, conditional=classes > 0))
+        elif provider == "cuda" or (provider == "auto" and nvidia_driver()):
+            wanted += [cuda_providers(gpu, graphs=True), cuda_providers(gpu, graphs=False)]
+        if wanted:
             load_cuda_libraries()
-            wanted = [_CUDA, _CPU]
+        failure = ""
         try:
-            self._session = _session(model, wanted, 1)
+            self._session, failure = _first_that_opens(model, [*wanted, [CPU]])
             self.provider: str = self._session.get_providers()[0]
             self.inputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
             self.outputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
-            several = self.provider == _CPU and threads > 1
-            self._wide_session = _session(model, [_CPU], threads) if several else self._session
+            self.on_cpu = self.provider == CPU
+            several = self.on_cpu and threads > 1
+            self._wide_session = _session(model, [CPU], threads) if several else self._session
         except Exception as error:  # onnxruntime's exceptions have no common root
             raise SessionRefused(f"onnxruntime refuses the model: {error}") from error
-        if provider == "cuda" and self.provider != _CUDA:
-            raise ProviderUnavailable(
-                f"CUDA was asked for, but onnxruntime would run on the CPU: {why_no_cuda()}; mend that "
-                "(`ganserve-server doctor` tells all it finds), or use --provider auto or cpu"
+        if provider == "cuda" and self.provider != CUDA:
+            raise _unavailable("CUDA", self.provider, why_no_cuda(), failure)
+        if provider == "tensorrt" and self.provider != TENSORRT:
+            raise _unavailable("TensorRT", self.provider, why_no_tensorrt(), failure)
+        if wanted and self.on_cpu:
+            _log.warning(
+                "the GPU is not used", extra={"reason": _reason(why_no_cuda(), failure), "provider": self.provider}
             )
-        if provider == "auto" and len(wanted) > len(self._session.get_providers()):
-            _log.warning("the GPU is not used", extra={"reason": why_no_cuda(), "provider": self.provider})
+        elif failure:
+            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+        self._gpu, self._classes = gpu, classes
+        self._runner: BucketRunner | None = None
+        self._reopen: Callable[[], onnxruntime.InferenceSession] | None = None
+        if self.provider == CUDA and not failure:
+            self._reopen = lambda: _session(model, wanted[-1], 1)
         self._call_s = self._image_s = 0.0
         self.wide_is_faster = False
 
+    def warm_up(self, image_shape: tuple[int, int, int]) -> None:
+        """Make a GPU ready, once the model's inputs and outputs are known to be what its card says."""
+        if self.on_cpu:
+            return
+        labels = np.arange(PROBES) % self._classes if self._classes else None
+        draw = Draw(PROBES, np.arange(PROBES, dtype=np.uint32), None, labels, 1.0)
+        probes, reopen, failure = self._feeds([draw]), self._reopen, ""
+        self._reopen = None  # frees the file's bytes
+        try:
+            self._bind(image_shape, probes)
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            if reopen is None:
+                raise
+            failure = str(error)
+        if failure and reopen:  # here the error no longer keeps the session that failed
+            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+            self._session = self._wide_session = reopen()
+            self._bind(image_shape, probes)
+
     @property
-    def on_cpu(self) -> bool:
-        """Whether it is the CPU that computes."""
-        return self.provider == _CPU
+    def buckets(self) -> list[int]:
+        """The sizes of batches that the GPU computes; none on the CPU, where all sizes do."""
+        return self._runner.sizes if self._runner else []
+
+    def padding(self, count: int) -> int:
+        """Return how many images are made and thrown away beside a batch of so many."""
+        return self._runner.padding(count) if self._runner else 0
 
     def measure(self, label: int | None) -> None:
         """Warm up, and time the two sessions on one image and on several."""
         times: dict[tuple[int, bool], float] = {}
-        for count, wide in ((1, False), (1, True), (_TIMED_IMAGES, False)):
+        several = self.buckets[-1] if self.buckets else _TIMED_IMAGES
+        for count, wide in ((1, False), (1, True), (several, False)):
             labels = None if label is None else np.full(count, label, np.int64)
             draw = Draw(count, np.arange(count, dtype=np.uint32), None, labels, 1.0)
             for _ in range(3):
@@ -104,7 +169,7 @@ class Engine:
         self.wide_is_faster = self._wide_session is not self._session and times[1, True] < times[1, False]
         if not self.wide_is_faster:
             self._wide_session = self._session  # frees its weights
-        self._image_s = max(0.0, times[_TIMED_IMAGES, False] - times[1, False]) / (_TIMED_IMAGES - 1)
+        self._image_s = max(0.0, times[several, False] - times[1, False]) / max(1, several - 1)
         self._call_s = max(0.0, times[1, False] - self._image_s)
 
     def seconds_for(self, images: int) -> float:
@@ -118,12 +183,22 @@ class Engine:
             draws: what to make.
             wide: with all cores, not with the calling thread alone.
         """
+        feeds = self._feeds(draws)
+        if self._runner is not None:
+            return self._runner.run(feeds)
+        pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
+        return pixels
+
+    def _bind(self, image_shape: tuple[int, int, int], probes: Feeds) -> None:
+        gpu = self._gpu
+        self._runner = BucketRunner(self._session, image_shape, probes, gpu.max_batch_size, device_id=gpu.device)
+
+    def _feeds(self, draws: list[Draw]) -> Feeds:
         feeds: dict[str, NDArray[Any]] = {"latent": self._latents(draws)}
         labels = [draw.labels for draw in draws if draw.labels is not None]
         if labels:
             feeds["label"] = labels[0] if len(labels) == 1 else np.concatenate(labels)
-        pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
-        return pixels
+        return feeds
 
     def _latents(self, draws: list[Draw]) -> NDArray[np.float32]:
         latents = np.empty((sum(draw.count for draw in draws), self._latent_dim), np.float32)
@@ -146,10 +221,34 @@ class Engine:
         return latents
 
 
-def _session(model: bytes, providers: list[str], threads: int) -> onnxruntime.InferenceSession:
+def _first_that_opens(model: bytes, choices: list[Providers]) -> tuple[onnxruntime.InferenceSession, str]:
+    """Open a session on the first choice that lets it; say why not on one before, if it was not the first."""
+    failure = ""
+    for providers in choices[:-1]:
+        try:
+            return _session(model, providers, 1), failure
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            failure = str(error)
+    return _session(model, choices[-1], 1), failure
+
+
+def _unavailable(asked: str, runs: str, reason: str, failure: str) -> ProviderUnavailable:
+    return ProviderUnavailable(
+        f"{asked} was asked for, but onnxruntime would run on {runs.removesuffix('ExecutionProvider')}: "
+        f"{_reason(reason, failure)}; mend that (`ganserve-server doctor` tells all it finds), "
+        "or use --provider auto or cpu"
+    )
+
+
+def _reason(reason: str, failure: str) -> str:
+    return f"{reason} ({failure})" if failure else reason
+
+
+def _session(model: bytes, providers: Providers, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Threads that spin between batches take the cores that answer the calls.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(model, options, providers=providers)
+    # Its own way to fall back is silent, and forgets the options.
+    return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)

@@ -524,7 +524,7 @@ class GrpcServer:
         self._empty = asyncio.Event()
         self._empty.set()
         self._listening: list[socket] = []
-        self._accepting = 0
+        self._accepted = 0  # sockets that are not closed yet
         self._board = board
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
@@ -660,7 +660,7 @@ class GrpcServer:
                 pause_s = _ACCEPT_PAUSE_S
             else:
                 accepted.setblocking(False)
-                self._accepting += 1
+                self._accepted += 1
                 self._count_connections()
                 task = self.loop.create_task(self._adopt(accepted))
                 self._tasks.add(task)
@@ -678,8 +678,7 @@ class GrpcServer:
             await self.loop.connect_accepted_socket(self._new_connection, accepted)
         except OSError:
             accepted.close()
-        finally:
-            self._accepting -= 1
+            self._accepted -= 1
             self._count_connections()
 
     def _new_connection(self) -> Connection[Head]:
@@ -702,13 +701,14 @@ class GrpcServer:
 
     def _lost(self, connection: Connection[Head]) -> None:
         self._connections.discard(connection)
+        self._accepted -= 1
         self._count_connections()
         if not self._connections:
             self._empty.set()
 
     def _count_connections(self) -> None:
         if self._board is not None:
-            self._board.set_connections(len(self._connections) + self._accepting)
+            self._board.set_connections(self._accepted)
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
         self.running += 1

@@ -16,6 +16,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.administration import VersionState
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded
+from ganserve_server.gpu import gpu_options
 from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
@@ -127,7 +128,7 @@ class Lifecycle:
         """Load what is new, drop what is gone.
 
         Raises:
-            ProviderUnavailable: CUDA was asked for and is missing; only when starting.
+            ProviderUnavailable: CUDA or TensorRT was asked for and is missing; only when starting.
             OSError: the repository cannot be listed; only when starting.
         """
         async with self._refreshing:
@@ -252,6 +253,7 @@ class Lifecycle:
                 max_model_mib=settings.max_model_mib,
                 provider=settings.provider,
                 threads=self._threads,
+                gpu=gpu_options(settings),
             )
         except (ModelRejected, ProviderUnavailable) as error:
             if starting and isinstance(error, ProviderUnavailable):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import io
 import mmap
 import os
@@ -14,6 +15,7 @@ import onnxruntime
 _DRIVER = "libcuda.so.1"
 _CGROUP = Path("/sys/fs/cgroup")
 _CUDA_PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+_TENSORRT_PROVIDER = _CUDA_PROVIDER.with_name("libonnxruntime_providers_tensorrt.so")
 # Of the ELF format: a section's type, an entry's tag, and what is said of each section.
 _DYNAMIC, _NEEDED = 6, 1
 _SECTION = struct.Struct("<IIQQQQIIQQ")
@@ -64,9 +66,11 @@ def nvidia_driver() -> bool:
 
 
 def load_cuda_libraries() -> None:
-    """Load CUDA's libraries out of Python packages (nvidia-cublas and others), so that the CUDA provider finds them."""
+    """Load CUDA's and TensorRT's libraries out of Python packages (nvidia-cublas, …): the providers find them then."""
     with contextlib.redirect_stdout(io.StringIO()):  # where onnxruntime says what it misses; `why_no_cuda` says it too
         onnxruntime.preload_dlls()
+    with contextlib.suppress(ImportError, OSError):
+        importlib.import_module("tensorrt_libs")  # the package of TensorRT's libraries; it loads them
 
 
 def cuda_libraries() -> dict[str, str | None]:
@@ -74,10 +78,12 @@ def cuda_libraries() -> dict[str, str | None]:
 
     Empty if this onnxruntime has no CUDA provider.
     """
-    if not _CUDA_PROVIDER.is_file():
-        return {}
-    names = [name for name in _needed(_CUDA_PROVIDER) if name.startswith(("libcu", "libnv"))]
-    return {name: _why_not_loaded(name) for name in names}
+    return _libraries_of(_CUDA_PROVIDER)
+
+
+def tensorrt_libraries() -> dict[str, str | None]:
+    """Return what the TensorRT provider is linked with, as `cuda_libraries` does."""
+    return _libraries_of(_TENSORRT_PROVIDER)
 
 
 def why_no_cuda() -> str:
@@ -90,6 +96,24 @@ def why_no_cuda() -> str:
     if missing := [name for name, reason in libraries.items() if reason]:
         return f"{', '.join(missing)} cannot be loaded (install ganserve[gpu], which brings CUDA's libraries)"
     return "the driver and all libraries load, but the CUDA provider does not start; its own messages say why"
+
+
+def why_no_tensorrt() -> str:
+    """Say what keeps onnxruntime from running on a GPU by TensorRT."""
+    libraries = tensorrt_libraries()
+    if not libraries:
+        return "this onnxruntime has no TensorRT provider (install onnxruntime-gpu)"
+    if not nvidia_driver():
+        return f"there is no NVIDIA driver ({_DRIVER} is missing)"
+    if missing := [name for name, reason in libraries.items() if reason]:
+        return f"{', '.join(missing)} cannot be loaded (install TensorRT, and ganserve[gpu] for CUDA's libraries)"
+    return "the driver and all libraries load, but the TensorRT provider does not start; its own messages say why"
+
+
+def _libraries_of(provider: Path) -> dict[str, str | None]:
+    if not provider.is_file():
+        return {}
+    return {name: _why_not_loaded(name) for name in _needed(provider) if name.startswith(("libcu", "libnv"))}
 
 
 def _needed(library: Path) -> list[str]:

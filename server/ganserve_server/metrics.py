@@ -60,6 +60,12 @@ class Metrics:
             registry=registry,
         )
         self.images = Counter("ganserve_images", "Images made.", ["model", "version"], registry=registry)
+        self.padding_images = Counter(
+            "ganserve_padding_images",
+            "Images made and thrown away, to fill a batch up to one of the sizes that a GPU computes.",
+            ["model"],
+            registry=registry,
+        )
         self.queue_seconds = Histogram(
             "ganserve_queue_seconds",
             "From acceptance until the request's (or the stream's chunk's) first batch starts.",

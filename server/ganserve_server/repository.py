@@ -23,6 +23,7 @@ from PIL import Image
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.engine import Draw, Engine, Provider, SessionRefused
+from ganserve_server.gpu import GpuOptions
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,14 @@ def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
 
 
 def load_version(
-    name: str, version: int, path: Path, *, max_model_mib: int, provider: Provider, threads: int
+    name: str,
+    version: int,
+    path: Path,
+    *,
+    max_model_mib: int,
+    provider: Provider,
+    threads: int,
+    gpu: GpuOptions = GpuOptions(),  # noqa: B008
 ) -> ModelVersion:
     """Read one version, check it against the rules, warm it up.
 
@@ -83,7 +91,7 @@ def load_version(
     content = _read(path, max_model_mib)
     card = _check_graph(content)
     try:
-        engine = Engine(content, card.latent_dim, provider, threads)
+        engine = Engine(content, card.latent_dim, provider, threads, gpu=gpu, classes=len(card.class_names))
     except SessionRefused as error:
         raise ModelRejected(str(error)) from error
     _check_signature(engine, card)
@@ -179,6 +187,7 @@ def _check_golden_images(engine: Engine, card: pb.ModelCard) -> None:
         raise ModelRejected(f"a golden image has label {labels.max()}; the card names {len(card.class_names)} classes")
     seeds = np.array([golden.seed for golden in probes], np.uint32)
     try:
+        engine.warm_up(shape)
         made = engine.run([Draw(len(probes), seeds, None, labels, 1.0)])
         engine.measure(None if labels is None else len(card.class_names) - 1)
     except Exception as error:  # onnxruntime's exceptions have no common root

@@ -258,6 +258,7 @@ class Batcher:
         self._batch_size = metrics.batch_size.labels(model.name)
         self._queue_images = metrics.queue_images.labels(model.name)
         self._images = metrics.images.labels(model.name, str(model.version))
+        self._padding_images = metrics.padding_images.labels(model.name)
 
     @property
     def waiting(self) -> int:
@@ -411,6 +412,8 @@ class Batcher:
         self._compute_seconds.observe(seconds)
         self._batch_size.observe(count)
         self._images.inc(count)
+        if padding := self.model.engine.padding(count):
+            self._padding_images.inc(padding)
         # Small batches, with their fixed cost, say little of what many images take.
         weight = 0.1 * min(1.0, count / self.batch_size())
         self._core_s += weight * (seconds / count - self._core_s)
@@ -510,7 +513,8 @@ class Scheduler:
             if not batch:
                 continue
             self._change_free(-cores)
-            if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S:
+            # On a GPU it may be behind a batch that warms up another model.
+            if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
                 self._done(batcher, batch, cores, *self._compute(batcher, batch, wide=wide))
             else:
                 self._work.put((batcher, batch, cores))

@@ -46,9 +46,21 @@ class ServerSettings(BaseSettings):
         ),
     ] = "auto"
     provider: Annotated[
-        Literal["auto", "cuda", "cpu"],
-        Field(description="Where to compute: auto (CUDA if it works, else the CPU), cuda (nothing else) or cpu."),
+        Literal["auto", "cuda", "tensorrt", "cpu"],
+        Field(
+            description="Where to compute: auto (CUDA if it works, else the CPU), cuda or tensorrt (only that), cpu."
+        ),
     ] = "auto"
+    gpu_device: Annotated[int, Field(ge=0, le=1023, description="Which GPU, by CUDA's number.")] = 0
+    gpu_mem_limit_mib: Annotated[
+        int, Field(ge=0, description="Memory that one model version may take on the GPU; 0: no limit.")
+    ] = 0
+    tensorrt_cache: Annotated[
+        str,
+        Field(
+            description="Folder where TensorRT keeps the engines it builds; without one it builds them at every start."
+        ),
+    ] = ""
     threads: Annotated[
         int, Field(ge=0, le=1024, description="Threads a model computes with on the CPU; 0: one a core.")
     ] = 0

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,12 @@ def test_the_doctor_says_what_runs_and_what_is_missing() -> None:
     assert done.returncode == 0, done.stderr
     assert "provider     cpu runs on CPU\n" in done.stdout
     assert "libcublasLt.so" in done.stdout
+    assert re.search(r"libnvinfer\.so\.\d+ \(TensorRT\)\n", done.stdout)
     assert f"{machine.cores().usable} threads" in done.stdout
     assert "3 threads" in doctor("--threads", "3", "doctor", "--provider", "cpu").stdout
     wrong = doctor("doctor", "--provider", "tpu")
     assert wrong.returncode == 2
-    assert "auto, cuda and cpu" in wrong.stderr
+    assert "auto, cuda, tensorrt and cpu" in wrong.stderr
 
 
 def test_the_doctor_fails_where_cuda_is_asked_for_and_does_not_run() -> None:
@@ -43,6 +45,19 @@ def test_why_cuda_does_not_run_is_told_in_the_order_of_the_causes(monkeypatch: p
     assert machine.why_no_cuda().startswith("libcurand.so.10 cannot be loaded (install ganserve[gpu]")
     found["libcurand.so.10"] = None
     assert "its own messages say why" in machine.why_no_cuda()
+
+
+def test_why_tensorrt_does_not_run_names_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str | None] = {}
+    monkeypatch.setattr(machine, "tensorrt_libraries", lambda: found)
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: True)
+    assert "no TensorRT provider" in machine.why_no_tensorrt()
+    found |= {"libcudart.so.13": None, "libnvinfer.so.10": "cannot open"}
+    assert machine.why_no_tensorrt().startswith("libnvinfer.so.10 cannot be loaded (install TensorRT")
+    found["libnvinfer.so.10"] = None
+    assert "its own messages say why" in machine.why_no_tensorrt()
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: False)
+    assert "no NVIDIA driver" in machine.why_no_tensorrt()
 
 
 def test_needed_libraries_are_read_from_the_file_as_the_linker_reads_them() -> None:

@@ -25,15 +25,21 @@ class HeldEngine:
     """Makes one-pixel images whose value is the seed; each batch waits until it is released."""
 
     wide_is_faster = False
+    on_cpu = True
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.started = threading.Semaphore(0)
         self.released = threading.Semaphore(0)
         self.fail_on: int | None = None
+        self.bucket = 1
+        self.image_s = 1.0
 
     def seconds_for(self, images: int) -> float:
-        return float(images)
+        return images * self.image_s
+
+    def padding(self, count: int) -> int:
+        return -count % self.bucket
 
     def run(self, draws: list[Draw], *, wide: bool = False) -> NDArray[np.uint8]:
         seeds = np.concatenate([draw.seeds for draw in draws if draw.seeds is not None])
@@ -65,9 +71,9 @@ async def batcher(engine: HeldEngine) -> AsyncIterator[Batcher]:
     await asyncio.to_thread(scheduler.close)
 
 
-def queue_of(engine: HeldEngine, scheduler: Scheduler) -> Batcher:
+def queue_of(engine: HeldEngine, scheduler: Scheduler, metrics: Metrics | None = None) -> Batcher:
     model = ModelVersion("held", 1, "sha256:0", pb.ModelCard(), engine, b"")  # type: ignore[arg-type]
-    return Batcher(model, max_batch_size=8, max_queue_images=20, metrics=Metrics(), scheduler=scheduler)
+    return Batcher(model, max_batch_size=8, max_queue_images=20, metrics=metrics or Metrics(), scheduler=scheduler)
 
 
 def draw(first: int, count: int = 1) -> Draw:
@@ -293,3 +299,23 @@ async def test_two_cores_make_the_parts_of_a_request_at_a_time_and_they_come_bac
     engine.released.release()
     assert (await large).pixels.ravel().tolist() == [*range(16)]
     await asyncio.to_thread(scheduler.close)
+
+
+async def test_images_that_fill_a_bucket_up_are_counted(engine: HeldEngine) -> None:
+    scheduler, metrics = Scheduler(1), Metrics()
+    batcher = queue_of(engine, scheduler, metrics)
+    engine.bucket = 4
+    for count in (3, 3, 8):
+        engine.released.release()
+        await make(batcher, draw(0, count))
+    assert metrics.registry.get_sample_value("ganserve_padding_images_total", {"model": "held"}) == 2
+    assert metrics.registry.get_sample_value("ganserve_images_total", {"model": "held", "version": "1"}) == 14
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_batch_of_a_gpu_is_never_made_where_calls_are_read(engine: HeldEngine, batcher: Batcher) -> None:
+    engine.on_cpu, engine.image_s = False, 0.0
+    task = begin(batcher, 5)
+    await engine.wait_for_batch()
+    engine.released.release()
+    assert (await task).pixels.ravel().tolist() == [5]

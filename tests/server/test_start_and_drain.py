@@ -303,6 +303,10 @@ def test_cuda_that_is_not_there_is_refused() -> None:
     assert "CUDA was asked for" in failing_start("--provider", "cuda", code=1)
 
 
+def test_tensorrt_that_is_not_there_is_refused() -> None:
+    assert "TensorRT was asked for" in failing_start("--provider", "tensorrt", code=1)
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
