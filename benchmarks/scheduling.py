@@ -112,7 +112,7 @@ async def load(address: str, model: str, rate: float, count: int, seconds: float
             calls.add(task)
             task.add_done_callback(calls.discard)
             sent += 1
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(max(0.0, (sent + 1) / rate - (time.perf_counter() - started)))
     await asyncio.gather(*calls)
     for one in channels:
         await one.close()
@@ -129,7 +129,7 @@ async def overload(address: str, model: str, count: int, seconds: float) -> None
             images += count
         return images
 
-    peaks = []
+    peaks, before = [], time.process_time()
     channels = [channel(address) for _ in range(8)]
     for _ in range(3):
         end = time.perf_counter() + seconds / 3
@@ -138,15 +138,21 @@ async def overload(address: str, model: str, count: int, seconds: float) -> None
     for one in channels:
         await one.close()
     peak = statistics.median(peaks)
-    print(f"{model}, {count} images a call, deadline {DEADLINE_S:g} s: at most {peak:,.0f} images/s")
+    client_cores = (time.process_time() - before) / seconds
+    print(
+        f"{model}, {count} images a call, deadline {DEADLINE_S:g} s: at most {peak:,.0f} images/s; the client takes "
+        f"{client_cores:.2f} cores"
+    )
     for factor in (0.5, 1, 2, 5, 10):
+        before = time.process_time()
         outcomes, latencies = await load(address, model, factor * peak / count, count, seconds)
+        client_cores = (time.process_time() - before) / seconds
         goodput = outcomes["OK"] * count / seconds
         p99 = statistics.quantiles(latencies, n=100)[98] if len(latencies) > 1 else float("nan")
         refused = ", ".join(f"{code} {number:,}" for code, number in sorted(outcomes.items()) if code != "OK")
         print(
             f"  {factor:g} x: goodput {goodput:,.0f} images/s, {goodput / peak:.2f} of the peak; p99 {p99:.0f} ms; "
-            f"{outcomes['OK']:,} answered; {refused}",
+            f"{outcomes['OK']:,} answered; {refused or 'none refused'}; the client takes {client_cores:.2f} cores",
             flush=True,
         )
 

@@ -94,12 +94,6 @@ def _default(value: object) -> str:
     return "the bundled models" if value == BUNDLED_MODELS else str(value)
 
 
-def _is_no_callers_doing(record: logging.LogRecord) -> bool:
-    """Drop what gRPC logs, with a stack trace, of a caller that left while its answer was being written."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not (record.name.startswith("grpc") and type(error).__name__ in ("ExecuteBatchError", "CancelledError"))
-
-
 def _configure_logs(settings: ServerSettings) -> None:
     """Send every log record, ours and the libraries', to standard error: as JSON lines, or coloured on a terminal."""
     console = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
@@ -118,7 +112,6 @@ def _configure_logs(settings: ServerSettings) -> None:
         foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
     )
     handler = logging.StreamHandler()
-    handler.addFilter(_is_no_callers_doing)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("watchfiles").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What can be wrong with a request: each class is one gRPC status. The interceptor answers with it."""
+"""What can be wrong with a request: each class is one gRPC status. The call answers with it."""
 
 from collections.abc import Sequence
 

@@ -197,6 +197,14 @@ class _Lane:
             if not jobs:
                 del self._callers[job.caller]
 
+    def images_before(self, caller: Hashable) -> float:
+        """Return how many go before a caller's new job at most, if the others go on sending such as wait now."""
+        if not self.jobs:
+            return 0
+        own = len(self._callers.get(caller, ()))
+        others = len(self._callers) - (own > 0)
+        return (own + (own + 1) * others) * min(self._turn, self.images / self.jobs)
+
     def take(self, room: int, now: float, batch: list[Part]) -> int:
         """Move up to `room` images into a batch, from one caller's first job after the other; return how many."""
         left = room
@@ -291,6 +299,9 @@ class Batcher:
             DeadlineExceeded: it would be so even if nothing waited.
         """
         count, waiting = draw.count, self.waiting
+        lane = self._small if count * _SMALL_PART <= self.max_batch_size else self._large
+        if bulk:
+            lane = self._bulk
         # An empty queue takes any request: one that is larger than the bound would else be refused for ever.
         if not accepted and self._counted_images and self._counted_images + count > self._max_queue_images:
             raise QueueFull(
@@ -301,6 +312,8 @@ class Batcher:
         if deadline is not None and not accepted and (waiting or self._running_images):
             # In turn, no job that waits goes before this one with more images than this one has.
             before = min(waiting, (self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)) * count)
+            # And of those that are still to come, each other caller's next, as often as it is not this caller's turn.
+            before = max(before, lane.images_before(caller))
             # An image that comes too late was made in vain, so rather one too few.
             needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
             left_s = deadline - time.monotonic()
@@ -316,8 +329,7 @@ class Batcher:
                     f"{needed_s:.3g} s and the deadline is in {max(0.0, left_s):.3g} s; try again later",
                     retry_after_s=needed_s - left_s,
                 )
-        lane = self._small if count * _SMALL_PART <= self.max_batch_size else self._large
-        job = Job(self, self._bulk if bulk else lane, draw, caller, deadline, counted=not accepted, done=done)
+        job = Job(self, lane, draw, caller, deadline, counted=not accepted, done=done)
         job.lane.put(job)
         self.hold()
         if job.counted:
