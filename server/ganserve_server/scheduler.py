@@ -311,9 +311,9 @@ class Batcher:
             )
         if deadline is not None and not accepted and (waiting or self._running_images):
             # In turn, no job that waits goes before this one with more images than this one has.
-            before = min(waiting, (self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)) * count)
+            jobs = self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)
             # And of those that are still to come, each other caller's next, as often as it is not this caller's turn.
-            before = max(before, lane.images_before(caller))
+            before = max(min(waiting, jobs * count), lane.images_before(caller))
             # An image that comes too late was made in vain, so rather one too few.
             needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
             left_s = deadline - time.monotonic()
