@@ -1,5 +1,6 @@
 """Does to a real server what the world does, and counts what is hurt. Needs h2load (Debian: nghttp2-client).
 
+start         from the command to the first answer, and the server's memory then
 connections   1,000 at a time, each with calls
 readers       50 streams whose readers stop reading, while an ordinary caller goes on: its latency, the server's memory
 leavers       300 callers that leave in the middle of a stream: what of theirs is left in the queue and in open files
@@ -7,7 +8,7 @@ drain         SIGTERM under load with a delay in which load balancers notice: fa
 kill          SIGKILL of one of two workers under load: calls that failed, and until the next worker served
 soak          all kinds of calls for so many minutes: the server's memory each minute
 
-    python benchmarks/faults.py [--only connections,readers,leavers,drain,kill] [--soak-minutes 0]
+    python benchmarks/faults.py [--only start,connections,readers,leavers,drain,kill] [--soak-minutes 0]
 """
 
 import argparse
@@ -25,17 +26,19 @@ import tempfile
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import grpc
 from running import Running, serving
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.settings import BUNDLED_MODELS
 
 PATH = "/ganserve.v1.GenerationService/GenerateImages"
 CALLS = 300
 CLOSED_IN_S = 15.0
-FAULTS = ("connections", "readers", "leavers", "drain", "kill")
+FAULTS = ("start", "connections", "readers", "leavers", "drain", "kill")
 
 
 def h2load(address: str, *flags: str) -> "subprocess.Popen[str]":
@@ -78,6 +81,24 @@ def open_files(running: Running) -> int:
 
 def waiting(running: Running) -> float:
     return sum(value for name, value in metrics(running).items() if name.startswith("ganserve_queue_images"))
+
+
+def start() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "mlp-mnist").symlink_to(BUNDLED_MODELS / "mlp-mnist")
+        for title, flags in {"the bundled models": (), "one model": (f"--models={scratch}",)}.items():
+            seconds, memory = [], []
+            for _ in range(5):
+                started = time.perf_counter()
+                with serving(*flags) as running, grpc.insecure_channel(running.address) as channel:
+                    stub = pb_grpc.GenerationServiceStub(channel)
+                    stub.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist"), wait_for_ready=True)
+                    seconds.append(time.perf_counter() - started)
+                    memory.append(running.resident_mib())
+            print(
+                f"start: {title}: first answer after {statistics.median(seconds):.2f} s, "
+                f"{statistics.median(memory):.0f} MiB resident"
+            )
 
 
 def connections() -> None:
