@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from socket import socket
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -55,6 +55,7 @@ _HOLDS_MUCH = 64 << 10  # bytes of an unfinished request
 _MAX_KEPT_BYTES = 128 << 20
 _SMALL_ANSWER = 16 << 10
 
+MessageT = TypeVar("MessageT")
 RequestSink = tuple[Callable[[bytes], None], Callable[[], None]]  # for a message, and for the end
 
 
@@ -722,13 +723,16 @@ class GrpcServer:
     # grpc.aio's ways of writing a method.
 
     def _start_unary_unary(self, handler: Any, call: Call, content: bytes) -> None:
-        self.spawn(call, self._answer(handler, call, _read(handler, content)))
+        self.spawn(call, self._answer(handler, call, read_message(handler.request_deserializer, content)))
 
     async def _answer(self, handler: Any, call: Call, request: Any) -> None:
         call.reply(handler.response_serializer(await handler.unary_unary(request, call)))
 
     def _start_unary_stream(self, handler: Any, call: Call, content: bytes) -> None:
-        self.spawn(call, self._answer_all(handler, call, handler.unary_stream, _read(handler, content)))
+        self.spawn(
+            call,
+            self._answer_all(handler, call, handler.unary_stream, read_message(handler.request_deserializer, content)),
+        )
 
     def _open_stream_stream(self, handler: Any, call: Call) -> RequestSink:
         requests: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -736,7 +740,7 @@ class GrpcServer:
         async def each() -> AsyncIterator[Any]:
             while (content := await requests.get()) is not None:
                 call.consumed(len(content))
-                yield _read(handler, content)
+                yield read_message(handler.request_deserializer, content)
 
         self.spawn(call, self._answer_all(handler, call, handler.stream_stream, each()))
         return requests.put_nowait, lambda: requests.put_nowait(None)
@@ -754,8 +758,13 @@ class GrpcServer:
         call.finish()
 
 
-def _read(handler: Any, content: bytes) -> Any:
+def read_message(read: Callable[[bytes], MessageT], content: bytes) -> MessageT:
+    """Read a request's bytes.
+
+    Raises:
+        MalformedMessage: they are no such message.
+    """
     try:
-        return handler.request_deserializer(content)
+        return read(content)
     except DecodeError as error:
         raise MalformedMessage("the request is not a message of this method, by its .proto") from error

@@ -14,14 +14,13 @@ from typing import Any, cast
 import grpc
 import numpy as np
 from google.protobuf import message_factory
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from numpy.typing import NDArray
 
 from ganserve_server.administration import Administration
 from ganserve_server.engine import Draw
-from ganserve_server.errors import InvalidRequest, MalformedMessage, PermissionDenied, ServingError
-from ganserve_server.grpc_server import Call, GrpcServer, Method
+from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
+from ganserve_server.grpc_server import Call, GrpcServer, Method, read_message
 from ganserve_server.inference import grpc_service_pb2 as pb
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER
@@ -93,10 +92,7 @@ class InferenceServicer:
 
     def _model_infer(self, call: Call, content: bytes) -> None:
         """Make all images, then answer. No task: one costs as much as a small model's image."""
-        try:
-            request = pb.ModelInferRequest.FromString(content)
-        except DecodeError as error:
-            raise MalformedMessage("the request is not a message of this method, by its .proto") from error
+        request = read_message(pb.ModelInferRequest.FromString, content)
         batcher = self._find(request.model_name, request.model_version, call)
         model = batcher.model
         options = _options(request)

@@ -5,15 +5,12 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError, Message
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.engine import Draw
-from ganserve_server.errors import InvalidRequest, MalformedMessage, ServingError
-from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink
+from ganserve_server.errors import InvalidRequest, ServingError
+from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink, read_message
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
 from ganserve_server.requests import GenerationRequest, images_limit, parse, respond, varint
@@ -29,8 +26,6 @@ _RESPONSE_TAG = bytes((pb.GenerateEachResponse.RESPONSE_FIELD_NUMBER << 3 | _LEN
 # Of one stream of requests: more wait unread, so that neither they nor their answers fill the memory.
 _EACH_RUNNING = 256
 _EACH_PENDING_BYTES = 1 << 20
-
-MessageT = TypeVar("MessageT", bound=Message)
 
 
 class GenerationServicer(pb_grpc.GenerationServiceServicer):
@@ -50,7 +45,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def _generate_images(self, call: Call, content: bytes) -> None:
         """Make all images, then answer. No task: one costs as much as a small model's image."""
-        request = _read(pb.GenerateImagesRequest, content)
+        request = read_message(pb.GenerateImagesRequest.FromString, content)
         batcher = self._find(request, call)
         checked = self._check(request, batcher)
         draw = checked.draw(0, checked.count)
@@ -105,7 +100,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def _stream_images(self, call: Call, content: bytes) -> None:
         """Make the next chunk while the last one is being sent; never more, so that a slow reader costs no memory."""
-        request = _read(pb.StreamImagesRequest, content).generate
+        request = read_message(pb.StreamImagesRequest.FromString, content).generate
         batcher, limit = self._find(request, call), self._settings.max_images_per_request
         checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
         if checked.sheet:
@@ -220,7 +215,7 @@ class EachRequest:
             turn = _Turn()
             self._running.append(turn)
             try:
-                request = _read(pb.GenerateEachRequest, content).generate
+                request = read_message(pb.GenerateEachRequest.FromString, content).generate
                 turn.job = self._servicer.begin_one(
                     self._call, self._tally, request, functools.partial(self._done, turn)
                 )
@@ -271,10 +266,3 @@ class _Turn:
     def __init__(self) -> None:
         self.job: Job | None = None
         self.answer: bytes | None = None
-
-
-def _read(kind: type[MessageT], content: bytes) -> MessageT:
-    try:
-        return kind.FromString(content)
-    except DecodeError as error:
-        raise MalformedMessage("the request is not a message of this method, by its .proto") from error
