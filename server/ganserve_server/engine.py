@@ -1,6 +1,7 @@
 """Runs one model: latents by the contract, then an onnxruntime session."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -132,7 +133,7 @@ class Engine:
             return
         labels = np.arange(PROBES) % self._classes if self._classes else None
         draw = Draw(PROBES, np.arange(PROBES, dtype=np.uint32), None, labels, 1.0)
-        probes, reopen, failure = self._feeds([draw]), self._reopen, ""
+        probes, reopen, failure = self.feeds([draw]), self._reopen, ""
         self._reopen = None  # frees the file's bytes
         try:
             self._bind(image_shape, probes)
@@ -172,6 +173,11 @@ class Engine:
         self._image_s = max(0.0, times[several, False] - times[1, False]) / max(1, several - 1)
         self._call_s = max(0.0, times[1, False] - self._image_s)
 
+    @property
+    def least_batch(self) -> int:
+        """How many images take longer than what a batch costs, however few are in it."""
+        return math.ceil(self._call_s / max(self._image_s, 1e-9))
+
     def seconds_for(self, images: int) -> float:
         """Estimate how long a batch takes on one core."""
         return self._call_s + images * self._image_s
@@ -183,7 +189,10 @@ class Engine:
             draws: what to make.
             wide: with all cores, not with the calling thread alone.
         """
-        feeds = self._feeds(draws)
+        return self.compute(self.feeds(draws), wide=wide)
+
+    def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
+        """Make the images of a batch's inputs; it needs Python's lock only to begin and to end."""
         if self._runner is not None:
             return self._runner.run(feeds)
         pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
@@ -193,7 +202,8 @@ class Engine:
         gpu = self._gpu
         self._runner = BucketRunner(self._session, image_shape, probes, gpu.max_batch_size, device_id=gpu.device)
 
-    def _feeds(self, draws: list[Draw]) -> Feeds:
+    def feeds(self, draws: list[Draw]) -> Feeds:
+        """Return the model's inputs for one batch of all draws, in order."""
         feeds: dict[str, NDArray[Any]] = {"latent": self._latents(draws)}
         labels = [draw.labels for draw in draws if draw.labels is not None]
         if labels:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ganserve_server.engine import Draw
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
+from ganserve_server.gpu import Feeds
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
 from ganserve_server.workers import Board
@@ -98,6 +99,14 @@ class Job:
         if not self.over:
             self._answer(error)
 
+    def wanted(self, now: float) -> bool:
+        """Tell whether somebody still waits for it."""
+        return not self.over and (self.deadline is None or now < self.deadline)
+
+    def expire(self) -> None:
+        """Say that the deadline passed."""
+        self.fail(DeadlineExceeded("the deadline passed before the images were made"))
+
     def arrive(self, start: int, pixels: NDArray[np.uint8], compute_s: float) -> None:
         """Take the images from `start` on; answer if they are the last."""
         self.compute_s += compute_s
@@ -161,7 +170,7 @@ class Tally:
         return 0.0 if self._first is None else self._first.queue_s
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Part:
     """The images of a job that are in one batch."""
 
@@ -214,9 +223,9 @@ class _Lane:
                 jobs.popleft()
             if jobs:
                 job = jobs[0]
-                if job.deadline is not None and job.deadline <= now:
+                if not job.wanted(now):
                     self._callers[caller] = jobs
-                    job.fail(DeadlineExceeded("the deadline passed before the images were made"))
+                    job.expire()
                     continue
                 start = job.taken
                 stop = min(job.count, start + left, start - start % self._turn + self._turn)
@@ -395,12 +404,8 @@ class Batcher:
             left -= small.take(left, now, batch)
             large.take(left, now, batch)
         for part in batch:
-            job = part.job
-            if job.counted:
+            if part.job.counted:
                 self._counted_images -= part.draw.count
-            if not part.start:
-                job.queue_s = now - job.accepted
-                self._queue_seconds.observe(job.queue_s)
         self._running_images += sum(part.draw.count for part in batch)
         self._tell_waiting()
         return batch
@@ -409,17 +414,32 @@ class Batcher:
         """Return how many images a batch has at most: so few that others wait little, where more would gain nothing."""
         return min(self.max_batch_size, max(_LEAST_BATCH, int(_BATCH_S / max(self._core_s, 1e-9))))
 
+    def least_ahead(self) -> int:
+        """Return how many images are worth a batch while all cores are busy, when more may come to join it."""
+        return min(self.batch_size(), max(_LEAST_BATCH, self.model.engine.least_batch))
+
     def saturated(self) -> None:
         """Take note that images wait and no core is free."""
         if self._saturated_since is None:
             self._saturated_since = time.monotonic()
 
-    def returned(self, images: int) -> None:
+    def returned(self, batch: list[Part]) -> None:
         """Take note that a batch is done, well or not."""
-        self._running_images -= images
+        self._running_images -= sum(part.draw.count for part in batch)
 
-    def hand_out(self, batch: list[Part], pixels: NDArray[np.uint8], seconds: float) -> None:
-        """Give a batch's images to its jobs."""
+    def hand_out(
+        self, batch: list[Part], pixels: NDArray[np.uint8], started: float, seconds: float, cores: int, *, busy: bool
+    ) -> None:
+        """Give a batch's images to its jobs.
+
+        Args:
+            batch: what was to be made.
+            pixels: of all its images, in order.
+            started: when, by time.monotonic.
+            seconds: how long it took.
+            cores: that it ran on.
+            busy: all cores have something to do.
+        """
         count = len(pixels)
         self._compute_seconds.observe(seconds)
         self._batch_size.observe(count)
@@ -428,16 +448,25 @@ class Batcher:
             self._padding_images.inc(padding)
         # Small batches, with their fixed cost, say little of what many images take.
         weight = 0.1 * min(1.0, count / self.batch_size())
-        self._core_s += weight * (seconds / count - self._core_s)
+        self._core_s += weight * (seconds * cores / count - self._core_s)
         now = time.monotonic()
         if self._saturated_since is not None:
             self._pace_s += weight * ((now - self._saturated_since) / count - self._pace_s)
-        self._saturated_since = now if self.waiting else None
+        self._saturated_since = now if self.waiting or (busy and self._running_images) else None
         first = 0
         for part in batch:
             stop = first + part.draw.count
+            if not part.start:
+                part.job.queue_s = started - part.job.accepted
+                self._queue_seconds.observe(part.job.queue_s)
             part.job.arrive(part.start, pixels[first:stop], seconds)
             first = stop
+
+    def failed(self, batch: list[Part], error: Exception) -> None:
+        """Tell a batch's jobs, and the log."""
+        _log.error("the engine failed", exc_info=error, extra={"model": self.model.name, "version": self.model.version})
+        for part in batch:
+            part.job.fail(EngineFailed("internal error"))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -473,20 +502,32 @@ class Batcher:
         return self.batch_size() * self._core_s
 
 
+@dataclass(slots=True)
+class _Work:
+    """A batch on its way through a thread."""
+
+    batcher: Batcher
+    parts: list[Part]
+    feeds: Feeds
+    wide: bool
+
+
 class Scheduler:
     """Runs the batches of all queues on so many cores, or on one device.
 
     Two ways to use the cores: one batch on each, which makes the most images, and one batch on all of them, which makes
-    a lone caller's soonest.
+    a lone caller's soonest. Behind each batch that runs another may stand ready, so that no core waits for the calls'
+    own work; latents are drawn here, for the threads that compute would wait for Python's lock at each.
     """
 
     def __init__(self, cores: int, board: Board | None = None) -> None:
-        self.cores = self._free = cores
+        self.cores = cores
+        self._places = 2 * cores  # for batches, to run or to stand ready
         self._board = board
         self._loop = asyncio.get_running_loop()
         self._ready: OrderedDict[Batcher, None] = OrderedDict()
         self._woken = False
-        self._work: queue.SimpleQueue[tuple[Batcher, list[Part], int] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"engine-{number}", daemon=True) for number in range(cores)
         ]
@@ -496,7 +537,7 @@ class Scheduler:
     def wake(self, batcher: Batcher) -> None:
         """Look at a queue in this turn of the loop, once all calls that came with this one are in it."""
         self._ready[batcher] = None
-        if not self._woken and self._free:
+        if not self._woken and self._places:
             self._woken = True
             self._loop.call_soon(self._dispatch)
 
@@ -507,74 +548,98 @@ class Scheduler:
         for thread in self._threads:
             thread.join()
 
+    @property
+    def _free(self) -> int:
+        return max(0, self._places - self.cores)
+
     def _dispatch(self) -> None:
         self._woken = False
-        while self._ready and self._free:
+        too_few: list[Batcher] = []  # for a batch that would not run at once
+        while self._ready and self._places:
             batcher, _ = self._ready.popitem(last=False)
-            waiting, engine = batcher.waiting, batcher.model.engine
+            waiting, engine, free = batcher.waiting, batcher.model.engine, self._free
             if not waiting:
                 continue
-            alone = self._free == self.cores and not self._ready
-            spread = max(_LEAST_BATCH, math.ceil(waiting / self._free))
+            if not free and waiting < batcher.least_ahead():
+                too_few.append(batcher)
+                continue
+            alone = free == self.cores and not self._ready
+            spread = max(_LEAST_BATCH, math.ceil(waiting / (free or 1)))
             idle = alone and (self._board is None or self._board.others_idle())
             wide = idle and waiting <= spread and engine.wide_is_faster
-            cores = self.cores if wide else 1
             batch = batcher.next_batch(min(spread, batcher.batch_size()))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others
             if not batch:
                 continue
-            self._change_free(-cores)
+            try:
+                feeds = engine.feeds([part.draw for part in batch])
+            except Exception as error:
+                batcher.returned(batch)
+                batcher.failed(batch, error)
+                continue
+            work = _Work(batcher, batch, feeds, wide)
+            self._take_places(work, -1)
             # On a GPU it may be behind a batch that warms up another model.
             if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
-                self._done(batcher, batch, cores, *self._compute(batcher, batch, wide=wide))
+                self._done(work, *self._compute(work))
             else:
-                self._work.put((batcher, batch, cores))
-
+                self._work.put(work)
+        for batcher in reversed(too_few):
+            self._ready[batcher] = None
+            self._ready.move_to_end(batcher, last=False)
         if not self._free:
             for batcher in self._ready:
                 batcher.saturated()
 
-    def _change_free(self, cores: int) -> None:
-        self._free += cores
+    def _take_places(self, work: _Work, sign: int) -> None:
+        self._places += sign * (2 * self.cores if work.wide else 1)
         if self._board is not None:
             self._board.set_running(self.cores - self._free)
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
-            batcher, batch, cores = work
-            result = self._compute(batcher, batch, wide=cores > 1)
+            result = self._compute(work)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                self._loop.call_soon_threadsafe(self._done, batcher, batch, cores, *result)
+                self._loop.call_soon_threadsafe(self._done, work, *result)
 
     @staticmethod
-    def _compute(batcher: Batcher, batch: list[Part], *, wide: bool) -> tuple[NDArray[np.uint8] | Exception, float]:
-        started = time.perf_counter()
+    def _compute(work: _Work) -> tuple[NDArray[np.uint8] | Exception | None, list[Part], float, float]:
+        """Return the images of those parts that are still wanted, or the error; the parts; when it began; how long."""
+        started, engine, parts, feeds = time.monotonic(), work.batcher.model.engine, work.parts, work.feeds
         try:
-            pixels = batcher.model.engine.run([part.draw for part in batch], wide=wide)
-            if len(pixels) != (wanted := sum(part.draw.count for part in batch)):
+            if not all(part.job.wanted(started) for part in parts):
+                parts = [part for part in parts if part.job.wanted(started)]
+                if not parts:
+                    return None, parts, started, 0.0
+                feeds = engine.feeds([part.draw for part in parts])
+            pixels = engine.compute(feeds, wide=work.wide)
+            if len(pixels) != (wanted := len(feeds["latent"])):
                 raise ValueError(f"the model made {len(pixels)} images of {wanted} latents")
         except Exception as error:
-            return error, time.perf_counter() - started
-        return pixels, time.perf_counter() - started
+            return error, parts, started, time.monotonic() - started
+        return pixels, parts, started, time.monotonic() - started
 
     def _done(
         self,
-        batcher: Batcher,
-        batch: list[Part],
-        cores: int,
-        result: NDArray[np.uint8] | Exception,
+        work: _Work,
+        result: NDArray[np.uint8] | Exception | None,
+        parts: list[Part],
+        started: float,
         seconds: float,
     ) -> None:
-        self._change_free(cores)
-        batcher.returned(sum(part.draw.count for part in batch))
+        self._take_places(work, 1)
+        batcher = work.batcher
+        batcher.returned(work.parts)
         if self._ready and not self._woken:
             self._woken = True
             self._loop.call_soon(self._dispatch)
+        if len(parts) < len(work.parts):
+            for part in work.parts:
+                if part not in parts:
+                    part.job.expire()  # if it was not cancelled
         if isinstance(result, Exception):
-            model = batcher.model
-            _log.error("the engine failed", exc_info=result, extra={"model": model.name, "version": model.version})
-            for part in batch:
-                part.job.fail(EngineFailed("internal error"))
-        else:
-            batcher.hand_out(batch, result, seconds * cores)
+            batcher.failed(parts, result)
+        elif result is not None:
+            cores = self.cores if work.wide else 1
+            batcher.hand_out(parts, result, started, seconds, cores, busy=not self._free)

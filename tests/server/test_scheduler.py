@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.engine import Draw
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
+from ganserve_server.gpu import Feeds
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
 from ganserve_server.scheduler import Batcher, Made, Scheduler
@@ -26,6 +27,7 @@ class HeldEngine:
 
     wide_is_faster = False
     on_cpu = True
+    least_batch = 1
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -41,14 +43,18 @@ class HeldEngine:
     def padding(self, count: int) -> int:
         return -count % self.bucket
 
-    def run(self, draws: list[Draw], *, wide: bool = False) -> NDArray[np.uint8]:
-        seeds = np.concatenate([draw.seeds for draw in draws if draw.seeds is not None])
+    def feeds(self, draws: list[Draw]) -> Feeds:
+        return {"latent": np.concatenate([draw.seeds for draw in draws if draw.seeds is not None])}
+
+    def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
+        seeds = feeds["latent"]
         self.batches.append(seeds.tolist())
         self.started.release()
         assert self.released.acquire(timeout=WAIT_S)
         if self.fail_on in seeds:
             raise RuntimeError("the engine broke")
-        return (seeds % 256).astype(np.uint8).reshape(-1, 1, 1, 1)
+        pixels: NDArray[np.uint8] = (seeds % 256).astype(np.uint8).reshape(-1, 1, 1, 1)
+        return pixels
 
     async def wait_for_batch(self) -> None:
         assert await asyncio.to_thread(self.started.acquire, timeout=WAIT_S)
@@ -116,18 +122,57 @@ async def test_a_lone_request_does_not_wait_for_company(engine: HeldEngine, batc
 
 
 async def test_a_large_request_shares_every_batch_with_later_small_ones(engine: HeldEngine, batcher: Batcher) -> None:
-    large = begin(batcher, 100, 20)
+    large = begin(batcher, 100, 28)
     await engine.wait_for_batch()
-    small = begin(batcher, 7)
+    small = begin(batcher, 7)  # when one batch runs and one stands ready
     await settle()
     engine.released.release()
     await engine.wait_for_batch()
-    assert engine.batches == [[*range(100, 108)], [7, *range(108, 115)]]
+    engine.released.release()
+    await engine.wait_for_batch()
+    assert engine.batches == [[*range(100, 108)], [*range(108, 116)], [7, *range(116, 123)]]
     engine.released.release()
     assert (await small).pixels.ravel().tolist() == [7]
     assert not large.done()
     engine.released.release()
-    assert (await large).pixels.ravel().tolist() == [*range(100, 120)]
+    assert (await large).pixels.ravel().tolist() == [*range(100, 128)]
+
+
+async def test_a_batch_stands_ready_behind_one_that_runs(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    few = begin(batcher, 10, 7)
+    await settle()
+    assert batcher.waiting == 7  # more may come to join them
+    last = begin(batcher, 20)
+    await settle()
+    assert batcher.waiting == 0
+    engine.released.release()
+    assert await asyncio.to_thread(engine.started.acquire, timeout=WAIT_S)
+    engine.released.release()
+    await asyncio.gather(first, few, last)
+    assert engine.batches == [[0], [20, *range(10, 17)]]
+    assert (await few).queue_s > (await first).queue_s
+
+
+async def test_a_batch_that_stands_ready_leaves_out_what_nobody_waits_for(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    gone, stays = begin(batcher, 10, 3), begin(batcher, 20, 3)
+    end = time.monotonic() + 0.05
+    late = begin(batcher, 30, 2, end - time.monotonic(), accepted=True)
+    await settle()
+    assert batcher.waiting == 0
+    gone.cancel()
+    while time.monotonic() <= end:
+        await asyncio.sleep(0)
+    engine.released.release()
+    engine.released.release()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert (await stays).pixels.ravel().tolist() == [20, 21, 22]
+    await first
+    assert engine.batches == [[0], [20, 21, 22]]
 
 
 async def test_a_full_queue_refuses_the_next_request_and_says_when_to_come_back(
@@ -135,12 +180,12 @@ async def test_a_full_queue_refuses_the_next_request_and_says_when_to_come_back(
 ) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    waiting = begin(batcher, 1, 20)
+    waiting = begin(batcher, 1, 28)  # 8 of which stand ready
     await settle()
     with pytest.raises(QueueFull, match="holds 20") as caught:
         await make(batcher, draw(50))
     assert caught.value.retry_after_s > 0
-    for _ in range(4):
+    for _ in range(5):
         engine.released.release()
     await asyncio.gather(first, waiting)
     engine.released.release()
@@ -216,7 +261,9 @@ async def test_a_failed_batch_answers_its_own_callers_and_nobody_elses(engine: H
     assert str(results[1]) == "internal error"
     assert results[0].pixels.ravel().tolist() == [0]
     assert results[2].pixels.ravel().tolist() == [40]
-    assert engine.batches == [[0], [*range(10, 18)], [40]]
+    assert engine.batches[:2] == [[0], [*range(10, 18)]]
+    assert engine.batches[-1] == [40]
+    assert not any(26 in batch for batch in engine.batches)
     # Nothing of the failed request is left to fill the queue.
     for _ in range(3):
         engine.released.release()
@@ -226,13 +273,13 @@ async def test_a_failed_batch_answers_its_own_callers_and_nobody_elses(engine: H
 async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    waiting = begin(batcher, 10, 8)
+    waiting = begin(batcher, 10, 7)
     await settle()
-    # By the engine's word an image takes a second: 17 are ahead or asked for, and a batch of 8 is the least.
-    with pytest.raises(DeadlineTooShort, match="8 images of model held are waiting") as caught:
+    # By the engine's word an image takes a second: 16 are ahead or asked for, and a batch of 8 is the least.
+    with pytest.raises(DeadlineTooShort, match="7 images of model held are waiting") as caught:
         await make(batcher, draw(50, 8), 20.0)
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert caught.value.retry_after_s == pytest.approx(1.2 * 17 + 8 - 20, abs=0.5)
+    assert caught.value.retry_after_s == pytest.approx(1.2 * 16 + 8 - 20, abs=0.5)
     fits = begin(batcher, 50, 8, 1000.0)
     await settle()
     for _ in range(3):
@@ -250,7 +297,7 @@ async def test_callers_have_turns_however_many_requests_they_send(engine: HeldEn
     for _ in range(4):
         engine.released.release()
     await asyncio.gather(first, *greedy, modest)
-    assert engine.batches[1] == [100, 7, *range(101, 107)]
+    assert engine.batches[1:3] == [[*range(100, 108)], [108, 7, *range(109, 115)]]
 
 
 async def test_bulk_gets_an_eighth_while_others_wait_and_all_that_they_leave(
@@ -259,7 +306,6 @@ async def test_bulk_gets_an_eighth_while_others_wait_and_all_that_they_leave(
     first = begin(batcher, 0)
     await engine.wait_for_batch()
     bulk = begin(batcher, 100, 10, bulk=True)
-    await settle()
     small = [begin(batcher, seed) for seed in range(1, 10)]
     await settle()
     for _ in range(4):
