@@ -53,6 +53,9 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP
 _GOAWAY_GRACE_S = 0.1  # for streams that were opened before the peer read that it should open none
 _KEPT_CLOSED = 128  # streams that this side reset, whose late frames are no error
 _KEPT_SKIPPED = 16
+# Frames of one connection in one turn of the event loop, which may be 2 ms of calls: 256 KiB of them would be 100 ms,
+# for which all other connections, and the engines, would wait.
+_FRAMES_A_TURN = 64
 
 Fields = list[tuple[bytes, bytes]]
 HeadT = TypeVar("HeadT")
@@ -200,6 +203,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._greeted = False
         self._block: tuple[int, int, bytes] | None = None  # stream, flags and bytes of an unfinished header block
         self._last_id = 0
+        self._waits_for_turn = False
         self._last_id_before = 0  # this read
         self._costly = 0  # frames of this read
         self._skipped: deque[range] = deque(maxlen=_KEPT_SKIPPED)  # streams that can never be opened
@@ -249,21 +253,37 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._fail(ENHANCE_YOUR_CALM, "too many connections")
 
     def data_received(self, data: bytes) -> None:
-        """Read all frames that are complete."""
+        """Read the frames that are complete: some at once, and if there are more the rest in the next turns."""
         if self._closing:
             return
-        data = self._rest + data if self._rest else data
+        self._rest = self._rest + data if self._rest else data
         self._last_id_before, self._costly = self._last_id, 0
+        if not self._waits_for_turn:
+            self._read()
+
+    def _read(self) -> None:
+        data = self._rest
         try:
             position = 0 if self._greeted else self._read_preface(data)
             if self._greeted:
-                position = self._read_frames(data, position)
+                position, more = self._read_frames(data, position)
+                if more:
+                    self._waits_for_turn = True
+                    self.transport.pause_reading()
+                    asyncio.get_running_loop().call_soon(self._next_turn)
             self._rest = data[position:]
         except _ConnectionFailed as error:
             self._fail(error.code, str(error))
         except Exception:
             _log.exception("a connection failed")
             self._fail(INTERNAL_ERROR, "internal error")
+
+    def _next_turn(self) -> None:
+        self._waits_for_turn = False
+        if not self._closing:
+            self._read()
+        if not self._waits_for_turn:
+            self.transport.resume_reading()
 
     def eof_received(self) -> bool:
         """Close: a peer that has closed its side reads no answers."""
@@ -374,10 +394,13 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._came()
         return len(PREFACE)
 
-    def _read_frames(self, data: bytes, position: int) -> int:
-        """Read all complete frames from a position on; return where the rest begins."""
-        size = len(data)
+    def _read_frames(self, data: bytes, position: int) -> tuple[int, bool]:
+        """Read complete frames from a position on; return where the rest begins, and whether it may be read on."""
+        size, left = len(data), _FRAMES_A_TURN
         while size - position >= 9 and not self._closing:
+            if not left:
+                return position, True
+            left -= 1
             high, low, kind, flags, stream_id = _HEAD.unpack_from(data, position)
             end = position + 9 + (high << 16 | low)
             if end - position > 9 + _FRAME_SIZE:
@@ -395,7 +418,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                 self._on_headers(stream_id, flags, payload)
             elif kind <= CONTINUATION:
                 _HANDLERS[kind](self, stream_id, flags, payload)
-        return position
+        return position, False
 
     def _on_headers(self, stream_id: int, flags: int, payload: bytes) -> None:
         if not stream_id & 1:
@@ -771,7 +794,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             return
         # Closed both ways while the peer still sends, the connection would lose what it has not read yet.
         if self.transport.can_write_eof() and not self.transport.is_closing():
-            self.transport.write_eof()
+            try:
+                self.transport.write_eof()
+            except OSError:  # the peer is gone
+                self.transport.abort()
+                return
         else:
             self.transport.close()
         # A peer that neither reads nor closes would keep it for ever.

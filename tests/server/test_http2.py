@@ -928,12 +928,16 @@ async def connect() -> AsyncIterator[Callable[..., Awaitable[str]]]:
     """Listen with connections whose heads are read by a function; return the address."""
     loop, servers = asyncio.get_running_loop(), []
 
-    async def listen(read_head: Callable[[object], object] = list) -> str:
+    async def listen(
+        read_head: Callable[[object], object] = list,
+        open_stream: Callable[..., http2.Stream | None] = lambda *_: None,
+        max_streams: int = 1,
+    ) -> str:
         def connection() -> http2.Connection[object]:
             return http2.Connection(
                 read_head=read_head,
-                open_stream=lambda *_: None,
-                max_streams=1,
+                open_stream=open_stream,
+                max_streams=max_streams,
                 stream_window=1000,
                 backlog=http2.Backlog(),
                 on_made=lambda _: True,
@@ -993,6 +997,33 @@ async def test_a_peer_that_neither_reads_nor_closes_is_not_kept(
                     time.sleep(0.01)
 
     await asyncio.to_thread(stay, await connect())
+
+
+async def test_a_flood_of_calls_on_one_connection_lets_the_others_have_turns(
+    connect: Callable[..., Awaitable[str]],
+) -> None:
+    opened: asyncio.Queue[object] = asyncio.Queue()
+
+    class Kept(http2.Stream):
+        def on_reset(self) -> None:
+            pass
+
+    def open_stream(connection: object, stream_id: int, _: object) -> http2.Stream:
+        opened.put_nowait(connection)
+        return Kept(stream_id)
+
+    address = await connect(open_stream=open_stream, max_streams=1000)
+    with Peer(address) as flood, Peer(address) as other:
+        flood.head(head())
+        await opened.get()
+        other.head(head())
+        other_connection = await opened.get()
+        # In the buffers of both sockets before the loop, which runs this test too, reads either.
+        block = flood.encoder.encode(list(head()))
+        flood.write(b"".join(frame(HEADERS, END_HEADERS, flood.new_id(), block) for _ in range(500)))
+        other.head(head())
+        order = [await opened.get() for _ in range(501)]
+    assert order.index(other_connection) <= 2 * 64
 
 
 def scrape(running: RunningServer) -> dict[str, float]:
