@@ -19,36 +19,23 @@ import os
 import re
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import grpc
-from running import Running, serving
+from running import Running, h2load, metrics, serving
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.settings import BUNDLED_MODELS
 
-PATH = "/ganserve.v1.GenerationService/GenerateImages"
 CALLS = 300
 CLOSED_IN_S = 15.0
 FAULTS = ("start", "connections", "readers", "leavers", "drain", "kill")
-
-
-def h2load(address: str, *flags: str) -> "subprocess.Popen[str]":
-    message = pb.GenerateImagesRequest(model="mlp-mnist", seed=1).SerializeToString()
-    with tempfile.NamedTemporaryFile(delete=False) as body:
-        body.write(struct.pack(">BI", 0, len(message)) + message)
-    command = ["h2load", *flags, f"--data={body.name}", "--header=content-type: application/grpc"]
-    return subprocess.Popen(
-        [*command, "--header=te: trailers", f"http://{address}{PATH}"], stdout=subprocess.PIPE, text=True
-    )
 
 
 def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
@@ -57,13 +44,6 @@ def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
     found = re.search(r"requests: .*, (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", text)
     assert found, text
     return int(found[1]), int(found[2])
-
-
-def metrics(running: Running) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{running.metrics_address}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, _, value in pairs}
 
 
 def not_ok(found: dict[str, float]) -> float:
@@ -104,7 +84,7 @@ def start() -> None:
 def connections() -> None:
     with serving() as running:
         before = running.resident_mib()
-        answered, failed = counted(h2load(running.address, "--clients=1000", "--requests=20000", "-m1"))
+        answered, failed = counted(h2load(running.address, "mlp-mnist", "--clients=1000", "--requests=20000", "-m1"))
         print(
             f"connections: 1,000, {answered:,} calls answered, {failed + not_ok(metrics(running)):.0f} failed; "
             f"memory {before:.0f} MiB before, {running.resident_mib():.0f} after"
@@ -176,7 +156,7 @@ async def leavers() -> None:
 
 def drain() -> None:
     with serving("--drain-delay-s=4") as running:
-        load = h2load(running.address, "--clients=8", "-m4", "--duration=3")
+        load = h2load(running.address, "mlp-mnist", "--clients=8", "-m4", "--duration=3")
         while not_ok(found := metrics(running)) == 0 and len([n for n in found if "requests_total" in n]) == 0:
             pass
         running.process.send_signal(signal.SIGTERM)

@@ -1,12 +1,19 @@
-"""A server for a benchmark, and what it uses."""
+"""A server for a benchmark, what it uses, and calls from a C program, so that it is the server that is measured."""
 
 import json
+import struct
 import subprocess
 import sys
+import tempfile
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from ganserve.v1 import generation_pb2 as pb
+
+_PATH = "/ganserve.v1.GenerationService/GenerateImages"
 
 
 @dataclass(frozen=True)
@@ -45,3 +52,22 @@ def serving(*flags: str) -> Iterator[Running]:
                 sys.exit(f"the server ended with status {status}")
         finally:
             process.kill()
+
+
+def h2load(address: str, model: str, *flags: str) -> "subprocess.Popen[str]":
+    """Begin to call for one image after the other (Debian: nghttp2-client)."""
+    message = pb.GenerateImagesRequest(model=model, seed=1).SerializeToString()
+    with tempfile.NamedTemporaryFile(delete=False) as body:
+        body.write(struct.pack(">BI", 0, len(message)) + message)
+    command = ["h2load", *flags, f"--data={body.name}", "--header=content-type: application/grpc"]
+    return subprocess.Popen(
+        [*command, "--header=te: trailers", f"http://{address}{_PATH}"], stdout=subprocess.PIPE, text=True
+    )
+
+
+def metrics(running: Running) -> dict[str, float]:
+    """Scrape the server; the labels are part of the names."""
+    with urllib.request.urlopen(f"http://{running.metrics_address}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}

@@ -4,12 +4,14 @@ fairness   one-image callers, alone and beside a stream of 10,000 images and bul
            does their p99 rise (2 are allowed)?
 overload   ten times the calls that can be answered, with a deadline: images that were made in time as a share of the
            most that can be (0.9 are asked for), the p99 of those answered, and how the others were refused.
+small      the same with one image a call, from h2load (Debian: nghttp2-client): what it costs to refuse.
 
     python benchmarks/scheduling.py [--model dcgan64] [--seconds 10]
 """
 
 import argparse
 import asyncio
+import re
 import statistics
 import tempfile
 import time
@@ -17,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import grpc
-from running import serving
+from running import Running, h2load, metrics, serving
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
@@ -158,6 +160,28 @@ async def overload(address: str, model: str, count: int, seconds: float) -> None
         )
 
 
+def small(running: Running, model: str, seconds: float) -> None:
+    """Ask for one image a call, as often as can be answered and more often."""
+
+    def outcomes(*flags: str) -> Counter[str]:
+        before = codes(metrics(running))
+        h2load(running.address, model, "--clients=8", "--threads=1", f"--duration={seconds:.0f}", *flags).communicate()
+        return codes(metrics(running)) - before
+
+    def codes(found: dict[str, float]) -> Counter[str]:
+        calls = ((re.search(r'requests_total{code="(\w+)"', name), value) for name, value in found.items())
+        return sum((Counter({match[1]: int(value)}) for match, value in calls if match), Counter())
+
+    peak = outcomes("-m8")["OK"] / seconds
+    print(f"{model}, one image a call, deadline {DEADLINE_S:g} s: at most {peak:,.0f} images/s")
+    for factor in (1, 2, 5, 10):
+        rate = f"--rps={max(1, round(factor * peak / 8))}"
+        found = outcomes("-m2000", rate, f"--header=grpc-timeout: {1000 * DEADLINE_S:.0f}m")
+        goodput = found["OK"] / seconds
+        others = ", ".join(f"{code} {number:,}" for code, number in sorted(found.items()) if code != "OK")
+        print(f"  {factor} x: goodput {goodput:,.0f} images/s, {goodput / peak:.2f} of the peak; {others}", flush=True)
+
+
 async def measure(address: str, options: argparse.Namespace) -> None:
     await fairness(address, options.model, options.seconds)
     # So few calls that this program, too, can make ten times as many.
@@ -180,6 +204,7 @@ def main() -> None:
             publish(repository)
         with serving(f"--models={repository}") as running:
             asyncio.run(measure(running.address, options))
+            small(running, options.model, options.seconds)
 
 
 if __name__ == "__main__":
