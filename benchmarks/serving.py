@@ -207,7 +207,7 @@ LAYERS = {
     "HTTP/2": ("ganserve_server/http2.py",),
     "gRPC": ("ganserve_server/grpc_server.py",),
     "checking and answering": ("ganserve_server/requests.py", "ganserve_server/servicer.py"),
-    "scheduling": ("ganserve_server/scheduler.py",),
+    "scheduling": ("ganserve_server/batcher.py", "ganserve_server/scheduler.py"),
     "metrics": ("prometheus_client/", "ganserve_server/calls.py"),
     "sockets and event loop": ("asyncio/", "selectors.py"),
 }

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2
 from numpy.typing import NDArray
 
 from ganserve_server.administration import Administration
+from ganserve_server.batcher import Batcher, Made
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
 from ganserve_server.grpc_server import Call, GrpcServer, Method, read_message
@@ -26,7 +27,6 @@ from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER
 from ganserve_server.repository import ModelVersion
 from ganserve_server.requests import check_labels, check_truncation, images_limit, labels_of, scaled, varint
-from ganserve_server.scheduler import Batcher, Made
 from ganserve_server.settings import ServerSettings
 
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]

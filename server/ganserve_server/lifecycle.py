@@ -14,13 +14,14 @@ from watchfiles import awatch
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.administration import VersionState
+from ganserve_server.batcher import Batcher
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.gpu import gpu_options
 from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
-from ganserve_server.scheduler import Batcher, Scheduler
+from ganserve_server.scheduler import Scheduler
 from ganserve_server.settings import ServerSettings
 from ganserve_server.workers import Board
 

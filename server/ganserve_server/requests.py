@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.batcher import Made
 from ganserve_server.encoding import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.repository import ModelVersion
-from ganserve_server.scheduler import Made
 
 MAX_TRUNCATION = 2.0
 _MAX_PIXEL_BYTES = 256 << 20

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.batcher import Batcher, Job, Made, Tally
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink, read_message
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
 from ganserve_server.requests import GenerationRequest, images_limit, parse, respond, varint
-from ganserve_server.scheduler import Batcher, Job, Made, Tally
 from ganserve_server.settings import ServerSettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name

@@ -29,13 +29,13 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.batcher import Made
 from ganserve_server.errors import ModelNotFound
 from ganserve_server.grpc_server import GrpcServer
 from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.inference_protocol import SERVICE, InferenceServicer
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.repository import load_version
-from ganserve_server.scheduler import Made
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
 Start = Callable[..., RunningServer]

@@ -12,12 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.batcher import Batcher, Made
 from ganserve_server.engine import Draw
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.gpu import Feeds
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
-from ganserve_server.scheduler import Batcher, Made, Scheduler
+from ganserve_server.scheduler import Scheduler
 
 WAIT_S = 30
 
