@@ -311,8 +311,8 @@ class Batcher:
         # An empty queue takes any request: one that is larger than the bound would else be refused for ever.
         if not accepted and self._counted_images and self._counted_images + count > self._max_queue_images:
             raise QueueFull(
-                f"{self._counted_images} images of model {self.model.name} are waiting and the queue holds "
-                f"{self._max_queue_images}: there is no room for {count} more; try again later",
+                f"the queue of model {self.model.name} holds {self._max_queue_images} images and has no room for "
+                f"{count} more; try again later",
                 retry_after_s=waiting * self._pace_s,
             )
         if deadline is not None and not accepted and (waiting or self._running_images):
@@ -326,13 +326,13 @@ class Batcher:
             if _DEADLINE_MARGIN * count * self._pace_s > left_s:
                 # Not for what waits: trying again would not help.
                 raise DeadlineExceeded(
-                    f"{count} images take about {count * self._pace_s:.3g} s here and the deadline is in "
-                    f"{max(0.0, left_s):.3g} s; ask for fewer, or give them longer"
+                    f"{count} images take about {count * self._pace_s:.2g} s here and the deadline is in "
+                    f"{max(0.0, left_s):.2g} s; ask for fewer, or give them longer"
                 )
             if needed_s > left_s:
                 raise DeadlineTooShort(
-                    f"{waiting} images of model {self.model.name} are waiting: {count} more would take about "
-                    f"{needed_s:.3g} s and the deadline is in {max(0.0, left_s):.3g} s; try again later",
+                    f"with what waits, {count} images of model {self.model.name} would take about {needed_s:.2g} s, "
+                    f"and the deadline is in {max(0.0, left_s):.2g} s; try again later",
                     retry_after_s=needed_s - left_s,
                 )
         job = Job(self, lane, draw, caller, deadline, counted=not accepted, done=done)

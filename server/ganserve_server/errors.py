@@ -1,11 +1,13 @@
 """What can be wrong with a request: each class is one gRPC status. The call answers with it."""
 
-from collections.abc import Sequence
+import functools
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+DOMAIN = "ganserve"
 _MAX_TEXT = 400  # characters
 
 
@@ -13,16 +15,14 @@ class ServingError(Exception):
     """The root. The text goes to the caller: what was wrong, the limit, and what to do."""
 
     code: grpc.StatusCode
-    reason: str  # short and stable, for metrics
+    reason: str  # short and stable, for metrics and for programs
+    field: str | None = None  # of the request, that is wrong
+    retry_after_s: float | None = None
 
     def __init__(self, text: str) -> None:
         # The text repeats what the caller sent, and travels three times in trailers, of which gRPC allows 8 KiB: a
         # longer one would reach the caller as another error.
         super().__init__(text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…")
-
-    def details(self) -> Sequence[any_pb2.Any]:
-        """Return the google.rpc details that go with the status."""
-        return ()
 
 
 class InvalidRequest(ServingError):  # noqa: N818
@@ -34,11 +34,6 @@ class InvalidRequest(ServingError):  # noqa: N818
     def __init__(self, field: str, text: str) -> None:
         super().__init__(text)
         self.field = field
-
-    def details(self) -> Sequence[any_pb2.Any]:
-        """Name the field."""
-        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=str(self))
-        return (_packed(error_details_pb2.BadRequest(field_violations=[violation])),)
 
 
 class MalformedMessage(ServingError):  # noqa: N818
@@ -84,13 +79,7 @@ class QueueFull(ServingError):  # noqa: N818
 
     def __init__(self, text: str, retry_after_s: float) -> None:
         super().__init__(text)
-        self.retry_after_s = retry_after_s
-
-    def details(self) -> Sequence[any_pb2.Any]:
-        """Say when to try again."""
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(max(1, round(self.retry_after_s * 1000)))
-        return (_packed(error_details_pb2.RetryInfo(retry_delay=delay)),)
+        self.retry_after_s = max(0.001, float(f"{retry_after_s:.2g}"))
 
 
 class Unavailable(ServingError):  # noqa: N818
@@ -121,13 +110,26 @@ class EngineFailed(ServingError):  # noqa: N818
 
 
 def status_details(error: ServingError) -> bytes:
-    """Serialise the error as a google.rpc.Status, for the trailer `grpc-status-details-bin`."""
-    status = status_pb2.Status(code=error.code.value[0], message=str(error), details=error.details())
+    """Serialise the error as a google.rpc.Status, for the trailer `grpc-status-details-bin`.
+
+    It has an ErrorInfo with the reason, and where there is one the field that is wrong or when to try again.
+    """
+    return _status(error.code, str(error), error.reason, error.field, error.retry_after_s)
+
+
+@functools.lru_cache(256)  # under overload the same is said thousands of times a second
+def _status(code: grpc.StatusCode, text: str, reason: str, field: str | None, retry_after_s: float | None) -> bytes:
+    details: list[Message] = []
+    if field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=text)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    details.append(error_details_pb2.ErrorInfo(reason=reason.upper(), domain=DOMAIN))
+    status = status_pb2.Status(code=code.value[0], message=text)
+    for detail in details:
+        status.details.add().Pack(detail)
     serialized: bytes = status.SerializeToString()
     return serialized
-
-
-def _packed(message: error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
-    packed = any_pb2.Any()
-    packed.Pack(message)
-    return packed

@@ -207,6 +207,8 @@ def test_bad_input_gets_its_status_and_names_field_and_limit(
     assert trailer["x-request-id"]
     details = status_pb2.Status.FromString(trailer["grpc-status-details-bin"])
     assert (details.code, details.message) == (code.value[0], error.details())
+    info = error_details_pb2.ErrorInfo.FromString(details.details[-1].value)
+    assert (info.domain, info.reason.isupper()) == ("ganserve", True)
     if field is not None:
         violations = error_details_pb2.BadRequest.FromString(details.details[0].value).field_violations
         assert [violation.field for violation in violations] == [field]

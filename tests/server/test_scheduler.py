@@ -276,7 +276,7 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine
     waiting = begin(batcher, 10, 7)
     await settle()
     # By the engine's word an image takes a second: 16 are ahead or asked for, and a batch of 8 is the least.
-    with pytest.raises(DeadlineTooShort, match="7 images of model held are waiting") as caught:
+    with pytest.raises(DeadlineTooShort, match="8 images of model held would take about 27 s") as caught:
         await make(batcher, draw(50, 8), 20.0)
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert caught.value.retry_after_s == pytest.approx(1.2 * 16 + 8 - 20, abs=0.5)
