@@ -5,7 +5,7 @@ EXIF's ImageDescription, a GIF as its comment. A picture of several images, a sh
 
 - `count`: how many; `seed` and `label` are those of the first.
 - `seeds`: of each. Left out where they are consecutive, modulo 2^32, which a server's contact sheets always are.
-- `labels`: of each. A server's contact sheet leaves them out and says the first label only.
+- `labels`: of each. A server's contact sheet of more than 4,096 images says the first label only.
 
 Items of these lists are numbers, or runs, [first, length, step]: [7, 16, 0] is sixteen times 7, [5, 3, 1] is 5, 6, 7.
 Where so many are irregular that the JSON would be longer than a JPEG's EXIF can be, `seed`, `seeds`, `label` and
@@ -38,7 +38,7 @@ class Provenance:
     `seed` is None for images of the caller's own latents, which can't be made again from this; `label` is None for
     those of an unconditional model. `count` is None for one image; else `seed` and `label` are the first image's,
     `seeds` and `labels` those of all, in order. `labels` is None beside a `label` where only the first one's is known:
-    in the contact sheets that a server encodes.
+    in the larger contact sheets that a server encodes.
     """
 
     model: str

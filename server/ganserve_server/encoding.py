@@ -20,7 +20,7 @@ _SHEET_GAP = 2  # pixels
 # What the formats, and pillow's writers of them, can hold.
 MAX_SIDE = {pb.ENCODING_PNG: 2**16, pb.ENCODING_JPEG: 65_500, pb.ENCODING_WEBP: 16_383}  # pixels
 
-Identity = Mapping[str, str | int | float | None]
+Identity = Mapping[str, str | int | float | list[int] | None]
 
 
 def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity | None) -> bytes:

@@ -18,6 +18,7 @@ _MAX_PIXEL_BYTES = 256 << 20
 _LENGTH_DELIMITED = 2  # protobuf's wire type of bytes
 _PIXELS_TAG = bytes((pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
 _SEEDS = 2**32
+_MAX_LABELS_TOLD = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
 # Asking protobuf for these costs more than all the rest of a check.
 _ENCODINGS, _LAYOUTS, _PRIORITIES = (frozenset(kind.values()) for kind in (pb.Encoding, pb.Layout, pb.Priority))
 
@@ -232,9 +233,11 @@ def respond(request: GenerationRequest, draw: Draw, made: Made) -> bytes:
         pixels = made.pixels.tobytes()
         return b"".join((model.answer, response.SerializeToString(), _PIXELS_TAG, varint(len(pixels)), pixels))
     if request.sheet:
-        identity: Identity | None = (
-            None if request.omit_identity else {**_identity(model, draw, 0), "count": draw.count}
-        )
+        identity: Identity | None = None
+        if not request.omit_identity:
+            identity = {**_identity(model, draw, 0), "count": draw.count}
+            if draw.labels is not None and draw.count <= _MAX_LABELS_TOLD:
+                identity["labels"] = draw.labels.tolist()
         response.files.append(encode(contact_sheet(made.pixels), request.encoding, identity))
     else:
         for index, pixels_of_one in enumerate(made.pixels):

@@ -110,9 +110,8 @@ def test_the_servers_files_are_read_too(server: RunningServer, client: Client, e
         (own_latents, _) = stub.GenerateImages(request).files
     assert [read_provenance(file) for file in files] == [image.provenance for image in wanted]
     found = read_provenance(sheet)
-    # The server writes the first image's label alone.
-    assert found == dataclasses.replace(wanted.provenance, labels=None)
-    assert (found.label, found.seeds) == (1, (2**32 - 2, 2**32 - 1, 0, 1))
+    assert found == wanted.provenance
+    assert (found.labels, found.seeds) == ((1, 2, 3, 4), (2**32 - 2, 2**32 - 1, 0, 1))
     assert (read_provenance(own_latents).model, read_provenance(own_latents).seed) == ("mlp-mnist", None)
 
 
