@@ -6,12 +6,15 @@
 ...     batch.sheet(columns=4).save("sevens.png")
 """
 
+from importlib.metadata import version as _version
+
 from ganserve.client import AsyncClient, Client
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,
     GanserveError,
     InvalidRequestError,
+    MessageTooLargeError,
     ModelNotFoundError,
     OverloadedError,
     RequestCancelledError,
@@ -19,6 +22,7 @@ from ganserve.errors import (
     UnavailableError,
 )
 from ganserve.images import ImageBatch
+from ganserve.latents import latents, linear, slerp
 from ganserve.models import Model, QualityMetric
 
 __all__ = [
@@ -29,6 +33,7 @@ __all__ = [
     "GanserveError",
     "ImageBatch",
     "InvalidRequestError",
+    "MessageTooLargeError",
     "Model",
     "ModelNotFoundError",
     "OverloadedError",
@@ -36,4 +41,10 @@ __all__ = [
     "RequestCancelledError",
     "ServerError",
     "UnavailableError",
+    "__version__",
+    "latents",
+    "linear",
+    "slerp",
 ]
+
+__version__ = _version("ganserve")
