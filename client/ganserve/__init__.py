@@ -16,14 +16,16 @@ from ganserve.errors import (
     InvalidRequestError,
     MessageTooLargeError,
     ModelNotFoundError,
+    NoProvenanceError,
     OverloadedError,
     RequestCancelledError,
     ServerError,
     UnavailableError,
 )
-from ganserve.images import ImageBatch
+from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.latents import latents, linear, slerp
 from ganserve.models import Model, QualityMetric
+from ganserve.provenance import Provenance, read_provenance
 
 __all__ = [
     "AsyncClient",
@@ -31,12 +33,15 @@ __all__ = [
     "Client",
     "DeadlineExceededError",
     "GanserveError",
+    "GeneratedImage",
     "ImageBatch",
     "InvalidRequestError",
     "MessageTooLargeError",
     "Model",
     "ModelNotFoundError",
+    "NoProvenanceError",
     "OverloadedError",
+    "Provenance",
     "QualityMetric",
     "RequestCancelledError",
     "ServerError",
@@ -44,6 +49,7 @@ __all__ = [
     "__version__",
     "latents",
     "linear",
+    "read_provenance",
     "slerp",
 ]
 
