@@ -26,14 +26,13 @@ from ganserve.provenance import Provenance, read_provenance
 
 _GAP = 2  # pixels between the images of a sheet
 _LARGEST_SCALE = 64
+_MOST_A_CALL = 1000
 _MOST_SHOWN = 12  # numbers of a list
 
 PictureFile = Annotated[Path, typer.Argument(help="A PNG, JPEG, WebP or GIF; '-' is standard input.", allow_dash=True)]
 
 
-def inspect(
-    picture: PictureFile, as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False
-) -> None:
+def inspect(picture: PictureFile, as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
     """Say how a picture was made, by what its file says; no server is asked. Exit status 1 if it says nothing.
 
     Example: ganserve inspect sevens.png
@@ -140,7 +139,9 @@ def _verdict(agreement: _Agreement | None, tolerance: int) -> str:
     if not agreement.differing:
         return f"the same: all {agreement.pixels} pixels agree"
     verdict = "the same within the tolerance" if agreement.largest <= tolerance else "different"
-    return f"{verdict}: {agreement.differing} of {agreement.pixels} pixels differ, by {agreement.largest} levels at most"
+    return (
+        f"{verdict}: {agreement.differing} of {agreement.pixels} pixels differ, by {agreement.largest} levels at most"
+    )
 
 
 def _compare(client: Client, provenance: Provenance, content: bytes) -> tuple[_Agreement | None, str, str]:
@@ -179,9 +180,9 @@ def _labels(client: Client, provenance: Provenance) -> Iterator[list[int] | None
 def _make_again(client: Client, provenance: Provenance, labels: list[int] | None) -> ImageBatch:
     seeds = (provenance.seed or 0,) if provenance.seeds is None else provenance.seeds
     batches, start = [], 0
-    # The wire takes seeds that follow each other; a batch that was put together has several such runs.
-    ends = [i for i in range(1, len(seeds)) if seeds[i] != (seeds[i - 1] + 1) % 2**32] + [len(seeds)]
-    for end in ends:
+    # A request has seeds that follow each other, and so many labels; a batch that was put together has more.
+    ends = [i for i in range(1, len(seeds)) if seeds[i] != (seeds[i - 1] + 1) % 2**32 or i % _MOST_A_CALL == 0]
+    for end in [*ends, len(seeds)]:
         label: list[Label] | None = None if labels is None else list(labels[start:end])
         batches.append(
             client.generate(
