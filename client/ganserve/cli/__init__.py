@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ganserve import __version__
 from ganserve.cli import bench, cards, generating, health, provenance, streaming
-from ganserve.cli.outcome import EXIT_STATUSES, outcome
+from ganserve.cli.outcome import EXIT_STATUSES, ExitStatus, guarded, outcome
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
 
@@ -22,7 +23,7 @@ for _command in (
     health.health,
     bench.bench,
 ):
-    app.command(epilog=_EPILOG)(_command)
+    app.command(epilog=_EPILOG)(guarded(_command))
 
 
 @app.callback(invoke_without_command=True)
@@ -30,16 +31,12 @@ def _program(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the program's version.")] = False,
 ) -> None:
-    """Images from a ganserve server, on the command line."""
     if version:
-        from importlib.metadata import version as installed
-
-        print(f"ganserve {installed('ganserve')}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(2)
-    if version:
+        print(f"ganserve {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(ExitStatus.COMMAND_LINE)
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def interpolate(
     steps: Annotated[int, typer.Option(min=2, max=10_000, help="Images, both ends included.")] = 16,
     kind: Annotated[Kind, typer.Option(help="Along the sphere that latents lie near, or straight.")] = Kind.SLERP,
     label: Annotated[
-        str | None, typer.Option(help="The class of all, by index or name.", show_default="the class of SEED_A")
+        str | None, typer.Option(help="The class of all, by index or name.", show_default="that of the nearer seed")
     ] = None,
     truncation: Truncation = 1.0,
     version: Version = None,

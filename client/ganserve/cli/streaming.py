@@ -236,14 +236,16 @@ def _make(client: Client, plan: Plan, store: _Store, count: int) -> int:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(plan.model, total=count, completed=count - made)
+        several = plan.labels is not None and len(plan.labels) > 1
+        step = _MOST_LABELS_A_CALL if several else _MOST_A_CALL
         for run in missing:
-            for start in range(run.start, run.stop, _MOST_A_CALL):
-                stop = min(start + _MOST_A_CALL, run.stop)
-                labels = (
-                    None if plan.labels is None else [plan.labels[i % len(plan.labels)] for i in range(start, stop)]
-                )
+            for start in range(run.start, run.stop, step):
+                stop = min(start + step, run.stop)
+                labels: list[Label] | Label | None = None if plan.labels is None else plan.labels[0]
+                if several:
+                    labels = [plan.label_of(index) or 0 for index in range(start, stop)]
                 at = start
-                for batch in client.stream(
+                for batch in client.stream_batches(
                     plan.model,
                     count=stop - start,
                     seed=plan.seed_of(start),
