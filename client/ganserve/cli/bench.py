@@ -89,7 +89,7 @@ def bench(
     concurrency = concurrency or 8
     with connection.client(model, label or []) as client:
         described = client.model(model, version)
-        labels = labels_in_turn(client, model, version, label, 0, count)
+        labels = labels_in_turn(label, count)
         # Not measured; it also finds out what the server refuses.
         client.generate(model, count=count, seed=0, label=labels, version=described.version)
     load = _Load(model, described.version, count, labels, duration_s)
