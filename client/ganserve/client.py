@@ -78,7 +78,7 @@ class _Stubs:
         self.stream_images = service.StreamImages
         self.list_models = service.ListModels
         self.get_model = service.GetModel
-        self.health = health_pb2_grpc.HealthStub(channel).Check
+        self.health = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
 
 
 class _Twin:
@@ -261,8 +261,8 @@ class Client(_Twin):
     ) -> Generator[GeneratedImage, None, None]:
         """Make any number of images, and yield them one by one, in order, as they come.
 
-        The server makes no more than a batch ahead of the reader, and memory holds no more. Closing the iterator cancels
-        what is left. A stream that breaks is resumed with the next image, of the same version.
+        The server makes no more than a batch ahead of the reader, and memory holds no more. Closing the iterator
+        cancels what is left. A stream that breaks is resumed with the next image, of the same version.
 
         >>> for image in client.stream("mlp-mnist", count=3, seed=1):
         ...     print(image.seed)
@@ -461,7 +461,11 @@ class Client(_Twin):
             self._check_open()
             if self._stubs is None:
                 check_fork()
-                credentials, target, options = self._endpoint.credentials, self._endpoint.target, self._endpoint.options()
+                credentials, target, options = (
+                    self._endpoint.credentials,
+                    self._endpoint.target,
+                    self._endpoint.options(),
+                )
                 self._stubs = _Stubs(
                     grpc.insecure_channel(target, options)
                     if credentials is None
@@ -799,7 +803,7 @@ class AsyncClient(_Twin):
             timeout_s = deadline - time.monotonic()
 
     def _raise_if_closed(self, error: BaseException) -> None:
-        """Tell the channel's end, which cancels its calls, from a caller that was cancelled itself and must see that."""
+        """Tell the channel's end, which cancels its calls, from a caller that was cancelled and must see just that."""
         task = asyncio.current_task()
         cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
         if self._closing.is_set() and not cancelled:

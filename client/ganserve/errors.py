@@ -110,6 +110,8 @@ class RequestCancelledError(GanserveError):
 class NoProvenanceError(GanserveError):
     """The file is no image, or does not say how it was made; the text says what was looked for."""
 
+    reason = "no_provenance"
+
 
 class ServerError(GanserveError):
     """The server failed, or speaks another protocol."""
@@ -150,7 +152,8 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     metadata = dict(trailer)
     text = error.details() or code.name
     request_id = metadata.get(REQUEST_ID_KEY)
-    answered = isinstance(request_id, str)
+    request_id = request_id if isinstance(request_id, str) else None
+    answered = request_id is not None
     if code is grpc.StatusCode.CANCELLED and not (answered or closed):
         # Not by us: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
@@ -185,7 +188,7 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     elif kind is ServerError:
         told = f"tell its operator the request id, {request_id}" if answered else "there is no request id"
         text = f"the server at {address} failed ({code.name}: {text}); {told}"
-    translated = kind(text, code=code, reason=reason, request_id=request_id if isinstance(request_id, str) else None)
+    translated = kind(text, code=code, reason=reason, request_id=request_id)
     if isinstance(translated, MessageTooLargeError) and (sizes := _SIZES.search(text)):
         translated.size_bytes, translated.limit_bytes = int(sizes[1]), int(sizes[2])
     _read_details(translated, metadata.get(_DETAILS_KEY))

@@ -1,12 +1,12 @@
-"""What lies between a client and its servers: their addresses, the credentials, and when to try again. No call is made here.
+"""What lies between a client and its servers: addresses, credentials, and when to try again. It makes no calls.
 
-Addresses. HOST:PORT is asked of DNS, and the calls go to all addresses that it knows in turn (round robin), so a headless
-service of Kubernetes needs no proxy. gRPC asks DNS again when a connection ends, at most every 5 s; new replicas get calls
-from then on. Servers that close old connections now and then (a load balancer does) spread their clients anew.
+Addresses. HOST:PORT is asked of DNS, and the calls go to all addresses that it knows in turn (round robin), so that a
+headless service of Kubernetes needs no proxy. gRPC asks DNS again when a connection ends, at most every 5 s: replicas
+that are added get calls from then on, and none while all the old ones stay.
 
 Retries. Only what is safe and may help: UNAVAILABLE, and RESOURCE_EXHAUSTED where the server says when to come back.
-Every call of the SDK may be repeated: images are functions of their seeds, and where the server draws the seed any answer
-is right. What bounds the retries: the call's deadline; a patience, short with an address that never answered; and
+Every call of the SDK may be repeated: images are functions of their seeds, and where the server draws the seed any
+answer is right. What bounds the retries: the call's deadline; a patience, short with an address that never answered; and
 a budget of the client, so that retries never make a server's overload much worse.
 """
 
@@ -248,8 +248,8 @@ class Attempts:
     def delay_s(self, error: GanserveError) -> float:
         """Return how long to wait before the call is made again; raise the error if it should not be.
 
-        Full jitter, as AWS's "Exponential Backoff and Jitter" (2015) found best: from 0 to a bound that doubles. What a server
-        asks for comes on top, so that those it sent away do not come back all at once.
+        Full jitter, as AWS's "Exponential Backoff and Jitter" (2015) found best: from 0 to a bound that doubles. What
+        a server asks for comes on top, so that those it sent away do not come back all at once.
         """
         self._failures += 1
         now = time.monotonic()
@@ -309,7 +309,7 @@ class Readiness:
 
 # gRPC does not survive a fork in which other threads are inside it: the child would hang, or crash.
 _threads_in_calls: dict[int, None] = {}
-_unusable_after_fork = False
+_threads_of_parent: set[int] = set()  # those that were in calls when this process was forked off
 
 
 def enter_call() -> int:
@@ -326,7 +326,7 @@ def leave_call(thread: int) -> None:
 
 def check_fork() -> None:
     """Raise UnavailableError if this process was forked off while calls were running."""
-    if _unusable_after_fork:
+    if _threads_of_parent:
         raise UnavailableError(
             "this process was forked while other threads of its parent were in calls, which gRPC does not survive; "
             "fork before the calls, or use multiprocessing's 'spawn' or 'forkserver'",
@@ -335,8 +335,7 @@ def check_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _unusable_after_fork  # noqa: PLW0603: of the process
-    _unusable_after_fork = _unusable_after_fork or bool(_threads_in_calls.keys() - {threading.get_ident()})
+    _threads_of_parent.update(_threads_in_calls.keys() - {threading.get_ident()})
     _threads_in_calls.clear()
 
 
