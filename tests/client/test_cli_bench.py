@@ -1,10 +1,14 @@
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from tests.client.program import TIMEOUT_S, command, ganserve
@@ -75,10 +79,31 @@ def test_refused_calls_are_counted_and_not_made_again(start_server: Callable[...
     assert "the latencies are those of the calls that succeeded" in figures["warnings"]
 
 
-def test_a_bench_says_that_it_is_itself_the_bottleneck(server: RunningServer) -> None:
-    arguments = ("bench", "mlp-mnist", "--concurrency", "200", "--duration", "1", "--json")
-    figures = json.loads(ganserve(*arguments, address=server.address).stdout)
-    assert any("this program" in warning for warning in figures["warnings"])
+@contextmanager
+def busy_core(core: int) -> Iterator[None]:
+    """Keep two processes busy on a core."""
+    burn = [sys.executable, "-c", "while True: pass"]
+    with ExitStack() as processes:
+        for _ in range(2):
+            burner = processes.enter_context(subprocess.Popen(burn))
+            processes.callback(burner.kill)
+            os.sched_setaffinity(burner.pid, {core})
+        yield
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system counts no waiting for a core")
+def test_a_bench_that_gets_too_little_of_a_core_says_that_it_is_the_bottleneck(server: RunningServer) -> None:
+    core = min(os.sched_getaffinity(0))
+    arguments = command(
+        "bench", "mlp-mnist", "--concurrency", "50", "--duration", "1", "--json", address=server.address
+    )
+    shy = ["nice", "-n", "5", *arguments]
+    with busy_core(core), subprocess.Popen(shy, stdout=subprocess.PIPE) as process:
+        os.sched_setaffinity(process.pid, {core})
+        out, _ = process.communicate(timeout=TIMEOUT_S)
+    figures = json.loads(out)
+    assert figures["client_busy"] > 0.85
+    assert any("this program was busy" in warning for warning in figures["warnings"])
 
 
 def test_a_bench_of_what_the_server_has_not_is_refused(server: RunningServer) -> None:
