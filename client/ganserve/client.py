@@ -48,6 +48,7 @@ from ganserve.transport import (
     endpoint,
     enter_call,
     leave_call,
+    lose_in_fork,
 )
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
@@ -478,7 +479,8 @@ class Client(_Twin):
         attempts = None
         while True:
             send = getattr(self._connected(), method)
-            thread = enter_call()
+            thread = threading.get_ident()
+            enter_call(thread)
             try:
                 response = send(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.RpcError as error:
@@ -506,7 +508,8 @@ class Client(_Twin):
             call = None
             try:
                 call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
-                while (response := self._next(call)) is not None:
+                enter_call(call)
+                for response in call:
                     attempts = None
                     yield progress.take(response.chunk)
                 progress.end()
@@ -521,19 +524,12 @@ class Client(_Twin):
             finally:
                 if call is not None:
                     call.cancel()
+                    leave_call(call)
             if progress.complete:
                 return  # how the call ends no longer matters
             attempts = attempts or Attempts(self._policy, deadline)
             self._pause(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
-
-    @staticmethod
-    def _next(call: Any) -> Any:
-        thread = enter_call()
-        try:
-            return next(call, None)
-        finally:
-            leave_call(thread)
 
     @staticmethod
     def _flattened(batches: Generator[ImageBatch, None, None]) -> Generator[GeneratedImage, None, None]:
@@ -554,6 +550,12 @@ class AsyncClient(_Twin):
     """
 
     _loop: asyncio.AbstractEventLoop | None = None
+
+    def _after_fork(self) -> None:
+        if self._stubs is not None:
+            # Its thread waits inside gRPC, whether there are calls or not.
+            lose_in_fork("an AsyncClient connected")
+        super()._after_fork()
 
     async def generate(
         self,

@@ -126,6 +126,8 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
     pixels: NDArray[np.uint8] = np.frombuffer(response.pixels, np.uint8)
     if pixels.size != math.prod(shape) or not pixels.size:
         raise ServerError(f"the server's answer has {pixels.size} bytes of pixels, but says it is {shape}")
+    if response.encoding > pb.ENCODING_RAW:
+        raise ServerError(f"the server's answer is in encoding {response.encoding}; this client asked for raw pixels")
     seeds, labels = tuple(response.seeds) or None, tuple(response.labels) or None
     for what, number in (("images", shape[0]), ("seeds", len(seeds or ())), ("labels", len(labels or ()))):
         if number != count and (number or what == "images"):

@@ -27,7 +27,7 @@ from google.rpc import error_details_pb2, status_pb2
 REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
 _SIZES = re.compile(r"(\d+) vs\. (\d+)")
-_CERTIFICATE_SIGNS = ("CERTIFICATE", "certificate", "Hostname Verification", "Peer name", "SSLV3_ALERT", "TLSV1_ALERT")
+_CERTIFICATE_SIGNS = ("CERTIFICATE", "Verification Check", "verification check", "_ALERT_")
 
 
 class GanserveError(Exception):
@@ -165,6 +165,9 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
             text = f"the answer is larger than this client takes ({text}); ask for fewer images a call, or for a stream"
         else:
             text = f"the request is larger than the server takes ({text}); send fewer latents a call"
+    elif code is grpc.StatusCode.UNAVAILABLE and not answered and "WRONG_VERSION_NUMBER" in text:
+        kind, reason = AuthenticationError, "not_encrypted"
+        text = f"the server at {address} does not speak TLS ({text}); tls=False (GANSERVE_TLS=0) is for plain text"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and any(sign in text for sign in _CERTIFICATE_SIGNS):
         kind, reason = AuthenticationError, "certificate"
         text = (
@@ -177,9 +180,11 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
         text = f"no complete answer from {address} within the timeout ({text}); timeout_s or --timeout allows more"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered:
         reason = "unreachable"
+        # A server that wants TLS, or a client's certificate, closes the connection without a word.
+        hint = " Does it want TLS (tls=True), or a client's certificate (certificate_file)?" * ("closed" in text)
         text = (
             f"no answer from {address} ({text}); is ganserve-server running there? "
-            "The address is Client(address), --address or GANSERVE_ADDRESS"
+            f"The address is Client(address), --address or GANSERVE_ADDRESS.{hint}"
         )
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
