@@ -17,6 +17,7 @@ from tests.conftest import RunningServer
 
 import ganserve as sdk
 from ganserve import Client, read_provenance
+from ganserve.cli.outcome import EXIT_STATUSES
 
 
 @contextmanager
@@ -277,6 +278,9 @@ def test_help_has_an_example_and_the_exit_statuses() -> None:
         shown = ganserve(name, "--help", env=environment(COLUMNS="200")).stdout
         assert f"Example: ganserve {name}" in shown
         assert "130 stopped by Ctrl-C" in shown
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for status, meaning in EXIT_STATUSES.items():
+        assert f"| {status:d} | {meaning} |" in readme
     bare = ganserve()
     assert bare.returncode == 2
     assert all(f" {name} " in bare.stdout for name in names)

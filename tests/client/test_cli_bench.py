@@ -102,7 +102,7 @@ def test_a_bench_that_gets_too_little_of_a_core_says_that_it_is_the_bottleneck(s
         os.sched_setaffinity(process.pid, {core})
         out, _ = process.communicate(timeout=TIMEOUT_S)
     figures = json.loads(out)
-    assert figures["client_busy"] > 0.85
+    assert figures["client_busy"] > 0.7
     assert any("this program was busy" in warning for warning in figures["warnings"])
 
 

@@ -26,7 +26,7 @@ from ganserve.conversion import Label
 from ganserve.errors import GanserveError
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-_BUSY = 0.85  # of the time: who has so little left answers late
+_BUSY = 0.7  # of the time: a queue before someone so busy is longer than what it takes to serve
 _LATE = 0.1  # of the median latency: so much of it is this program's doing, not the server's
 _PROBE_EVERY_S = 0.01
 _BARS = 16
