@@ -13,13 +13,15 @@ from ganserve.errors import (
     GanserveError,
     InvalidRequestError,
     ModelNotFoundError,
+    NoProvenanceError,
     OverloadedError,
     RequestCancelledError,
     ServerError,
     UnavailableError,
 )
-from ganserve.images import ImageBatch
+from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.models import Model, QualityMetric
+from ganserve.provenance import Provenance, read_provenance
 
 __all__ = [
     "AsyncClient",
@@ -27,13 +29,17 @@ __all__ = [
     "Client",
     "DeadlineExceededError",
     "GanserveError",
+    "GeneratedImage",
     "ImageBatch",
     "InvalidRequestError",
     "Model",
     "ModelNotFoundError",
+    "NoProvenanceError",
     "OverloadedError",
+    "Provenance",
     "QualityMetric",
     "RequestCancelledError",
     "ServerError",
     "UnavailableError",
+    "read_provenance",
 ]

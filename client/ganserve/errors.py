@@ -8,6 +8,7 @@ GanserveError
 ├── UnavailableError         nobody answers, or the server is starting or draining; safe to retry
 ├── DeadlineExceededError    the timeout passed
 ├── RequestCancelledError    the call was cancelled
+├── NoProvenanceError        a file does not say how its image was made
 └── ServerError              the server failed; report it with `request_id`
 """
 
@@ -61,6 +62,10 @@ class DeadlineExceededError(GanserveError):
 
 class RequestCancelledError(GanserveError):
     """The call was cancelled before its answer came."""
+
+
+class NoProvenanceError(GanserveError):
+    """The file is no image, or does not say how it was made; the text says what was looked for."""
 
 
 class ServerError(GanserveError):

@@ -1,20 +1,127 @@
 """The images of one call: pixels and everything needed to make them again."""
 
-import json
+import base64
+import functools
+import html
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ganserve.provenance import Provenance
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_GAP = 2  # pixels between the images of a sheet
-_EXIF_IMAGE_DESCRIPTION = 0x010E
+    from ganserve.pictures import Sheet
+
+# What a notebook shows: so many images, or of large ones as many as have so many pixels; enlarged up to such a width.
+_SHOWN_IMAGES = 100
+_SHOWN_PIXELS = 4_000_000
+_SHOWN_WIDTH = 640  # pixels
+_SHOWN_SCALE = 8
+_SHOWN_NUMBERS = 12  # seeds or labels in a caption that are not consecutive
+
+
+class GeneratedImage:
+    """One image of a batch. It is a view: as long as it lives its batch's pixels do; `copy.deepcopy` makes it its own.
+
+    Not a dataclass, and its fields are looked up in the batch: a stream makes a million of these, in 0.1 µs each.
+    """
+
+    __slots__ = ("_batch", "_index")
+
+    def __init__(self, batch: "ImageBatch", index: int) -> None:
+        """Name image `index`, from 0 on, of the batch."""
+        self._batch = batch
+        self._index = index
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8, [height, width, channels]."""
+        pixels: NDArray[np.uint8] = self._batch.pixels[self._index]
+        return pixels
+
+    @property
+    def seed(self) -> int | None:
+        """What it was made from; None if it was a latent of your own."""
+        return None if self._batch.seeds is None else self._batch.seeds[self._index]
+
+    @property
+    def label(self) -> int | None:
+        """The index of its class; None for an unconditional model."""
+        return None if self._batch.labels is None else self._batch.labels[self._index]
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._batch.model
+
+    @property
+    def version(self) -> int:
+        """The model's version."""
+        return self._batch.version
+
+    @property
+    def digest(self) -> str:
+        """Of the model's file: "sha256:" and 64 hexadecimal digits."""
+        return self._batch.digest
+
+    @property
+    def provider(self) -> str:
+        """The onnxruntime execution provider that ran, such as "CPUExecutionProvider"."""
+        return self._batch.provider
+
+    @property
+    def truncation(self) -> float:
+        """The factor on the latent."""
+        return self._batch.truncation
+
+    @property
+    def provenance(self) -> Provenance:
+        """What its file says of it."""
+        return Provenance(self.model, self.version, self.digest, self.seed, self.label, self.truncation)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.pixels, dtype=dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        source = "own latent" if self.seed is None else f"seed {self.seed}"
+        label = "" if self.label is None else f", label {self.label}"
+        return f"<GeneratedImage {_times(self.pixels.shape)} by {self.model} version {self.version}, {source}{label}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To another process goes this image, not its batch.
+        return GeneratedImage, (self._batch[self._index : self._index + 1], 0)
+
+    def pil(self) -> "Image":
+        """Return it as a PIL image, grey ("L") or colour ("RGB")."""
+        return _to_pil(self.pixels)
+
+    def save(self, path: str | Path, *, provenance: bool = True) -> Path:
+        """Write a file; its ending decides the format. Missing folders are made.
+
+        Args:
+            path: of the file.
+            provenance: writes how to make the image again, into PNG, JPEG, WebP, GIF and TIFF.
+
+        Raises:
+            ValueError: the ending is of no format that can be written.
+            OSError: the file can't be written.
+        """
+        from ganserve.pictures import write
+
+        write(self.pil(), Path(path), self.provenance if provenance else None)
+        return Path(path)
+
+    def _repr_png_(self) -> bytes:
+        return self._batch[self._index : self._index + 1]._picture()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,60 +149,164 @@ class ImageBatch:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.pixels, dtype=dtype, copy=copy)
 
+    def __iter__(self) -> Iterator[GeneratedImage]:
+        return map(functools.partial(GeneratedImage, self), range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> GeneratedImage: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ImageBatch": ...
+
+    def __getitem__(self, index: int | slice) -> "GeneratedImage | ImageBatch":
+        if isinstance(index, slice):
+            return replace(
+                self,
+                pixels=self.pixels[index],
+                seeds=None if self.seeds is None else self.seeds[index],
+                labels=None if self.labels is None else self.labels[index],
+            )
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"image {place} of a batch of {len(self)}")
+        return GeneratedImage(self, place % len(self))
+
     def __repr__(self) -> str:
-        count, height, width, channels = self.pixels.shape
-        return f"<ImageBatch {count} of {height}x{width}x{channels} by {self.model} version {self.version}>"
+        count, *shape = self.pixels.shape
+        return f"<ImageBatch {count} of {_times(shape)} by {self.model} version {self.version}>"
+
+    @property
+    def provenance(self) -> Provenance:
+        """What a picture of them all says of them.
+
+        Raises:
+            ValueError: there are no images.
+        """
+        self._check_some()
+        return Provenance(
+            model=self.model,
+            version=self.version,
+            digest=self.digest,
+            seed=None if self.seeds is None else self.seeds[0],
+            label=None if self.labels is None else self.labels[0],
+            truncation=self.truncation,
+            count=len(self),
+            seeds=self.seeds,
+            labels=self.labels,
+        )
 
     def pil(self) -> list["Image"]:
         """Return the images as PIL images, grey ("L") or colour ("RGB")."""
-        from PIL import Image
+        return [_to_pil(pixels) for pixels in self.pixels]
 
-        return [Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels) for pixels in self.pixels]
-
-    def save(self, pattern: str | Path) -> list[Path]:
-        """Write one file an image; its ending decides the format. The file says how to make it again.
+    def save(self, pattern: str | Path, *, provenance: bool = True) -> list[Path]:
+        """Write one file an image; its ending decides the format. Missing folders are made.
 
         Args:
             pattern: a path with {index}, {seed}, {label} or {model}, such as "out/{label}-{seed}.png".
+            provenance: writes how to make each image again, into PNG, JPEG, WebP, GIF and TIFF; `read_provenance` reads
+                it.
 
         Raises:
-            ValueError: the pattern gives two images the same name, or asks for a seed or label that is not there.
+            ValueError: the pattern gives two images the same name, asks for a seed or label that is not there, or ends
+                like no format that can be written.
+            OSError: a file can't be written.
         """
         paths = [Path(self._file_name(str(pattern), index)) for index in range(len(self))]
         if len(set(paths)) < len(paths):
             raise ValueError(f"{str(pattern)!r} gives two images one name; put {{index}} or {{seed}} into it")
-        for index, (path, image) in enumerate(zip(paths, self.pil(), strict=True)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _save(image, path, self._identity(index))
+        for image, path in zip(self, paths, strict=True):
+            image.save(path, provenance=provenance)
         return paths
 
-    def sheet(self, columns: int | None = None, *, row_names: Sequence[str] = (), scale: int = 1) -> "Image":
-        """Lay the images out in one picture, row by row.
+    def sheet(self, columns: int | None = None, *, row_names: Sequence[str] = (), scale: int = 1) -> "Sheet":
+        """Lay the images out in one picture, row by row: a PIL image, whose `save` writes how to make them again.
 
         Args:
             columns: images a row; None makes it nearly square.
             row_names: what to write in front of each row.
             scale: enlarges every pixel to a square of scale x scale.
-        """
-        from PIL import Image, ImageDraw, ImageFont
 
-        count, height, width, channels = self.pixels.shape
-        columns = columns or math.ceil(math.sqrt(count))
-        rows = math.ceil(count / columns)
-        height, width = height * scale, width * scale
-        font = ImageFont.load_default(max(10, min(height // 2, 24)))
-        margin = math.ceil(max((font.getlength(name) for name in row_names), default=-8)) + 8
-        size = (margin + columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
-        sheet = Image.new("L" if channels == 1 else "RGB", size)
-        for index, image in enumerate(self.pil()):
-            row, column = divmod(index, columns)
-            place = (margin + column * (width + _GAP), row * (height + _GAP))
-            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
-        draw = ImageDraw.Draw(sheet)
-        for row, name in enumerate(row_names):
-            middle = row * (height + _GAP) + height / 2
-            draw.text((margin - 6, middle), name, fill="white", font=font, anchor="rm")
-        return sheet
+        Raises:
+            ValueError: there are no images, or columns or scale is below 1.
+        """
+        from ganserve.pictures import Sheet, lay_out
+
+        provenance = self.provenance
+        columns = math.ceil(math.sqrt(len(self))) if columns is None else columns
+        _check_positive(columns=columns, scale=scale)
+        return Sheet.of(lay_out(self.pil(), columns, row_names, scale), provenance)
+
+    def gif(
+        self,
+        path: str | Path,
+        *,
+        frame_ms: int = 80,
+        bounce: bool = True,
+        scale: int = 1,
+        provenance: bool = True,
+    ) -> Path:
+        """Write an animation that shows the images in turn, for ever. Missing folders are made.
+
+        Args:
+            path: ending in .gif, which shows grey exactly and colour in 256 colours a frame, or in .webp, exact.
+            frame_ms: how long each is shown, 20 or more; a GIF counts in steps of 10 ms.
+            bounce: goes back through the images after the last, where else it would jump to the first.
+            scale: enlarges every pixel to a square of scale x scale.
+            provenance: writes how to make the images again.
+
+        Raises:
+            ValueError: there are no images, the ending is another, frame_ms is below 20, or scale below 1.
+            OSError: the file can't be written.
+        """
+        from ganserve.pictures import animate
+
+        origin = self.provenance
+        _check_positive(scale=scale)
+        frames = self.pil()
+        animate(
+            frames + frames[-2:0:-1] if bounce else frames, Path(path), frame_ms, scale, origin if provenance else None
+        )
+        return Path(path)
+
+    def _repr_png_(self) -> bytes | None:
+        return self._picture() if len(self) else None
+
+    def _repr_html_(self) -> str:
+        shown = self._shown()
+        facts = [f"{self.model} version {self.version}", f"{len(self)} image{'s' * (len(self) != 1)}"]
+        if len(shown) < len(self):
+            facts.append(f"{len(self) - len(shown)} not shown")
+        facts.append("own latents" if self.seeds is None else f"seeds {_list(self.seeds)}")
+        if self.labels is not None:
+            facts.append(f"labels {_list(self.labels)}")
+        facts += [
+            f"truncation {self.truncation:.4g}",
+            f"{self.queue_s * 1e3:.1f} ms queued, {self.compute_s * 1e3:.1f} ms computed by {self.provider}",
+        ]
+        caption = f"<figcaption>{html.escape(' · '.join(facts))}</figcaption>"
+        if not len(self):
+            return f"<figure>{caption}</figure>"
+        picture = base64.b64encode(self._picture()).decode()
+        name = html.escape(repr(self))
+        return f'<figure><img src="data:image/png;base64,{picture}" alt="{name}">{caption}</figure>'
+
+    def _shown(self) -> "ImageBatch":
+        _, height, width, _ = self.pixels.shape
+        return self[: min(_SHOWN_IMAGES, max(1, _SHOWN_PIXELS // (height * width)))]
+
+    def _picture(self) -> bytes:
+        """Return the first images as a PNG that can be seen: enlarged if they are small, some hundred at most."""
+        shown = self._shown()
+        columns = math.ceil(math.sqrt(len(shown)))
+        scale = min(max(1, _SHOWN_WIDTH // (columns * self.pixels.shape[2])), _SHOWN_SCALE)
+        file = io.BytesIO()
+        shown.sheet(columns, scale=scale).save(file, "PNG")
+        return file.getvalue()
+
+    def _check_some(self) -> None:
+        if not len(self):
+            raise ValueError("there are no images in this batch")
 
     def _file_name(self, pattern: str, index: int) -> str:
         values: dict[str, Any] = {"index": index, "model": self.model, "version": self.version}
@@ -108,18 +319,6 @@ class ImageBatch:
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             names = ", ".join(f"{{{name}}}" for name in values)
             raise ValueError(f"{pattern!r} cannot be filled in; these images have {names}") from error
-
-    def _identity(self, index: int) -> str:
-        return json.dumps(
-            {
-                "model": self.model,
-                "version": self.version,
-                "digest": self.digest,
-                "seed": None if self.seeds is None else self.seeds[index],
-                "label": None if self.labels is None else self.labels[index],
-                "truncation": self.truncation,
-            }
-        )
 
 
 def concatenate(batches: Sequence[ImageBatch]) -> ImageBatch:
@@ -139,18 +338,27 @@ def concatenate(batches: Sequence[ImageBatch]) -> ImageBatch:
     )
 
 
-def _save(image: "Image", path: Path, identity: str) -> None:
+def _to_pil(pixels: NDArray[np.uint8]) -> "Image":
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
-    if path.suffix.lower() == ".png":
-        info = PngInfo()
-        info.add_text("ganserve", identity)
-        image.save(path, pnginfo=info)
-    elif path.suffix.lower() in (".jpg", ".jpeg", ".webp"):
-        exif = Image.Exif()
-        exif[_EXIF_IMAGE_DESCRIPTION] = identity
-        quality: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {"quality": 95}
-        image.save(path, exif=exif, **quality)
-    else:
-        image.save(path)
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _list(numbers: Sequence[int]) -> str:
+    """Write seeds or labels for people: "7" if all are, "5 to 20", or the first of them."""
+    if len(set(numbers)) == 1:
+        return str(numbers[0])
+    if numbers and tuple(numbers) == tuple(range(numbers[0], numbers[0] + len(numbers))):
+        return f"{numbers[0]} to {numbers[-1]}"
+    more = ", …" if len(numbers) > _SHOWN_NUMBERS else ""
+    return ", ".join(map(str, numbers[:_SHOWN_NUMBERS])) + more

@@ -1,0 +1,56 @@
+"""The `ganserve` program: images from a server, on the command line."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ganserve.cli import bench, cards, generating, health
+from ganserve.cli.outcome import EXIT_STATUSES, outcome
+
+_EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
+
+app = typer.Typer(help=__doc__, epilog=_EPILOG, add_completion=False, context_settings={"max_content_width": 120})
+for _command in (generating.generate, cards.models, health.health, bench.bench):
+    app.command(epilog=_EPILOG)(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _program(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the program's version.")] = False,
+) -> None:
+    """Images from a ganserve server, on the command line."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"ganserve {installed('ganserve')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+    if version:
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program. An error is one line on standard error, and the exit status says of which kind it is."""
+    try:
+        status: Any = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BaseException as error:
+        status, text = outcome(error)
+        if text and sys.stderr is not None:
+            print(f"ganserve: {text}", file=sys.stderr)
+        _give_up_stdout()
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _give_up_stdout() -> None:
+    """Let what could not be written go: at its end, Python would try again and complain."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

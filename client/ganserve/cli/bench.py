@@ -1,0 +1,290 @@
+"""`ganserve bench`: how fast a server makes a model's images, as a caller sees it.
+
+A closed loop keeps so many calls in flight: each waits for the one before it, so a slow server gets fewer of them. An
+open loop sends at a given rate whatever the server does, and counts latency from the time a call was meant to be sent:
+a call that had to wait because the server, or this program, was held up counts that wait too (else it would be
+omitted, in step with the server: "coordinated omission", G. Tene, 2013).
+"""
+
+import asyncio
+import resource
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from ganserve.cli.connection import Connection, with_connection
+from ganserve.cli.generating import Labels, ModelName, Version, labels_in_turn
+from ganserve.cli.outcome import ExitStatus
+from ganserve.cli.output import print_json
+from ganserve.client import AsyncClient
+from ganserve.conversion import Label
+from ganserve.errors import GanserveError
+
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+_BUSY = 0.85  # of a core: an event loop that has so little time left answers late itself
+_LATE = 0.1  # of the median latency: so much of it is this program's doing, not the server's
+_PROBE_EVERY_S = 0.01
+_BARS = 16
+_BAR_WIDTH = 40
+_ARROW = "←"
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_SEED_LIMIT = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What to ask for: calls of `count` images each, for a time."""
+
+    model: str
+    version: int
+    count: int
+    label: Label | list[Label] | None
+    duration_s: float
+
+
+@dataclass(slots=True)
+class _Record:
+    """What happened to the calls, in seconds."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    # From when something should have been done to when it was: the calls of an open loop, else a probe now and then.
+    lags_s: list[float] = field(default_factory=list)
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    errors: Counter[str] = field(default_factory=Counter)
+    wall_s: float = 0.0
+    loop_cpu_s: float = 0.0  # of the one thread that Python code runs in
+    process_cpu_s: float = 0.0
+
+
+@with_connection
+def bench(
+    model: ModelName,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Closed loop: calls in flight.", show_default="8")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100_000, help="Open loop: calls a second, whatever happens to those before."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=256, help="Images a call.")] = 1,
+    duration_s: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds to send for.")] = 10.0,
+    label: Labels = None,
+    version: Version = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the figures as JSON.")] = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Measure how fast the server makes images, over one connection.
+
+    Latencies of --rate count from when a call was meant to be sent. Example: ganserve bench cdcgan-mnist --rate 200
+    """
+    if rate is not None and concurrency is not None:
+        raise typer.BadParameter("--rate is an open loop and --concurrency a closed one; give one of them")
+    concurrency = concurrency or 8
+    with connection.client(model, label or []) as client:
+        described = client.model(model, version)
+        labels = labels_in_turn(client, model, version, label, 0, count)
+        # Not measured; it also finds out what the server refuses.
+        client.generate(model, count=count, seed=0, label=labels, version=described.version)
+    load = _Load(model, described.version, count, labels, duration_s)
+    record = asyncio.run(_measure(connection, load, concurrency, rate))
+    figures = _figures(record, load, concurrency, rate)
+    if as_json:
+        print_json(figures)
+    else:
+        print(_report(figures, np.array(record.latencies_s)))
+    if not record.latencies_s:
+        raise typer.Exit(ExitStatus.NO)
+
+
+async def _measure(connection: Connection, load: _Load, concurrency: int, rate: float | None) -> _Record:
+    record = _Record()
+    # Without retries: a call that was refused is one that failed.
+    async with connection.async_client() as client:
+        await client.models()  # connects
+        begin, cpu_s, process_cpu_s = time.perf_counter(), time.thread_time(), _process_cpu_s()
+        if rate is None:
+            await _closed_loop(client, load, concurrency, record)
+        else:
+            await _open_loop(client, load, rate, record)
+        record.wall_s = time.perf_counter() - begin
+        record.loop_cpu_s = time.thread_time() - cpu_s
+        record.process_cpu_s = _process_cpu_s() - process_cpu_s
+    return record
+
+
+def _process_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+async def _closed_loop(client: AsyncClient, load: _Load, concurrency: int, record: _Record) -> None:
+    loop = asyncio.get_running_loop()
+    until = time.perf_counter() + load.duration_s
+    numbers = iter(range(_SEED_LIMIT))
+
+    async def caller() -> None:
+        while time.perf_counter() < until:
+            await _call(client, load, next(numbers), time.perf_counter(), record)
+
+    def probe() -> None:
+        # What a call's answer waits for this program's attention, a thread can tell that has none.
+        while (now := time.perf_counter()) < until:
+            loop.call_soon_threadsafe(lambda: record.lags_s.append(time.perf_counter() - now))
+            time.sleep(_PROBE_EVERY_S)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.to_thread(probe))
+        for _ in range(concurrency):
+            tasks.create_task(caller())
+
+
+async def _open_loop(client: AsyncClient, load: _Load, rate: float, record: _Record) -> None:
+    loop = asyncio.get_running_loop()
+    begin = time.perf_counter()
+
+    async with asyncio.TaskGroup() as calls:
+
+        def send(number: int, intended: float) -> None:
+            record.lags_s.append(time.perf_counter() - intended)
+            calls.create_task(_call(client, load, number, intended, record))
+
+        def keep_time() -> None:
+            # A thread's sleep is right to some 0.1 ms; the event loop's waits are rounded up to whole milliseconds.
+            for number in range(max(1, round(rate * load.duration_s))):
+                intended = begin + number / rate
+                time.sleep(max(0.0, intended - time.perf_counter()))
+                loop.call_soon_threadsafe(send, number, intended)
+
+        await asyncio.to_thread(keep_time)
+
+
+async def _call(client: AsyncClient, load: _Load, number: int, intended: float, record: _Record) -> None:
+    try:
+        batch = await client.generate(
+            load.model,
+            count=load.count,
+            seed=number * load.count % _SEED_LIMIT,
+            label=load.label,
+            version=load.version,
+        )
+    except GanserveError as error:
+        record.errors[type(error).__name__] += 1
+        return
+    record.latencies_s.append(time.perf_counter() - intended)
+    record.queue_s += batch.queue_s
+    record.compute_s += batch.compute_s
+
+
+def _figures(record: _Record, load: _Load, concurrency: int, rate: float | None) -> dict[str, Any]:
+    done = len(record.latencies_s)
+    figures: dict[str, Any] = {
+        "model": load.model,
+        "version": load.version,
+        "loop": "closed" if rate is None else "open",
+        **({"concurrency": concurrency} if rate is None else {"rate": rate}),
+        "images_per_call": load.count,
+        "seconds": record.wall_s,
+        "calls": done,
+        "errors": dict(record.errors),
+        "calls_per_second": done / record.wall_s,
+        "images_per_second": done * load.count / record.wall_s,
+        "latency_ms": _in_ms(record.latencies_s),
+        "server_ms": {
+            "queue": 1e3 * record.queue_s / done if done else None,
+            "compute": 1e3 * record.compute_s / done if done else None,
+        },
+        "client_cpu_cores": record.process_cpu_s / record.wall_s,
+        "client_loop_busy": record.loop_cpu_s / record.wall_s,
+    }
+    figures["client_lag_ms"] = _in_ms(record.lags_s)
+    figures["warnings"] = _warnings(figures)
+    return figures
+
+
+def _in_ms(seconds: list[float]) -> dict[str, float] | None:
+    """Return the mean, percentiles that were really measured (none between two), and the largest."""
+    if not seconds:
+        return None
+    values = np.array(seconds) * 1e3
+    percentiles = np.percentile(values, PERCENTILES, method="higher")
+    named = {f"p{name:g}": float(value) for name, value in zip(PERCENTILES, percentiles, strict=True)}
+    return {"mean": float(values.mean()), **named, "max": float(values.max())}
+
+
+def _warnings(figures: dict[str, Any]) -> list[str]:
+    warnings = []
+    if figures["client_loop_busy"] > _BUSY:
+        warnings.append(
+            f"this program was busy for {figures['client_loop_busy']:.0%} of the time: it is the bottleneck, not the "
+            "server; ask for more images a call (--count), or run several at once and add up"
+        )
+    lag, latency = figures["client_lag_ms"], figures["latency_ms"]
+    for name in ("p50", "p99"):
+        if lag and latency and lag[name] > _LATE * latency[name]:
+            warnings.append(
+                f"this program was itself {lag[name]:.2f} ms late ({name}), and the latencies ({name}: "
+                f"{latency[name]:.2f} ms) include that; ask for less, or run it where it has cores of its own"
+            )
+            break
+    if 0 < figures["calls"] < 1000:
+        warnings.append(f"p99.9 of {figures['calls']} calls is the slowest of them; --duration makes more")
+    if figures["errors"]:
+        warnings.append("the latencies are those of the calls that succeeded")
+    return warnings
+
+
+def _report(figures: dict[str, Any], latencies_s: NDArray[np.float64]) -> str:
+    """Return the figures as text, with a histogram of latencies [n] in seconds."""
+    how = (
+        f"{figures['concurrency']} calls in flight"
+        if figures["loop"] == "closed"
+        else f"{figures['rate']:g} calls/s, whatever happens"
+    )
+    lines = [
+        f"{figures['model']} version {figures['version']}: {how}, {figures['images_per_call']} image(s) each, "
+        f"{figures['seconds']:.1f} s",
+        f"{figures['calls_per_second']:,.1f} calls/s, {figures['images_per_second']:,.1f} images/s; "
+        f"this program used {figures['client_cpu_cores']:.2f} cores",
+    ]
+    if figures["errors"]:
+        failed = ", ".join(f"{number} {name}" for name, number in sorted(figures["errors"].items()))
+        lines.append(f"{sum(figures['errors'].values())} calls failed: {failed}")
+    if figures["latency_ms"]:
+        lines += ["", _row("", figures["latency_ms"]), _row("latency, ms", figures["latency_ms"], values=True)]
+        lines.append(_row("client lag, ms", figures["client_lag_ms"], values=True))
+        server = figures["server_ms"]
+        lines.append(
+            f"of that in the server, on average: {server['queue']:.2f} ms queue, {server['compute']:.2f} compute"
+        )
+        lines += ["", *histogram(latencies_s * 1e3)]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in figures["warnings"])])
+
+
+def _row(title: str, figures: dict[str, float], *, values: bool = False) -> str:
+    return f"{title:<15}" + "".join(f"{f'{value:.2f}' if values else name:>10}" for name, value in figures.items())
+
+
+def histogram(values_ms: NDArray[np.float64]) -> list[str]:
+    """Return lines of a histogram of values [n]: bars between edges that grow by a factor, as latencies spread."""
+    low, high = max(values_ms.min(), 1e-3), max(values_ms.max(), 2e-3)
+    edges = np.geomspace(low, max(high, low * 1.01), _BARS + 1)
+    edges[0], edges[-1] = values_ms.min(), values_ms.max() + 1e-9
+    counts, _ = np.histogram(values_ms, edges)
+    marks = np.percentile(values_ms, PERCENTILES, method="higher")
+    lines = []
+    for index, number in enumerate(counts):
+        first, last = edges[index], edges[index + 1]
+        eighths = round(8 * _BAR_WIDTH * number / counts.max())
+        if number and not eighths:
+            eighths = 1
+        bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+        here = ", ".join(f"p{name:g}" for name, mark in zip(PERCENTILES, marks, strict=True) if first <= mark < last)
+        lines.append(f"{first:>9.2f} ms {number:>8} {bar}{here and f'  {_ARROW} {here}'}".rstrip())
+    return lines

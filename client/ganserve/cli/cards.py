@@ -1,0 +1,240 @@
+"""`ganserve models`: what the server's models are, as a table, as one model's card, as JSON, or as a page."""
+
+import base64
+import html
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.columns import Columns
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ganserve.cli.connection import Connection, with_connection
+from ganserve.cli.output import print_json, show, write_file
+from ganserve.cli.terminal_pictures import TerminalPicture
+from ganserve.models import Model
+
+# The figures that the table has a column for.
+_TABLE_METRICS = {"label_accuracy": "accuracy", "fid": "FID", "precision": "precision", "recall": "recall"}
+_WIDEST_PICTURE = 32  # characters: three pictures abreast in most terminals
+
+
+@with_connection
+def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show this model's card, and its golden images.", show_default="all, a line each"),
+    ] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Of the model.", show_default="the newest")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the card to this file, as a page that needs no other file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    *,
+    connection: Connection,
+) -> None:
+    """List the server's models with their measured quality, or show one's card.
+
+    Example: ganserve models cdcgan-mnist --html card.html
+    """
+    if name is None:
+        if version is not None or html_file is not None:
+            raise typer.BadParameter("--version and --html are of one model: give its NAME")
+        with connection.client() as client:
+            listed = client.models()
+        if as_json:
+            print_json([_described(model) for model in listed])
+        else:
+            show(_table(listed))
+        return
+    with connection.client(name) as client:
+        model = client.model(name, version)
+    if html_file is not None:
+        write_file(html_file, card_page(model).encode())
+    if as_json:
+        print_json({**_described(model), "card": model.card})
+    elif html_file is not None:
+        print(f"{html_file}: the card of {model.name} version {model.version}")
+    else:
+        show(_card(model), piped_width=120)
+
+
+def _described(model: Model) -> dict[str, Any]:
+    described = asdict(model)
+    del described["card"]
+    return described
+
+
+def _table(listed: list[Model]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("model", "versions", "images", "data set", *_TABLE_METRICS.values(), "classes"):
+        table.add_column(column, no_wrap=column != "classes", overflow="fold")
+    for model in listed:
+        figures = {metric.name: f"{metric.value:.4g}" for metric in model.metrics}
+        # Names come from model files: as Text, brackets in them are no markup.
+        cells: list[str] = [
+            model.name,
+            ", ".join(map(str, model.versions)),
+            _size(model),
+            model.dataset,
+            *(figures.get(metric, "") for metric in _TABLE_METRICS),
+            ", ".join(model.class_names),
+        ]
+        table.add_row(*map(_plain, cells))
+    return table
+
+
+def _plain(text: str) -> Text:
+    """Return text from a model file without control characters: a card must not steer the terminal."""
+    return Text("".join(character if character.isprintable() else "�" for character in text))
+
+
+def _size(model: Model) -> str:
+    return f"{model.width}x{model.height} {'grey' if model.channels == 1 else 'colour'}"
+
+
+@dataclass(frozen=True, slots=True)
+class _GoldenImage:
+    caption: str
+    png: bytes
+
+
+def _golden_images(model: Model) -> list[_GoldenImage]:
+    golden = []
+    for image in model.card.get("goldenImages", []):
+        caption = f"seed {image.get('seed', 0)}"
+        if "label" in image and image["label"] < len(model.class_names):
+            caption += f", {model.class_names[image['label']]}"
+        golden.append(_GoldenImage(caption, base64.b64decode(image.get("png", ""))))
+    return golden
+
+
+def _facts(model: Model) -> dict[str, str]:
+    card, training = model.card, model.card.get("training", {})
+    facts = {
+        "version": f"{model.version} (served: {', '.join(map(str, model.versions))})",
+        "images": _size(model),
+        "data set": model.dataset,
+        "classes": ", ".join(model.class_names),
+        "architecture": model.architecture,
+        "latents": f"{model.latent_dim} numbers",
+        "parameters": f"{int(card.get('generatorParameters', 0)):,}",
+        "precision": card.get("precision") or "fp32",
+        "trained on": f"{int(training.get('imagesSeen', 0)):,} images, {_duration(training)} on "
+        f"{training.get('device', 'an unknown device')}",
+        "exported": f"{card.get('createdAt', '?')}, by version {card.get('trainerVersion', '?')} of the trainer",
+        "digest": model.digest,
+        "runs on": model.provider,
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _methods(model: Model) -> tuple[list[str], str]:
+    """Return how each metric was measured, without the end that all have in common, and that end."""
+    parts = [metric.method.split("; ") for metric in model.metrics]
+    shared: list[str] = []
+    while len(parts) > 1 and all(len(each) > 1 and each[-1] == parts[0][-1] for each in parts):
+        shared.insert(0, parts[0][-1])
+        parts = [each[:-1] for each in parts]
+    return ["; ".join(each) for each in parts], "; ".join(shared)
+
+
+def _duration(training: dict[str, Any]) -> str:
+    minutes = float(str(training.get("duration", "0s")).rstrip("s")) / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _card(model: Model) -> Group:
+    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for fact, value in _facts(model).items():
+        facts.add_row(fact, _plain(value))
+    metrics = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    metrics.add_column(no_wrap=True)
+    metrics.add_column(justify="right")
+    metrics.add_column(style="dim", overflow="fold")
+    methods, shared = _methods(model)
+    for metric, method in zip(model.metrics, methods, strict=True):
+        metrics.add_row(_plain(metric.name), f"{metric.value:.6g}", _plain(method))
+    pictures = [Group(_drawn(image.png), _plain(image.caption)) for image in _golden_images(model)]
+    title = Text(model.name, style="bold")
+    end = _plain(f"all with this {shared}" if shared else "")
+    end.stylize("dim")
+    return Group(title, "", facts, "", metrics, end, "", Columns(pictures, padding=(1, 2)))
+
+
+def _drawn(png: bytes) -> TerminalPicture | Text:
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            picture = image.convert("L" if image.mode == "L" else "RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return Text("(not readable)")
+    if picture.width > _WIDEST_PICTURE:
+        height = max(1, round(picture.height * _WIDEST_PICTURE / picture.width))
+        picture = picture.resize((_WIDEST_PICTURE, height), Image.Resampling.BOX)
+    return TerminalPicture(np.asarray(picture))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{name}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .2rem 1rem .2rem 0; vertical-align: top; text-align: left; overflow-wrap: anywhere }}
+tr + tr {{ border-top: 1px solid #8884 }}
+th {{ font-weight: normal; white-space: nowrap }}
+.value {{ text-align: right; font-variant-numeric: tabular-nums }}
+.method {{ font-size: .85em; opacity: .75 }}
+.images {{ display: flex; flex-wrap: wrap; gap: 1rem }}
+figure {{ margin: 0; text-align: center; font-size: .85em }}
+img {{ width: 112px; image-rendering: pixelated; display: block; margin: auto }}
+</style>
+<h1>{name}</h1>
+<table>{facts}</table>
+<h2>Golden images</h2>
+<p>What every server must get from the model before it serves it.</p>
+<div class="images">{images}</div>
+<h2>Quality</h2>
+<table>{metrics}</table>
+<p class="method">{shared}</p>
+<details><summary>Training configuration</summary><table>{configuration}</table></details>
+</html>
+"""
+
+
+def card_page(model: Model) -> str:
+    """Return a model's card as an HTML page that needs nothing else. What a model file says is text, never markup."""
+    images = "".join(
+        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(image.png).decode()}">'
+        f"<figcaption>{html.escape(image.caption)}</figcaption></figure>\n"
+        for image in _golden_images(model)
+    )
+    methods, shared = _methods(model)
+    metrics = "".join(
+        f'<tr><th>{html.escape(metric.name)}<td class="value">{metric.value:.6g}<td class="method">{html.escape(method)}\n'
+        for metric, method in zip(model.metrics, methods, strict=True)
+    )
+    configuration = model.card.get("training", {}).get("configuration", {})
+    return _PAGE.format(
+        name=html.escape(model.name),
+        facts=_rows(_facts(model)),
+        images=images,
+        metrics=metrics,
+        shared=html.escape(f"All with this {shared}." if shared else ""),
+        configuration=_rows(dict(sorted(configuration.items()))),
+    )
+
+
+def _rows(facts: dict[str, str]) -> str:
+    return "".join(f"<tr><th>{html.escape(name)}<td>{html.escape(value)}\n" for name, value in facts.items())

@@ -1,0 +1,150 @@
+"""`ganserve generate`: images as one picture, as a file each, or into a pipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image
+
+from ganserve.cli.connection import Connection, with_connection
+from ganserve.cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
+from ganserve.client import Client
+from ganserve.conversion import Label
+from ganserve.images import ImageBatch
+
+ModelName = Annotated[str, typer.Argument(help="The model's name, as `ganserve models` lists it.")]
+Version = Annotated[int | None, typer.Option(min=1, help="Of the model.", show_default="the newest")]
+Truncation = Annotated[float, typer.Option(help="0 to 2; below 1: more typical, less varied images.")]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--label", help="A class, by index or name; several are taken in turn.", show_default="all in turn"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")]
+
+
+@with_connection
+def generate(
+    model: ModelName,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The file to write: one picture of all images; or, with {index}, {seed}, {label}, {model} or "
+            "{version} in it, one file an image. Its ending decides the format. '-' is standard output.",
+            show_default="MODEL.png",
+        ),
+    ] = "",
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    seed: Annotated[int | None, typer.Option(help="Of the first image.", show_default="drawn by the server")] = None,
+    label: Labels = None,
+    truncation: Truncation = 1.0,
+    version: Version = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Images a row.", show_default="nearly square")] = None,
+    scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge the pixels of the one picture.")] = 2,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="png, jpeg or webp.", show_default="by the ending; png for '-'")
+    ] = None,
+    as_json: AsJson = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Make images and write them to a file, or to one file each.
+
+    Example: ganserve generate cdcgan-mnist --label 7 --count 16 --seed 1 -o sevens.png
+    """
+    out = out or f"{model}.png"
+    check_out(out, as_json)
+    pillow_format = format_of(out, file_format)
+    with connection.client(model, label or []) as client:
+        batch = client.generate(
+            model,
+            count=count,
+            seed=seed,
+            label=labels_in_turn(client, model, version, label, 0, count),
+            truncation=truncation,
+            version=version,
+        )
+    if "{" in out:
+        files = [str(path) for path in batch.save(out)]
+    else:
+        content = encoded(batch.sheet(columns, scale=scale), pillow_format)
+        write_picture(out, content)
+        files = [out]
+    if as_json:
+        print_json({"files": files, **described(batch)})
+    elif out != STDOUT:
+        print(f"{files[0]}{f' to {files[-1]}' if len(files) > 1 else ''}: {summary(batch)}")
+
+
+def format_of(out: str, named: str | None) -> str:
+    """Return Pillow's name of the format to write.
+
+    Raises:
+        CommandLineError: there is no such format, or the file's ending is of none.
+    """
+    by_ending = Image.registered_extensions()
+    ending = f".{named.lower()}" if named is not None else ".png" if out == STDOUT else Path(out).suffix.lower()
+    if by_ending.get(ending) not in Image.SAVE:
+        raise typer.BadParameter(
+            f"no format is known for {named or out!r}; name it .png, .jpg or .webp, or give --format"
+        )
+    return by_ending[ending]
+
+
+def check_out(out: str, as_json: bool) -> None:
+    """Refuse what cannot be written, before anything is asked of a server."""
+    if out == STDOUT and as_json:
+        raise typer.BadParameter("--json and -o - both write to standard output; give one of them")
+    if out == STDOUT:
+        check_stdout_takes_bytes()
+
+
+def write_picture(out: str, content: bytes) -> None:
+    """Write a file, whole or not at all, or to standard output."""
+    if out == STDOUT:
+        write_stdout(content)
+    else:
+        write_file(Path(out), content)
+
+
+def described(batch: ImageBatch) -> dict[str, Any]:
+    """Return what `--json` says of the images that were made."""
+    return {
+        "model": batch.model,
+        "version": batch.version,
+        "digest": batch.digest,
+        "provider": batch.provider,
+        "truncation": batch.truncation,
+        "count": len(batch),
+        "seeds": batch.seeds,
+        "labels": batch.labels,
+        "queue_s": batch.queue_s,
+        "compute_s": batch.compute_s,
+    }
+
+
+def summary(batch: ImageBatch) -> str:
+    """Return what was made, in a line."""
+    made = f"{len(batch)} image{'s' if len(batch) > 1 else ''} of {batch.model} version {batch.version}"
+    if not batch.seeds:
+        return made
+    return f"{made}, seed {batch.seeds[0]}{f' to {batch.seeds[-1]}' if len(batch) > 1 else ''}"
+
+
+def labels_in_turn(
+    client: Client, model: str, version: int | None, labels: list[str] | None, first: int, count: int
+) -> Label | list[Label] | None:
+    """Return what `--label` means for the images number `first` to `first + count - 1`."""
+    if not labels:
+        return None
+    if len(labels) == 1:
+        return index_or_name(labels[0])
+    described = client.model(model, version)
+    known = [described.label(index_or_name(label)) for label in labels]
+    return [known[index % len(known)] for index in range(first, first + count)]
+
+
+def index_or_name(label: str) -> Label:
+    """Read a label as the command line has it."""
+    return int(label) if label.isdecimal() else label

@@ -1,0 +1,65 @@
+"""How the program ends: one exit status for each kind of outcome, and one line for each error."""
+
+from enum import IntEnum
+
+import typer
+
+from ganserve.errors import DeadlineExceededError, GanserveError, InvalidRequestError, UnavailableError
+
+# What typer and click raise for a wrong command line. Newer typers bring a click of their own, so that it has no
+# name that all versions know.
+CommandLineError: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
+
+
+class ExitStatus(IntEnum):
+    """The exit statuses of every command."""
+
+    OK = 0
+    NO = 1
+    COMMAND_LINE = 2
+    NO_ANSWER = 3
+    FILE = 4
+    INTERRUPTED = 130
+    PIPE_CLOSED = 141
+
+
+EXIT_STATUSES = {
+    ExitStatus.OK: "done; what was asked about is so",
+    ExitStatus.NO: "what was asked about is not so, or the server refused",
+    ExitStatus.COMMAND_LINE: "the command line is wrong",
+    ExitStatus.NO_ANSWER: "no server at the address, or no answer in time",
+    ExitStatus.FILE: "a file cannot be read or written",
+    ExitStatus.INTERRUPTED: "stopped by Ctrl-C",
+    ExitStatus.PIPE_CLOSED: "the reader of the pipe went away",
+}
+
+
+def outcome(error: BaseException) -> tuple[ExitStatus, str]:
+    """Return the exit status and the text, one line, for what ended a command; the text may be empty.
+
+    Raises:
+        BaseException: the error itself, if no command should end with it.
+    """
+    if isinstance(error, CommandLineError):
+        return ExitStatus.COMMAND_LINE, _one_line(error.format_message())  # type: ignore[attr-defined]
+    if isinstance(error, UnavailableError | DeadlineExceededError):
+        return ExitStatus.NO_ANSWER, _one_line(error)
+    if isinstance(error, GanserveError):
+        # Without a status the SDK itself refused: no server has seen the command line.
+        ours = isinstance(error, InvalidRequestError) and error.code is None
+        return ExitStatus.COMMAND_LINE if ours else ExitStatus.NO, _one_line(error)
+    if isinstance(error, BrokenPipeError):
+        return ExitStatus.PIPE_CLOSED, ""
+    if isinstance(error, OSError):
+        told = error.filename is not None and error.strerror is not None
+        return ExitStatus.FILE, _one_line(f"{error.filename}: {error.strerror}" if told else error.strerror or error)
+    if isinstance(error, ValueError):
+        return ExitStatus.COMMAND_LINE, _one_line(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return ExitStatus.INTERRUPTED, "interrupted"
+    raise error
+
+
+def _one_line(error: object) -> str:
+    notes: list[str] = getattr(error, "__notes__", [])
+    return " ".join("; ".join([str(error), *notes]).split())

@@ -1,0 +1,245 @@
+"""Where an image comes from, as its file says it: model, version, digest, seed, label, truncation.
+
+The server's files and the SDK's carry it as one JSON object: a PNG as the text chunk "ganserve", JPEG, WebP and TIFF as
+EXIF's ImageDescription, a GIF as its comment. A picture of several images, a sheet or an animation, has these too:
+
+- `count`: how many; `seed` and `label` are those of the first.
+- `seeds`: of each. Left out where they are consecutive, modulo 2^32, which a server's contact sheets always are.
+- `labels`: of each. A server's contact sheet leaves them out and says the first label only.
+
+Items of these lists are numbers, or runs, [first, length, step]: [7, 16, 0] is sixteen times 7, [5, 3, 1] is 5, 6, 7.
+Where so many are irregular that the JSON would be longer than a JPEG's EXIF can be, `seed`, `seeds`, `label` and
+`labels` are null.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ganserve.errors import NoProvenanceError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PNG_KEYWORD = "ganserve"
+EXIF_IMAGE_DESCRIPTION = 0x010E
+_MAX_TEXT = 60_000  # characters; a JPEG holds 65,533 bytes of EXIF
+_MAX_IMAGES = 1_000_000  # a file of a few bytes must not make us write down more seeds
+_UINT32_LIMIT = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What an image, or a picture of several, was made from.
+
+    `seed` is None for images of the caller's own latents, which can't be made again from this; `label` is None for
+    those of an unconditional model. `count` is None for one image; else `seed` and `label` are the first image's,
+    `seeds` and `labels` those of all, in order. `labels` is None beside a `label` where only the first one's is known:
+    in the contact sheets that a server encodes.
+    """
+
+    model: str
+    version: int
+    digest: str
+    seed: int | None
+    label: int | None
+    truncation: float
+    count: int | None = None
+    seeds: tuple[int, ...] | None = None
+    labels: tuple[int, ...] | None = None
+
+    def to_json(self) -> str:
+        """Write it as the metadata of a file; ASCII, 60,000 characters at most."""
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "version": self.version,
+            "digest": self.digest,
+            "seed": self.seed,
+            "label": self.label,
+            "truncation": self.truncation,
+        }
+        if self.count is None:
+            return json.dumps(fields)
+        fields["count"] = self.count
+        if self.seeds is not None and self.seeds != _consecutive(self.seeds[0], self.count):
+            fields["seeds"] = _to_runs(self.seeds)
+        if self.labels is not None:
+            fields["labels"] = _to_runs(self.labels)
+        text = json.dumps(fields)
+        if len(text) > _MAX_TEXT:
+            text = json.dumps({**fields, "seed": None, "seeds": None, "label": None, "labels": None})
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> "Provenance":
+        """Read the metadata of a file. Keys that it doesn't know are left alone.
+
+        Raises:
+            NoProvenanceError: the text is not what `to_json` or a server writes; it says where.
+        """
+        # One check here spares the parser what no file of ours has: a hundred million brackets, say.
+        if len(text) > 2 * _MAX_TEXT:
+            raise NoProvenanceError(f"it has {len(text)} characters; ganserve writes {_MAX_TEXT} at most")
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            raise NoProvenanceError("it is not JSON, or cut off") from None
+        if not isinstance(fields, dict):
+            raise NoProvenanceError("it is not a JSON object")
+        version = _integer(fields, "version")
+        if not version:
+            raise NoProvenanceError("its 'version' is not an integer from 1 on")
+        seed, label = _integer(fields, "seed"), _integer(fields, "label")
+        count = _integer(fields, "count") if "count" in fields else None
+        if count is not None and not 1 <= count <= _MAX_IMAGES:
+            raise NoProvenanceError(f"its 'count' is not an integer from 1 to {_MAX_IMAGES}")
+        seeds = labels = None
+        if count is not None:
+            if "seeds" in fields:
+                seeds = _from_runs(fields, "seeds", count)
+            elif seed is not None:
+                seeds = _consecutive(seed, count)
+            labels = _from_runs(fields, "labels", count)
+        return cls(
+            model=_string(fields, "model"),
+            version=version,
+            digest=_string(fields, "digest"),
+            seed=seed,
+            label=label,
+            truncation=_truncation(fields),
+            count=count,
+            seeds=seeds,
+            labels=labels,
+        )
+
+
+def read_provenance(source: str | Path | bytes | BinaryIO) -> Provenance:
+    """Read what a file says of where its image comes from. The pixels are neither decoded nor compared.
+
+    Args:
+        source: a path, the file's bytes, or an open binary file.
+
+    Raises:
+        NoProvenanceError: the file is no image, or does not say it; the text says what was looked for.
+        OSError: the file can't be opened.
+    """
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), "the image")
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            return _read(file, str(source))
+    return _read(source, str(getattr(source, "name", "the image")))
+
+
+def _read(file: BinaryIO, name: str) -> Provenance:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            found = _metadata(image)
+    # Pillow's readers raise nearly anything on a broken file; its guard against huge pictures has an error of its own.
+    except Exception as error:
+        reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise NoProvenanceError(f"{name} can't be read as an image: {reason}") from error
+    if found is None:
+        raise NoProvenanceError(
+            f"{name} doesn't say how it was made: there is no PNG text chunk {PNG_KEYWORD!r}, no EXIF ImageDescription "
+            "and no GIF comment; it was written without, or a program that handled it left it out"
+        )
+    place, text = found
+    try:
+        return Provenance.from_json(text)
+    except NoProvenanceError as error:
+        raise NoProvenanceError(f"{name} doesn't say how it was made: its {place} isn't ganserve's; {error}") from None
+
+
+def _metadata(image: "Image") -> tuple[str, str] | None:
+    """Return where the image's text was found, and the text."""
+    places = {
+        f"PNG text chunk {PNG_KEYWORD!r}": image.info.get(PNG_KEYWORD),
+        "EXIF ImageDescription": image.getexif().get(EXIF_IMAGE_DESCRIPTION),
+        "GIF comment": image.info.get("comment") if image.format == "GIF" else None,
+    }
+    for place, text in places.items():
+        if isinstance(text, bytes):
+            return place, text.decode("ascii", "replace")
+        if isinstance(text, str):
+            return place, str(text)
+    return None
+
+
+def _consecutive(first: int, count: int) -> tuple[int, ...]:
+    return tuple(number % _UINT32_LIMIT for number in range(first, first + count))
+
+
+def _to_runs(numbers: Sequence[int]) -> list[int | list[int]]:
+    runs: list[int | list[int]] = []
+    start = 0
+    while start < len(numbers):
+        step = numbers[start + 1] - numbers[start] if start + 1 < len(numbers) else 0
+        stop = start + 1
+        while step in (0, 1) and stop < len(numbers) and numbers[stop] - numbers[stop - 1] == step:
+            stop += 1
+        if stop - start > 2:
+            runs.append([numbers[start], stop - start, step])
+        else:
+            stop = start + 1
+            runs.append(numbers[start])
+        start = stop
+    return runs
+
+
+def _from_runs(fields: dict[str, Any], key: str, count: int) -> tuple[int, ...] | None:
+    runs = fields.get(key)
+    if runs is None:
+        return None
+    broken = NoProvenanceError(f"its {key!r} are not {count} numbers")
+    if not isinstance(runs, list):
+        raise broken
+    numbers: list[int] = []
+    for run in runs:
+        first, length, step = run if isinstance(run, list) and len(run) == 3 else (run, 1, 0)
+        if not (_is_uint32(first) and _is_uint32(length) and _is_uint32(step)):
+            raise broken
+        # Before the numbers are written down: a run's length can be any number.
+        if step > 1 or length > count - len(numbers) or first + step * length > _UINT32_LIMIT:
+            raise broken
+        numbers += range(first, first + length) if step else [first] * length
+    if len(numbers) < count:
+        raise broken
+    return tuple(numbers)
+
+
+def _is_uint32(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _UINT32_LIMIT
+
+
+def _integer(fields: dict[str, Any], key: str) -> int | None:
+    value = _field(fields, key)
+    if value is not None and not _is_uint32(value):
+        raise NoProvenanceError(f"its {key!r} is not an integer from 0 to {_UINT32_LIMIT - 1}")
+    return value  # type: ignore[no-any-return]
+
+
+def _string(fields: dict[str, Any], key: str) -> str:
+    value = _field(fields, key)
+    # Printable: these come from any file, and end up in terminals.
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise NoProvenanceError(f"its {key!r} is not a name")
+    return value
+
+
+def _truncation(fields: dict[str, Any]) -> float:
+    value = _field(fields, "truncation")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 2:
+        raise NoProvenanceError("its 'truncation' is not a number from 0 to 2")
+    return float(value)
+
+
+def _field(fields: dict[str, Any], key: str) -> Any:
+    if key not in fields:
+        raise NoProvenanceError(f"it has no {key!r}")
+    return fields[key]
