@@ -35,10 +35,12 @@ _LATENCIES_KEPT = 60
 _Seen = tuple[tuple[str, tuple[int, ...], str], ...]
 
 _CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto;
+  --faint: color-mix(in srgb, var(--body-text-color) 64%, transparent); }
 footer { display: none !important; }
 #title h1 { margin: 0; font-size: 1.5rem; }
-#title p { margin: 0; color: var(--body-text-color-subdued); }
+#title p { margin: 0; color: var(--faint); }
+#notice:not(:has(.down)) { display: none; }
 #notice .down { padding: .7rem 1rem; border-radius: var(--radius-lg); border: 1px solid #d97706;
   background: color-mix(in srgb, #d97706 14%, transparent); overflow-wrap: anywhere; }
 #classes .wrap { max-height: 15rem; overflow-y: auto; }
@@ -47,9 +49,9 @@ footer { display: none !important; }
   border: 1px solid var(--border-color-primary); }
 .picture img.large { width: min(100%, 448px); }
 .picture img.strip { width: 100%; border-radius: var(--radius-sm); }
-.picture .caption { color: var(--body-text-color-subdued); text-align: center; }
+.picture .caption { color: var(--faint); text-align: center; }
 .picture .ends { display: flex; gap: 1rem; flex-wrap: wrap; justify-content: center; align-items: end; width: 100%; }
-.picture .ends figure { margin: 0; text-align: center; color: var(--body-text-color-subdued); flex: 1 1 120px;
+.picture .ends figure { margin: 0; text-align: center; color: var(--faint); flex: 1 1 120px;
   max-width: 150px; }
 .picture .ends figure.film { flex: 2 1 200px; max-width: 280px; }
 .picture .ends img { width: 100%; }
@@ -58,13 +60,14 @@ footer { display: none !important; }
 .picture a.download:hover { background: var(--button-secondary-background-fill-hover); }
 .latency { display: flex; justify-content: space-between; align-items: end; gap: 1rem; flex-wrap: wrap; }
 .latency b { font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.latency small { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.latency small { color: var(--faint); font-variant-numeric: tabular-nums; }
 .latency svg { width: 100%; height: 34px; color: var(--color-accent); }
 .card table { width: 100%; border-collapse: collapse; font-size: .9rem; margin: 0 0 1.1rem; }
-.card td { padding: .22rem 0 !important; border: 0 !important; border-top: 1px solid var(--border-color-primary) !important;
-  vertical-align: top; }
+.card td { padding: .22rem 0 !important; border: 0 !important; vertical-align: top;
+  border-top: 1px solid var(--border-color-primary) !important; }
 .card td:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.card td:first-child { color: var(--body-text-color-subdued); padding-right: .6rem !important; }
+.card td:first-child { color: var(--faint); padding-right: .6rem !important; }
+.card table, .card tr, .card tbody { border: 0 !important; }
 .card h3 { margin: 0 0 .35rem; font-size: 1rem; }
 .card [title] { cursor: help; text-decoration: underline dotted; text-underline-offset: 3px; }
 """
@@ -259,7 +262,7 @@ def _film(walk: ImageBatch, seconds: float) -> str:
         <div class="picture">
         <div class="ends">
           <figure><img src="{first}" alt="the first"><figcaption>from</figcaption></figure>
-          <figure class="film"><img src="{film}" alt="the way between them"><figcaption>and back</figcaption></figure>
+          <figure class="film"><img src="{film}" alt="animation"><figcaption>there and back</figcaption></figure>
           <figure><img src="{last}" alt="the last"><figcaption>to</figcaption></figure>
         </div>
         <img class="strip" src="{strip}" alt="all {len(walk)} pictures">
@@ -278,14 +281,16 @@ def _data_uri(ending: str, save: Callable[[Path], object]) -> str:
 def _latency(seconds: list[float], batch: ImageBatch) -> str:
     ms = [1000 * each for each in seconds]
     top = max(ms)
-    points = " ".join(f"{x * 100 / (_LATENCIES_KEPT - 1):.1f},{33 - 30 * y / top:.1f}" for x, y in enumerate(ms))
+    bars = "".join(
+        f'<rect x="{place}" y="{34 - 34 * each / top:.1f}" width=".7" height="{34 * each / top:.1f}"/>'
+        for place, each in enumerate(ms)
+    )
     return f"""
         <div class="latency">
         <span><b>{ms[-1]:.1f} ms</b> <small>round trip</small></span>
         <small>median of {len(ms)}: {statistics.median(ms):.1f} ms</small>
-        <svg viewBox="0 0 100 34" preserveAspectRatio="none" role="img" aria-label="the last {len(ms)} round trips">
-        <polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"
-          vector-effect="non-scaling-stroke"/></svg>
+        <svg viewBox="0 0 {_LATENCIES_KEPT} 34" preserveAspectRatio="none" fill="currentColor" role="img"
+          aria-label="the last {len(ms)} round trips">{bars}</svg>
         <small>{1000 * batch.queue_s:.2f} ms in the queue, {1000 * batch.compute_s:.2f} ms of computing on
         {html.escape(batch.provider.removesuffix("ExecutionProvider"))}</small>
         </div>"""

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ganserve.cli import bench, cards, generating, health
+from ganserve.cli import bench, cards, generating, health, playground
 from ganserve.cli.outcome import EXIT_STATUSES, outcome
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
 
 app = typer.Typer(help=__doc__, epilog=_EPILOG, add_completion=False, context_settings={"max_content_width": 120})
-for _command in (generating.generate, cards.models, health.health, bench.bench):
+for _command in (generating.generate, cards.models, health.health, bench.bench, playground.playground):
     app.command(epilog=_EPILOG)(_command)
 
 
