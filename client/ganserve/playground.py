@@ -37,6 +37,7 @@ _Seen = tuple[tuple[str, tuple[int, ...], str], ...]
 _CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto;
   --faint: color-mix(in srgb, var(--body-text-color) 64%, transparent); }
+input[type=range]::-webkit-slider-thumb { border: 2px solid var(--color-accent) !important; }
 footer { display: none !important; }
 #title h1 { margin: 0; font-size: 1.5rem; }
 #title p { margin: 0; color: var(--faint); }
@@ -61,7 +62,7 @@ footer { display: none !important; }
 .latency { display: flex; justify-content: space-between; align-items: end; gap: 1rem; flex-wrap: wrap; }
 .latency b { font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .latency small { color: var(--faint); font-variant-numeric: tabular-nums; }
-.latency svg { width: 100%; height: 34px; color: var(--color-accent); }
+.latency svg { width: 100%; height: 34px; fill: var(--color-accent); }
 .card table { width: 100%; border-collapse: collapse; font-size: .9rem; margin: 0 0 1.1rem; }
 .card td { padding: .22rem 0 !important; border: 0 !important; vertical-align: top;
   border-top: 1px solid var(--border-color-primary) !important; }
@@ -289,7 +290,7 @@ def _latency(seconds: list[float], batch: ImageBatch) -> str:
         <div class="latency">
         <span><b>{ms[-1]:.1f} ms</b> <small>round trip</small></span>
         <small>median of {len(ms)}: {statistics.median(ms):.1f} ms</small>
-        <svg viewBox="0 0 {_LATENCIES_KEPT} 34" preserveAspectRatio="none" fill="currentColor" role="img"
+        <svg viewBox="0 0 {_LATENCIES_KEPT} 34" preserveAspectRatio="none" role="img"
           aria-label="the last {len(ms)} round trips">{bars}</svg>
         <small>{1000 * batch.queue_s:.2f} ms in the queue, {1000 * batch.compute_s:.2f} ms of computing on
         {html.escape(batch.provider.removesuffix("ExecutionProvider"))}</small>
