@@ -1,26 +1,32 @@
+import base64
+import copy
+import html
+import io
 import json
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ganserve import ImageBatch
+from ganserve import Client, GeneratedImage, ImageBatch
 
 
-def batch(count: int = 3, channels: int = 1, *, labels: bool = True) -> ImageBatch:
-    pixels = np.arange(count * 4 * 5 * channels, dtype=np.uint8).reshape(count, 4, 5, channels)
+def batch(count: int = 3, channels: int = 1, *, labels: bool = True, model: str = "digits") -> ImageBatch:
+    pixels = np.arange(count * 4 * 5 * channels).astype(np.uint8).reshape(count, 4, 5, channels)
     return ImageBatch(
         pixels=pixels,
         seeds=tuple(range(7, 7 + count)),
         labels=tuple(range(count)) if labels else None,
-        model="digits",
+        model=model,
         version=2,
         digest="sha256:0",
         provider="CPUExecutionProvider",
         truncation=1.0,
-        queue_s=0.0,
-        compute_s=0.0,
+        queue_s=0.0125,
+        compute_s=0.5,
     )
 
 
@@ -64,3 +70,257 @@ def test_a_sheet_names_its_rows_beside_the_images() -> None:
     margin = named.width - plain.width
     assert np.array_equal(np.asarray(named)[:, margin:], np.asarray(plain))
     assert np.asarray(named)[:32, :margin].any()
+
+
+@pytest.mark.parametrize("wrong", [{"columns": 0}, {"columns": -1}, {"scale": 0}])
+def test_a_sheet_has_columns_and_pixels(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}; it must be 1 or more"):
+        batch().sheet(**wrong)  # type: ignore[arg-type]
+
+
+def test_no_images_make_no_picture(tmp_path: Path) -> None:
+    empty = batch()[5:]
+    assert (len(empty), list(empty), empty.pil(), empty.save(tmp_path / "{seed}.png")) == (0, [], [], [])
+    with pytest.raises(ValueError, match="no images"):
+        empty.sheet()
+    with pytest.raises(ValueError, match="no images"):
+        empty.gif(tmp_path / "walk.gif")
+    assert empty._repr_png_() is None
+    assert "0 images" in empty._repr_html_()
+
+
+def test_a_sheet_is_a_pillow_image_like_others() -> None:
+    sheet = batch(4).sheet(columns=2)
+    assert isinstance(sheet, Image.Image)
+    again = pickle.loads(pickle.dumps(sheet))
+    assert np.array_equal(np.asarray(again), np.asarray(sheet))
+    file = io.BytesIO()
+    again.save(file, "PNG")
+    assert Image.open(file).info["ganserve"] == batch(4).provenance.to_json()
+    assert sheet.resize((3, 3)).size == (3, 3)
+    assert sheet.convert("RGB").getpixel((8, 1)) == (26, 26, 26)
+
+
+def test_saving_a_sheet_takes_what_pillow_takes(tmp_path: Path) -> None:
+    sheet = batch(4).sheet(scale=20)
+    for name, parameters in (("good.jpg", {}), ("bad.jpg", {"quality": 5})):
+        sheet.save(tmp_path / name, **parameters)
+    assert (tmp_path / "bad.jpg").stat().st_size < (tmp_path / "good.jpg").stat().st_size
+    with (tmp_path / "file").open("wb") as file:
+        sheet.save(file, format="webp")
+    # Lossless, as the server's.
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "file").convert("L")), np.asarray(sheet))
+    with pytest.raises(ValueError, match="unknown file extension"):
+        sheet.save(tmp_path / "sheet.nonsense")
+
+
+@pytest.mark.parametrize("index", [0, 2, -1, -3, np.int64(1)])
+def test_an_index_gives_one_image(index: int) -> None:
+    images, place = batch(), int(index) % 3
+    image = images[index]
+    assert isinstance(image, GeneratedImage)
+    assert np.array_equal(image.pixels, images.pixels[place])
+    assert np.array_equal(np.asarray(image), images.pixels[place])
+    assert np.array_equal(np.asarray(image.pil()), images.pixels[place, :, :, 0])
+    assert (image.seed, image.label) == (7 + place, place)
+    assert (image.model, image.version, image.digest) == ("digits", 2, "sha256:0")
+    assert (image.provider, image.truncation) == ("CPUExecutionProvider", 1.0)
+    assert repr(image) == f"<GeneratedImage 4x5x1 by digits version 2, seed {7 + place}, label {place}>"
+
+
+@pytest.mark.parametrize("index", [3, -4, 2**40])
+def test_an_index_beyond_the_images_is_an_index_error(index: int) -> None:
+    with pytest.raises(IndexError, match=f"image {index} of a batch of 3"):
+        batch()[index]
+
+
+def test_a_slice_gives_a_batch() -> None:
+    some = batch(6)[4:0:-2]
+    assert isinstance(some, ImageBatch)
+    assert (some.seeds, some.labels, some.model) == ((11, 9), (4, 2), "digits")
+    assert np.array_equal(some.pixels, batch(6).pixels[[4, 2]])
+    assert batch(labels=False)[1:].labels is None
+
+
+def test_iteration_gives_the_images_in_order() -> None:
+    assert [image.seed for image in batch()] == [7, 8, 9]
+    assert [image.label for image in batch(labels=False)] == [None] * 3
+    assert np.array_equal(np.stack(list(batch())), batch().pixels)
+
+
+def test_an_image_cannot_be_changed() -> None:
+    image = batch()[0]
+    for name in ("pixels", "seed", "model", "anything"):
+        with pytest.raises(AttributeError):
+            setattr(image, name, 1)
+
+
+def test_a_copied_or_pickled_image_leaves_its_batch_behind() -> None:
+    images = batch(1000)
+    content = pickle.dumps(images[500])
+    assert len(content) < 1500
+    for one in (pickle.loads(content), copy.deepcopy(images[500])):
+        assert (one.seed, one.label) == (507, 500)
+        assert np.array_equal(one.pixels, images.pixels[500])
+        assert not np.shares_memory(one.pixels, images.pixels)
+
+
+def test_one_image_is_saved_where_it_is_wanted(tmp_path: Path) -> None:
+    path = batch(channels=3)[1].save(tmp_path / "new" / "one.webp")
+    assert path == tmp_path / "new" / "one.webp"
+    assert np.array_equal(np.asarray(Image.open(path)), batch(channels=3).pixels[1])
+    with pytest.raises(ValueError, match="unknown file extension"):
+        batch()[1].save(tmp_path / "one.nonsense")
+
+
+def frames(path: Path) -> tuple[list[np.ndarray], list[int]]:
+    """Return each frame as RGB, and how many ms it is shown."""
+    pictures, durations = [], []
+    with Image.open(path) as animation:
+        assert animation.info["loop"] == 0
+        for index in range(getattr(animation, "n_frames", 1)):
+            animation.seek(index)
+            pictures.append(np.asarray(animation.convert("RGB")).astype(int))
+            durations.append(animation.info["duration"])
+    return pictures, durations
+
+
+def walk(channels: int) -> ImageBatch:
+    """Five pictures that change smoothly, as those of an interpolation do."""
+    seen = batch(5, channels)
+    rows, columns, times = np.mgrid[:32, :32, :5].astype(float)
+    waves = [np.sin((rows * (c + 1) + times * 9) / 11) * np.cos((columns + times * 5 * c) / 7) for c in range(channels)]
+    pixels = (127.5 + 127 * np.stack(waves, axis=3)).astype(np.uint8).transpose(2, 0, 1, 3)
+    return ImageBatch(
+        np.ascontiguousarray(pixels),
+        seen.seeds,
+        seen.labels,
+        seen.model,
+        seen.version,
+        seen.digest,
+        seen.provider,
+        1.0,
+        0.0,
+        0.0,
+    )
+
+
+@pytest.mark.parametrize(("ending", "channels"), [("gif", 1), ("webp", 1), ("webp", 3), ("GIF", 1)])
+def test_an_animation_goes_there_and_back_exactly(tmp_path: Path, ending: str, channels: int) -> None:
+    images = walk(channels)
+    path = images.gif(tmp_path / "new" / f"walk.{ending}", frame_ms=120, scale=3)
+    pictures, durations = frames(path)
+    assert durations == [120] * 8
+    for picture, index in zip(pictures, (0, 1, 2, 3, 4, 3, 2, 1), strict=True):
+        wanted = images.pixels[index].repeat(3, axis=0).repeat(3, axis=1)
+        assert np.array_equal(picture, np.broadcast_to(wanted, picture.shape))
+
+
+def test_an_animation_may_jump_back(tmp_path: Path) -> None:
+    pictures, _ = frames(walk(1).gif(tmp_path / "walk.gif", bounce=False))
+    assert [int(picture.sum()) // 3 for picture in pictures] == [int(image.pixels.sum()) for image in walk(1)]
+
+
+def test_a_colour_gif_comes_close(tmp_path: Path) -> None:
+    pictures, _ = frames(walk(3).gif(tmp_path / "walk.gif", bounce=False))
+    wanted = walk(3).pixels
+    error = np.mean((np.stack(pictures) - wanted) ** 2)
+    plain = [
+        np.asarray(picture.convert("P", palette=Image.Palette.ADAPTIVE).convert("RGB")) for picture in walk(3).pil()
+    ]
+    assert error < 0.7 * np.mean((np.stack(plain).astype(int) - wanted) ** 2)
+
+
+def test_few_colours_stay_as_they_are_in_a_gif(tmp_path: Path) -> None:
+    pictures, _ = frames(batch(3, channels=3).gif(tmp_path / "walk.gif", bounce=False))
+    assert np.array_equal(np.stack(pictures), batch(3, channels=3).pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "text"),
+    [
+        ("walk.png", {}, r"must end in \.gif or \.webp"),
+        ("walk", {}, r"must end in \.gif or \.webp"),
+        ("walk.gif", {"frame_ms": 19}, "frame_ms is 19"),
+        ("walk.gif", {"scale": 0}, "scale is 0"),
+    ],
+)
+def test_an_animation_that_cannot_be_is_refused(tmp_path: Path, name: str, wrong: dict[str, int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        batch().gif(tmp_path / "new" / name, **wrong)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def shown(page: str) -> Image.Image:
+    found = re.search('src="data:image/png;base64,([^"]+)"', page)
+    assert found is not None
+    return Image.open(io.BytesIO(base64.b64decode(found[1])))
+
+
+def test_a_notebook_shows_the_images_enlarged() -> None:
+    images = batch(4)
+    content = images._repr_png_()
+    assert content is not None
+    picture = np.asarray(Image.open(io.BytesIO(content)))
+    assert np.array_equal(picture, np.asarray(images.sheet(columns=2, scale=8)))
+    one = np.asarray(Image.open(io.BytesIO(images[2]._repr_png_())))
+    assert np.array_equal(one, images.pixels[2, :, :, 0].repeat(8, axis=0).repeat(8, axis=1))
+
+
+def test_a_notebook_says_what_the_images_are() -> None:
+    page = batch()._repr_html_()
+    assert np.array_equal(np.asarray(shown(page)), np.asarray(batch().sheet(columns=2, scale=8)))
+    text = html.unescape(re.sub("<[^>]*>", "", page))
+    facts = ("digits version 2", "3 images", "seeds 7 to 9", "labels 0 to 2", "truncation 1")
+    for fact in (*facts, "12.5 ms queued, 500.0 ms computed by CPUExecutionProvider"):
+        assert fact in text
+    assert "not shown" not in text
+    assert "labels" not in batch(labels=False)._repr_html_()
+    assert "seeds 9, 8, 7" in batch()[::-1]._repr_html_()
+    assert "seeds 8 · labels 1 ·" in batch()[1:2]._repr_html_()
+
+
+def test_a_notebook_shows_a_hundred_images_and_says_how_many_more_there_are() -> None:
+    images = batch(1000)
+    page = images._repr_html_()
+    assert "1000 images · 900 not shown" in page
+    picture = shown(page)
+    assert picture.info["ganserve"] == images[:100].provenance.to_json()
+    assert max(picture.size) < 800
+    caption = images[::-1]._repr_html_().partition("<figcaption>")[2]
+    assert "996, 995, …" in caption
+    assert len(caption) < 500
+
+
+def test_a_notebook_shows_fewer_of_large_images() -> None:
+    large = ImageBatch(
+        np.zeros((9, 1024, 1024, 3), np.uint8),
+        None,
+        None,
+        "large",
+        1,
+        "sha256:0",
+        "CPUExecutionProvider",
+        1.0,
+        0.0,
+        0.0,
+    )
+    page = large._repr_html_()
+    assert "6 not shown · own latents" in page
+    assert shown(page).size == (2 * 1024 + 2, 2 * 1024 + 2)
+
+
+def test_names_from_a_server_are_no_markup() -> None:
+    page = batch(model="<script>alert('&')</script>\"")._repr_html_()
+    tags = re.findall(r"<(/?\w+)", page)
+    assert tags == ["figure", "img", "figcaption", "/figcaption", "/figure"]
+    assert page.count('"') == 4
+    assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;&quot; version 2" in page
+
+
+def test_the_images_of_a_real_call_are_the_batchs(client: Client) -> None:
+    made = client.generate("cdcgan-mnist", count=12, seed=2**32 - 6)
+    for image, index in zip(made, range(12), strict=True):
+        assert (image.seed, image.label) == ((2**32 - 6 + index) % 2**32, (2**32 - 6 + index) % 2**32 % 10)
+        alone = client.generate("cdcgan-mnist", seed=image.seed, label=image.label)
+        assert np.array_equal(alone.pixels[0], image.pixels)
