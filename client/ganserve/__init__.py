@@ -6,12 +6,15 @@
 ...     batch.sheet(columns=4).save("sevens.png")
 """
 
+from importlib.metadata import version as _version
+
 from ganserve.client import AsyncClient, Client
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,
     GanserveError,
     InvalidRequestError,
+    MessageTooLargeError,
     ModelNotFoundError,
     NoProvenanceError,
     OverloadedError,
@@ -20,6 +23,7 @@ from ganserve.errors import (
     UnavailableError,
 )
 from ganserve.images import GeneratedImage, ImageBatch
+from ganserve.latents import latents, linear, slerp
 from ganserve.models import Model, QualityMetric
 from ganserve.provenance import Provenance, read_provenance
 
@@ -32,6 +36,7 @@ __all__ = [
     "GeneratedImage",
     "ImageBatch",
     "InvalidRequestError",
+    "MessageTooLargeError",
     "Model",
     "ModelNotFoundError",
     "NoProvenanceError",
@@ -41,5 +46,11 @@ __all__ = [
     "RequestCancelledError",
     "ServerError",
     "UnavailableError",
+    "__version__",
+    "latents",
+    "linear",
     "read_provenance",
+    "slerp",
 ]
+
+__version__ = _version("ganserve")

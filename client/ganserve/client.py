@@ -1,90 +1,205 @@
 """The clients: `Client` for threads, `AsyncClient` for asyncio. Twins: every method exists in both."""
 
 import asyncio
-import functools
+import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2_grpc
 from numpy.typing import ArrayLike
 
-from ganserve.conversion import Label, to_batch, to_model, to_request
-from ganserve.errors import InvalidRequestError, RequestCancelledError, translate
-from ganserve.images import ImageBatch, concatenate
+from ganserve.conversion import (
+    Label,
+    StreamProgress,
+    to_batch,
+    to_health,
+    to_health_request,
+    to_model,
+    to_model_request,
+    to_request,
+)
+from ganserve.errors import (
+    DeadlineExceededError,
+    GanserveError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+    translate,
+)
+from ganserve.images import GeneratedImage, ImageBatch, concatenate
+from ganserve.latents import latents as latents_of
+from ganserve.latents import linear, slerp
 from ganserve.models import Model
+from ganserve.transport import (
+    DEFAULT_ADDRESS,
+    Attempts,
+    Readiness,
+    RetryPolicy,
+    check_fork,
+    endpoint,
+    enter_call,
+    leave_call,
+)
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
+__all__ = ["DEFAULT_ADDRESS", "DEFAULT_TIMEOUT_S", "AsyncClient", "Client"]
+
 DEFAULT_TIMEOUT_S = 30.0
 _TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
 _STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them
 _SHEET_ROWS_UNCONDITIONAL = 4
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
-# The server decides how large an answer is, by its limit on images a request.
-_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+_WAY = {"slerp": slerp, "linear": linear}
+_NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)
+
+FilePath = str | os.PathLike[str]
+
+
+class _Stubs:
+    """The methods of a channel."""
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        service = pb_grpc.GenerationServiceStub(channel)
+        self.generate_images = service.GenerateImages
+        self.stream_images = service.StreamImages
+        self.list_models = service.ListModels
+        self.get_model = service.GetModel
+        self.health = health_pb2_grpc.HealthStub(channel).Check
 
 
 class _Twin:
-    """What both clients share: where to, how long, and how to ask for a sheet."""
+    """What both clients share: where to, how long, how often, and how to ask for what takes several calls."""
 
-    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        retries: bool = True,
+        token: str | None = None,
+        tls: bool | None = None,
+        ca_file: FilePath | None = None,
+        certificate_file: FilePath | None = None,
+        key_file: FilePath | None = None,
+    ) -> None:
         """Make a client; it connects with the first call.
 
         Args:
-            address: HOST:PORT; None takes the environment's GANSERVE_ADDRESS, or 127.0.0.1:50051.
-            timeout_s: for each call; None gives 30 s, and 0.02 s more for each image.
+            address: HOST:PORT, whose calls go to all replicas that DNS knows under the name, in turn; or several
+                IP:PORT with commas; or a gRPC target such as unix:/run/ganserve.sock. None takes the environment's
+                GANSERVE_ADDRESS, or 127.0.0.1:50051.
+            timeout_s: for each call, with its retries; None gives 30 s, and 0.02 s more for each image.
+            retries: whether to make calls again that no server answered, or that one sent away.
+            token: sent with every call as `authorization: Bearer TOKEN`; None takes GANSERVE_TOKEN. It is sent in plain
+                text only on this machine, or with tls=False.
+            tls: whether to encrypt; None takes GANSERVE_TLS (1 or 0), or encrypts if one of the files is given.
+            ca_file: certificates (PEM) of those who may sign the server's; None takes GANSERVE_CA_FILE, or the
+                system's.
+            certificate_file: this client's certificate (PEM), for servers that want one; None takes
+                GANSERVE_CERTIFICATE_FILE.
+            key_file: its key (PEM); None takes GANSERVE_KEY_FILE.
 
         Raises:
-            InvalidRequestError: the address is not one.
+            InvalidRequestError: an argument makes no sense, a file cannot be read, or the token would go in plain text.
         """
-        self.address = address or os.environ.get("GANSERVE_ADDRESS") or DEFAULT_ADDRESS
-        if ":" not in self.address or self.address.startswith(("http://", "https://")):
-            raise InvalidRequestError(f"address is {self.address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}")
+        self._endpoint = endpoint(
+            address, token=token, tls=tls, ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
+        )
+        self.address = self._endpoint.address
         self.timeout_s = timeout_s
-        self._closed = False
+        self._timeout_s(None)
+        self._metadata = self._endpoint.metadata
+        self._policy = RetryPolicy(enabled=retries)
+        self._closing = threading.Event()
+        self._stubs: _Stubs | None = None
+        self._lock = threading.Lock()
+        _clients.add(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}{' closed' if self._closing.is_set() else ''}>"
+
+    def _after_fork(self) -> None:
+        """Begin anew in a child process: the parent's connections are not its own."""
+        closed, self._closing = self._closing.is_set(), threading.Event()
+        if closed:
+            self._closing.set()
+        self._lock = threading.Lock()
+        self._policy.after_fork()
+        if self._stubs is not None:
+            _channels_of_parents.append(self._stubs.channel)
+            self._stubs = None
 
     def _timeout_s(self, given: float | None, images: int = 0) -> float:
         timeout_s = self.timeout_s if given is None else given
         if timeout_s is None:
             timeout_s = DEFAULT_TIMEOUT_S + _TIMEOUT_S_PER_IMAGE * images
-        if not timeout_s > 0:
-            raise InvalidRequestError(f"timeout_s is {timeout_s}; it must be above 0")
-        return min(timeout_s, _LONGEST_TIMEOUT_S)
+        try:
+            if timeout_s > 0:
+                return min(float(timeout_s), _LONGEST_TIMEOUT_S)
+        except (TypeError, ValueError):
+            pass
+        raise InvalidRequestError(f"timeout_s is {timeout_s!r}; it must be a number above 0")
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise RequestCancelledError("this client is closed")
+        if self._closing.is_set():
+            raise RequestCancelledError("this client is closed", reason="closed")
+
+    def _closed_meanwhile(self) -> RequestCancelledError:
+        return RequestCancelledError("the client was closed during the call", reason="closed")
+
+    def _translated(self, error: grpc.RpcError) -> GanserveError:
+        return translate(error, self.address, closed=self._closing.is_set())
 
     @staticmethod
     def _sheet_rows(
         model: Model, labels: Sequence[Label] | None, columns: int
     ) -> tuple[int, list[Label] | None, list[str]]:
         """Return the number of images, the label of each, and the rows' names."""
+        if not isinstance(columns, int) or columns < 1:
+            raise InvalidRequestError(f"columns is {columns!r}; it must be an integer, 1 or more")
         if not model.conditional:
             return _SHEET_ROWS_UNCONDITIONAL * columns, None, []
         rows = [model.label(row) for row in (range(len(model.class_names)) if labels is None else labels)]
         each: list[Label] = [row for row in rows for _ in range(columns)]
         return len(each), each, [model.class_names[row] for row in rows]
 
+    @staticmethod
+    def _way(
+        model: Model, seed_a: int, seed_b: int, steps: int, kind: str, label: Label | Sequence[Label] | None
+    ) -> tuple[Any, Label | Sequence[Label] | None]:
+        """Return the latents from one seed to the other, and their labels."""
+        if kind not in _WAY:
+            raise InvalidRequestError(f"kind is {kind!r}; it must be slerp or linear")
+        if not isinstance(steps, int) or steps < 2:
+            raise InvalidRequestError(f"steps is {steps!r}; it must be an integer, 2 or more")
+        start, end = latents_of((seed_a, seed_b), model.latent_dim)
+        if label is None and model.conditional:
+            ends = [seed % len(model.class_names) for seed in (seed_a, seed_b)]
+            label = [ends[step >= steps - step] for step in range(steps)]
+        return _WAY[kind](start, end, np.linspace(0, 1, steps)), label
+
 
 class Client(_Twin):
-    """A blocking client; safe to share between threads.
+    """A blocking client; safe to share between threads, and with child processes that are forked between its calls.
 
     >>> with Client("127.0.0.1:50051") as client:
     ...     client.generate("cdcgan-mnist", count=4, label=7).pixels.shape
     (4, 28, 28, 1)
     """
-
-    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
-        super().__init__(address, timeout_s=timeout_s)
-        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
-        self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     def generate(
         self,
@@ -100,21 +215,25 @@ class Client(_Twin):
     ) -> ImageBatch:
         """Make images.
 
+        >>> client.generate("cdcgan-mnist", count=2, seed=1).seeds
+        (1, 2)
+
         Args:
             model: the model's name, as `models()` lists it.
             count: how many; None makes 1, or one for each of several labels or latents. More than 256 come as a stream.
             seed: of the first image; image i has seed + i, modulo 2^32. None lets the server draw one, which the
-                batch reports.
+                batch reports. A call that is made again then gets other images; nobody saw the first ones.
             label: for conditional models: an index or a class name, for all images, or a list with one an image. None
                 takes the classes in turn: the image of seed s has class s modulo the number of classes.
             latents: instead of a seed: your own, float32 [count, latent_dim].
             truncation: factor on the latents, 0 to 2; below 1 gives more typical, less varied images.
             version: of the model; None takes the newest.
-            timeout_s: for this call.
+            timeout_s: for this call, with its retries.
 
         Raises:
             InvalidRequestError: an argument is wrong.
             ModelNotFoundError: there is no such model or version.
+            AuthenticationError: the token, or a certificate, is not accepted.
             OverloadedError: the server's queue is full.
             UnavailableError: the server cannot be reached.
             DeadlineExceededError: the timeout passed.
@@ -123,10 +242,11 @@ class Client(_Twin):
         request = to_request(
             model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
         )
-        timeout_s = self._timeout_s(timeout_s, request.count)
-        if request.count > _STREAM_ABOVE:
+        images = request.count or 1
+        timeout_s = self._timeout_s(timeout_s, images)
+        if images > _STREAM_ABOVE:
             return concatenate(list(self._stream(request, timeout_s)))
-        return to_batch(self._call("GenerateImages", request, timeout_s))
+        return to_batch(self._call("generate_images", request, timeout_s), images)
 
     def stream(
         self,
@@ -138,15 +258,88 @@ class Client(_Twin):
         truncation: float = 1.0,
         version: int | None = None,
         timeout_s: float | None = None,
-    ) -> Iterator[ImageBatch]:
-        """Make any number of images, and yield them in batches, in order, as they come.
+    ) -> Generator[GeneratedImage, None, None]:
+        """Make any number of images, and yield them one by one, in order, as they come.
 
-        Arguments and errors are `generate`'s. Closing the iterator cancels what is left.
+        The server makes no more than a batch ahead of the reader, and memory holds no more. Closing the iterator cancels
+        what is left. A stream that breaks is resumed with the next image, of the same version.
+
+        >>> for image in client.stream("mlp-mnist", count=3, seed=1):
+        ...     print(image.seed)
+        1
+        2
+        3
+
+        Arguments and errors are `generate`'s; `timeout_s` is for all images, and includes what the reader takes.
+        """
+        batches = self.stream_batches(
+            model, count=count, seed=seed, label=label, truncation=truncation, version=version, timeout_s=timeout_s
+        )
+        return self._flattened(batches)
+
+    def stream_batches(
+        self,
+        model: str,
+        *,
+        count: int,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Generator[ImageBatch, None, None]:
+        """Do as `stream` does, but yield the images in batches, as large as the server makes them: less work for each.
+
+        >>> sum(len(batch) for batch in client.stream_batches("mlp-mnist", count=1000))
+        1000
         """
         request = to_request(
             model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
         )
-        return self._stream(request, self._timeout_s(timeout_s, count))
+        return self._stream(request, self._timeout_s(timeout_s, request.count))
+
+    def interpolate(
+        self,
+        model: str,
+        seed_a: int,
+        seed_b: int,
+        steps: int = 16,
+        *,
+        kind: Literal["slerp", "linear"] = "slerp",
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ImageBatch:
+        """Make the images between those of two seeds; the first and the last are just theirs.
+
+        >>> len(client.interpolate("cdcgan-mnist", 1, 2, 8, label=7))
+        8
+
+        Args:
+            model: the model's name.
+            seed_a: of the first image.
+            seed_b: of the last image.
+            steps: how many images, with both ends; 2 or more.
+            kind: "slerp", on the great circle, along which all latents are as typical as the ends; or "linear".
+            label: as for `generate`; None gives each image the class that the seed of its nearer end has.
+            truncation: as for `generate`.
+            version: as for `generate`.
+            timeout_s: for each of the two calls that it makes.
+
+        Raises:
+            GanserveError: as `generate` does.
+        """
+        described = self.model(model, version, timeout_s=timeout_s)
+        latents, label = self._way(described, seed_a, seed_b, steps, kind, label)
+        return self.generate(
+            model,
+            latents=latents,
+            label=label,
+            truncation=truncation,
+            version=described.version,
+            timeout_s=timeout_s,
+        )
 
     def contact_sheet(
         self,
@@ -161,6 +354,8 @@ class Client(_Twin):
         timeout_s: float | None = None,
     ) -> "Image":
         """Make a picture of many images: for a conditional model a named row for each class.
+
+        >>> client.contact_sheet("cdcgan-mnist", columns=5).save("digits.png")
 
         Args:
             model: the model's name.
@@ -189,23 +384,67 @@ class Client(_Twin):
         return batch.sheet(columns, row_names=names, scale=scale)
 
     def models(self, *, timeout_s: float | None = None) -> list[Model]:
-        """List the server's models, in alphabetical order, each in its newest version."""
-        response = self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(timeout_s))
+        """List the server's models, in alphabetical order, each in its newest version.
+
+        >>> [model.name for model in client.models()][:2]
+        ['cdcgan-fashion-mnist', 'cdcgan-mnist']
+        """
+        response = self._call("list_models", pb.ListModelsRequest(), self._timeout_s(timeout_s))
         return [to_model(model) for model in response.models]
 
     def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a model; None takes its newest version.
 
+        >>> client.model("cdcgan-mnist").latent_dim
+        64
+
         Raises:
             ModelNotFoundError: there is no such model or version.
         """
-        request = pb.GetModelRequest(model=name, version=version)
-        return to_model(self._call("GetModel", request, self._timeout_s(timeout_s)).model)
+        request = to_model_request(name, version)
+        return to_model(self._call("get_model", request, self._timeout_s(timeout_s)).model)
+
+    def health(self, model: str | None = None, *, timeout_s: float | None = None) -> bool:
+        """Say whether the server, or one of its models, is serving. Not retried: it tells what is now.
+
+        >>> client.health()
+        True
+
+        Raises:
+            ModelNotFoundError: the server knows no such model.
+            UnavailableError: the server cannot be reached.
+        """
+        return to_health(self._call("health", to_health_request(model), self._timeout_s(timeout_s), retries=False))
+
+    def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
+        """Return as soon as the server, or one of its models, is serving; it need not be there yet.
+
+        >>> client.wait_until_ready(10, model="cdcgan-mnist")
+
+        Raises:
+            DeadlineExceededError: it took longer than `timeout_s`; the text says what was wrong last.
+            AuthenticationError: the token, or a certificate, is not accepted.
+        """
+        readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
+        while True:
+            last = None
+            try:
+                if self.health(model, timeout_s=readiness.remaining_s()):
+                    return
+            except _NOT_READY_YET as error:
+                last = error
+            self._pause(readiness.delay_s(last))
 
     def close(self) -> None:
-        """Close the connection; calls that are running end with RequestCancelledError."""
-        self._closed = True
-        self._channel.close()
+        """Close the connections; calls that are running end with RequestCancelledError. Closing again does nothing.
+
+        >>> client.close()
+        """
+        with self._lock:
+            self._closing.set()
+            stubs, self._stubs = self._stubs, None
+        if stubs is not None:
+            stubs.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -215,41 +454,102 @@ class Client(_Twin):
     ) -> None:
         self.close()
 
-    def _call(self, method: str, request: Any, timeout_s: float) -> Any:
-        self._check_open()
-        try:
-            return getattr(self._stub, method)(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise translate(error, self.address, closed=self._closed) from None
+    def _connected(self) -> _Stubs:
+        if (stubs := self._stubs) is not None:
+            return stubs
+        with self._lock:
+            self._check_open()
+            if self._stubs is None:
+                check_fork()
+                credentials, target, options = self._endpoint.credentials, self._endpoint.target, self._endpoint.options()
+                self._stubs = _Stubs(
+                    grpc.insecure_channel(target, options)
+                    if credentials is None
+                    else grpc.secure_channel(target, credentials, options)
+                )
+            return self._stubs
 
-    def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> Iterator[ImageBatch]:
-        self._check_open()
-        call = self._stub.StreamImages(pb.StreamImagesRequest(generate=request), timeout=timeout_s)
+    def _call(self, method: str, request: Any, timeout_s: float, *, retries: bool = True) -> Any:
+        deadline = time.monotonic() + timeout_s
+        attempts = None
+        while True:
+            send = getattr(self._connected(), method)
+            thread = enter_call()
+            try:
+                response = send(request, timeout=timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                failure = self._translated(error)
+            except ValueError:
+                if not self._closing.is_set():
+                    raise
+                raise self._closed_meanwhile() from None
+            else:
+                self._policy.succeeded()
+                return response
+            finally:
+                leave_call(thread)
+            if not retries:
+                raise failure
+            attempts = attempts or Attempts(self._policy, deadline)
+            self._pause(attempts.delay_s(failure))
+            timeout_s = deadline - time.monotonic()
+
+    def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> Generator[ImageBatch, None, None]:
+        deadline = time.monotonic() + timeout_s
+        progress, attempts = StreamProgress(request), None
+        while True:
+            stubs = self._connected()
+            call = None
+            try:
+                call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
+                while (response := self._next(call)) is not None:
+                    attempts = None
+                    yield progress.take(response.chunk)
+                progress.end()
+                self._policy.succeeded()
+                return
+            except grpc.RpcError as error:
+                failure = self._translated(error)
+            except ValueError:
+                if not self._closing.is_set():
+                    raise
+                raise self._closed_meanwhile() from None
+            finally:
+                if call is not None:
+                    call.cancel()
+            if progress.complete:
+                return  # how the call ends no longer matters
+            attempts = attempts or Attempts(self._policy, deadline)
+            self._pause(attempts.delay_s(failure))
+            timeout_s = deadline - time.monotonic()
+
+    @staticmethod
+    def _next(call: Any) -> Any:
+        thread = enter_call()
         try:
-            for response in call:
-                yield to_batch(response.chunk)
-        except grpc.RpcError as error:
-            raise translate(error, self.address, closed=self._closed) from None
+            return next(call, None)
         finally:
-            call.cancel()
+            leave_call(thread)
+
+    @staticmethod
+    def _flattened(batches: Generator[ImageBatch, None, None]) -> Generator[GeneratedImage, None, None]:
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield from batch
+
+    def _pause(self, delay_s: float) -> None:
+        if self._closing.wait(delay_s):
+            raise self._closed_meanwhile()
 
 
 class AsyncClient(_Twin):
-    """The same for asyncio.
+    """The same for asyncio. It belongs to the event loop of its first call, until that is closed.
 
     >>> async with AsyncClient("127.0.0.1:50051") as client:
     ...     batch = await client.generate("cdcgan-mnist", count=4, label=7)
     """
 
-    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
-        super().__init__(address, timeout_s=timeout_s)
-        self._channel: grpc.aio.Channel | None = None
-
-    @functools.cached_property
-    def _stub(self) -> Any:
-        # With the first call, in its event loop: a channel belongs to the loop it was made in.
-        self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
-        return pb_grpc.GenerationServiceStub(self._channel)
+    _loop: asyncio.AbstractEventLoop | None = None
 
     async def generate(
         self,
@@ -263,14 +563,18 @@ class AsyncClient(_Twin):
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
-        """Make images, as Client.generate does."""
+        """Make images, as Client.generate does.
+
+        >>> batch = await client.generate("cdcgan-mnist", count=2, seed=1)
+        """
         request = to_request(
             model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
         )
-        timeout_s = self._timeout_s(timeout_s, request.count)
-        if request.count > _STREAM_ABOVE:
+        images = request.count or 1
+        timeout_s = self._timeout_s(timeout_s, images)
+        if images > _STREAM_ABOVE:
             return concatenate([batch async for batch in self._stream(request, timeout_s)])
-        return to_batch(await self._call("GenerateImages", request, timeout_s))
+        return to_batch(await self._call("generate_images", request, timeout_s), images)
 
     def stream(
         self,
@@ -282,12 +586,65 @@ class AsyncClient(_Twin):
         truncation: float = 1.0,
         version: int | None = None,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[ImageBatch]:
-        """Yield images in batches, as Client.stream does."""
+    ) -> AsyncGenerator[GeneratedImage, None]:
+        """Yield images one by one, as Client.stream does.
+
+        >>> async for image in client.stream("mlp-mnist", count=3, seed=1):
+        ...     print(image.seed)
+        """
+        batches = self.stream_batches(
+            model, count=count, seed=seed, label=label, truncation=truncation, version=version, timeout_s=timeout_s
+        )
+        return self._flattened(batches)
+
+    def stream_batches(
+        self,
+        model: str,
+        *,
+        count: int,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[ImageBatch, None]:
+        """Yield images in batches, as Client.stream_batches does.
+
+        >>> async for batch in client.stream_batches("mlp-mnist", count=1000):
+        ...     print(len(batch))
+        """
         request = to_request(
             model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
         )
-        return self._stream(request, self._timeout_s(timeout_s, count))
+        return self._stream(request, self._timeout_s(timeout_s, request.count))
+
+    async def interpolate(
+        self,
+        model: str,
+        seed_a: int,
+        seed_b: int,
+        steps: int = 16,
+        *,
+        kind: Literal["slerp", "linear"] = "slerp",
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ImageBatch:
+        """Make the images between those of two seeds, as Client.interpolate does.
+
+        >>> batch = await client.interpolate("cdcgan-mnist", 1, 2, 8, label=7)
+        """
+        described = await self.model(model, version, timeout_s=timeout_s)
+        latents, label = self._way(described, seed_a, seed_b, steps, kind, label)
+        return await self.generate(
+            model,
+            latents=latents,
+            label=label,
+            truncation=truncation,
+            version=described.version,
+            timeout_s=timeout_s,
+        )
 
     async def contact_sheet(
         self,
@@ -301,7 +658,10 @@ class AsyncClient(_Twin):
         scale: int = 2,
         timeout_s: float | None = None,
     ) -> "Image":
-        """Make a picture of many images, as Client.contact_sheet does."""
+        """Make a picture of many images, as Client.contact_sheet does.
+
+        >>> (await client.contact_sheet("cdcgan-mnist", columns=5)).save("digits.png")
+        """
         described = await self.model(model, version, timeout_s=timeout_s)
         count, label, names = self._sheet_rows(described, labels, columns)
         batch = await self.generate(
@@ -316,20 +676,53 @@ class AsyncClient(_Twin):
         return batch.sheet(columns, row_names=names, scale=scale)
 
     async def models(self, *, timeout_s: float | None = None) -> list[Model]:
-        """List the server's models, as Client.models does."""
-        response = await self._call("ListModels", pb.ListModelsRequest(), self._timeout_s(timeout_s))
+        """List the server's models, as Client.models does.
+
+        >>> names = [model.name for model in await client.models()]
+        """
+        response = await self._call("list_models", pb.ListModelsRequest(), self._timeout_s(timeout_s))
         return [to_model(model) for model in response.models]
 
     async def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
-        """Describe a model, as Client.model does."""
-        request = pb.GetModelRequest(model=name, version=version)
-        return to_model((await self._call("GetModel", request, self._timeout_s(timeout_s))).model)
+        """Describe a model, as Client.model does.
+
+        >>> latent_dim = (await client.model("cdcgan-mnist")).latent_dim
+        """
+        request = to_model_request(name, version)
+        return to_model((await self._call("get_model", request, self._timeout_s(timeout_s))).model)
+
+    async def health(self, model: str | None = None, *, timeout_s: float | None = None) -> bool:
+        """Say whether the server, or one of its models, is serving, as Client.health does.
+
+        >>> serving = await client.health()
+        """
+        answer = await self._call("health", to_health_request(model), self._timeout_s(timeout_s), retries=False)
+        return to_health(answer)
+
+    async def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
+        """Return as soon as the server, or one of its models, is serving, as Client.wait_until_ready does.
+
+        >>> await client.wait_until_ready(10, model="cdcgan-mnist")
+        """
+        readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
+        while True:
+            last = None
+            try:
+                if await self.health(model, timeout_s=readiness.remaining_s()):
+                    return
+            except _NOT_READY_YET as error:
+                last = error
+            await asyncio.sleep(readiness.delay_s(last))
 
     async def close(self) -> None:
-        """Close the connection."""
-        self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        """Close the connections; calls that are running end with RequestCancelledError.
+
+        >>> await client.close()
+        """
+        self._closing.set()
+        stubs, self._stubs = self._stubs, None
+        if stubs is not None and self._loop is asyncio.get_running_loop():
+            await stubs.channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -339,26 +732,95 @@ class AsyncClient(_Twin):
     ) -> None:
         await self.close()
 
-    async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
+    def _connected(self) -> _Stubs:
+        loop = asyncio.get_running_loop()
+        if (stubs := self._stubs) is not None and self._loop is loop:
+            return stubs
         self._check_open()
-        try:
-            return await getattr(self._stub, method)(request, timeout=timeout_s)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            # The channel's end cancels its calls; a caller that was cancelled itself must see just that.
-            if self._closed and task is not None and not task.cancelling():
-                raise RequestCancelledError("the client was closed during the call") from None
-            raise
-        except grpc.RpcError as error:
-            raise translate(error, self.address, closed=self._closed) from None
+        check_fork()
+        if stubs is not None and self._loop is not None and not self._loop.is_closed():
+            raise InvalidRequestError("this AsyncClient is in use by another event loop; make one for each")
+        credentials, target, options = self._endpoint.credentials, self._endpoint.target, self._endpoint.options()
+        self._stubs = stubs = _Stubs(
+            grpc.aio.insecure_channel(target, options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options)
+        )
+        self._loop = loop
+        return stubs
 
-    async def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> AsyncIterator[ImageBatch]:
-        self._check_open()
-        call = self._stub.StreamImages(pb.StreamImagesRequest(generate=request), timeout=timeout_s)
-        try:
-            async for response in call:
-                yield to_batch(response.chunk)
-        except grpc.RpcError as error:
-            raise translate(error, self.address, closed=self._closed) from None
-        finally:
-            call.cancel()
+    async def _call(self, method: str, request: Any, timeout_s: float, *, retries: bool = True) -> Any:
+        deadline = time.monotonic() + timeout_s
+        attempts = None
+        while True:
+            send = getattr(self._connected(), method)
+            try:
+                response = await send(request, timeout=timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                failure = self._translated(error)
+            except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+                self._raise_if_closed(error)
+                raise
+            else:
+                self._policy.succeeded()
+                return response
+            if not retries:
+                raise failure
+            attempts = attempts or Attempts(self._policy, deadline)
+            await asyncio.sleep(attempts.delay_s(failure))
+            timeout_s = deadline - time.monotonic()
+
+    async def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> AsyncGenerator[ImageBatch, None]:
+        deadline = time.monotonic() + timeout_s
+        progress, attempts = StreamProgress(request), None
+        while True:
+            stubs = self._connected()
+            call = None
+            try:
+                call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
+                async for response in call:
+                    attempts = None
+                    yield progress.take(response.chunk)
+                progress.end()
+                self._policy.succeeded()
+                return
+            except grpc.RpcError as error:
+                failure = self._translated(error)
+            except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+                self._raise_if_closed(error)
+                raise
+            finally:
+                if call is not None:
+                    call.cancel()
+            if progress.complete:
+                return
+            attempts = attempts or Attempts(self._policy, deadline)
+            await asyncio.sleep(attempts.delay_s(failure))
+            timeout_s = deadline - time.monotonic()
+
+    def _raise_if_closed(self, error: BaseException) -> None:
+        """Tell the channel's end, which cancels its calls, from a caller that was cancelled itself and must see that."""
+        task = asyncio.current_task()
+        cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
+        if self._closing.is_set() and not cancelled:
+            raise self._closed_meanwhile() from None
+
+    @staticmethod
+    async def _flattened(batches: AsyncGenerator[ImageBatch, None]) -> AsyncGenerator[GeneratedImage, None]:
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
+                for image in batch:
+                    yield image
+
+
+# Of the processes that this one was forked off: closing them would end their connections' calls.
+_channels_of_parents: list[Any] = []
+_clients: "weakref.WeakSet[_Twin]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for client in tuple(_clients):
+        client._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -2,16 +2,21 @@
 
 GanserveError
 ├── InvalidRequestError      an argument is wrong; `field` names it
+│   └── MessageTooLargeError     the request, or its answer, has more bytes than the other side takes
 ├── ModelNotFoundError       no such model or version
-├── AuthenticationError      the token is wrong, missing, or not allowed to do this
-├── OverloadedError          the server's queue is full; safe to retry after `retry_after_s`
+├── AuthenticationError      the token is wrong, missing, or not allowed to do this; or a certificate is not trusted
+├── OverloadedError          the server has too much to do; safe to retry after `retry_after_s`
 ├── UnavailableError         nobody answers, or the server is starting or draining; safe to retry
 ├── DeadlineExceededError    the timeout passed
-├── RequestCancelledError    the call was cancelled
+├── RequestCancelledError    the call was cancelled, or the client closed
 ├── NoProvenanceError        a file does not say how its image was made
-└── ServerError              the server failed; report it with `request_id`
+└── ServerError              the server failed, or breaks the protocol; report it with `request_id`
+
+Each has a text that says what to do; `code`, the gRPC status, None if no call was made; `reason`, short and stable, for
+programs; and `request_id`, by which the server's log has the call, None if no server answered.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,47 +26,85 @@ from google.rpc import error_details_pb2, status_pb2
 
 REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
+_SIZES = re.compile(r"(\d+) vs\. (\d+)")
+_CERTIFICATE_SIGNS = ("CERTIFICATE", "certificate", "Hostname Verification", "Peer name", "SSLV3_ALERT", "TLSV1_ALERT")
 
 
 class GanserveError(Exception):
-    """The root of all errors of the SDK."""
+    """The root of all errors of the SDK.
 
-    def __init__(self, text: str, *, code: grpc.StatusCode | None = None, request_id: str | None = None) -> None:
+    >>> try:
+    ...     client.generate("no-such-model")
+    ... except GanserveError as error:
+    ...     print(error.reason, error.request_id, error)
+    """
+
+    reason = "error"
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        reason: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
         super().__init__(text)
         self.code = code
+        self.reason = reason or type(self).reason
         self.request_id = request_id
 
 
 class InvalidRequestError(GanserveError):
     """An argument is wrong: the text says which, the limit, and what to do."""
 
+    reason = "invalid"
     field: str | None = None
+
+
+class MessageTooLargeError(InvalidRequestError):
+    """A request or an answer of `size_bytes`, where the other side takes `limit_bytes`; None where it does not say."""
+
+    reason = "too_large"
+    size_bytes: int | None = None
+    limit_bytes: int | None = None
 
 
 class ModelNotFoundError(GanserveError):
     """The server has no such model or version; the text says which it has."""
 
+    reason = "not_found"
+
 
 class AuthenticationError(GanserveError):
-    """The token is missing or wrong, or its role does not allow this."""
+    """The token is missing or wrong, or its role does not allow this; or one side's certificate is not trusted."""
+
+    reason = "unauthenticated"
 
 
 class OverloadedError(GanserveError):
-    """The server has more to do than it will queue. Safe to retry."""
+    """The server has more to do than it will queue. Safe to retry, `retry_after_s` later if that is known."""
 
+    reason = "overloaded"
     retry_after_s: float | None = None
 
 
 class UnavailableError(GanserveError):
     """The server cannot be reached, is starting, or is draining. Safe to retry."""
 
+    reason = "unavailable"
+
 
 class DeadlineExceededError(GanserveError):
     """The answer did not come within the timeout."""
 
+    reason = "deadline"
+
 
 class RequestCancelledError(GanserveError):
     """The call was cancelled before its answer came."""
+
+    reason = "cancelled"
 
 
 class NoProvenanceError(GanserveError):
@@ -70,6 +113,8 @@ class NoProvenanceError(GanserveError):
 
 class ServerError(GanserveError):
     """The server failed, or speaks another protocol."""
+
+    reason = "server"
 
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[GanserveError]] = {
@@ -104,26 +149,45 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     trailer: Sequence[tuple[str, str | bytes]] = tuple(error.trailing_metadata() or ())
     metadata = dict(trailer)
     text = error.details() or code.name
-    answered = REQUEST_ID_KEY in metadata
+    request_id = metadata.get(REQUEST_ID_KEY)
+    answered = isinstance(request_id, str)
     if code is grpc.StatusCode.CANCELLED and not (answered or closed):
         # Not by us: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
-    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+    kind, reason = ERROR_OF_STATUS[code], None
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        kind = MessageTooLargeError
         code = grpc.StatusCode.INVALID_ARGUMENT
-        text = f"the request is larger than the server takes ({text}); send fewer latents a call"
-    if code is grpc.StatusCode.UNAVAILABLE and "Cancelling all calls" in text:
-        text = f"the server at {address} shut down before the call was done; try again"
-    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and not answered:
+        if text.startswith("CLIENT: Received"):
+            text = f"the answer is larger than this client takes ({text}); ask for fewer images a call, or for a stream"
+        else:
+            text = f"the request is larger than the server takes ({text}); send fewer latents a call"
+    elif code is grpc.StatusCode.UNAVAILABLE and not answered and any(sign in text for sign in _CERTIFICATE_SIGNS):
+        kind, reason = AuthenticationError, "certificate"
+        text = (
+            f"no trust between this client and {address} ({text}); ca_file (GANSERVE_CA_FILE) names who signed the "
+            "server's certificate, certificate_file and key_file are this client's own"
+        )
+    elif code is grpc.StatusCode.UNAVAILABLE and "Cancelling all calls" in text:
+        reason, text = "shut_down", f"the server at {address} shut down before the call was done; try again"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
         text = f"no complete answer from {address} within the timeout ({text}); timeout_s or --timeout allows more"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered:
+        reason = "unreachable"
         text = (
             f"no answer from {address} ({text}); is ganserve-server running there? "
             "The address is Client(address), --address or GANSERVE_ADDRESS"
         )
     elif code is grpc.StatusCode.UNIMPLEMENTED:
-        text = f"the server at {address} does not answer ganserve.v1 ({text})"
-    request_id = metadata.get(REQUEST_ID_KEY)
-    translated = ERROR_OF_STATUS[code](text, code=code, request_id=request_id if isinstance(request_id, str) else None)
+        reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
+    elif kind is AuthenticationError:
+        text = f"{text}; the token is Client(token=…) or GANSERVE_TOKEN"
+    elif kind is ServerError:
+        told = f"tell its operator the request id, {request_id}" if answered else "there is no request id"
+        text = f"the server at {address} failed ({code.name}: {text}); {told}"
+    translated = kind(text, code=code, reason=reason, request_id=request_id if isinstance(request_id, str) else None)
+    if isinstance(translated, MessageTooLargeError) and (sizes := _SIZES.search(text)):
+        translated.size_bytes, translated.limit_bytes = int(sizes[1]), int(sizes[2])
     _read_details(translated, metadata.get(_DETAILS_KEY))
     return translated
 
@@ -134,12 +198,14 @@ def _read_details(error: GanserveError, content: str | bytes | None) -> None:
     try:
         details = status_pb2.Status.FromString(content).details
         for detail in details:
-            if isinstance(error, InvalidRequestError) and detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                error.reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason or error.reason
+            elif isinstance(error, InvalidRequestError) and detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
                 violations = error_details_pb2.BadRequest.FromString(detail.value).field_violations
                 error.field = violations[0].field if violations else None
             elif isinstance(error, OverloadedError) and detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
                 delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
-                error.retry_after_s = delay.ToNanoseconds() / 1e9
+                error.retry_after_s = max(0.0, delay.seconds + delay.nanos / 1e9)
     except DecodeError:
         # Details that cannot be read must not hide the error itself.
         return

@@ -1,5 +1,6 @@
 """What a server tells about its models."""
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +46,9 @@ class Model:
         Raises:
             InvalidRequestError: the model has no such class.
         """
-        if isinstance(name, int) and 0 <= name < len(self.class_names):
-            return name
-        if name in self.class_names:
-            return self.class_names.index(str(name))
+        if isinstance(name, str):
+            if name in self.class_names:
+                return self.class_names.index(name)
+        elif 0 <= name < len(self.class_names):
+            return operator.index(name)
         raise InvalidRequestError(f"model {self.name} has no class {name!r}; it has {', '.join(self.class_names)}")

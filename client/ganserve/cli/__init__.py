@@ -6,14 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
-from ganserve.cli import bench, cards, generating, health, playground
-from ganserve.cli.outcome import EXIT_STATUSES, outcome
+from ganserve import __version__
+from ganserve.cli import bench, cards, generating, health, playground, provenance, streaming
+from ganserve.cli.outcome import EXIT_STATUSES, ExitStatus, guarded, outcome
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
 
 app = typer.Typer(help=__doc__, epilog=_EPILOG, add_completion=False, context_settings={"max_content_width": 120})
-for _command in (generating.generate, cards.models, health.health, bench.bench, playground.playground):
-    app.command(epilog=_EPILOG)(_command)
+for _command in (
+    generating.generate,
+    generating.interpolate,
+    streaming.stream,
+    provenance.inspect,
+    provenance.reproduce,
+    cards.models,
+    health.health,
+    bench.bench,
+    playground.playground,
+):
+    app.command(epilog=_EPILOG)(guarded(_command))
 
 
 @app.callback(invoke_without_command=True)
@@ -21,16 +32,12 @@ def _program(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the program's version.")] = False,
 ) -> None:
-    """Images from a ganserve server, on the command line."""
     if version:
-        from importlib.metadata import version as installed
-
-        print(f"ganserve {installed('ganserve')}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(2)
-    if version:
+        print(f"ganserve {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(ExitStatus.COMMAND_LINE)
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def bench(
 async def _measure(connection: Connection, load: _Load, concurrency: int, rate: float | None) -> _Record:
     record = _Record()
     # Without retries: a call that was refused is one that failed.
-    async with connection.async_client() as client:
+    async with connection.async_client(retries=False) as client:
         await client.models()  # connects
         begin, cpu_s, process_cpu_s = time.perf_counter(), time.thread_time(), _process_cpu_s()
         if rate is None:

@@ -222,7 +222,8 @@ def card_page(model: Model) -> str:
     )
     methods, shared = _methods(model)
     metrics = "".join(
-        f'<tr><th>{html.escape(metric.name)}<td class="value">{metric.value:.6g}<td class="method">{html.escape(method)}\n'
+        f'<tr><th>{html.escape(metric.name)}<td class="value">{metric.value:.6g}'
+        f'<td class="method">{html.escape(method)}\n'
         for metric, method in zip(model.metrics, methods, strict=True)
     )
     configuration = model.card.get("training", {}).get("configuration", {})

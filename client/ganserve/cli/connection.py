@@ -14,12 +14,11 @@ from ganserve.client import AsyncClient, Client
 from ganserve.errors import GanserveError, InvalidRequestError, ModelNotFoundError
 
 _PANEL = "Server"
+# The SDK reads the environment: what is given here goes before it.
 _OPTIONS: dict[str, Any] = {
     "address": Annotated[
         str | None,
-        typer.Option(
-            help="HOST:PORT.", envvar="GANSERVE_ADDRESS", show_default="127.0.0.1:50051", rich_help_panel=_PANEL
-        ),
+        typer.Option(help="HOST:PORT, or GANSERVE_ADDRESS.", show_default="127.0.0.1:50051", rich_help_panel=_PANEL),
     ],
     "timeout_s": Annotated[
         float | None,
@@ -34,25 +33,18 @@ _OPTIONS: dict[str, Any] = {
     "token": Annotated[
         str | None,
         typer.Option(
-            help="Sent with each call; others on the machine see it here, but not in the environment.",
-            envvar="GANSERVE_TOKEN",
-            rich_help_panel=_PANEL,
+            help="Sent with each call. Better GANSERVE_TOKEN: others see a command line.", rich_help_panel=_PANEL
         ),
     ],
     "tls": Annotated[
         bool | None,
-        typer.Option(
-            "--tls/--no-tls",
-            help="Encrypt, and check the server's name.",
-            envvar="GANSERVE_TLS",
-            rich_help_panel=_PANEL,
-        ),
+        typer.Option("--tls/--no-tls", help="Encrypt, or GANSERVE_TLS=1.", rich_help_panel=_PANEL),
     ],
     "ca_file": Annotated[
         Path | None,
         typer.Option(
-            help="Certificates (PEM) to trust instead of the system's; implies --tls.",
-            envvar="GANSERVE_CA_FILE",
+            help="Certificates (PEM) of who may sign the server's, or GANSERVE_CA_FILE. With it, --tls is meant.",
+            show_default="the system's",
             rich_help_panel=_PANEL,
         ),
     ],
@@ -79,13 +71,12 @@ class Connection:
                 _suggest(client, error, model, labels)
                 raise
 
-    def async_client(self) -> AsyncClient:
+    def async_client(self, *, retries: bool) -> AsyncClient:
         """Make a client for asyncio."""
-        return AsyncClient(**self._arguments())
+        return AsyncClient(**self._arguments(), retries=retries)
 
     def _arguments(self) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in _OPTIONS}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: getattr(self, name) for name in _OPTIONS}
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:

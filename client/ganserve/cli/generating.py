@@ -1,5 +1,7 @@
-"""`ganserve generate`: images as one picture, as a file each, or into a pipe."""
+"""`ganserve generate` and `ganserve interpolate`: images as a picture, as a file each, animated, or into a pipe."""
 
+import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +77,74 @@ def generate(
         print_json({"files": files, **described(batch)})
     elif out != STDOUT:
         print(f"{files[0]}{f' to {files[-1]}' if len(files) > 1 else ''}: {summary(batch)}")
+
+
+class Kind(StrEnum):
+    """How to go from one latent to another."""
+
+    SLERP = "slerp"
+    LINEAR = "linear"
+
+
+@with_connection
+def interpolate(
+    model: ModelName,
+    seed_a: Annotated[int, typer.Argument(metavar="SEED_A", help="Where the walk starts.")],
+    seed_b: Annotated[int, typer.Argument(metavar="SEED_B", help="Where it ends.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The animation to write, .gif or .webp; '-' is standard output.",
+            show_default="MODEL-SEED_A-SEED_B.gif",
+        ),
+    ] = "",
+    steps: Annotated[int, typer.Option(min=2, max=10_000, help="Images, both ends included.")] = 16,
+    kind: Annotated[Kind, typer.Option(help="Along the sphere that latents lie near, or straight.")] = Kind.SLERP,
+    label: Annotated[
+        str | None, typer.Option(help="The class of all, by index or name.", show_default="that of the nearer seed")
+    ] = None,
+    truncation: Truncation = 1.0,
+    version: Version = None,
+    frame_ms: Annotated[int, typer.Option(min=20, max=10_000, help="Milliseconds an image is shown.")] = 80,
+    bounce: Annotated[bool, typer.Option(help="Walk back, too, so that the animation has no jump.")] = True,
+    scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge the pixels.")] = 4,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="gif or webp.", show_default="by the ending; gif for '-'")
+    ] = None,
+    as_json: AsJson = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Make an animation of the images between those of two seeds.
+
+    Example: ganserve interpolate cdcgan-mnist 1 2 --label 3 --steps 32 -o walk.gif
+    """
+    out = out or f"{model}-{seed_a}-{seed_b}.gif"
+    check_out(out, as_json)
+    ending = file_format or ("gif" if out == STDOUT else Path(out).suffix.lower().removeprefix("."))
+    if ending not in ("gif", "webp"):
+        raise typer.BadParameter(f"an animation is .gif or .webp, not {file_format or out!r}")
+    with connection.client(model, [] if label is None else [label]) as client:
+        batch = client.interpolate(
+            model,
+            seed_a,
+            seed_b,
+            steps,
+            kind=kind.value,
+            label=None if label is None else index_or_name(label),
+            truncation=truncation,
+            version=version,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"walk.{ending}"
+        batch.gif(path, frame_ms=frame_ms, bounce=bounce, scale=scale)
+        write_picture(out, path.read_bytes())
+    if as_json:
+        print_json({"files": [out], **described(batch), "seed_a": seed_a, "seed_b": seed_b, "kind": kind.value})
+    elif out != STDOUT:
+        print(f"{out}: {summary(batch)}, from seed {seed_a} to {seed_b}")
 
 
 def format_of(out: str, named: str | None) -> str:

@@ -1,6 +1,9 @@
 """How the program ends: one exit status for each kind of outcome, and one line for each error."""
 
+import functools
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import typer
 
@@ -34,6 +37,23 @@ EXIT_STATUSES = {
 }
 
 
+class PipeClosedError(Exception):
+    """The reader of standard output went away. Not an OSError: typer would end the program for those by itself."""
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with its BrokenPipeError as PipeClosedError."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **named: Any) -> None:
+        try:
+            command(*arguments, **named)
+        except BrokenPipeError as error:
+            raise PipeClosedError from error
+
+    return run
+
+
 def outcome(error: BaseException) -> tuple[ExitStatus, str]:
     """Return the exit status and the text, one line, for what ended a command; the text may be empty.
 
@@ -48,7 +68,7 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
         # Without a status the SDK itself refused: no server has seen the command line.
         ours = isinstance(error, InvalidRequestError) and error.code is None
         return ExitStatus.COMMAND_LINE if ours else ExitStatus.NO, _one_line(error)
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError | PipeClosedError):
         return ExitStatus.PIPE_CLOSED, ""
     if isinstance(error, OSError):
         told = error.filename is not None and error.strerror is not None

@@ -17,8 +17,8 @@ STDOUT = "-"
 
 
 def print_json(value: Any) -> None:
-    """Write one JSON document to standard output."""
-    print(json.dumps(value, indent=2))
+    """Write one JSON document, a line, to standard output."""
+    print(json.dumps(value))
 
 
 def show(renderable: RenderableType, *, piped_width: int = 1000) -> None:

@@ -1,0 +1,345 @@
+"""`ganserve stream`: any number of images on the disk, as a folder or as one .npz; a run that was killed goes on."""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ganserve.cli.connection import Connection, with_connection
+from ganserve.cli.generating import Labels, ModelName, Version, index_or_name
+from ganserve.cli.output import print_json, whole_file, write_file
+from ganserve.client import Client
+from ganserve.conversion import Label
+from ganserve.errors import GanserveError
+from ganserve.images import ImageBatch
+
+MANIFEST = ".ganserve.json"  # programs that read image folders skip what begins with a dot
+_SEED_LIMIT = 1 << 32
+_MOST_A_CALL = 50_000  # images
+_MOST_LABELS_A_CALL = 1000  # a server takes 1024, unless it is told otherwise
+_COPY_BYTES = 1 << 20
+
+
+class OtherImagesError(GanserveError):
+    """What is there already was made otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the images of a data set are made from. Image i has seed `seed` + i, and label i of `labels` in turn."""
+
+    model: str
+    version: int
+    digest: str
+    seed: int
+    labels: tuple[int, ...] | None  # None: the server's choice, the classes in turn
+    truncation: float
+    class_names: tuple[str, ...]
+    height: int
+    width: int
+    channels: int
+
+    def seed_of(self, index: int) -> int:
+        """Return the seed of image `index`."""
+        return (self.seed + index) % _SEED_LIMIT
+
+    def label_of(self, index: int) -> int | None:
+        """Return the label of image `index`, or None for an unconditional model."""
+        if not self.class_names:
+            return None
+        if self.labels is None:
+            return self.seed_of(index) % len(self.class_names)
+        return self.labels[index % len(self.labels)]
+
+    def to_json(self) -> str:
+        """Write it down, so that another run can go on."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> "Plan":
+        """Read it.
+
+        Raises:
+            OtherImagesError: this is nothing of ours.
+        """
+        try:
+            fields = json.loads(text)
+            for name in ("class_names", "labels"):
+                fields[name] = None if fields[name] is None else tuple(fields[name])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError):
+            raise OtherImagesError(f"{where} is not what `ganserve stream` writes; give another --to") from None
+
+
+class _Store(Protocol):
+    """Where the images go."""
+
+    def missing(self) -> list[range]:
+        """Return which images are not there yet."""
+
+    def add(self, first: int, batch: ImageBatch) -> None:
+        """Keep the images number `first` and on."""
+
+    def finish(self) -> None:
+        """All images were added."""
+
+
+class _Folder:
+    """A file an image, in a sub-folder for each class; a file is whole or not there, and is found by its name."""
+
+    def __init__(self, folder: Path, plan: Plan, count: int, ending: str) -> None:
+        self._folder, self._plan, self._count, self._ending = folder, plan, count, ending
+        self._names = folder_names(plan.class_names)
+
+    def missing(self) -> list[range]:
+        there = set()
+        for name in self._names or [""]:
+            if not (self._folder / name).exists():
+                continue  # made with the first image: a class without one would be an error to many programs
+            with os.scandir(self._folder / name) as entries:
+                for entry in entries:
+                    if entry.name.endswith(".part" + self._ending):
+                        os.unlink(entry)  # what a killed run was writing
+                    else:
+                        there.add(f"{name}/{entry.name}")
+        missing: list[range] = []
+        for index in range(self._count):
+            if self._name(index) in there:
+                continue
+            if missing and missing[-1].stop == index:
+                missing[-1] = range(missing[-1].start, index + 1)
+            else:
+                missing.append(range(index, index + 1))
+        return missing
+
+    def add(self, first: int, batch: ImageBatch) -> None:
+        for index, image in enumerate(batch, start=first):
+            with whole_file(self._folder / self._name(index).lstrip("/")) as part:
+                image.save(part)
+
+    def finish(self) -> None:
+        """Every file is there already."""
+
+    def _name(self, index: int) -> str:
+        label = self._plan.label_of(index)
+        folder = "" if label is None else self._names[label]
+        return f"{folder}/{self._plan.seed_of(index):010d}{self._ending}"
+
+
+class _Archive:
+    """One .npz: images [n, h, w, c], labels [n], seeds [n], and how they were made. Until all are there, raw files."""
+
+    def __init__(self, path: Path, folder: Path, plan: Plan, count: int) -> None:
+        self._path, self._plan, self._count = path, plan, count
+        self._raw = folder / "images.raw"
+        self._bytes_each = plan.height * plan.width * plan.channels
+        self._raw.touch()
+
+    def missing(self) -> list[range]:
+        done = min(self._raw.stat().st_size // self._bytes_each, self._count)
+        # A run that was killed may have left a part of an image.
+        os.truncate(self._raw, done * self._bytes_each)
+        return [range(done, self._count)] if done < self._count else []
+
+    def add(self, first: int, batch: ImageBatch) -> None:
+        with open(self._raw, "ab") as file:
+            file.write(batch.pixels.tobytes())
+
+    def finish(self) -> None:
+        numbers = range(self._count)
+        seeds = np.array([self._plan.seed_of(index) for index in numbers], np.uint32)
+        part = self._raw.with_name("whole.npz")
+        shape = (self._count, self._plan.height, self._plan.width, self._plan.channels)
+        with zipfile.ZipFile(part, "w") as archive:
+            with archive.open("images.npy", "w", force_zip64=True) as member, open(self._raw, "rb") as raw:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                shutil.copyfileobj(raw, member, _COPY_BYTES)
+            arrays = {"seeds": seeds, "provenance": np.array(self._plan.to_json())}
+            if self._plan.class_names:
+                arrays["labels"] = np.array([self._plan.label_of(index) for index in numbers], np.int64)
+                arrays["class_names"] = np.array(self._plan.class_names)
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        os.replace(part, self._path)
+        shutil.rmtree(self._raw.parent)
+
+
+@with_connection
+def stream(
+    model: ModelName,
+    count: Annotated[int, typer.Option(min=1, max=_SEED_LIMIT, help="How many images.")],
+    to: Annotated[Path, typer.Option(help="A folder, with a sub-folder a class; or a file that ends in .npz.")],
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=_SEED_LIMIT - 1, help="Of the first image.", show_default="drawn")
+    ] = None,
+    label: Labels = None,
+    truncation: Annotated[
+        float | None, typer.Option(help="0 to 2; below 1: more typical, less varied images.", show_default="1.0")
+    ] = None,
+    version: Version = None,
+    file_format: Annotated[
+        str, typer.Option("--format", help="Of a folder's files: png or webp, or lossy jpg.")
+    ] = "png",
+    as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")] = False,
+    *,
+    connection: Connection,
+) -> None:
+    """Make a data set: any number of images, in a folder or one .npz. The same command again makes what is missing.
+
+    Example: ganserve stream cdcgan-mnist --count 60000 --seed 1 --to digits
+    """
+    if file_format not in ("png", "webp", "jpg"):
+        raise typer.BadParameter(f"--format is {file_format!r}; it must be png, webp or jpg")
+    archive = to.suffix.lower() == ".npz"
+    folder = to.with_name(to.name + ".partial") if archive else to
+    with connection.client(model, label or []) as client, _only_one(folder):
+        before = _before(to, folder, archive)
+        plan = _plan(client, model, version, seed, label, truncation, before, to)
+        if archive and to.exists():
+            there = _images_in(to)
+            if there != count:
+                raise OtherImagesError(f"{to} holds {there} images; for {count}, give another --to")
+            shutil.rmtree(folder)  # a run that was killed at the very end may have left it
+            made = 0
+        else:
+            write_file(folder / MANIFEST, plan.to_json().encode())
+            store = _Archive(to, folder, plan, count) if archive else _Folder(to, plan, count, f".{file_format}")
+            made = _make(client, plan, store, count)
+    if as_json:
+        print_json({"to": str(to), "made": made, "count": count, **asdict(plan)})
+    else:
+        there_already = f"; {count - made} were there" if made < count else ""
+        last = plan.seed_of(count - 1)
+        print(f"{to}: {count} images of {plan.model} version {plan.version}, seed {plan.seed} to {last}{there_already}")
+
+
+def _make(client: Client, plan: Plan, store: _Store, count: int) -> int:
+    """Make what is missing, and return how many images that was."""
+    missing = store.missing()
+    made = sum(map(len, missing))
+    # On standard error: standard output is for what comes of it. In a pipe a bar is only noise.
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(plan.model, total=count, completed=count - made)
+        several = plan.labels is not None and len(plan.labels) > 1
+        step = _MOST_LABELS_A_CALL if several else _MOST_A_CALL
+        for run in missing:
+            for start in range(run.start, run.stop, step):
+                stop = min(start + step, run.stop)
+                labels: list[Label] | Label | None = None if plan.labels is None else plan.labels[0]
+                if several:
+                    labels = [plan.label_of(index) or 0 for index in range(start, stop)]
+                at = start
+                for batch in client.stream_batches(
+                    plan.model,
+                    count=stop - start,
+                    seed=plan.seed_of(start),
+                    label=labels,
+                    truncation=plan.truncation,
+                    version=plan.version,
+                ):
+                    if batch.digest != plan.digest:
+                        raise OtherImagesError(f"version {plan.version} of {plan.model} changed on the server")
+                    store.add(at, batch)
+                    at += len(batch)
+                    progress.advance(task, len(batch))
+        store.finish()
+    return made
+
+
+def _before(to: Path, folder: Path, archive: bool) -> Plan | None:
+    """Return the plan of an earlier run to the same place."""
+    if archive and to.exists():
+        try:
+            with np.load(to) as arrays:
+                return Plan.from_json(str(arrays["provenance"]), to)
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            raise OtherImagesError(f"{to} is there, and not by `ganserve stream`; give another --to") from None
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        return Plan.from_json(manifest.read_text(), manifest)
+    if any(folder.iterdir()):
+        raise OtherImagesError(f"{folder} has other files in it; give --to an empty folder, or a new one")
+    return None
+
+
+def _images_in(path: Path) -> int:
+    with np.load(path) as arrays:
+        return len(arrays["seeds"])
+
+
+def _plan(
+    client: Client,
+    model: str,
+    version: int | None,
+    seed: int | None,
+    label: list[str] | None,
+    truncation: float | None,
+    before: Plan | None,
+    to: Path,
+) -> Plan:
+    """Return what to make; what the command line leaves open is as it was in the earlier run, if there was one."""
+    if before is not None:
+        version = before.version if version is None else version
+        seed = before.seed if seed is None else seed
+        truncation = before.truncation if truncation is None else truncation
+    described = client.model(model, version)
+    labels = None if not label else tuple(described.label(index_or_name(each)) for each in label)
+    plan = Plan(
+        model=described.name,
+        version=described.version,
+        digest=described.digest,
+        seed=secrets.randbelow(_SEED_LIMIT) if seed is None else seed,
+        labels=before.labels if before is not None and labels is None else labels,
+        truncation=1.0 if truncation is None else truncation,
+        class_names=described.class_names,
+        height=described.height,
+        width=described.width,
+        channels=described.channels,
+    )
+    if before is not None and plan != before:
+        now, then = asdict(plan), asdict(before)
+        differences = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in now if now[name] != then[name])
+        raise OtherImagesError(f"{to} was begun with {differences}; go on as it was begun, or give another --to")
+    return plan
+
+
+def folder_names(class_names: tuple[str, ...]) -> list[str]:
+    """Return a folder's name for each class: the class's, without what cannot be in one ("T-shirt/top")."""
+    names: list[str] = []
+    for index, class_name in enumerate(class_names):
+        name = "".join(each if each.isprintable() and each not in '/\\:*?"<>|' else "-" for each in class_name)
+        name = name.strip(" .")[:100] or f"class-{index}"
+        names.append(f"{name}-{index}" if name.casefold() in {each.casefold() for each in names} else name)
+    return names
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let no second run write to the same place; the system lets go of the lock however this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OtherImagesError(f"another `ganserve stream` is writing to {folder}") from None
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()  # only if it is empty: nothing came of it
