@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # Read when gradio is imported. A page on this machine is nobody's business.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -33,6 +33,15 @@ _LATENCIES_KEPT = 60
 
 # Of each model its name, its versions, and the digest of the newest.
 _Seen = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+class _Choice(NamedTuple):
+    """What a session looks at. Kept by the page's server: a browser may still send what its last model had."""
+
+    model: str = ""
+    version: int = 0  # the newest
+    label: int | None = None
+
 
 _CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto;
@@ -78,28 +87,36 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the host and port cannot be had.
     """
     page = build(client)
     page.queue(default_concurrency_limit=16)
-    print(f"playground for {client.address}: http://{host}:{port}", flush=True)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        inbrowser=open_browser,
-        share=False,
-        quiet=True,
-        ssr_mode=False,  # else gradio starts a Node.js of its own where there is one
-        footer_links=[],
-        css=_CSS,
-        theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,  # else gradio starts a Node.js of its own where there is one
+            footer_links=[],
+            css=_CSS,
+            theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError as error:
+        raise OSError(
+            f"no page at {host}:{port}: the port is taken, or the host is not this machine; --port takes another"
+        ) from error
+    print(f"the models of {client.address}, to try: http://{host}:{port}", flush=True)
+    page.block_thread()
 
 
 def build(client: Client) -> Any:
     """Make the page, as gradio's Blocks."""
     with gr.Blocks(title="ganserve playground", analytics_enabled=False) as page:
         known = gr.State(None)  # _Seen of the last look; None while the server does not answer
+        choice = gr.State(_Choice())
         latencies = gr.State([])
         tab = gr.State("picture")
         gr.HTML(f"<h1>ganserve</h1><p>the models of {html.escape(client.address)}</p>", elem_id="title")
@@ -134,42 +151,40 @@ def build(client: Client) -> Any:
             with gr.Column(scale=3, min_width=280):
                 card = gr.HTML(elem_id="card")
 
-        def look(seen: _Seen | None, name: str | None) -> Any:
+        def look(seen: _Seen | None) -> Any:
             """See which models there are: what notices that the server went, came back, or has a new version."""
             try:
                 models = client.models(timeout_s=_TIMEOUT_S)
             except GanserveError as error:
                 return {known: None, notice: _notice(error)}
             sees = tuple((each.name, each.versions, each.digest) for each in models)
-            if sees == seen:
-                return gr.skip()
-            names = [each.name for each in models]
-            chosen = name if name in names else next(iter(names), None)
-            return {known: sees, notice: "", model: gr.update(choices=names, value=chosen)}
+            return gr.skip() if sees == seen else {known: sees, notice: ""}
 
-        def describe(seen: _Seen | None, name: str | None, number: int, index: int | None) -> Any:
-            if not seen or name is None:
+        def describe(seen: _Seen | None, wanted: _Choice) -> Any:
+            if not seen:
                 return gr.skip()
-            versions = next((versions for each, versions, _ in seen if each == name), ())
-            number = number if number in versions else 0
+            versions_of = {name: versions for name, versions, _ in seen}
+            name = wanted.model if wanted.model in versions_of else next(iter(versions_of))
+            versions = versions_of[name]
+            number = wanted.version if wanted.version in versions else 0
             try:
                 described = client.model(name, number or None, timeout_s=_TIMEOUT_S)
             except GanserveError as error:
                 return {notice: _notice(error)}
+            classes = [(each, index) for index, each in enumerate(described.class_names)]
+            index = (wanted.label if (wanted.label or 0) < len(classes) else 0) or 0 if classes else None
             choices = [("newest", 0), *((str(each), each) for each in reversed(versions))]
-            classes = [(each, place) for place, each in enumerate(described.class_names)]
-            kept = index if index is not None and index < len(classes) else 0
             return {
+                choice: _Choice(name, number, index),
+                model: gr.update(choices=list(versions_of), value=name),
                 version: gr.update(choices=choices, value=number, visible=len(versions) > 1),
-                label: gr.update(choices=classes, value=kept if classes else None, visible=bool(classes)),
+                label: gr.update(choices=classes, value=index, visible=bool(classes)),
                 card: _card(described),
             }
 
         def draw(
             seen: _Seen | None,
-            name: str | None,
-            number: int,
-            index: int | None,
+            chosen: _Choice,
             scale: float,
             shown: str,
             one_seed: int,
@@ -179,31 +194,20 @@ def build(client: Client) -> Any:
             way: Literal["slerp", "linear"],
             before: list[float],
         ) -> Any:
-            if not seen or name is None:
+            if not seen:
                 return gr.skip()
+            common: dict[str, Any] = {
+                "label": chosen.label,
+                "truncation": scale,
+                "version": chosen.version or None,
+                "timeout_s": _TIMEOUT_S,
+            }
             started = time.perf_counter()
             try:
                 if shown == "film":
-                    walk = client.interpolate(
-                        name,
-                        int(first),
-                        int(last),
-                        int(count),
-                        kind=way,
-                        label=index,
-                        truncation=scale,
-                        version=number or None,
-                        timeout_s=_TIMEOUT_S,
-                    )
+                    walk = client.interpolate(chosen.model, int(first), int(last), int(count), kind=way, **common)
                     return {notice: "", film: _film(walk, time.perf_counter() - started)}
-                batch = client.generate(
-                    name,
-                    seed=int(one_seed),
-                    label=index,
-                    truncation=scale,
-                    version=number or None,
-                    timeout_s=_TIMEOUT_S,
-                )
+                batch = client.generate(chosen.model, seed=int(one_seed), **common)
             except UnavailableError as error:
                 # Known no more: the next look that finds the server draws the picture.
                 return {known: None, notice: _notice(error)}
@@ -212,29 +216,30 @@ def build(client: Client) -> Any:
             after = [*before, time.perf_counter() - started][-_LATENCIES_KEPT:]
             return {notice: "", picture: _picture(batch), latencies: after, latency: _latency(after, batch)}
 
-        looking = {"fn": look, "inputs": [known, model], "outputs": [known, notice, model], "show_progress": "hidden"}
+        looking = {"fn": look, "inputs": known, "outputs": [known, notice], "show_progress": "hidden"}
         page.load(**looking)
         gr.Timer(_LOOK_EVERY_S).tick(**looking)
-        drawing = {
+        described = {"outputs": [notice, choice, model, version, label, card], "show_progress": "hidden"}
+        drawn = {
             "fn": draw,
-            "inputs": [
-                *(known, model, version, label, truncation, tab),
-                *(seed, seed_a, seed_b, steps, kind, latencies),
-            ],
+            "inputs": [known, choice, truncation, tab, seed, seed_a, seed_b, steps, kind, latencies],
             "outputs": [known, notice, picture, film, latencies, latency],
             "show_progress": "hidden",
             "trigger_mode": "always_last",
         }
-        gr.on(
-            [known.change, model.input, version.input],
-            describe,
-            [known, model, version, label],
-            [notice, version, label, card],
-            show_progress="hidden",
-            trigger_mode="always_last",
-        ).then(**drawing)
-        moved = [each.change for each in (truncation, seed, seed_a, seed_b, steps, kind, tab)]
-        gr.on([label.input, *moved], **drawing)
+        known.change(describe, [known, choice], **described).then(**drawn)
+        model.input(
+            lambda seen, old, name: describe(seen, old._replace(model=name)), [known, choice, model], **described
+        ).then(**drawn)
+        version.input(
+            lambda seen, old, number: describe(seen, old._replace(version=number)),
+            [known, choice, version],
+            **described,
+        ).then(**drawn)
+        label.input(lambda old, index: old._replace(label=index), [choice, label], choice, show_progress="hidden").then(
+            **drawn
+        )
+        gr.on([each.change for each in (truncation, seed, seed_a, seed_b, steps, kind, tab)], **drawn)
         one.select(lambda: "picture", None, tab)
         between.select(lambda: "film", None, tab)
     return page
@@ -246,16 +251,17 @@ def _notice(error: GanserveError) -> str:
 
 
 def _picture(batch: ImageBatch) -> str:
-    uri = _data_uri("png", batch.save)
-    seed = batch.seeds[0] if batch.seeds else 0
-    name = f"{batch.model}-{seed}.png" if batch.labels is None else f"{batch.model}-{batch.labels[0]}-{seed}.png"
+    uri = _data_uri("png", batch[0].save)
+    made = batch[0].provenance
+    name = "-".join(str(part) for part in (made.model, made.label, made.seed) if part is not None) + ".png"
+    text = f"{made.model} version {made.version}, class {made.label}, seed {made.seed}, truncation {made.truncation:g}"
     return f"""
-        <div class="picture"><img class="large" src="{uri}" alt="seed {seed}">
+        <div class="picture"><img class="large" src="{uri}" alt="{html.escape(text)}">
         <a class="download" href="{uri}" download="{html.escape(name)}">Download {html.escape(name)}</a></div>"""
 
 
 def _film(walk: ImageBatch, seconds: float) -> str:
-    first, last = (_data_uri("png", walk[index : index + 1].save) for index in (0, len(walk) - 1))
+    first, last = (_data_uri("png", walk[index].save) for index in (0, -1))
     film = _data_uri("gif", lambda path: walk.gif(path, scale=max(1, 280 // walk.pixels.shape[2])))
     strip = _data_uri("png", lambda path: walk.sheet(columns=min(len(walk), 8)).save(path))
     name = html.escape(walk.model)
