@@ -19,6 +19,11 @@ for program, extra in (("ganserve-server", "server"), ("ganserve-trainer", "trai
     without = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if without.returncode and (f"ganserve[{extra}]" not in without.stderr or "Traceback" in without.stderr):
         sys.exit(f"{program} without its extra says: {without.stderr}")
+done = subprocess.run(
+    [Path(sys.executable).with_name("ganserve"), "playground"], capture_output=True, text=True, check=False
+)
+if done.returncode == 0 or "ganserve[playground]" not in done.stderr or "Traceback" in done.stderr:
+    sys.exit(f"ganserve playground without its extra says: {done.stderr}")
 command = [sys.argv[1], "--address=127.0.0.1:0", "--metrics-address=off", "--log-format=json"]
 with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
     try:

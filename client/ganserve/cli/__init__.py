@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ganserve import __version__
-from ganserve.cli import bench, cards, generating, health, provenance, streaming
+from ganserve.cli import bench, cards, generating, health, playground, provenance, streaming
 from ganserve.cli.outcome import EXIT_STATUSES, ExitStatus, guarded, outcome
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
@@ -22,6 +22,7 @@ for _command in (
     cards.models,
     health.health,
     bench.bench,
+    playground.playground,
 ):
     app.command(epilog=_EPILOG)(guarded(_command))
 

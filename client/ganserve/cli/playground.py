@@ -1,0 +1,39 @@
+"""`ganserve playground`: a web page to try a server's models."""
+
+from typing import Annotated
+
+import typer
+
+from ganserve.cli.connection import Connection, with_connection
+from ganserve.client import Client
+from ganserve.errors import InvalidRequestError
+
+
+@with_connection
+def playground(
+    host: Annotated[str, typer.Option(help="Address of the page; 0.0.0.0 lets others see it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    *,
+    connection: Connection,
+) -> None:
+    """Open a web page to try the models: drag the seed, the class and the truncation. Ctrl-C ends it.
+
+    Needs the extra: pip install 'ganserve[playground]'. Example: ganserve playground --port 8000 --no-browser
+    """
+    try:
+        from ganserve.playground import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("ganserve"):
+            raise
+        raise InvalidRequestError(f"{error.name} is missing; pip install 'ganserve[playground]'") from error
+    # No retries: the page says at once what is wrong, and looks again by itself.
+    with Client(
+        connection.address,
+        timeout_s=connection.timeout_s,
+        retries=False,
+        token=connection.token,
+        tls=connection.tls,
+        ca_file=connection.ca_file,
+    ) as client:
+        run(client, host=host, port=port, open_browser=browser)

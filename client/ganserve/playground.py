@@ -1,0 +1,328 @@
+"""A web page to try a server's models: `ganserve playground`. Needs the extra `playground` (gradio).
+
+The page talks to its own process alone, and that to the server alone: fonts and scripts come with gradio, whose
+analytics are off. Pictures lie in the page as the files that the SDK writes, so that what is downloaded, by the link or
+by the browser's menu, still says how to make it again.
+"""
+
+import base64
+import html
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+# Read when gradio is imported. A page on this machine is nobody's business.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import gradio as gr
+
+from ganserve.client import Client
+from ganserve.errors import GanserveError, UnavailableError
+from ganserve.images import ImageBatch
+from ganserve.models import Model
+
+_LOOK_EVERY_S = 2.0
+_TIMEOUT_S = 10.0
+_LARGEST_SEED = 9999  # what a slider can hit by hand; any other picture is as good
+_LATENCIES_KEPT = 60
+
+# Of each model its name, its versions, and the digest of the newest.
+_Seen = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+class _Choice(NamedTuple):
+    """What a session looks at. Kept by the page's server: a browser may still send what its last model had."""
+
+    model: str = ""
+    version: int = 0  # the newest
+    label: int | None = None
+
+
+_CSS = """
+.gradio-container { max-width: 1240px !important; margin: 0 auto;
+  --faint: color-mix(in srgb, var(--body-text-color) 64%, transparent); }
+input[type=range]::-webkit-slider-thumb { border: 2px solid var(--color-accent) !important; }
+footer { display: none !important; }
+#title h1 { margin: 0; font-size: 1.5rem; }
+#title p { margin: 0; color: var(--faint); }
+#notice:not(:has(.down)) { display: none; }
+#notice .down { padding: .7rem 1rem; border-radius: var(--radius-lg); border: 1px solid #d97706;
+  background: color-mix(in srgb, #d97706 14%, transparent); overflow-wrap: anywhere; }
+#classes .wrap { max-height: 15rem; overflow-y: auto; }
+.picture { display: flex; flex-direction: column; gap: .75rem; align-items: center; }
+.picture img { image-rendering: pixelated; border-radius: var(--radius-lg); background: #000;
+  border: 1px solid var(--border-color-primary); }
+.picture img.large { width: min(100%, 448px); }
+.picture img.strip { width: 100%; border-radius: var(--radius-sm); }
+.picture .caption { color: var(--faint); text-align: center; }
+.picture .ends { display: flex; gap: 1rem; flex-wrap: wrap; justify-content: center; align-items: end; width: 100%; }
+.picture .ends figure { margin: 0; text-align: center; color: var(--faint); flex: 1 1 120px;
+  max-width: 150px; }
+.picture .ends figure.film { flex: 2 1 200px; max-width: 280px; }
+.picture .ends img { width: 100%; }
+.picture a.download { padding: .45rem 1rem; border-radius: var(--button-medium-radius, 8px); text-decoration: none;
+  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); }
+.picture a.download:hover { background: var(--button-secondary-background-fill-hover); }
+.latency { display: flex; justify-content: space-between; align-items: end; gap: 1rem; flex-wrap: wrap; }
+.latency b { font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.latency small { color: var(--faint); font-variant-numeric: tabular-nums; }
+.latency svg { width: 100%; height: 34px; fill: var(--color-accent); }
+.card table { width: 100%; border-collapse: collapse; font-size: .9rem; margin: 0 0 1.1rem; }
+.card td { padding: .22rem 0 !important; border: 0 !important; vertical-align: top;
+  border-top: 1px solid var(--border-color-primary) !important; }
+.card td:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.card td:first-child { color: var(--faint); padding-right: .6rem !important; }
+.card table, .card tr, .card tbody { border: 0 !important; }
+.card h3 { margin: 0 0 .35rem; font-size: 1rem; }
+.card [title] { cursor: help; text-decoration: underline dotted; text-underline-offset: 3px; }
+"""
+
+
+def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        OSError: the host and port cannot be had.
+    """
+    page = build(client)
+    page.queue(default_concurrency_limit=16)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,  # else gradio starts a Node.js of its own where there is one
+            footer_links=[],
+            css=_CSS,
+            theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError as error:
+        raise OSError(
+            f"no page at {host}:{port}: the port is taken, or the host is not this machine; --port takes another"
+        ) from error
+    print(f"the models of {client.address}, to try: http://{host}:{port}", flush=True)
+    page.block_thread()
+
+
+def build(client: Client) -> Any:
+    """Make the page, as gradio's Blocks."""
+    with gr.Blocks(title="ganserve playground", analytics_enabled=False) as page:
+        known = gr.State(None)  # _Seen of the last look; None while the server does not answer
+        choice = gr.State(_Choice())
+        latencies = gr.State([])
+        tab = gr.State("picture")
+        gr.HTML(f"<h1>ganserve</h1><p>the models of {html.escape(client.address)}</p>", elem_id="title")
+        notice = gr.HTML(elem_id="notice")
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                model = gr.Dropdown([], label="Model", elem_id="model")
+                version = gr.Dropdown([("newest", 0)], value=0, label="Version", elem_id="version", visible=False)
+                label = gr.Radio([], label="Class", elem_id="classes", visible=False)
+                truncation = gr.Slider(
+                    0,
+                    2,
+                    1,
+                    step=0.05,
+                    label="Truncation",
+                    info="below 1: more typical, less varied",
+                    elem_id="truncation",
+                )
+                latency = gr.HTML(elem_id="latency")
+            with gr.Column(scale=5, min_width=360), gr.Tabs():
+                with gr.Tab("One picture") as one:
+                    seed = gr.Slider(0, _LARGEST_SEED, 1, step=1, label="Seed", elem_id="seed")
+                    picture = gr.HTML(elem_id="picture")
+                with gr.Tab("Between two pictures") as between:
+                    with gr.Row():
+                        seed_a = gr.Slider(0, _LARGEST_SEED, 1, step=1, label="From seed", elem_id="seed-a")
+                        seed_b = gr.Slider(0, _LARGEST_SEED, 2, step=1, label="To seed", elem_id="seed-b")
+                    with gr.Row():
+                        steps = gr.Slider(2, 32, 16, step=1, label="Pictures", elem_id="steps")
+                        kind = gr.Radio(["slerp", "linear"], value="slerp", label="Way", elem_id="kind")
+                    film = gr.HTML(elem_id="film")
+            with gr.Column(scale=3, min_width=280):
+                card = gr.HTML(elem_id="card")
+
+        def look(seen: _Seen | None) -> Any:
+            """See which models there are: what notices that the server went, came back, or has a new version."""
+            try:
+                models = client.models(timeout_s=_TIMEOUT_S)
+            except GanserveError as error:
+                return {known: None, notice: _notice(error)}
+            sees = tuple((each.name, each.versions, each.digest) for each in models)
+            return gr.skip() if sees == seen else {known: sees, notice: ""}
+
+        def describe(seen: _Seen | None, wanted: _Choice) -> Any:
+            if not seen:
+                return gr.skip()
+            versions_of = {name: versions for name, versions, _ in seen}
+            name = wanted.model if wanted.model in versions_of else next(iter(versions_of))
+            versions = versions_of[name]
+            number = wanted.version if wanted.version in versions else 0
+            try:
+                described = client.model(name, number or None, timeout_s=_TIMEOUT_S)
+            except GanserveError as error:
+                return {notice: _notice(error)}
+            classes = [(each, index) for index, each in enumerate(described.class_names)]
+            index = (wanted.label if (wanted.label or 0) < len(classes) else 0) or 0 if classes else None
+            choices = [("newest", 0), *((str(each), each) for each in reversed(versions))]
+            return {
+                choice: _Choice(name, number, index),
+                model: gr.update(choices=list(versions_of), value=name),
+                version: gr.update(choices=choices, value=number, visible=len(versions) > 1),
+                label: gr.update(choices=classes, value=index, visible=bool(classes)),
+                card: _card(described),
+            }
+
+        def draw(
+            seen: _Seen | None,
+            chosen: _Choice,
+            scale: float,
+            shown: str,
+            one_seed: int,
+            first: int,
+            last: int,
+            count: int,
+            way: Literal["slerp", "linear"],
+            before: list[float],
+        ) -> Any:
+            if not seen:
+                return gr.skip()
+            common: dict[str, Any] = {
+                "label": chosen.label,
+                "truncation": scale,
+                "version": chosen.version or None,
+                "timeout_s": _TIMEOUT_S,
+            }
+            started = time.perf_counter()
+            try:
+                if shown == "film":
+                    walk = client.interpolate(chosen.model, int(first), int(last), int(count), kind=way, **common)
+                    return {notice: "", film: _film(walk, time.perf_counter() - started)}
+                batch = client.generate(chosen.model, seed=int(one_seed), **common)
+            except UnavailableError as error:
+                # Known no more: the next look that finds the server draws the picture.
+                return {known: None, notice: _notice(error)}
+            except GanserveError as error:
+                return {notice: _notice(error)}
+            after = [*before, time.perf_counter() - started][-_LATENCIES_KEPT:]
+            return {notice: "", picture: _picture(batch), latencies: after, latency: _latency(after, batch)}
+
+        looking = {"fn": look, "inputs": known, "outputs": [known, notice], "show_progress": "hidden"}
+        page.load(**looking)
+        gr.Timer(_LOOK_EVERY_S).tick(**looking)
+        described = {"outputs": [notice, choice, model, version, label, card], "show_progress": "hidden"}
+        drawn = {
+            "fn": draw,
+            "inputs": [known, choice, truncation, tab, seed, seed_a, seed_b, steps, kind, latencies],
+            "outputs": [known, notice, picture, film, latencies, latency],
+            "show_progress": "hidden",
+            "trigger_mode": "always_last",
+        }
+        known.change(describe, [known, choice], **described).then(**drawn)
+        model.input(
+            lambda seen, old, name: describe(seen, old._replace(model=name)), [known, choice, model], **described
+        ).then(**drawn)
+        version.input(
+            lambda seen, old, number: describe(seen, old._replace(version=number)),
+            [known, choice, version],
+            **described,
+        ).then(**drawn)
+        label.input(lambda old, index: old._replace(label=index), [choice, label], choice, show_progress="hidden").then(
+            **drawn
+        )
+        gr.on([each.change for each in (truncation, seed, seed_a, seed_b, steps, kind, tab)], **drawn)
+        one.select(lambda: "picture", None, tab)
+        between.select(lambda: "film", None, tab)
+    return page
+
+
+def _notice(error: GanserveError) -> str:
+    again = " Looking again every two seconds." if isinstance(error, UnavailableError) else ""
+    return f'<div class="down" role="alert">{html.escape(str(error))}.{again}</div>'
+
+
+def _picture(batch: ImageBatch) -> str:
+    uri = _data_uri("png", batch[0].save)
+    made = batch[0].provenance
+    name = "-".join(str(part) for part in (made.model, made.label, made.seed) if part is not None) + ".png"
+    text = f"{made.model} version {made.version}, class {made.label}, seed {made.seed}, truncation {made.truncation:g}"
+    return f"""
+        <div class="picture"><img class="large" src="{uri}" alt="{html.escape(text)}">
+        <a class="download" href="{uri}" download="{html.escape(name)}">Download {html.escape(name)}</a></div>"""
+
+
+def _film(walk: ImageBatch, seconds: float) -> str:
+    first, last = (_data_uri("png", walk[index].save) for index in (0, -1))
+    film = _data_uri("gif", lambda path: walk.gif(path, scale=max(1, 280 // walk.pixels.shape[2])))
+    strip = _data_uri("png", lambda path: walk.sheet(columns=min(len(walk), 8)).save(path))
+    name = html.escape(walk.model)
+    return f"""
+        <div class="picture">
+        <div class="ends">
+          <figure><img src="{first}" alt="the first"><figcaption>from</figcaption></figure>
+          <figure class="film"><img src="{film}" alt="animation"><figcaption>there and back</figcaption></figure>
+          <figure><img src="{last}" alt="the last"><figcaption>to</figcaption></figure>
+        </div>
+        <img class="strip" src="{strip}" alt="all {len(walk)} pictures">
+        <div class="caption">{len(walk)} pictures in {seconds * 1000:.1f} ms</div>
+        <a class="download" href="{film}" download="{name}.gif">Download {name}.gif</a></div>"""
+
+
+def _data_uri(ending: str, save: Callable[[Path], object]) -> str:
+    """Return the file that the SDK writes, with its provenance, as a URI for the page."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"picture.{ending}"
+        save(path)
+        return f"data:image/{ending};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _latency(seconds: list[float], batch: ImageBatch) -> str:
+    ms = [1000 * each for each in seconds]
+    top = max(ms)
+    bars = "".join(
+        f'<rect x="{place}" y="{34 - 34 * each / top:.1f}" width=".7" height="{34 * each / top:.1f}"/>'
+        for place, each in enumerate(ms)
+    )
+    return f"""
+        <div class="latency">
+        <span><b>{ms[-1]:.1f} ms</b> <small>round trip</small></span>
+        <small>median of {len(ms)}: {statistics.median(ms):.1f} ms</small>
+        <svg viewBox="0 0 {_LATENCIES_KEPT} 34" preserveAspectRatio="none" role="img"
+          aria-label="the last {len(ms)} round trips">{bars}</svg>
+        <small>{1000 * batch.queue_s:.2f} ms in the queue, {1000 * batch.compute_s:.2f} ms of computing on
+        {html.escape(batch.provider.removesuffix("ExecutionProvider"))}</small>
+        </div>"""
+
+
+def _card(model: Model) -> str:
+    training = model.card.get("training", {})
+    facts = {
+        "version": str(model.version),
+        "network": model.architecture,
+        "data set": model.dataset,
+        "images": f"{model.height} × {model.width} × {model.channels}",
+        "latents": str(model.latent_dim),
+        "parameters": f"{int(model.card.get('generatorParameters', 0)):,}",
+        "precision": model.card.get("precision", "fp32"),
+        "images seen": f"{int(training.get('imagesSeen', 0)):,}",
+        "trained on": training.get("device", ""),
+        "exported": model.card.get("createdAt", "")[:10],
+        "file": model.digest[:19] + "…",
+    }
+    known = "".join(f"<tr><td>{key}</td><td>{html.escape(value)}</td></tr>" for key, value in facts.items() if value)
+    measured = "".join(
+        f'<tr><td><span title="{html.escape(metric.method)}">{html.escape(metric.name.replace("_", " "))}</span></td>'
+        f"<td>{metric.value:.4g}</td></tr>"
+        for metric in model.metrics
+    )
+    quality = f"<h3>Quality</h3><table>{measured}</table>" if measured else ""
+    return f'<div class="card"><h3>{html.escape(model.name)}</h3><table>{known}</table>{quality}</div>'
