@@ -207,7 +207,8 @@ def _read_details(error: GanserveError, content: str | bytes | None) -> None:
         details = status_pb2.Status.FromString(content).details
         for detail in details:
             if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-                error.reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason or error.reason
+                reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
+                error.reason = reason.lower() or error.reason
             elif isinstance(error, InvalidRequestError) and detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
                 violations = error_details_pb2.BadRequest.FromString(detail.value).field_violations
                 error.field = violations[0].field if violations else None
