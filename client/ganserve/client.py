@@ -32,6 +32,7 @@ from ganserve.errors import (
     ModelNotFoundError,
     OverloadedError,
     RequestCancelledError,
+    ServerError,
     UnavailableError,
     translate,
 )
@@ -761,7 +762,7 @@ class AsyncClient(_Twin):
         while True:
             send = getattr(self._connected(), method)
             try:
-                response = await send(request, timeout=timeout_s, metadata=self._metadata)
+                response = self._read(await send(request, timeout=timeout_s, metadata=self._metadata))
             except grpc.RpcError as error:
                 failure = self._translated(error)
             except (asyncio.CancelledError, grpc.aio.UsageError) as error:
@@ -786,7 +787,7 @@ class AsyncClient(_Twin):
                 call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
                 async for response in call:
                     attempts = None
-                    yield progress.take(response.chunk)
+                    yield progress.take(self._read(response).chunk)
                 progress.end()
                 self._policy.succeeded()
                 return
@@ -803,6 +804,12 @@ class AsyncClient(_Twin):
             attempts = attempts or Attempts(self._policy, deadline)
             await asyncio.sleep(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
+
+    @staticmethod
+    def _read(response: Any) -> Any:
+        if response is None:  # so grpc.aio tells of bytes that are no message
+            raise ServerError("the server's answer cannot be read: it is of another protocol")
+        return response
 
     def _raise_if_closed(self, error: BaseException) -> None:
         """Tell the channel's end, which cancels its calls, from a caller that was cancelled and must see just that."""

@@ -161,7 +161,7 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         kind = MessageTooLargeError
         code = grpc.StatusCode.INVALID_ARGUMENT
-        if text.startswith("CLIENT: Received"):
+        if "CLIENT: Received" in text:
             text = f"the answer is larger than this client takes ({text}); ask for fewer images a call, or for a stream"
         else:
             text = f"the request is larger than the server takes ({text}); send fewer latents a call"

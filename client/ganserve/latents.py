@@ -23,6 +23,8 @@ def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
         InvalidRequestError: a seed is not from 0 to 2^32-1, or latent_dim is below 1.
     """
     try:
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim is {latent_dim}")
         rows = [np.random.RandomState(seed).standard_normal(latent_dim) for seed in seeds]
         return np.array(rows, np.float32).reshape(len(rows), latent_dim)
     except (TypeError, ValueError) as error:

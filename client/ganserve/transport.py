@@ -36,6 +36,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_ANSWER_BYTES = (256 + 16) << 20
 KEEPALIVE_S = 60.0  # below what load balancers allow an idle connection (AWS 350 s, Azure 240 s)
 KEEPALIVE_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 5.0
 DNS_MIN_INTERVAL_S = 5.0
 
 _SCHEMES = ("dns:///", "dns://", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:///")
@@ -69,6 +70,8 @@ class Endpoint:
             ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
             ("grpc.dns_min_time_between_resolutions_ms", round(DNS_MIN_INTERVAL_S * 1000)),
             ("grpc.initial_reconnect_backoff_ms", 100),
+            # Not what it is called: how long making a connection may take. gRPC's 20 s would outlive the client, too.
+            ("grpc.min_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),
             ("grpc.max_reconnect_backoff_ms", 5000),
             # ganserve-server answers any number of PINGs. One that does not says so, and gRPC slows down by itself.
             ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
