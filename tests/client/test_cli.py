@@ -206,7 +206,7 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["generate", "mlp-mnist", "--lable", "1"], 2, "--label"),
         (["generate"], 2, "argument"),
         (["generate", "mlp-mnist", "--count", "0"], 2, "count"),
-        (["modles"], 2, "models"),
+        (["modles"], 2, "modles"),
         (["bench", "mlp-mnist", "--rate", "1", "--concurrency", "1"], 2, "--rate"),
         (["interpolate", "mlp-mnist", "1", "2", "-o", "walk.png"], 2, ".gif"),
         (["models", "--html", "card.html"], 2, "NAME"),
