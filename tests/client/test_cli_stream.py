@@ -27,7 +27,7 @@ def pixels_of(path: Path) -> NDArray[np.uint8]:
 def kill_when(path: Path, arguments: list[str]) -> None:
     """Start a command and kill it as soon as there is a file in a folder, or anything in a file."""
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while not (any(path.rglob("*.png")) if path.suffix != ".raw" else path.exists() and path.stat().st_size):
+        while not (any(path.rglob("[0-9]*.png")) if path.suffix != ".raw" else path.exists() and path.stat().st_size):
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGKILL)
         assert process.wait(TIMEOUT_S) == -signal.SIGKILL

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -234,7 +234,8 @@ def _make(client: Client, plan: Plan, store: _Store, count: int) -> int:
     # On standard error: standard output is for what comes of it. In a pipe a bar is only noise.
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    progress = Progress(*columns, console=console)
+    with progress if console.is_terminal else nullcontext():
         task = progress.add_task(plan.model, total=count, completed=count - made)
         several = plan.labels is not None and len(plan.labels) > 1
         step = _MOST_LABELS_A_CALL if several else _MOST_A_CALL
