@@ -76,7 +76,8 @@ footer { display: none !important; }
 .card td { padding: .22rem 0 !important; border: 0 !important; vertical-align: top;
   border-top: 1px solid var(--border-color-primary) !important; }
 .card td:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.card td:first-child { color: var(--faint); padding-right: .6rem !important; }
+.card td:first-child { color: var(--faint); padding-right: .6rem !important;
+  overflow-wrap: anywhere; }
 .card table, .card tr, .card tbody { border: 0 !important; }
 .card h3 { margin: 0 0 .35rem; font-size: 1rem; }
 .card [title] { cursor: help; text-decoration: underline dotted; text-underline-offset: 3px; }
@@ -114,7 +115,7 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
 
 def build(client: Client) -> Any:
     """Make the page, as gradio's Blocks."""
-    with gr.Blocks(title="ganserve playground", analytics_enabled=False) as page:
+    with gr.Blocks(title="ganserve playground", analytics_enabled=False, fill_width=True) as page:
         known = gr.State(None)  # _Seen of the last look; None while the server does not answer
         choice = gr.State(_Choice())
         latencies = gr.State([])
@@ -316,7 +317,7 @@ def _card(model: Model) -> str:
         "images seen": f"{int(training.get('imagesSeen', 0)):,}",
         "trained on": training.get("device", ""),
         "exported": model.card.get("createdAt", "")[:10],
-        "file": model.digest[:19] + "…",
+        "file": model.digest[:15] + "…",
     }
     known = "".join(f"<tr><td>{key}</td><td>{html.escape(value)}</td></tr>" for key, value in facts.items() if value)
     measured = "".join(

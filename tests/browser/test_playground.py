@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def run_playground(address: str) -> Iterator[str]:
             printed = process.stdout.readline()
             assert url in printed, printed or process.communicate()[1]
             yield url
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 0
         finally:
             process.kill()
             errors = process.communicate()[1]

@@ -19,7 +19,7 @@ def playground(
 ) -> None:
     """Open a web page to try the models: drag the seed, the class and the truncation. Ctrl-C ends it.
 
-    Needs the extra: pip install 'ganserve[playground]'. Example: ganserve playground --port 8000 --no-browser
+    Needs the extra `playground` of the package. Example: ganserve playground --port 8000 --no-browser
     """
     try:
         from ganserve.playground import run
