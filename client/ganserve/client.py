@@ -48,6 +48,7 @@ from ganserve.transport import (
     endpoint,
     enter_call,
     leave_call,
+    lose_in_fork,
 )
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
@@ -78,7 +79,7 @@ class _Stubs:
         self.stream_images = service.StreamImages
         self.list_models = service.ListModels
         self.get_model = service.GetModel
-        self.health = health_pb2_grpc.HealthStub(channel).Check
+        self.health = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
 
 
 class _Twin:
@@ -261,8 +262,8 @@ class Client(_Twin):
     ) -> Generator[GeneratedImage, None, None]:
         """Make any number of images, and yield them one by one, in order, as they come.
 
-        The server makes no more than a batch ahead of the reader, and memory holds no more. Closing the iterator cancels
-        what is left. A stream that breaks is resumed with the next image, of the same version.
+        The server makes no more than a batch ahead of the reader, and memory holds no more. Closing the iterator
+        cancels what is left. A stream that breaks is resumed with the next image, of the same version.
 
         >>> for image in client.stream("mlp-mnist", count=3, seed=1):
         ...     print(image.seed)
@@ -461,7 +462,11 @@ class Client(_Twin):
             self._check_open()
             if self._stubs is None:
                 check_fork()
-                credentials, target, options = self._endpoint.credentials, self._endpoint.target, self._endpoint.options()
+                credentials, target, options = (
+                    self._endpoint.credentials,
+                    self._endpoint.target,
+                    self._endpoint.options(),
+                )
                 self._stubs = _Stubs(
                     grpc.insecure_channel(target, options)
                     if credentials is None
@@ -474,7 +479,8 @@ class Client(_Twin):
         attempts = None
         while True:
             send = getattr(self._connected(), method)
-            thread = enter_call()
+            thread = threading.get_ident()
+            enter_call(thread)
             try:
                 response = send(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.RpcError as error:
@@ -502,7 +508,8 @@ class Client(_Twin):
             call = None
             try:
                 call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
-                while (response := self._next(call)) is not None:
+                enter_call(call)
+                for response in call:
                     attempts = None
                     yield progress.take(response.chunk)
                 progress.end()
@@ -517,19 +524,12 @@ class Client(_Twin):
             finally:
                 if call is not None:
                     call.cancel()
+                    leave_call(call)
             if progress.complete:
                 return  # how the call ends no longer matters
             attempts = attempts or Attempts(self._policy, deadline)
             self._pause(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
-
-    @staticmethod
-    def _next(call: Any) -> Any:
-        thread = enter_call()
-        try:
-            return next(call, None)
-        finally:
-            leave_call(thread)
 
     @staticmethod
     def _flattened(batches: Generator[ImageBatch, None, None]) -> Generator[GeneratedImage, None, None]:
@@ -550,6 +550,12 @@ class AsyncClient(_Twin):
     """
 
     _loop: asyncio.AbstractEventLoop | None = None
+
+    def _after_fork(self) -> None:
+        if self._stubs is not None:
+            # Its thread waits inside gRPC, whether there are calls or not.
+            lose_in_fork("an AsyncClient connected")
+        super()._after_fork()
 
     async def generate(
         self,
@@ -799,7 +805,7 @@ class AsyncClient(_Twin):
             timeout_s = deadline - time.monotonic()
 
     def _raise_if_closed(self, error: BaseException) -> None:
-        """Tell the channel's end, which cancels its calls, from a caller that was cancelled itself and must see that."""
+        """Tell the channel's end, which cancels its calls, from a caller that was cancelled and must see just that."""
         task = asyncio.current_task()
         cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
         if self._closing.is_set() and not cancelled:

@@ -66,7 +66,7 @@ def to_request(
         try:
             request.label_names.extend(names)
         except ValueError as error:  # half of a surrogate pair is no text
-            raise _invalid("label", f"label is {ascii(label)}; it must be an index, or a name of a class") from error
+            raise _invalid("label", f"label is {label!a}; it must be an index, or a name of a class") from error
         if not names:
             request.labels.extend(_uint32("label", item) for item in labels)
         if count is None and latents is None:
@@ -87,14 +87,13 @@ def _name(model: Any) -> str:
     try:
         model.encode()
     except (AttributeError, UnicodeEncodeError) as error:
-        raise _invalid("model", f"model is {ascii(model)}; it must be a name, as models() lists them") from error
+        raise _invalid("model", f"model is {model!a}; it must be a name, as models() lists them") from error
     return str(model)
 
 
 def _labels(label: Any) -> list[Any]:
-    if isinstance(label, str) or not hasattr(label, "__len__") or isinstance(label, np.ndarray) and not label.ndim:
-        return [label]
-    return list(label)
+    alone = isinstance(label, str) or not hasattr(label, "__len__")
+    return [label] if alone or getattr(label, "ndim", 1) == 0 else list(label)
 
 
 def _uint32(field: str, value: Any) -> int:
@@ -127,6 +126,8 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
     pixels: NDArray[np.uint8] = np.frombuffer(response.pixels, np.uint8)
     if pixels.size != math.prod(shape) or not pixels.size:
         raise ServerError(f"the server's answer has {pixels.size} bytes of pixels, but says it is {shape}")
+    if response.encoding > pb.ENCODING_RAW:
+        raise ServerError(f"the server's answer is in encoding {response.encoding}; this client asked for raw pixels")
     seeds, labels = tuple(response.seeds) or None, tuple(response.labels) or None
     for what, number in (("images", shape[0]), ("seeds", len(seeds or ())), ("labels", len(labels or ()))):
         if number != count and (number or what == "images"):
@@ -173,8 +174,8 @@ class StreamProgress:
         first = self._first = self._first or batch
         if (batch.version, batch.digest) != (first.version, first.digest):
             raise ServerError(
-                f"the images after the first {self._done} are of version {batch.version} ({batch.digest}), those before "
-                f"of version {first.version} ({first.digest}); ask again for all"
+                f"the images after the first {self._done} are of version {batch.version} ({batch.digest}), those "
+                f"before of version {first.version} ({first.digest}); ask again for all"
             )
         seed = self._next_seed()
         if seed is not None and (batch.seeds is None or batch.seeds[0] != seed):

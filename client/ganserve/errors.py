@@ -27,7 +27,7 @@ from google.rpc import error_details_pb2, status_pb2
 REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
 _SIZES = re.compile(r"(\d+) vs\. (\d+)")
-_CERTIFICATE_SIGNS = ("CERTIFICATE", "certificate", "Hostname Verification", "Peer name", "SSLV3_ALERT", "TLSV1_ALERT")
+_CERTIFICATE_SIGNS = ("CERTIFICATE", "Verification Check", "verification check", "_ALERT_")
 
 
 class GanserveError(Exception):
@@ -110,6 +110,8 @@ class RequestCancelledError(GanserveError):
 class NoProvenanceError(GanserveError):
     """The file is no image, or does not say how it was made; the text says what was looked for."""
 
+    reason = "no_provenance"
+
 
 class ServerError(GanserveError):
     """The server failed, or speaks another protocol."""
@@ -150,7 +152,8 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     metadata = dict(trailer)
     text = error.details() or code.name
     request_id = metadata.get(REQUEST_ID_KEY)
-    answered = isinstance(request_id, str)
+    request_id = request_id if isinstance(request_id, str) else None
+    answered = request_id is not None
     if code is grpc.StatusCode.CANCELLED and not (answered or closed):
         # Not by us: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
@@ -162,6 +165,9 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
             text = f"the answer is larger than this client takes ({text}); ask for fewer images a call, or for a stream"
         else:
             text = f"the request is larger than the server takes ({text}); send fewer latents a call"
+    elif code is grpc.StatusCode.UNAVAILABLE and not answered and "WRONG_VERSION_NUMBER" in text:
+        kind, reason = AuthenticationError, "not_encrypted"
+        text = f"the server at {address} does not speak TLS ({text}); tls=False (GANSERVE_TLS=0) is for plain text"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and any(sign in text for sign in _CERTIFICATE_SIGNS):
         kind, reason = AuthenticationError, "certificate"
         text = (
@@ -174,9 +180,11 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
         text = f"no complete answer from {address} within the timeout ({text}); timeout_s or --timeout allows more"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered:
         reason = "unreachable"
+        # A server that wants TLS, or a client's certificate, closes the connection without a word.
+        hint = " Does it want TLS (tls=True), or a client's certificate (certificate_file)?" * ("closed" in text)
         text = (
             f"no answer from {address} ({text}); is ganserve-server running there? "
-            "The address is Client(address), --address or GANSERVE_ADDRESS"
+            f"The address is Client(address), --address or GANSERVE_ADDRESS.{hint}"
         )
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
@@ -185,7 +193,7 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     elif kind is ServerError:
         told = f"tell its operator the request id, {request_id}" if answered else "there is no request id"
         text = f"the server at {address} failed ({code.name}: {text}); {told}"
-    translated = kind(text, code=code, reason=reason, request_id=request_id if isinstance(request_id, str) else None)
+    translated = kind(text, code=code, reason=reason, request_id=request_id)
     if isinstance(translated, MessageTooLargeError) and (sizes := _SIZES.search(text)):
         translated.size_bytes, translated.limit_bytes = int(sizes[1]), int(sizes[2])
     _read_details(translated, metadata.get(_DETAILS_KEY))

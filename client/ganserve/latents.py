@@ -32,7 +32,9 @@ def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
 
 
 def slerp(a: ArrayLike, b: ArrayLike, t: ArrayLike) -> NDArray[np.float32]:
-    """Go from latent a to latent b on the great circle between them: float32 [latent_dim], or [n, latent_dim] for n of t.
+    """Go from latent a to latent b on the great circle between them.
+
+    Returns float32 [latent_dim], or [n, latent_dim] for n of t.
 
     Points of a straight line are too near the origin for a generator, which learned on normal latents, whose lengths
     hardly vary (White, "Sampling Generative Networks", 2016). t = 0 gives a, and t = 1 gives b, to the bit.

@@ -1,13 +1,13 @@
-"""What lies between a client and its servers: their addresses, the credentials, and when to try again. No call is made here.
+"""What lies between a client and its servers: addresses, credentials, and when to try again. It makes no calls.
 
-Addresses. HOST:PORT is asked of DNS, and the calls go to all addresses that it knows in turn (round robin), so a headless
-service of Kubernetes needs no proxy. gRPC asks DNS again when a connection ends, at most every 5 s; new replicas get calls
-from then on. Servers that close old connections now and then (a load balancer does) spread their clients anew.
+Addresses. HOST:PORT is asked of DNS, and the calls go to all addresses that it knows in turn (round robin), so that a
+headless service of Kubernetes needs no proxy. gRPC asks DNS again when a connection ends, at most every 5 s: replicas
+that are added get calls from then on, and none while all the old ones stay.
 
 Retries. Only what is safe and may help: UNAVAILABLE, and RESOURCE_EXHAUSTED where the server says when to come back.
-Every call of the SDK may be repeated: images are functions of their seeds, and where the server draws the seed any answer
-is right. What bounds the retries: the call's deadline; a patience, short with an address that never answered; and
-a budget of the client, so that retries never make a server's overload much worse.
+Every call of the SDK may be repeated: images are functions of their seeds, and where the server draws the seed any
+answer is right. What bounds the retries: the call's deadline; a patience, short with an address that never answered;
+and a budget of the client, so that retries never make a server's overload much worse.
 """
 
 import ipaddress
@@ -62,7 +62,10 @@ class Endpoint:
 
     def options(self) -> list[tuple[str, str | int]]:
         """Return the arguments of a channel."""
+        # Of several addresses, the certificate of each must be for the first: gRPC would want one for the whole list.
+        several = [("grpc.default_authority", self.address.partition(",")[0].strip())] if "," in self.address else []
         return [
+            *several,
             ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
             ("grpc.dns_min_time_between_resolutions_ms", round(DNS_MIN_INTERVAL_S * 1000)),
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -248,8 +251,8 @@ class Attempts:
     def delay_s(self, error: GanserveError) -> float:
         """Return how long to wait before the call is made again; raise the error if it should not be.
 
-        Full jitter, as AWS's "Exponential Backoff and Jitter" (2015) found best: from 0 to a bound that doubles. What a server
-        asks for comes on top, so that those it sent away do not come back all at once.
+        Full jitter, as AWS's "Exponential Backoff and Jitter" (2015) found best: from 0 to a bound that doubles. What
+        a server asks for comes on top, so that those it sent away do not come back all at once.
         """
         self._failures += 1
         now = time.monotonic()
@@ -307,37 +310,40 @@ class Readiness:
         ) from error
 
 
-# gRPC does not survive a fork in which other threads are inside it: the child would hang, or crash.
-_threads_in_calls: dict[int, None] = {}
-_unusable_after_fork = False
+# gRPC does not survive a fork while something of the parent is inside it: the child may hang, or crash (1.85).
+_inside: dict[object, None] = {}
+_lost_in_fork: list[str] = []  # what was inside when this process was forked off
 
 
-def enter_call() -> int:
-    """Note that this thread is inside gRPC; returns what `leave_call` wants."""
-    thread = threading.get_ident()
-    _threads_in_calls[thread] = None
-    return thread
+def enter_call(call: object) -> None:
+    """Note that a call is inside gRPC: a thread's number, or a stream."""
+    _inside[call] = None
 
 
-def leave_call(thread: int) -> None:
+def leave_call(call: object) -> None:
     """Note that it no longer is."""
-    _threads_in_calls.pop(thread, None)
+    _inside.pop(call, None)
+
+
+def lose_in_fork(what: str) -> None:
+    """Note, in a child process, that gRPC cannot be used in it."""
+    _lost_in_fork.append(what)
 
 
 def check_fork() -> None:
     """Raise UnavailableError if this process was forked off while calls were running."""
-    if _unusable_after_fork:
+    if _lost_in_fork:
         raise UnavailableError(
-            "this process was forked while other threads of its parent were in calls, which gRPC does not survive; "
-            "fork before the calls, or use multiprocessing's 'spawn' or 'forkserver'",
+            f"this process was forked while its parent had {_lost_in_fork[0]}, which gRPC does not survive; "
+            "fork before, or use multiprocessing's 'spawn' or 'forkserver'",
             reason="forked",
         )
 
 
 def _after_fork_in_child() -> None:
-    global _unusable_after_fork  # noqa: PLW0603: of the process
-    _unusable_after_fork = _unusable_after_fork or bool(_threads_in_calls.keys() - {threading.get_ident()})
-    _threads_in_calls.clear()
+    if _inside:
+        lose_in_fork("calls or streams running")
+        _inside.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

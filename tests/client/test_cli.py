@@ -1,18 +1,30 @@
+import io
 import json
+import os
+import re
+import signal
+import socket
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from tests.client.program import TIMEOUT_S, command, environment, ganserve
 from tests.conftest import RunningServer
 
-from ganserve import Client
+import ganserve as sdk
+from ganserve import Client, read_provenance
+from ganserve.cli.outcome import EXIT_STATUSES
 
 
-def ganserve(*arguments: str | Path, address: str) -> "subprocess.CompletedProcess[str]":
-    command = [Path(sys.executable).with_name("ganserve"), *arguments, "--address", address]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Give the address of a port that takes connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 def test_generate_writes_one_picture_of_all(server: RunningServer, client: Client, tmp_path: Path) -> None:
@@ -23,6 +35,7 @@ def test_generate_writes_one_picture_of_all(server: RunningServer, client: Clien
     assert "16 images of cdcgan-mnist version 1, seed 1 to 16" in done.stdout
     wanted = client.generate("cdcgan-mnist", count=16, seed=1, label=7).sheet()
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
+    assert [path.name for path in out.parent.iterdir()] == ["sevens.png"]
 
 
 def test_generate_writes_a_file_an_image(server: RunningServer, client: Client, tmp_path: Path) -> None:
@@ -35,26 +48,239 @@ def test_generate_writes_a_file_an_image(server: RunningServer, client: Client, 
         assert np.array_equal(np.asarray(image), client.generate("cdcgan-mnist", seed=9).pixels[0, :, :, 0])
 
 
-def test_models_lists_them_all(server: RunningServer, client: Client) -> None:
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_sheet_says_how_it_was_made_and_several_labels_are_taken_in_turn(
+    server: RunningServer, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / f"clothes.{ending}"
+    labels = ("--label", "Sneaker", "--label", "Bag")
+    done = ganserve(
+        "generate", "cdcgan-fashion-mnist", *labels, "--count", "5", "--seed", "3", "-o", out, address=server.address
+    )
+    assert done.returncode == 0, done.stderr
+    provenance = read_provenance(out)
+    assert (provenance.seeds, provenance.labels) == ((3, 4, 5, 6, 7), (7, 8, 7, 8, 7))
+
+
+@pytest.mark.parametrize(("arguments", "pillow_format"), [((), "PNG"), (("--format", "webp"), "WEBP")])
+def test_generate_writes_a_picture_into_a_pipe(
+    server: RunningServer, client: Client, arguments: tuple[str, ...], pillow_format: str
+) -> None:
+    done = ganserve("generate", "mlp-mnist", "--seed", "1", "-o", "-", *arguments, address=server.address, text=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    with Image.open(io.BytesIO(done.stdout)) as image:
+        assert image.format == pillow_format
+        wanted = client.generate("mlp-mnist", count=16, seed=1).sheet(scale=2)
+        assert np.array_equal(np.asarray(image.convert("L")), np.asarray(wanted))
+
+
+def test_generate_says_what_it_made_as_json(server: RunningServer, tmp_path: Path) -> None:
+    out = tmp_path / "{index}.webp"
+    done = ganserve("generate", "mlp-mnist", "--count", "2", "-o", out, "--json", address=server.address)
+    made = json.loads(done.stdout)
+    assert made["files"] == [str(tmp_path / "0.webp"), str(tmp_path / "1.webp")]
+    assert [read_provenance(file).seed for file in made["files"]] == made["seeds"]
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_interpolate_walks_from_seed_to_seed(
+    server: RunningServer, client: Client, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / f"walk.{ending}"
+    arguments = ("interpolate", "cdcgan-mnist", "1", "2", "--label", "3", "--steps", "5", "--scale", "1", "-o", out)
+    done = ganserve(*arguments, address=server.address)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as walk:
+        assert walk.n_frames == 8  # there and back, each end once
+        for frame, seed in ((0, 1), (4, 2)):
+            walk.seek(frame)
+            wanted = client.generate("cdcgan-mnist", seed=seed, label=3).pixels[0, :, :, 0]
+            assert np.array_equal(np.asarray(walk.convert("L")), wanted)
+    piped = ganserve(*arguments[:-1], "-", "--format", ending, address=server.address, text=False)
+    assert piped.stdout == out.read_bytes()
+
+
+def test_models_lists_them_all_with_their_quality(server: RunningServer, client: Client) -> None:
     done = ganserve("models", address=server.address)
     assert done.returncode == 0, done.stderr
-    assert all(model.name in done.stdout for model in client.models())
+    for model in client.models():
+        line = next(line for line in done.stdout.splitlines() if line.startswith(model.name))
+        fid = next(metric.value for metric in model.metrics if metric.name == "fid")
+        assert f"{fid:.4g}" in line
+        assert all(name in line for name in model.class_names)
+    listed = json.loads(ganserve("models", "--json", address=server.address).stdout)
+    assert [model["name"] for model in listed] == [model.name for model in client.models()]
 
 
-def test_errors_are_one_line(server: RunningServer, tmp_path: Path) -> None:
-    attempts: list[tuple[list[str | Path], str]] = [
-        (["generate", "nothing"], "there is no model 'nothing'"),
-        (["generate", "cdcgan-mnist", "--label", "eleven"], "no class 'eleven'"),
-        (["generate", "mlp-mnist", "--out", tmp_path / "{what}.png"], "{seed}"),
-        (["generate", "mlp-mnist", "--out", tmp_path / "file.nonsense"], "nonsense"),
-        (["generate", "mlp-mnist", "--out", "/proc/nowhere.png"], "nowhere"),
+def test_models_shows_a_card_and_draws_its_golden_images(server: RunningServer, client: Client) -> None:
+    done = ganserve("models", "cdcgan-mnist", address=server.address)
+    assert done.returncode == 0, done.stderr
+    model = client.model("cdcgan-mnist")
+    assert model.digest in done.stdout
+    assert all(metric.name in done.stdout for metric in model.metrics)
+    assert "seed 9, 9" in done.stdout
+    assert "\x1b" not in done.stdout  # no colours in a pipe
+    # The pixels of the golden image of seed 0, two rows a character, from the darkest to the brightest.
+    drawn = [line[:28].rstrip() for line in done.stdout.splitlines()]
+    golden = client.generate("cdcgan-mnist", seed=0).pixels[0, :, :, 0].astype(float)
+    shades = np.rint((golden[::2] + golden[1::2]) / 2 / 255 * 4).astype(int)
+    wanted = ["".join(" ░▒▓█"[level] for level in row).rstrip() for row in shades]
+    at = drawn.index(next(line for line in wanted if line))
+    assert [line for line in wanted if line] == drawn[at : at + sum(map(bool, wanted))]
+    card = json.loads(ganserve("models", "cdcgan-mnist", "--json", address=server.address).stdout)["card"]
+    assert card == json.loads(json.dumps(model.card))
+
+
+def test_a_card_in_a_terminal_has_colours(server: RunningServer) -> None:
+    controller, terminal = os.openpty()
+    environ = environment(TERM="xterm-256color", COLORTERM="truecolor", COLUMNS="100")
+    arguments = command("models", "cdcgan-mnist", address=server.address)
+    with subprocess.Popen(arguments, stdout=terminal, stderr=subprocess.PIPE, env=environ) as process:
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                part = os.read(controller, 1 << 16)
+            except OSError:  # the terminal's other side is closed
+                break
+            shown += part
+        assert process.wait(TIMEOUT_S) == 0
+    os.close(controller)
+    text = shown.decode()
+    assert "▀" in text
+    assert "\x1b[38;2;255;255;255" in text or "\x1b[38;2;254;254;254" in text
+
+
+def test_a_card_as_a_page_needs_no_other_file(server: RunningServer, client: Client, tmp_path: Path) -> None:
+    page = tmp_path / "card.html"
+    done = ganserve("models", "cdcgan-fashion-mnist", "--html", page, address=server.address)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == len(client.model("cdcgan-fashion-mnist").card["goldenImages"])
+    assert not re.search(r"(?:src|href)=\"(?!data:)", text)
+    assert "T-shirt/top" in text
+
+
+def test_health_says_whether_it_serves(
+    server: RunningServer, start_server: Callable[..., RunningServer], client: Client
+) -> None:
+    for name in ((), ("cdcgan-mnist",)):
+        done = ganserve("health", *name, address=server.address)
+        assert (done.returncode, done.stdout) == (0, "SERVING\n")
+    draining = start_server("--drain-delay-s", "60")
+    draining.process.terminate()
+    draining.wait_for("draining")
+    done = ganserve("health", address=draining.address)
+    assert (done.returncode, done.stdout) == (1, "NOT SERVING\n")
+    assert json.loads(ganserve("health", "--json", address=draining.address).stdout)["serving"] is False
+    assert ganserve("health", address="127.0.0.1:1").returncode == 3
+    assert ganserve("health", "nothing", address=server.address).returncode == 1
+
+
+def test_health_waits_for_a_server(server: RunningServer) -> None:
+    done = ganserve("health", "mlp-mnist", "--wait", "30", address=server.address)
+    assert (done.returncode, done.stdout) == (0, "SERVING\n")
+    done = ganserve("health", "--wait", "0.2", address="127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (3, "")
+
+
+def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, tmp_path: Path) -> None:
+    locked = tmp_path / "file"
+    locked.touch()
+    attempts: list[tuple[list[str | Path], int, str]] = [
+        (["generate", "nothing"], 1, "there is no model 'nothing'"),
+        (["generate", "cdcgan-mnist", "--label", "eleven"], 1, "no class 'eleven'"),
+        (["generate", "mlp-mnist", "--truncation", "3"], 1, "truncation"),
+        (["stream", "cdcgan-mnist", "--count", "1", "--to", tmp_path / "x", "--label", "ten"], 1, "no class 'ten'"),
+        (["generate", "mlp-mnist", "--out", tmp_path / "{what}.png"], 2, "{seed}"),
+        (["generate", "mlp-mnist", "--out", tmp_path / "file.nonsense"], 2, "nonsense"),
+        (["generate", "mlp-mnist", "--out", "-", "--json"], 2, "standard output"),
+        (["generate", "mlp-mnist", "--lable", "1"], 2, "--label"),
+        (["generate"], 2, "argument"),
+        (["generate", "mlp-mnist", "--count", "0"], 2, "count"),
+        (["modles"], 2, "models"),
+        (["bench", "mlp-mnist", "--rate", "1", "--concurrency", "1"], 2, "--rate"),
+        (["interpolate", "mlp-mnist", "1", "2", "-o", "walk.png"], 2, ".gif"),
+        (["models", "--html", "card.html"], 2, "NAME"),
+        (["generate", "mlp-mnist", "--out", "/proc/nowhere.png"], 4, "nowhere"),
+        (["generate", "mlp-mnist", "--out", "/dev/full", "--format", "png"], 4, "/dev/full: No space left"),
+        (["generate", "mlp-mnist", "--out", locked / "x.png"], 4, "file"),
+        (["inspect", tmp_path / "nothing.png"], 4, "No such file"),
+        (["models", "--ca-file", tmp_path / "nothing.pem"], 2, "nothing.pem"),
     ]
-    for arguments, text in attempts:
-        done = ganserve(*arguments, address=server.address)
-        assert (done.returncode, done.stdout) == (1, "")
+    for arguments, status, text in attempts:
+        done = ganserve(*arguments, address=None if arguments[0] in ("inspect", "modles") else server.address)
+        assert (done.returncode, done.stdout) == (status, ""), arguments
         assert done.stderr.startswith("ganserve: ")
         assert text in done.stderr
         assert done.stderr.count("\n") == 1
     unreachable = ganserve("models", address="127.0.0.1:1")
-    assert unreachable.returncode == 1
+    assert unreachable.returncode == 3
     assert "no answer from 127.0.0.1:1" in unreachable.stderr
+    with silent_server() as address:
+        late = ganserve("models", "--timeout", "0.3", address=address)
+    assert (late.returncode, late.stderr.count("\n")) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("cdcgan-mnits",), "'cdcgan-mnist'"),
+        (("mlp",), "'mlp-mnist'"),
+        (("cdcgan-fashion-mnist", "--label", "sneeker"), "'Sneaker'"),
+        (("cdcgan-fashion-mnist", "--label", "Bag", "--label", "dres"), "'Dress'"),
+    ],
+)
+def test_a_wrong_name_gets_a_suggestion(server: RunningServer, arguments: tuple[str, ...], meant: str) -> None:
+    done = ganserve("generate", *arguments, address=server.address)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"; did you mean {meant}?\n")
+
+
+def test_a_closed_pipe_and_a_full_disk_end_a_command_quietly(server: RunningServer) -> None:
+    for arguments in (("models", "cdcgan-mnist", "--json"), ("generate", "mlp-mnist", "-o", "-"), ("models",)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "wb") as closed:
+            done = ganserve(
+                *arguments, address=server.address, capture_output=False, stdout=closed, stderr=subprocess.PIPE
+            )
+        assert (done.returncode, done.stderr) == (141, ""), arguments
+        with open("/dev/full", "wb") as full:
+            done = ganserve(
+                *arguments, address=server.address, capture_output=False, stdout=full, stderr=subprocess.PIPE
+            )
+        assert (done.returncode, done.stderr) == (4, "ganserve: No space left on device\n"), arguments
+
+
+def test_ctrl_c_ends_a_command_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        waiting = command("models", address=f"127.0.0.1:{listening.getsockname()[1]}")
+        with subprocess.Popen(waiting, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = listening.accept()  # it is in its call
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=TIMEOUT_S)
+            connection.close()
+    assert (process.returncode, out, err) == (130, "", "ganserve: interrupted\n")
+
+
+def test_where_the_server_is_can_come_from_the_environment(server: RunningServer) -> None:
+    done = ganserve("health", env=environment(GANSERVE_ADDRESS=server.address))
+    assert (done.returncode, done.stdout) == (0, "SERVING\n")
+    done = ganserve("health", env=environment(GANSERVE_ADDRESS=server.address, GANSERVE_TLS="1"))
+    assert done.returncode != 0
+
+
+def test_help_has_an_example_and_the_exit_statuses() -> None:
+    assert ganserve("--version").stdout == f"ganserve {sdk.__version__}\n"
+    names = ("generate", "interpolate", "stream", "inspect", "reproduce", "models", "health", "bench")
+    for name in names:
+        shown = ganserve(name, "--help", env=environment(COLUMNS="200")).stdout
+        assert f"Example: ganserve {name}" in shown
+        assert "130 stopped by Ctrl-C" in shown
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for status, meaning in EXIT_STATUSES.items():
+        assert f"| {status:d} | {meaning} |" in readme
+    bare = ganserve()
+    assert bare.returncode == 2
+    assert all(f" {name} " in bare.stdout for name in names)

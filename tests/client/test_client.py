@@ -93,7 +93,7 @@ def test_many_images_come_as_one_batch(client: Client) -> None:
 
 
 def test_a_stream_can_be_left_early(client: Client) -> None:
-    stream = client.stream("mlp-mnist", count=1_000_000, seed=1)
+    stream = client.stream_batches("mlp-mnist", count=1_000_000, seed=1)
     first = next(stream)
     assert isinstance(stream, Iterator)
     stream.close()  # type: ignore[attr-defined]
@@ -260,7 +260,7 @@ async def test_the_async_client_gives_the_same(client: Client, async_client: Asy
     got = await async_client.generate("cdcgan-mnist", count=300, seed=9, label="3")
     assert np.array_equal(got.pixels, wanted.pixels)
     assert (got.seeds, got.labels) == (wanted.seeds, wanted.labels)
-    streamed = [batch async for batch in async_client.stream("cdcgan-mnist", count=300, seed=9, label="3")]
+    streamed = [batch async for batch in async_client.stream_batches("cdcgan-mnist", count=300, seed=9, label="3")]
     assert np.array_equal(np.concatenate([batch.pixels for batch in streamed]), wanted.pixels)
     assert await async_client.models() == client.models()
     sheet = await async_client.contact_sheet("cdcgan-mnist", columns=2, seed=4)
@@ -268,4 +268,4 @@ async def test_the_async_client_gives_the_same(client: Client, async_client: Asy
     with pytest.raises(ModelNotFoundError):
         await async_client.model("nothing")
     with pytest.raises(InvalidRequestError):
-        _ = [batch async for batch in async_client.stream("mlp-mnist", count=5, label=1)]
+        _ = [batch async for batch in async_client.stream_batches("mlp-mnist", count=5, label=1)]

@@ -106,6 +106,8 @@ def test_saving_a_sheet_takes_what_pillow_takes(tmp_path: Path) -> None:
     for name, parameters in (("good.jpg", {}), ("bad.jpg", {"quality": 5})):
         sheet.save(tmp_path / name, **parameters)
     assert (tmp_path / "bad.jpg").stat().st_size < (tmp_path / "good.jpg").stat().st_size
+    Image.fromarray(np.asarray(sheet)).save(tmp_path / "plain.jpg", quality=95)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "good.jpg")), np.asarray(Image.open(tmp_path / "plain.jpg")))
     with (tmp_path / "file").open("wb") as file:
         sheet.save(file, format="webp")
     # Lossless, as the server's.
@@ -159,6 +161,7 @@ def test_a_copied_or_pickled_image_leaves_its_batch_behind() -> None:
     images = batch(1000)
     content = pickle.dumps(images[500])
     assert len(content) < 1500
+    assert pickle.loads(pickle.dumps(images[-1])).seed == 1006
     for one in (pickle.loads(content), copy.deepcopy(images[500])):
         assert (one.seed, one.label) == (507, 500)
         assert np.array_equal(one.pixels, images.pixels[500])

@@ -51,6 +51,7 @@ def test_a_saved_file_says_how_to_make_its_image_again(tmp_path: Path, ending: s
         ((7, 8, 9), (3, 3, 3)),
         ((2**32 - 2, 2**32 - 1, 0, 1), None),
         ((5, 1, 9, 10, 11, 11, 11, 11, 2, 1, 0), (0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1)),
+        ((0, 2, 4, 6), (9, 7, 5, 3)),
         ((7,), (3,)),
         (None, (3, 3, 4)),
     ],
@@ -84,6 +85,14 @@ def test_provenance_can_be_left_out(tmp_path: Path, ending: str) -> None:
         with pytest.raises(NoProvenanceError, match=r"PNG text chunk 'ganserve', no EXIF ImageDescription and no GIF"):
             read_provenance(path)
         assert b"digits" not in path.read_bytes()
+
+
+def test_a_changed_copy_of_a_sheet_claims_nothing(tmp_path: Path) -> None:
+    sheet = batch((7, 8, 9)).sheet()
+    for changed in (sheet.resize((3, 3)), sheet.convert("RGB"), sheet.crop((0, 0, 2, 2))):
+        changed.save(tmp_path / "changed.png")
+        with pytest.raises(NoProvenanceError):
+            read_provenance(tmp_path / "changed.png")
 
 
 @pytest.mark.parametrize("encoding", ["PNG", "JPEG", "WEBP"])

@@ -194,7 +194,7 @@ table {{ border-collapse: collapse }}
 td, th {{ padding: .2rem 1rem .2rem 0; vertical-align: top; text-align: left; overflow-wrap: anywhere }}
 tr + tr {{ border-top: 1px solid #8884 }}
 th {{ font-weight: normal; white-space: nowrap }}
-.value {{ text-align: right; font-variant-numeric: tabular-nums }}
+.value {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }}
 .method {{ font-size: .85em; opacity: .75 }}
 .images {{ display: flex; flex-wrap: wrap; gap: 1rem }}
 figure {{ margin: 0; text-align: center; font-size: .85em }}

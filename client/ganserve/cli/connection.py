@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import typer
 
 from ganserve.client import AsyncClient, Client
@@ -106,7 +107,9 @@ def _suggest(client: Client, error: GanserveError, model: str | None, labels: Se
             wrong, known = [model], [each.name for each in client.models()]
         else:
             known = list(client.model(model).class_names)
-            wrong = [label for label in labels if not label.isdecimal()]
+            wrong = [label for label in labels if not label.isdecimal() and label not in known]
+            if wrong and error.code is None:
+                error.code = grpc.StatusCode.INVALID_ARGUMENT  # the SDK refused, but by the server's card
     except GanserveError:
         return  # what went wrong first is what the user must read
     for name in wrong:

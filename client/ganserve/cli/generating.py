@@ -10,7 +10,6 @@ from PIL import Image
 
 from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
-from ganserve.client import Client
 from ganserve.conversion import Label
 from ganserve.images import ImageBatch
 
@@ -63,7 +62,7 @@ def generate(
             model,
             count=count,
             seed=seed,
-            label=labels_in_turn(client, model, version, label, 0, count),
+            label=labels_in_turn(label, count),
             truncation=truncation,
             version=version,
         )
@@ -202,17 +201,12 @@ def summary(batch: ImageBatch) -> str:
     return f"{made}, seed {batch.seeds[0]}{f' to {batch.seeds[-1]}' if len(batch) > 1 else ''}"
 
 
-def labels_in_turn(
-    client: Client, model: str, version: int | None, labels: list[str] | None, first: int, count: int
-) -> Label | list[Label] | None:
-    """Return what `--label` means for the images number `first` to `first + count - 1`."""
+def labels_in_turn(labels: list[str] | None, count: int) -> Label | list[Label] | None:
+    """Return what `--label` means for so many images."""
     if not labels:
         return None
-    if len(labels) == 1:
-        return index_or_name(labels[0])
-    described = client.model(model, version)
-    known = [described.label(index_or_name(label)) for label in labels]
-    return [known[index % len(known)] for index in range(first, first + count)]
+    known = [index_or_name(label) for label in labels]
+    return known[0] if len(known) == 1 else [known[index % len(known)] for index in range(count)]
 
 
 def index_or_name(label: str) -> Label:

@@ -37,19 +37,19 @@ EXIT_STATUSES = {
 }
 
 
-class PipeClosedError(Exception):
-    """The reader of standard output went away. Not an OSError: typer would end the program for those by itself."""
+class EndedError(Exception):
+    """A command ended by the exception that is this one's cause; typer would end the program for it in its own way."""
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with its BrokenPipeError as PipeClosedError."""
+    """Return the command with BrokenPipeError and KeyboardInterrupt as causes of an EndedError."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **named: Any) -> None:
         try:
             command(*arguments, **named)
-        except BrokenPipeError as error:
-            raise PipeClosedError from error
+        except (BrokenPipeError, KeyboardInterrupt) as error:
+            raise EndedError from error
 
     return run
 
@@ -60,6 +60,8 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
     Raises:
         BaseException: the error itself, if no command should end with it.
     """
+    if isinstance(error, EndedError) and error.__cause__ is not None:
+        return outcome(error.__cause__)
     if isinstance(error, CommandLineError):
         return ExitStatus.COMMAND_LINE, _one_line(error.format_message())  # type: ignore[attr-defined]
     if isinstance(error, UnavailableError | DeadlineExceededError):
@@ -68,7 +70,7 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
         # Without a status the SDK itself refused: no server has seen the command line.
         ours = isinstance(error, InvalidRequestError) and error.code is None
         return ExitStatus.COMMAND_LINE if ours else ExitStatus.NO, _one_line(error)
-    if isinstance(error, BrokenPipeError | PipeClosedError):
+    if isinstance(error, BrokenPipeError):
         return ExitStatus.PIPE_CLOSED, ""
     if isinstance(error, OSError):
         told = error.filename is not None and error.strerror is not None

@@ -53,16 +53,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     The path has the same ending. Missing folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
-        yield path  # /dev/null and other devices: nothing to rename
-        return
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    # /dev/null and other devices are written to as they are.
+    device = path.exists() and not path.is_file()
+    part = path if device else path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part
-        part.replace(path)
+        if not device:
+            part.replace(path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(part)):
+        if not device:
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(part)):
             error.filename = str(path)  # the name that the user gave
         raise
 

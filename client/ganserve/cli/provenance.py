@@ -219,7 +219,8 @@ def _pictures(
         return
     if provenance.count is None:
         if there.shape == (1, height, width, channels):
-            yield there, _frames(encoded(batch.pil()[0], pillow_format), channels)
+            # A sheet of one is the image alone, and is encoded as the SDK and the server encode.
+            yield there, _frames(encoded(batch.sheet(), pillow_format), channels)
         return
     scales = range(1, _LARGEST_SCALE + 1)
     for scale, columns in itertools.product(scales, range(1, len(batch) + 1)):

@@ -1,0 +1,26 @@
+"""Runs the real `ganserve` program."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(sys.executable).with_name("ganserve")
+TIMEOUT_S = 60
+
+
+def ganserve(*arguments: str | Path, address: str | None = None, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end; its output is text."""
+    options = {"capture_output": True, "text": True, "timeout": TIMEOUT_S, **options}
+    return subprocess.run(command(*arguments, address=address), check=False, **options)
+
+
+def command(*arguments: str | Path, address: str | None = None) -> list[str]:
+    return [str(PROGRAM), *map(str, arguments), *(["--address", address] if address else [])]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment without what is meant for ganserve, and with these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GANSERVE_")}
+    return {**kept, **variables}

@@ -1,0 +1,113 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from tests.client.program import TIMEOUT_S, command, ganserve
+from tests.conftest import RunningServer
+
+PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
+
+
+def images_made(server: RunningServer) -> float:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
+        found = re.findall(r"^ganserve_images_total\S* (\S+)", page.read().decode(), re.MULTILINE)
+    return sum(map(float, found))
+
+
+def test_a_closed_loop_is_measured(start_server: Callable[..., RunningServer]) -> None:
+    server = start_server()
+    arguments = ("bench", "cdcgan-mnist", "--concurrency", "3", "--count", "5", "--duration", "0.5")
+    before = images_made(server)
+    done = ganserve(*arguments, "--json", address=server.address)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert (figures["loop"], figures["concurrency"], figures["errors"]) == ("closed", 3, {})
+    assert images_made(server) - before == 5 * (figures["calls"] + 1)  # one call finds out what the server refuses
+    assert figures["images_per_second"] == pytest.approx(5 * figures["calls_per_second"])
+    assert figures["calls_per_second"] == pytest.approx(figures["calls"] / figures["seconds"])
+    latencies = [figures["latency_ms"][name] for name in PERCENTILES]
+    assert latencies == sorted(latencies)
+    # Little's law: calls in flight are calls a second times seconds a call.
+    assert figures["calls_per_second"] * figures["latency_ms"]["mean"] / 1e3 == pytest.approx(3, rel=0.3)
+
+
+def test_the_text_has_percentiles_and_a_histogram_of_every_call(server: RunningServer) -> None:
+    done = ganserve("bench", "mlp-mnist", "--rate", "100", "--duration", "0.5", address=server.address)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in PERCENTILES)
+    counted = re.findall(r"^ +[\d.]+ ms +(\d+) ?.*$", done.stdout, re.MULTILINE)
+    assert sum(map(int, counted)) == 50
+    assert "█" * 40 in done.stdout
+    assert "p99.9 of 50 calls is the slowest" in done.stdout
+
+
+def test_an_open_loop_counts_from_when_a_call_was_meant_to_be_sent(
+    start_server: Callable[..., RunningServer],
+) -> None:
+    server = start_server()
+    arguments = ("bench", "mlp-mnist", "--rate", "100", "--duration", "2", "--json")
+    with subprocess.Popen(command(*arguments, address=server.address), stdout=subprocess.PIPE) as process:
+        while images_made(server) < 10:
+            assert process.poll() is None
+        # The program itself is held up, for long enough to be seen: the calls of that time are sent late.
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.8)
+        process.send_signal(signal.SIGCONT)
+        out, _ = process.communicate(timeout=TIMEOUT_S)
+    figures = json.loads(out)
+    assert figures["calls"] == 200
+    assert figures["latency_ms"]["max"] > 700
+    assert figures["latency_ms"]["p90"] > 300  # 40 % of the calls were late, by 400 ms in the middle
+    assert any("this program was itself" in warning for warning in figures["warnings"])
+
+
+def test_refused_calls_are_counted_and_not_made_again(start_server: Callable[..., RunningServer]) -> None:
+    server = start_server("--max-queue-images", "64")
+    arguments = ("bench", "mlp-mnist", "--concurrency", "16", "--count", "60", "--duration", "0.5")
+    figures = json.loads(ganserve(*arguments, "--json", address=server.address).stdout)
+    assert figures["errors"]["OverloadedError"] > 0
+    assert set(figures["errors"]) == {"OverloadedError"}
+    assert "the latencies are those of the calls that succeeded" in figures["warnings"]
+
+
+@contextmanager
+def busy_core(core: int) -> Iterator[None]:
+    """Keep two processes busy on a core."""
+    burn = [sys.executable, "-c", "while True: pass"]
+    with ExitStack() as processes:
+        for _ in range(2):
+            burner = processes.enter_context(subprocess.Popen(burn))
+            processes.callback(burner.kill)
+            os.sched_setaffinity(burner.pid, {core})
+        yield
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system counts no waiting for a core")
+def test_a_bench_that_gets_too_little_of_a_core_says_that_it_is_the_bottleneck(server: RunningServer) -> None:
+    core = min(os.sched_getaffinity(0))
+    arguments = command(
+        "bench", "mlp-mnist", "--concurrency", "50", "--duration", "1", "--json", address=server.address
+    )
+    shy = ["nice", "-n", "5", *arguments]
+    with busy_core(core), subprocess.Popen(shy, stdout=subprocess.PIPE) as process:
+        os.sched_setaffinity(process.pid, {core})
+        out, _ = process.communicate(timeout=TIMEOUT_S)
+    figures = json.loads(out)
+    assert figures["client_busy"] > 0.7
+    assert any("this program was busy" in warning for warning in figures["warnings"])
+
+
+def test_a_bench_of_what_the_server_has_not_is_refused(server: RunningServer) -> None:
+    for arguments, status in ((("nothing",), 1), (("cdcgan-mnist", "--label", "ten"), 1)):
+        done = ganserve("bench", *arguments, address=server.address)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
+    assert ganserve("bench", "mlp-mnist", address="127.0.0.1:1").returncode == 3
