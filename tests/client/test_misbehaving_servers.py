@@ -1,0 +1,659 @@
+"""Servers that stop, stall, lie or speak another version: a typed error, or none at all, and nothing is left behind."""
+
+import asyncio
+import gc
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from hpack import Encoder
+from tests.client.servers import (
+    CHUNK,
+    DRAWN_SEED,
+    Gate,
+    Twin,
+    abort_overloaded,
+    answer,
+    ask,
+    chunks,
+    gate,
+    honest,
+    honest_stream,
+    serving,
+    serving_status,
+)
+from tests.wire import (
+    ACK,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    frame,
+    message,
+)
+
+from ganserve import (
+    AsyncClient,
+    AuthenticationError,
+    Client,
+    DeadlineExceededError,
+    GanserveError,
+    InvalidRequestError,
+    MessageTooLargeError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestCancelledError,
+    ServerError,
+    UnavailableError,
+    transport,
+)
+from ganserve.v1 import generation_pb2 as pb
+
+both = pytest.mark.parametrize("twin", [Client, AsyncClient])
+WAIT_S = 30
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Threads of a test end with it; gRPC's own take a moment."""
+    before = set(threading.enumerate())
+    yield
+    gc.collect()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), f"{thread} is left"
+
+
+def fails_first(code: grpc.StatusCode, times: int = 1) -> Any:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if number < times:
+            context.abort(code, "what was wrong")
+        return answer(request)
+
+    return behave
+
+
+def breaks_after(code: grpc.StatusCode, sent: int, times: int = 1) -> Any:
+    """Streams that break after so many chunks, and then one that does not."""
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        for index, chunk in enumerate(chunks(request)):
+            if number < times and index == sent:
+                context.abort(code, "broken")
+            yield chunk
+
+    return behave
+
+
+@both
+def test_a_call_that_no_server_took_is_made_again(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.UNAVAILABLE, 2)) as (address, servicer):
+        assert ask(twin, address, "generate", "any", seed=5).seeds == (5,)
+        assert len(servicer.requests) == 3
+        assert len({request.SerializeToString() for request in servicer.requests}) == 1
+
+
+@both
+@pytest.mark.parametrize(
+    "code", [code for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE", "CANCELLED")]
+)
+def test_what_may_not_help_is_not_made_again(twin: Twin, code: grpc.StatusCode) -> None:
+    with serving(fails_first(code)) as (address, servicer):
+        with pytest.raises(GanserveError) as caught:
+            ask(twin, address, "generate", "any", seed=5)
+        assert (caught.value.code, len(servicer.requests)) == (code, 1)
+
+
+@both
+def test_retries_can_be_turned_off(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.UNAVAILABLE)) as (address, servicer):
+        with pytest.raises(UnavailableError):
+            ask(twin, address, "models", options={"retries": False})
+        assert len(servicer.requests) == 1
+
+
+@both
+def test_an_overloaded_server_is_asked_again_when_it_says(twin: Twin) -> None:
+    times = []
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        times.append(time.monotonic())
+        if number == 0:
+            abort_overloaded(context, 0.3)
+        return answer(request)
+
+    with serving(behave) as (address, _):
+        assert ask(twin, address, "generate", "any", seed=5).seeds == (5,)
+    assert times[1] - times[0] >= 0.3
+
+
+@both
+def test_no_retry_goes_past_the_deadline(twin: Twin) -> None:
+    def behave(number: int, request: Any, context: Any) -> None:
+        abort_overloaded(context, 10)
+
+    with serving(behave) as (address, servicer):
+        started = time.monotonic()
+        with pytest.raises(OverloadedError) as caught:
+            ask(twin, address, "generate", "any", timeout_s=5)
+        assert time.monotonic() - started < 5
+    assert (caught.value.retry_after_s, caught.value.request_id, len(servicer.requests)) == (10, "id-1", 1)
+
+
+@both
+def test_a_server_that_never_gets_better_is_given_up_within_the_deadline(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.UNAVAILABLE, 10**6)) as (address, servicer):
+        started = time.monotonic()
+        with pytest.raises(UnavailableError, match=r"tried \d+ times"):
+            ask(twin, address, "generate", "any", timeout_s=0.8)
+        assert time.monotonic() - started < 1.5
+    assert len(servicer.requests) > 1
+
+
+@both
+@pytest.mark.parametrize("seed", [None, 2**32 - 6])
+@pytest.mark.parametrize("sent", [0, 2, 3])
+def test_a_stream_that_breaks_goes_on_with_the_next_image(twin: Twin, seed: int | None, sent: int) -> None:
+    count = 3 * CHUNK + 2
+    with serving(breaks_after(grpc.StatusCode.UNAVAILABLE, sent, 2)) as (address, servicer):
+        images = ask(twin, address, "stream", "any", count=count, seed=seed, label=list(range(count)))
+    first = DRAWN_SEED if seed is None else seed
+    assert [image.seed for image in images] == [(first + index) % 2**32 for index in range(count)]
+    assert [image.label for image in images] == list(range(count))
+    second = servicer.requests[1]
+    assert second.count == count - sent * CHUNK
+    if sent:
+        assert (second.version, second.seed) == (3, (first + sent * CHUNK) % 2**32)
+
+
+def test_a_stream_of_own_latents_goes_on_with_the_next_latent() -> None:
+    latents = np.arange(300, dtype=np.float32)[:, None].repeat(3, 1)
+    with serving(breaks_after(grpc.StatusCode.UNAVAILABLE, 5)) as (address, servicer):
+        batch = ask(Client, address, "generate", "any", latents=latents)
+    assert batch.pixels.ravel().tolist() == [value % 256 for value in range(300)]
+    assert servicer.requests[1].latents.values[:3] == [20, 20, 20]
+
+
+@both
+@pytest.mark.parametrize("change", [{"version": 9}, {"digest": "sha256:2"}, {"seeds": [1, 2, 3, 4]}])
+def test_a_stream_does_not_go_on_with_other_images(twin: Twin, change: dict[str, Any]) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        for index, chunk in enumerate(chunks(request)):
+            if number == 0 and index == 1:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+            if number == 1:
+                for field in change:
+                    chunk.chunk.ClearField(field)
+                chunk.chunk.MergeFrom(pb.GenerateImagesResponse(**change))
+            yield chunk
+
+    with serving(behave) as (address, _), pytest.raises(ServerError, match="after the first 4"):
+        ask(twin, address, "stream_batches", "any", count=8, seed=10)
+
+
+@both
+def test_a_stream_that_ends_too_early_is_an_error(twin: Twin) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        yield next(chunks(request))
+
+    with serving(behave) as (address, _), pytest.raises(ServerError, match="after 4 of 8"):
+        ask(twin, address, "stream", "any", count=8, seed=1)
+
+
+@both
+@pytest.mark.parametrize("extra", [1, -CHUNK])
+def test_a_stream_of_too_many_images_or_none_is_an_error(twin: Twin, extra: int) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        while True:
+            yield pb.StreamImagesResponse(chunk=answer(request, 0, CHUNK + extra))
+
+    with serving(behave) as (address, _), pytest.raises(ServerError, match="sends"):
+        ask(twin, address, "stream", "any", count=CHUNK, seed=1)
+
+
+@both
+def test_an_answer_of_other_images_is_an_error(twin: Twin) -> None:
+    for change in ({"count": 2}, {"pixels": b""}, {"height": 7}, {"seeds": [1, 2]}, {"encoding": 99}):
+
+        def behave(number: int, request: Any, context: Any, change: dict[str, Any] = change) -> Any:
+            response = answer(request)
+            for field in change:
+                response.ClearField(field)
+            response.MergeFrom(pb.GenerateImagesResponse(**change))
+            return response
+
+        with serving(behave) as (address, _), pytest.raises(ServerError, match="answer"):
+            ask(twin, address, "generate", "any", seed=1)
+
+
+@both
+def test_an_answer_larger_than_the_client_takes_names_both_sizes(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_ANSWER_BYTES", 1000)
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        return pb.GenerateImagesResponse(pixels=bytes(2000))
+
+    with serving(behave) as (address, servicer), pytest.raises(MessageTooLargeError, match="fewer images") as caught:
+        ask(twin, address, "generate", "any")
+    assert (caught.value.size_bytes, caught.value.limit_bytes) == (2003, 1000)
+    assert len(servicer.requests) == 1
+
+
+@both
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_a_server_that_is_too_slow_is_left_and_told_so(twin: Twin, method: str) -> None:
+    told = threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        context.add_callback(told.set)
+        told.wait(WAIT_S)
+        return chunks(request) if method == "stream" else answer(request)
+
+    with serving(behave) as (address, servicer):
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceededError, match="timeout_s"):
+            ask(twin, address, method, "any", count=1, timeout_s=0.3)
+        assert 0.2 < time.monotonic() - started < 5
+        assert told.wait(WAIT_S)
+    assert len(servicer.requests) == 1
+
+
+@both
+def test_a_server_that_says_nothing_is_left(twin: Twin) -> None:
+    with gate(lambda _, number, connection: _read_until_the_end(connection)) as silent:
+        with pytest.raises((DeadlineExceededError, UnavailableError)):
+            ask(twin, silent.address, "models", timeout_s=0.3)
+        # Its thread ends with the connection: the client has left none open.
+
+
+def test_closing_an_iterator_cancels_the_stream() -> None:
+    told = threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        context.add_callback(told.set)
+        yield from chunks(request)
+
+    with serving(behave) as (address, _), Client(address) as client:
+        images = client.stream("any", count=10**6, seed=1)
+        assert next(images).seed == 1
+        images.close()
+        assert told.wait(WAIT_S)
+
+
+async def test_a_cancelled_task_cancels_its_call() -> None:
+    came, told = threading.Event(), threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        context.add_callback(told.set)
+        came.set()
+        told.wait(WAIT_S)
+        return answer(request)
+
+    with serving(behave) as (address, _):
+        async with AsyncClient(address) as client:
+            task = asyncio.create_task(client.generate("any"))
+            assert await asyncio.to_thread(came.wait, WAIT_S)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(told.wait, WAIT_S)
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_closing_the_client_ends_its_calls(method: str) -> None:
+    came, over = threading.Event(), threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        context.add_callback(over.set)
+        came.set()
+        over.wait(WAIT_S)
+        return chunks(request) if method == "stream" else answer(request)
+
+    with serving(behave) as (address, _):
+        client = Client(address)
+        closing = threading.Thread(target=lambda: (came.wait(WAIT_S), client.close()))
+        closing.start()
+        with pytest.raises(RequestCancelledError, match="closed"):
+            list(client.stream("any", count=1)) if method == "stream" else client.generate("any")
+        closing.join()
+        with pytest.raises(RequestCancelledError, match="closed"):
+            client.generate("any")
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+async def test_closing_the_async_client_ends_its_calls(method: str) -> None:
+    came, over = threading.Event(), threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        context.add_callback(over.set)
+        came.set()
+        over.wait(WAIT_S)
+        return chunks(request) if method == "stream" else answer(request)
+
+    with serving(behave) as (address, _):
+        client = AsyncClient(address)
+
+        async def call() -> None:
+            if method == "stream":
+                _ = [image async for image in client.stream("any", count=1)]
+            else:
+                await client.generate("any")
+
+        task = asyncio.create_task(call())
+        assert await asyncio.to_thread(came.wait, WAIT_S)
+        await client.close()
+        with pytest.raises(RequestCancelledError, match="closed"):
+            await task
+
+
+def test_closing_the_client_ends_a_wait_for_the_next_try() -> None:
+    came = threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        came.set()
+        abort_overloaded(context, 20)
+
+    with serving(behave) as (address, _):
+        client = Client(address)
+        closing = threading.Thread(target=lambda: (came.wait(WAIT_S), client.close()))
+        closing.start()
+        started = time.monotonic()
+        with pytest.raises(RequestCancelledError, match="closed"):
+            client.generate("any", timeout_s=60)
+        assert time.monotonic() - started < 10
+        closing.join()
+
+
+@both
+def test_a_server_that_restarts_on_its_port_is_found_again(twin: Twin) -> None:
+    with ExitStack() as second, ExitStack() as first:
+        address, _ = first.enter_context(serving(honest_stream))
+
+        async def restart() -> None:
+            await asyncio.to_thread(first.close)
+            second.enter_context(serving(honest_stream, address))
+
+        async def read() -> list[int | None]:
+            seeds = []
+            async with AsyncClient(address) as client:
+                async for image in client.stream("any", count=10**5, seed=0, timeout_s=WAIT_S):
+                    seeds.append(image.seed)
+                    if image.seed == CHUNK:
+                        await restart()
+                    if image.seed == 10**4:
+                        break
+            return seeds
+
+        def read_blocking() -> list[int | None]:
+            seeds = []
+            with Client(address) as client:
+                images = client.stream("any", count=10**5, seed=0, timeout_s=WAIT_S)
+                for image in images:
+                    seeds.append(image.seed)
+                    if image.seed == CHUNK:
+                        asyncio.run(restart())
+                    if image.seed == 10**4:
+                        break
+                images.close()
+            return seeds
+
+        assert (read_blocking() if twin is Client else asyncio.run(read())) == list(range(10**4 + 1))
+
+
+@both
+def test_a_server_that_was_there_is_waited_for_longer_than_one_that_never_was(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_PATIENCE_WITH_STRANGERS_S", 0.0)
+    with serving(honest) as (address, _):
+
+        def handle(door: Gate, number: int, connection: socket.socket) -> None:
+            if number == 0 or number > 4:
+                door.pass_on(connection, address, lambda data: None)
+
+        with gate(handle) as door:
+            with pytest.raises(UnavailableError):
+                ask(twin, "127.0.0.1:1", "models", timeout_s=WAIT_S)
+
+            async def use() -> None:
+                async with AsyncClient(door.address) as client:
+                    await client.generate("any", seed=1)
+                    door.drop()
+                    await client.generate("any", seed=1, timeout_s=WAIT_S)
+
+            def use_blocking() -> None:
+                with Client(door.address) as client:
+                    client.generate("any", seed=1)
+                    door.drop()
+                    client.generate("any", seed=1, timeout_s=WAIT_S)
+
+            use_blocking() if twin is Client else asyncio.run(use())
+            assert door.connections > 4
+
+
+# HTTP/2 without gRPC's rules, frame by frame.
+
+
+def _read_until_the_end(connection: socket.socket) -> None:
+    while connection.recv(1 << 16):
+        pass
+
+
+def _frames(connection: socket.socket) -> Iterator[tuple[int, int, int, bytes]]:
+    stream = connection.makefile("rb")
+    if stream.read(len(PREFACE)) != PREFACE:
+        return
+    connection.sendall(frame(SETTINGS, 0, 0))
+    while len(head := stream.read(9)) == 9:
+        kind, flags, number = head[3], head[4], int.from_bytes(head[5:], "big")
+        payload = stream.read(int.from_bytes(head[:3], "big"))
+        if kind == SETTINGS and not flags & ACK:
+            connection.sendall(frame(SETTINGS, ACK, 0))
+        yield kind, flags, number, payload
+
+
+def _answering(connection: socket.socket, *parts: tuple[int, int, bytes]) -> None:
+    """Answer each call with these frames: kind, flags and payload."""
+    for kind, _, number, _ in _frames(connection):
+        if kind == HEADERS:
+            for answered, flags, payload in parts:
+                stream = 0 if answered == GOAWAY else number
+                connection.sendall(frame(answered, flags, stream, payload))
+
+
+def _fields(*fields: tuple[str, str]) -> bytes:
+    encoded: bytes = Encoder().encode(fields)
+    return encoded
+
+
+OK_HEADERS = (HEADERS, END_HEADERS, _fields((":status", "200"), ("content-type", "application/grpc")))
+
+
+def _number(code: int) -> bytes:
+    return code.to_bytes(4, "big")
+
+
+def _http(status: str) -> tuple[int, int, bytes]:
+    return HEADERS, END_HEADERS | END_STREAM, _fields((":status", status), ("content-type", "text/html"))
+
+
+@both
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        ([_http("503")], UnavailableError),
+        ([_http("401")], AuthenticationError),
+        ([_http("403")], AuthenticationError),
+        ([_http("404")], ServerError),
+        ([_http("200")], ServerError),
+        ([(RST_STREAM, 0, _number(2))], ServerError),
+        ([(RST_STREAM, 0, _number(11))], OverloadedError),
+        ([OK_HEADERS, (DATA, END_STREAM, message(b""))], ServerError),
+        (
+            [
+                OK_HEADERS,
+                (DATA, 0, message(b"\xff\xff\xff")),
+                (HEADERS, END_HEADERS | END_STREAM, _fields(("grpc-status", "0"))),
+            ],
+            ServerError,
+        ),
+        ([OK_HEADERS, (DATA, 0, b"\x00\x7f\xff\xff\xff")], MessageTooLargeError),
+        ([OK_HEADERS, (HEADERS, END_HEADERS | END_STREAM, _fields(("grpc-status", "99")))], ServerError),
+        ([(DATA, 0, b"early")], (ServerError, UnavailableError)),
+        ([(GOAWAY, 0, _number(0) + _number(0))], UnavailableError),
+        ([(GOAWAY, 0, _number(0) + _number(11) + b"too_many_pings")], UnavailableError),
+    ],
+)
+def test_what_is_no_answer_of_grpc_is_a_typed_error(
+    twin: Twin, parts: list[tuple[int, int, bytes]], kind: type[GanserveError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_PATIENCE_WITH_STRANGERS_S", 0.5)
+    with gate(lambda _, number, connection: _answering(connection, *parts)) as door:
+        for method, options in (("models", {}), ("stream", {"model": "any", "count": 2})):
+            with pytest.raises(kind) as caught:
+                ask(twin, door.address, method, timeout_s=WAIT_S, **options)
+            assert caught.value.reason
+            assert caught.value.__cause__ is None
+
+
+@both
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", bytes(64)])
+def test_what_is_no_http2_is_unavailable(twin: Twin, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_PATIENCE_WITH_STRANGERS_S", 0.5)
+
+    def handle(_: Gate, number: int, connection: socket.socket) -> None:
+        connection.sendall(said)
+        _read_until_the_end(connection)
+
+    with gate(handle) as door, pytest.raises(UnavailableError, match=door.address):
+        ask(twin, door.address, "models", timeout_s=WAIT_S)
+
+
+@both
+@pytest.mark.parametrize("code", [0, 2, 11])
+def test_a_connection_that_goes_away_costs_no_call(twin: Twin, code: int) -> None:
+    with serving(honest) as (address, servicer):
+
+        def handle(door: Gate, number: int, connection: socket.socket) -> None:
+            if number < 2:
+                _answering(connection, (GOAWAY, 0, _number(0) + _number(code)))
+            else:
+                door.pass_on(connection, address)
+
+        with gate(handle) as door:
+            assert ask(twin, door.address, "generate", "any", seed=5).seeds == (5,)
+            assert len(servicer.requests) == 1
+
+
+# Other versions of the protocol.
+
+
+@both
+def test_a_server_of_a_later_version_is_understood(twin: Twin) -> None:
+    later = b"\xa2\x7d\x05hello" + b"\xa8\x7d\x63"  # fields 2004 and 2005
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if isinstance(request, pb.ListModelsRequest):
+            model = pb.Model(name="any", version=1, card=pb.ModelCard(latent_dim=7))
+            model.card.MergeFromString(later)
+            return pb.ListModelsResponse.FromString(pb.ListModelsResponse(models=[model]).SerializeToString() + later)
+        if hasattr(request, "service"):
+            return serving_status(99)
+        return pb.GenerateImagesResponse.FromString(answer(request).SerializeToString() + later)
+
+    with serving(behave) as (address, _):
+        assert ask(twin, address, "generate", "any", seed=5).seeds == (5,)
+        assert [model.latent_dim for model in ask(twin, address, "models")] == [7]
+        assert ask(twin, address, "health") is False
+
+
+@both
+def test_a_server_of_an_earlier_version_is_understood(twin: Twin) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if isinstance(request, pb.GetModelRequest):
+            return pb.GetModelResponse(model=pb.Model(name="any", version=1))
+        return pb.GenerateImagesResponse(count=1, height=1, width=1, channels=1, pixels=b"\x07")
+
+    with serving(behave) as (address, _):
+        batch = ask(twin, address, "generate", "any")
+        assert (batch.seeds, batch.pixels.item(), batch.digest) == (None, 7, "")
+        assert not ask(twin, address, "model", "any").conditional
+        with pytest.raises(InvalidRequestError, match="latent_dim"):
+            ask(twin, address, "interpolate", "any", 1, 2)
+
+
+@both
+def test_another_service_is_named_as_that(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.UNIMPLEMENTED)) as (address, _):
+        with pytest.raises(ServerError, match=r"does not answer ganserve\.v1") as caught:
+            ask(twin, address, "models")
+        assert caught.value.reason == "unimplemented"
+
+
+# Tokens and health.
+
+
+@both
+def test_a_wrong_token_is_an_error_that_does_not_repeat_it(twin: Twin) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if dict(context.invocation_metadata()).get("authorization") != "Bearer right":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is wrong")
+        return answer(request)
+
+    with serving(behave) as (address, servicer):
+        assert ask(twin, address, "generate", "any", seed=1, options={"token": "right"}).seeds == (1,)
+        for token in ("wrong-one", None):
+            with pytest.raises(AuthenticationError, match="GANSERVE_TOKEN") as caught:
+                ask(twin, address, "generate", "any", options={"token": token})
+            assert "wrong-one" not in str(caught.value)
+        assert len(servicer.requests) == 3
+
+
+@both
+def test_waiting_until_ready_ends_when_it_is(twin: Twin) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if number == 0:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
+        if number == 1:
+            context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return serving_status(2 if number == 2 else 1)
+
+    with serving(behave) as (address, servicer):
+        ask(twin, address, "wait_until_ready", WAIT_S, model="any")
+    assert [request.service for request in servicer.requests] == ["any"] * 4
+
+
+@both
+@pytest.mark.parametrize(
+    ("behave", "why"),
+    [
+        (lambda number, request, context: serving_status(2), "not serving"),
+        (fails_first(grpc.StatusCode.NOT_FOUND, 10**6), "what was wrong"),
+    ],
+)
+def test_waiting_until_ready_says_what_was_wrong_in_the_end(twin: Twin, behave: Any, why: str) -> None:
+    with serving(behave) as (address, _), pytest.raises(DeadlineExceededError, match=f"model any.*{why}"):
+        ask(twin, address, "wait_until_ready", 0.5, model="any")
+
+
+@both
+def test_waiting_until_ready_ends_at_once_where_waiting_cannot_help(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.UNAUTHENTICATED)) as (address, _), pytest.raises(AuthenticationError):
+        ask(twin, address, "wait_until_ready", WAIT_S)
+
+
+@both
+def test_the_health_of_an_unknown_model_is_an_error(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.NOT_FOUND)) as (address, servicer), pytest.raises(ModelNotFoundError):
+        ask(twin, address, "health", "any")
+    assert len(servicer.requests) == 1
