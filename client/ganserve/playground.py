@@ -27,7 +27,6 @@ from ganserve.images import ImageBatch
 from ganserve.models import Model
 
 _LOOK_EVERY_S = 2.0
-_TIMEOUT_S = 10.0
 _LARGEST_SEED = 9999  # what a slider can hit by hand; any other picture is as good
 _LATENCIES_KEPT = 60
 
@@ -155,7 +154,7 @@ def build(client: Client) -> Any:
         def look(seen: _Seen | None) -> Any:
             """See which models there are: what notices that the server went, came back, or has a new version."""
             try:
-                models = client.models(timeout_s=_TIMEOUT_S)
+                models = client.models()
             except GanserveError as error:
                 return {known: None, notice: _notice(error)}
             sees = tuple((each.name, each.versions, each.digest) for each in models)
@@ -169,7 +168,7 @@ def build(client: Client) -> Any:
             versions = versions_of[name]
             number = wanted.version if wanted.version in versions else 0
             try:
-                described = client.model(name, number or None, timeout_s=_TIMEOUT_S)
+                described = client.model(name, number or None)
             except GanserveError as error:
                 return {notice: _notice(error)}
             classes = [(each, index) for index, each in enumerate(described.class_names)]
@@ -201,7 +200,6 @@ def build(client: Client) -> Any:
                 "label": chosen.label,
                 "truncation": scale,
                 "version": chosen.version or None,
-                "timeout_s": _TIMEOUT_S,
             }
             started = time.perf_counter()
             try:
