@@ -12,7 +12,7 @@ TIMEOUT_S = 60
 
 def ganserve(*arguments: str | Path, address: str | None = None, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end; its output is text."""
-    options = {"capture_output": True, "text": True, "timeout": TIMEOUT_S, **options}
+    options = {"capture_output": True, "text": True, "timeout": TIMEOUT_S, "env": environment(), **options}
     return subprocess.run(command(*arguments, address=address), check=False, **options)
 
 
@@ -21,6 +21,10 @@ def command(*arguments: str | Path, address: str | None = None) -> list[str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return this process's environment without what is meant for ganserve, and with these."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("GANSERVE_")}
+    """Return this process's environment, without what changes how the program works, and with these."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GANSERVE_") and name != "PYTHONUNBUFFERED"
+    }
     return {**kept, **variables}

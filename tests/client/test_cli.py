@@ -177,9 +177,17 @@ def test_health_says_whether_it_serves(
     assert ganserve("health", "nothing", address=server.address).returncode == 1
 
 
-def test_health_waits_for_a_server(server: RunningServer) -> None:
-    done = ganserve("health", "mlp-mnist", "--wait", "30", address=server.address)
-    assert (done.returncode, done.stdout) == (0, "SERVING\n")
+def test_health_waits_for_a_server(start_server: Callable[..., RunningServer]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        waiting = command("health", "mlp-mnist", "--wait", "60", address=address)
+        with subprocess.Popen(waiting, stdout=subprocess.PIPE, text=True) as process:
+            connection, _ = listening.accept()  # it has asked, and gets no answer
+            connection.close()
+            listening.close()
+            start_server("--address", address)
+            out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, out) == (0, "SERVING\n")
     done = ganserve("health", "--wait", "0.2", address="127.0.0.1:1")
     assert (done.returncode, done.stdout) == (3, "")
 

@@ -43,6 +43,10 @@ def save_unlike_seeds(client: Client, path: Path) -> None:
     client.generate("cdcgan-mnist", count=9, seed=3)[::2].sheet().save(path)
 
 
+def save_more_than_a_request(client: Client, path: Path) -> None:
+    client.generate("cdcgan-mnist", count=1100, seed=3).sheet().save(path)
+
+
 def save_grey_animation(client: Client, path: Path) -> None:
     client.generate("mlp-mnist", count=5, seed=4).gif(path, scale=2, bounce=False)
 
@@ -62,6 +66,7 @@ def save_file_of_the_server(encoding: "pb.Encoding", layout: "pb.Layout", label:
     [
         (save_sheet_with_names, "names.png"),
         (save_unlike_seeds, "seeds.png"),
+        (save_more_than_a_request, "many.png"),
         (save_grey_animation, "walk.gif"),
         (save_grey_animation, "walk.webp"),
         (save_file_of_the_server(pb.ENCODING_JPEG, pb.LAYOUT_ONE_EACH, None), "one.jpg"),
