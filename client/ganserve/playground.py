@@ -27,7 +27,6 @@ from ganserve.images import ImageBatch
 from ganserve.models import Model
 
 _LOOK_EVERY_S = 2.0
-_TIMEOUT_S = 10.0
 _LARGEST_SEED = 9999  # what a slider can hit by hand; any other picture is as good
 _LATENCIES_KEPT = 60
 
@@ -76,7 +75,8 @@ footer { display: none !important; }
 .card td { padding: .22rem 0 !important; border: 0 !important; vertical-align: top;
   border-top: 1px solid var(--border-color-primary) !important; }
 .card td:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.card td:first-child { color: var(--faint); padding-right: .6rem !important; }
+.card td:first-child { color: var(--faint); padding-right: .6rem !important;
+  overflow-wrap: anywhere; }
 .card table, .card tr, .card tbody { border: 0 !important; }
 .card h3 { margin: 0 0 .35rem; font-size: 1rem; }
 .card [title] { cursor: help; text-decoration: underline dotted; text-underline-offset: 3px; }
@@ -114,7 +114,7 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
 
 def build(client: Client) -> Any:
     """Make the page, as gradio's Blocks."""
-    with gr.Blocks(title="ganserve playground", analytics_enabled=False) as page:
+    with gr.Blocks(title="ganserve playground", analytics_enabled=False, fill_width=True) as page:
         known = gr.State(None)  # _Seen of the last look; None while the server does not answer
         choice = gr.State(_Choice())
         latencies = gr.State([])
@@ -154,7 +154,7 @@ def build(client: Client) -> Any:
         def look(seen: _Seen | None) -> Any:
             """See which models there are: what notices that the server went, came back, or has a new version."""
             try:
-                models = client.models(timeout_s=_TIMEOUT_S)
+                models = client.models()
             except GanserveError as error:
                 return {known: None, notice: _notice(error)}
             sees = tuple((each.name, each.versions, each.digest) for each in models)
@@ -168,7 +168,7 @@ def build(client: Client) -> Any:
             versions = versions_of[name]
             number = wanted.version if wanted.version in versions else 0
             try:
-                described = client.model(name, number or None, timeout_s=_TIMEOUT_S)
+                described = client.model(name, number or None)
             except GanserveError as error:
                 return {notice: _notice(error)}
             classes = [(each, index) for index, each in enumerate(described.class_names)]
@@ -200,7 +200,6 @@ def build(client: Client) -> Any:
                 "label": chosen.label,
                 "truncation": scale,
                 "version": chosen.version or None,
-                "timeout_s": _TIMEOUT_S,
             }
             started = time.perf_counter()
             try:
@@ -316,7 +315,7 @@ def _card(model: Model) -> str:
         "images seen": f"{int(training.get('imagesSeen', 0)):,}",
         "trained on": training.get("device", ""),
         "exported": model.card.get("createdAt", "")[:10],
-        "file": model.digest[:19] + "…",
+        "file": model.digest[:15] + "…",
     }
     known = "".join(f"<tr><td>{key}</td><td>{html.escape(value)}</td></tr>" for key, value in facts.items() if value)
     measured = "".join(

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,9 +23,13 @@ from tests.conftest import RunningServer
 from ganserve import Client, Provenance, read_provenance
 
 # The program, and a word on standard error for each address it asks for that is not on this machine.
+# Ctrl-C works as in a terminal, even where the tests run in the background: there it would be ignored.
 WATCHED = """
+import signal
 import sys
 from ganserve.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def watch(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
@@ -54,6 +59,8 @@ def run_playground(address: str) -> Iterator[str]:
             printed = process.stdout.readline()
             assert url in printed, printed or process.communicate()[1]
             yield url
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 0
         finally:
             process.kill()
             errors = process.communicate()[1]

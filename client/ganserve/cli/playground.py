@@ -8,6 +8,8 @@ from ganserve.cli.connection import Connection, with_connection
 from ganserve.client import Client
 from ganserve.errors import InvalidRequestError
 
+_TIMEOUT_S = 10.0  # who looks at the page should not wait longer to read what is wrong
+
 
 @with_connection
 def playground(
@@ -19,7 +21,7 @@ def playground(
 ) -> None:
     """Open a web page to try the models: drag the seed, the class and the truncation. Ctrl-C ends it.
 
-    Needs the extra: pip install 'ganserve[playground]'. Example: ganserve playground --port 8000 --no-browser
+    Needs the extra `playground` of the package. Example: ganserve playground --port 8000 --no-browser
     """
     try:
         from ganserve.playground import run
@@ -30,7 +32,7 @@ def playground(
     # No retries: the page says at once what is wrong, and looks again by itself.
     with Client(
         connection.address,
-        timeout_s=connection.timeout_s,
+        timeout_s=connection.timeout_s or _TIMEOUT_S,
         retries=False,
         token=connection.token,
         tls=connection.tls,
