@@ -5,7 +5,7 @@ import inspect
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,9 +17,13 @@ from ganserve import (
     DeadlineExceededError,
     GanserveError,
     InvalidRequestError,
+    MessageTooLargeError,
     ModelNotFoundError,
     OverloadedError,
     UnavailableError,
+    latents,
+    linear,
+    slerp,
 )
 from ganserve.client import DEFAULT_ADDRESS
 
@@ -98,6 +102,75 @@ def test_a_stream_can_be_left_early(client: Client) -> None:
     assert isinstance(stream, Iterator)
     stream.close()  # type: ignore[attr-defined]
     assert np.array_equal(first.pixels, client.generate("mlp-mnist", count=len(first), seed=1).pixels)
+
+
+def test_a_stream_gives_images_one_by_one(client: Client) -> None:
+    together = client.generate("cdcgan-mnist", count=200, seed=3)
+    images = list(client.stream("cdcgan-mnist", count=200, seed=3))
+    assert [image.seed for image in images] == list(together.seeds or ())
+    assert [image.label for image in images] == list(together.labels or ())
+    assert all(np.array_equal(image.pixels, pixels) for image, pixels in zip(images, together.pixels, strict=True))
+
+
+def test_latents_are_those_of_the_server(client: Client) -> None:
+    own = latents([2**32 - 1, 0], client.model("mlp-mnist").latent_dim)
+    assert own.dtype == np.float32
+    made = client.generate("mlp-mnist", count=2, seed=2**32 - 1, truncation=0.5)
+    assert np.array_equal(client.generate("mlp-mnist", latents=own, truncation=0.5).pixels, made.pixels)
+    for seeds, latent_dim in (([-1], 4), ([2**32], 4), (["1"], 4), ([1], 0), ([1], "4")):
+        with pytest.raises(InvalidRequestError):
+            latents(seeds, latent_dim)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["slerp", "linear"])
+@pytest.mark.parametrize(("model", "label"), [("mlp-mnist", None), ("cdcgan-mnist", None), ("cdcgan-mnist", "7")])
+def test_an_interpolation_ends_with_the_images_of_the_seeds(
+    client: Client, kind: Literal["slerp", "linear"], model: str, label: str | None
+) -> None:
+    way = client.interpolate(model, 4, 2**32 - 1, 5, kind=kind, label=label, truncation=0.8)
+    assert len(way) == 5
+    for index, seed in ((0, 4), (4, 2**32 - 1)):
+        end = client.generate(model, seed=seed, label=label, truncation=0.8)
+        assert np.array_equal(way.pixels[index], end.pixels[0])
+        assert end.labels is None or (way.labels or ())[index] == end.labels[0]
+    if label is None and way.labels is not None:
+        assert way.labels == (4, 4, 4, 5, 5)
+    assert len({image.tobytes() for image in way.pixels}) == 5
+
+
+def test_a_slerp_stays_as_far_from_the_origin_as_its_ends() -> None:
+    start, end = latents([1, 2], 64)
+    way = slerp(start, end, np.linspace(0, 1, 9))
+    assert np.array_equal(way[[0, -1]], [start, end])
+    lengths = np.linalg.norm(way, axis=1)
+    assert min(np.linalg.norm(start), np.linalg.norm(end)) * 0.99 < lengths.min()
+    assert np.linalg.norm(linear(start, end, 0.5)) < 0.85 * lengths.min()
+    cosines = (way[:-1] * way[1:]).sum(1) / lengths[:-1] / lengths[1:]
+    unit = slerp(start / np.linalg.norm(start), end / np.linalg.norm(end), np.linspace(0, 1, 9))
+    assert (unit[:-1] * unit[1:]).sum(1) == pytest.approx(float((unit[0] * unit[1]).sum()), abs=1e-5)
+    assert cosines.min() > 0.9
+    assert np.array_equal(slerp(start, start, 0.5), start)
+    assert np.array_equal(slerp(start, -start, [0, 1]), [start, -start])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"steps": 1}, {"steps": 2.0}, {"kind": "round"}, {"seed_a": -1}, {"seed_b": "x"}, {"label": 10}, {"version": 0.5}],
+)
+def test_interpolations_that_make_no_sense_are_refused(client: Client, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        client.interpolate("cdcgan-mnist", **{"seed_a": 1, "seed_b": 2, **arguments})
+
+
+async def test_the_health_of_the_server_and_its_models_is_told(client: Client, async_client: AsyncClient) -> None:
+    client.wait_until_ready(10, model="mlp-mnist")
+    await async_client.wait_until_ready(10)
+    assert client.health()
+    assert client.health("mlp-mnist")
+    assert await async_client.health("mlp-mnist")
+    for unknown in ("nothing", "\ud800"):
+        with pytest.raises((ModelNotFoundError, InvalidRequestError)):
+            client.health(unknown)
 
 
 def test_a_contact_sheet_has_a_row_a_class(client: Client) -> None:
@@ -198,18 +271,42 @@ def test_the_address_comes_from_argument_environment_or_default(monkeypatch: pyt
         {"latents": [[1, 2], [3]]},
         {"latents": "x"},
         {"seed": 1, "latents": [0.0] * 64},
+        {"label": [[1], [2, 3]]},
+        {"label": [None]},
+        {"label": "\ud800"},
+        {"label": {}},
+        {"latents": [[1j] * 64]},
+        {"model": "\ud800"},
+        {"model": None},
+        {"model": b"cdcgan-mnist"},
+        {"truncation": float("nan")},
         {"timeout_s": 0},
+        {"timeout_s": "soon"},
         {"timeout_s": float("nan")},
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(client: Client, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError):
-        client.generate("cdcgan-mnist", **arguments)
+        client.generate(**{"model": "cdcgan-mnist", **arguments})
 
 
 def test_a_request_larger_than_the_server_takes_is_not_called_an_overload(client: Client) -> None:
-    with pytest.raises(InvalidRequestError, match="fewer latents"):
+    with pytest.raises(MessageTooLargeError, match="fewer latents") as caught:
         client.generate("cdcgan-mnist", latents=np.zeros((30_000, 64)))
+    assert caught.value.limit_bytes == 4 << 20
+    assert (caught.value.size_bytes or 0) > 30_000 * 64 * 4
+
+
+@pytest.mark.parametrize(("name", "version"), [(None, None), ("\ud800", None), ("mlp-mnist", "1"), ("mlp-mnist", -1)])
+def test_models_that_no_message_can_name_are_refused(client: Client, name: Any, version: Any) -> None:
+    with pytest.raises(InvalidRequestError):
+        client.model(name, version)
+
+
+@pytest.mark.parametrize("columns", [0, -1, 1.5, "2"])
+def test_a_contact_sheet_has_whole_columns(client: Client, columns: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="columns"):
+        client.contact_sheet("cdcgan-mnist", columns=columns)
 
 
 def test_numpy_scalars_are_numbers(client: Client) -> None:
@@ -239,6 +336,19 @@ def test_an_async_client_may_be_made_before_its_loop(server: RunningServer) -> N
     assert asyncio.run(use()) == 4
 
 
+def test_an_async_client_goes_on_in_the_next_loop_once_its_own_is_over(server: RunningServer) -> None:
+    client = AsyncClient(server.address)
+    for seed in (1, 2):
+        assert asyncio.run(client.generate("mlp-mnist", seed=seed)).seeds == (seed,)
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    first.run_until_complete(client.models())
+    with pytest.raises(InvalidRequestError, match="another event loop"):
+        second.run_until_complete(client.models())
+    first.run_until_complete(client.close())
+    first.close()
+    second.close()
+
+
 def test_one_client_serves_many_threads(client: Client) -> None:
     results: dict[int, np.ndarray] = {}
     threads = [
@@ -263,6 +373,10 @@ async def test_the_async_client_gives_the_same(client: Client, async_client: Asy
     streamed = [batch async for batch in async_client.stream_batches("cdcgan-mnist", count=300, seed=9, label="3")]
     assert np.array_equal(np.concatenate([batch.pixels for batch in streamed]), wanted.pixels)
     assert await async_client.models() == client.models()
+    images = [image async for image in async_client.stream("cdcgan-mnist", count=300, seed=9, label="3")]
+    assert np.array_equal(np.stack([image.pixels for image in images]), wanted.pixels)
+    way = await async_client.interpolate("cdcgan-mnist", 1, 2, 3)
+    assert np.array_equal(way.pixels, client.interpolate("cdcgan-mnist", 1, 2, 3).pixels)
     sheet = await async_client.contact_sheet("cdcgan-mnist", columns=2, seed=4)
     assert np.array_equal(np.asarray(sheet), np.asarray(client.contact_sheet("cdcgan-mnist", columns=2, seed=4)))
     with pytest.raises(ModelNotFoundError):

@@ -3,6 +3,7 @@ import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+import ganserve
 from ganserve import GanserveError, InvalidRequestError, OverloadedError, UnavailableError, errors
 
 
@@ -20,7 +21,7 @@ class FakeRpcError(grpc.RpcError):
         return self._trailer
 
 
-def details(message: error_details_pb2.RetryInfo) -> tuple[str, bytes]:
+def details(message: error_details_pb2.RetryInfo | error_details_pb2.ErrorInfo) -> tuple[str, bytes]:
     packed = any_pb2.Any()
     packed.Pack(message)
     return "grpc-status-details-bin", status_pb2.Status(details=[packed]).SerializeToString()
@@ -33,6 +34,19 @@ def test_every_status_has_an_exception(code: grpc.StatusCode) -> None:
     assert type(error) is not GanserveError
     assert (error.code, error.request_id) == (code, "id-1")
     assert "what was wrong" in str(error)
+    assert error.reason
+
+
+def test_the_server_may_name_the_reason() -> None:
+    info = error_details_pb2.ErrorInfo(reason="queue_full")
+    error = errors.translate(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, details(info)), "here:1")
+    assert error.reason == "queue_full"
+    assert errors.translate(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED), "here:1").reason == "overloaded"
+
+
+def test_an_error_of_the_server_asks_to_be_reported_with_its_id() -> None:
+    error = errors.translate(FakeRpcError(grpc.StatusCode.INTERNAL, ("x-request-id", "id-1")), "here:1")
+    assert "id-1" in str(error)
 
 
 def test_an_overloaded_server_says_when_to_come_back() -> None:
@@ -58,5 +72,8 @@ def test_an_unreachable_server_is_named_with_what_to_do() -> None:
 
 def test_the_docstring_draws_every_exception() -> None:
     assert errors.__doc__ is not None
-    for kind in {GanserveError, *errors.ERROR_OF_STATUS.values()}:
-        assert kind.__name__ in errors.__doc__
+    tree = {line.strip("├│└─ ").split(" ")[0] for line in errors.__doc__.splitlines() if "Error" in line}
+    defined = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GanserveError)}
+    assert len(defined) >= len(set(errors.ERROR_OF_STATUS.values()))
+    assert {kind.__name__ for kind in defined} <= tree
+    assert {kind.__name__ for kind in defined} <= set(ganserve.__all__)
