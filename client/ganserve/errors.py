@@ -188,6 +188,8 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
         )
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
+    elif code is grpc.StatusCode.NOT_FOUND and not error.details():  # as the health service answers
+        text = f"the server at {address} has no model of this name; `models` lists those it has"
     elif kind is AuthenticationError:
         text = f"{text}; the token is Client(token=…) or GANSERVE_TOKEN"
     elif kind is ServerError:

@@ -168,9 +168,10 @@ async def test_the_health_of_the_server_and_its_models_is_told(client: Client, a
     assert client.health()
     assert client.health("mlp-mnist")
     assert await async_client.health("mlp-mnist")
-    for unknown in ("nothing", "\ud800"):
-        with pytest.raises((ModelNotFoundError, InvalidRequestError)):
-            client.health(unknown)
+    with pytest.raises(ModelNotFoundError, match="no model of this name"):
+        client.health("nothing")
+    with pytest.raises(InvalidRequestError):
+        client.health("\ud800")
 
 
 def test_a_contact_sheet_has_a_row_a_class(client: Client) -> None:
