@@ -4,6 +4,8 @@ latency   one caller, one image a call: the median of `Client` and `AsyncClient`
 calls     one caller, 64 images a call: images a second as a share of the raw stub's (0.90 asked for)
 stream    streams of all the images they can get, by batches and by images, as a share of what the server makes for
           h2load's 8 connections of 64 images a call (0.95 asked for)
+each      64 calls for one image in flight from one program, by raw unary calls and by one GenerateEach stream: whether
+          the SDK should use such a stream under the hood
 
 Raw and SDK alternate, a block of calls each, and the medians of the blocks are printed.
 
@@ -16,6 +18,7 @@ import re
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 
 import grpc
@@ -27,6 +30,7 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 CALLS = {1: 300, 64: 60}
 STREAMS = 2
+IN_FLIGHT = 64
 _OPTIONS = [("grpc.max_receive_message_length", -1)]
 
 
@@ -99,6 +103,52 @@ async def asyncio_(address: str, model: str, rounds: int) -> None:
             tell("AsyncClient", count, raw[1:], ours[1:])
 
 
+async def each(address: str, model: str, rounds: int, seconds: float) -> None:
+    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        rates: dict[str, list[float]] = {"unary": [], "GenerateEach": []}
+
+        async def unary() -> int:
+            calls, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                await stub.GenerateImages(pb.GenerateImagesRequest(model=model, seed=calls), timeout=30)
+                calls += 1
+            return calls
+
+        async def stream() -> int:
+            call = stub.GenerateEach()
+            answers: deque[asyncio.Future[object]] = deque()
+            writing, end = asyncio.Lock(), time.perf_counter() + seconds
+
+            async def read() -> None:
+                async for answer in call:
+                    answers.popleft().set_result(answer)
+
+            async def caller() -> int:
+                calls = 0
+                while time.perf_counter() < end:
+                    answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+                    generate = pb.GenerateImagesRequest(model=model, seed=calls)
+                    async with writing:
+                        answers.append(answer)
+                        await call.write(pb.GenerateEachRequest(generate=generate))
+                    await answer
+                    calls += 1
+                return calls
+
+            reading = asyncio.create_task(read())
+            made = sum(await asyncio.gather(*(caller() for _ in range(IN_FLIGHT))))
+            await call.done_writing()
+            await reading
+            return made
+
+        for _ in range(rounds):
+            rates["unary"].append(sum(await asyncio.gather(*(unary() for _ in range(IN_FLIGHT)))) / seconds)
+            rates["GenerateEach"].append(await stream() / seconds)
+    told = ", ".join(f"{way} {statistics.median(found):,.0f} images/s" for way, found in rates.items())
+    print(f"{IN_FLIGHT} one-image calls in flight from one program: {told}", flush=True)
+
+
 def read_streams(address: str, seconds: float, images: Callable[[Client], Iterator[int]]) -> float:
     """Read from a client for each stream; return images a second of all, the first second left out."""
     counted = [0] * STREAMS
@@ -153,6 +203,7 @@ def main() -> None:
     with serving() as running:
         threads(running.address, options.model, options.rounds)
         asyncio.run(asyncio_(running.address, options.model, options.rounds))
+        asyncio.run(each(running.address, options.model, max(1, options.rounds // 5), options.seconds))
         streams(running.address, options.model, max(1, options.rounds // 5), options.seconds)
 
 
