@@ -37,6 +37,7 @@ class GanserveError(Exception):
     ...     client.generate("no-such-model")
     ... except GanserveError as error:
     ...     print(error.reason, error.request_id, error)
+    not_found ... there is no model 'no-such-model'; there are ...
     """
 
     reason = "error"

@@ -32,6 +32,12 @@ _SHOWN_NUMBERS = 12  # seeds or labels in a caption that are not consecutive
 class GeneratedImage:
     """One image of a batch. It is a view: as long as it lives its batch's pixels do; `copy.deepcopy` makes it its own.
 
+    >>> image = client.generate("cdcgan-mnist", count=4, seed=1, label=7)[2]
+    >>> image.seed, image.label, image.pixels.shape
+    (3, 7, (28, 28, 1))
+    >>> image.save("seven.png").name
+    'seven.png'
+
     Not a dataclass, and its fields are looked up in the batch: a stream makes a million of these, in 0.1 µs each.
     """
 
@@ -127,6 +133,13 @@ class GeneratedImage:
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageBatch:
     """Images with their seeds and labels, and the model that made them.
+
+    >>> batch = client.generate("cdcgan-mnist", count=4, seed=1, label=7)
+    >>> [path.name for path in batch.save("out/{label}-{seed}.png")]
+    ['7-1.png', '7-2.png', '7-3.png', '7-4.png']
+    >>> batch.sheet(columns=2).save("sevens.png")
+    >>> client.interpolate("cdcgan-mnist", 1, 2, label=7).gif("walk.gif", scale=4).name
+    'walk.gif'
 
     `pixels` is uint8, [count, height, width, channels]; `seeds` is None for images of your own latents, `labels` for
     those of an unconditional model. `queue_s` and `compute_s` are the server's seconds.

@@ -9,7 +9,11 @@ from ganserve.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class QualityMetric:
-    """One measured figure of a model, and how it was measured."""
+    """One measured figure of a model, and how it was measured.
+
+    >>> client.model("cdcgan-mnist").metrics[0].name
+    'label_accuracy'
+    """
 
     name: str
     value: float
@@ -18,7 +22,12 @@ class QualityMetric:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One version of a model, as its card describes it. `card` holds all of the card, with JSON's types."""
+    """One version of a model, as its card describes it. `card` holds all of the card, with JSON's types.
+
+    >>> model = client.model("cdcgan-fashion-mnist")
+    >>> model.label("Sneaker"), model.dataset
+    (7, 'fashion-mnist')
+    """
 
     name: str
     version: int

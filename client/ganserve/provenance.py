@@ -35,6 +35,9 @@ _UINT32_LIMIT = 1 << 32
 class Provenance:
     """What an image, or a picture of several, was made from.
 
+    >>> client.generate("cdcgan-mnist", seed=1, label=7)[0].provenance.seed
+    1
+
     `seed` is None for images of the caller's own latents, which can't be made again from this; `label` is None for
     those of an unconditional model. `count` is None for one image; else `seed` and `label` are the first image's,
     `seeds` and `labels` those of all, in order. `labels` is None beside a `label` where only the first one's is known:
@@ -118,6 +121,10 @@ class Provenance:
 
 def read_provenance(source: str | Path | bytes | BinaryIO) -> Provenance:
     """Read what a file says of where its image comes from. The pixels are neither decoded nor compared.
+
+    >>> client.generate("cdcgan-mnist", count=4, seed=1, label=7).sheet().save("sevens.png")
+    >>> read_provenance("sevens.png").seeds
+    (1, 2, 3, 4)
 
     Args:
         source: a path, the file's bytes, or an open binary file.
