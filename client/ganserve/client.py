@@ -511,7 +511,7 @@ class Client(_Twin):
                 call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
                 enter_call(call)
                 for response in call:
-                    attempts = None
+                    attempts, self._policy.answered = None, True
                     yield progress.take(response.chunk)
                 progress.end()
                 self._policy.succeeded()
@@ -786,7 +786,7 @@ class AsyncClient(_Twin):
             try:
                 call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
                 async for response in call:
-                    attempts = None
+                    attempts, self._policy.answered = None, True
                     yield progress.take(self._read(response).chunk)
                 progress.end()
                 self._policy.succeeded()

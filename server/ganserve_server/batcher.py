@@ -126,7 +126,10 @@ class Job:
         except Exception:
             # Of one caller: the others of the batch must have their answers.
             _log.exception("an answer could not be written")
-            self._done(EngineFailed("internal error"))
+            try:
+                self._done(EngineFailed("internal error"))
+            except Exception:
+                _log.exception("an error could not be told")
 
     def _end(self) -> None:
         self.over = True
@@ -263,6 +266,8 @@ class Batcher:
         self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
         self._pace_s = self._core_s / scheduler.cores
         self._running_images = 0
+        self._bulk_credit = 0  # of an image, in eighths
+        self.overtaken = False  # by another model's batch, when too few images waited for one of this model
         self._saturated_since: float | None = None  # the last batch came back, or began, with images still waiting
         self._told_waiting = 0
         self._users = 0
@@ -293,7 +298,7 @@ class Batcher:
 
         Args:
             draw: what to make.
-            done: called from the event loop.
+            done: called from the event loop; if it raises, once more with an error.
             caller: whose turn it takes.
             deadline: by time.monotonic; None if there is none.
             bulk: to be made of what others leave.
@@ -383,6 +388,8 @@ class Batcher:
         job.lane.drop(job)
         if job.counted:
             self._counted_images -= job.count - job.taken
+        if not self.waiting:
+            self._saturated_since = None
         self._tell_waiting()
 
     def next_batch(self, room: int) -> list[Part]:
@@ -391,7 +398,10 @@ class Batcher:
         batch: list[Part] = []
         small, large, bulk = self._small, self._large, self._bulk
         others = small.images + large.images
-        for_bulk = max(1, room // _BULK_PART) if bulk.images and others else 0
+        for_bulk = 0
+        if bulk.images and others:
+            self._bulk_credit += room
+            for_bulk, self._bulk_credit = divmod(self._bulk_credit, _BULK_PART)
         # As many as if each job got an equal share; one large job at a time gets those of all of them.
         for_large = math.ceil((room - for_bulk) * large.jobs / (large.jobs + small.jobs)) if large.images else 0
         left = room - small.take(room - for_bulk - for_large, now, batch)
@@ -464,6 +474,12 @@ class Batcher:
         _log.error("the engine failed", exc_info=error, extra={"model": self.model.name, "version": self.model.version})
         for part in batch:
             part.job.fail(EngineFailed("internal error"))
+        self.rest()
+
+    def rest(self) -> None:
+        """Take note that no images came back: what is idle from here on is no pace."""
+        if not self.waiting and not self._running_images:
+            self._saturated_since = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -271,7 +271,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                     self._waits_for_turn = True
                     self.transport.pause_reading()
                     asyncio.get_running_loop().call_soon(self._next_turn)
-            self._rest = data[position:]
+            self._rest = b"" if self._closing else data[position:]
         except _ConnectionFailed as error:
             self._fail(error.code, str(error))
         except Exception:

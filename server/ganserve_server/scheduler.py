@@ -78,7 +78,7 @@ class Scheduler:
             waiting, engine, free = batcher.waiting, batcher.model.engine, self._free
             if not waiting:
                 continue
-            if not free and waiting < batcher.least_ahead():
+            if not free and waiting < batcher.least_ahead() and not batcher.overtaken:
                 too_few.append(batcher)
                 continue
             alone = free == self.cores and not self._ready
@@ -98,6 +98,9 @@ class Scheduler:
                 continue
             work = _Work(batcher, batch, feeds, wide)
             self._take_places(work, -1)
+            batcher.overtaken = False
+            for other in too_few:
+                other.overtaken = True  # once is enough: its few images are next
             # On a GPU it may be behind a batch that warms up another model.
             if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
                 self._done(work, *self._compute(work))
@@ -158,6 +161,8 @@ class Scheduler:
                     part.job.expire()  # if it was not cancelled
         if isinstance(result, Exception):
             batcher.failed(parts, result)
-        elif result is not None:
+        elif result is None:
+            batcher.rest()
+        else:
             cores = self.cores if work.wide else 1
             batcher.hand_out(parts, result, started, seconds, cores, busy=not self._free)

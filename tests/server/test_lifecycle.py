@@ -125,7 +125,7 @@ def test_a_stream_ends_on_the_version_it_began_on(start_server: Start, tmp_path:
     publish(tmp_path, 2)
     server = start_server("--models", tmp_path)
     with Client(server.address) as client:
-        chunks = client.stream("digits", count=20_000, seed=0)
+        chunks = client.stream_batches("digits", count=20_000, seed=0)
         first = next(chunks)
         assert first.version == 2
         shutil.rmtree(tmp_path / "digits" / "2")

@@ -78,9 +78,11 @@ async def batcher(engine: HeldEngine) -> AsyncIterator[Batcher]:
     await asyncio.to_thread(scheduler.close)
 
 
-def queue_of(engine: HeldEngine, scheduler: Scheduler, metrics: Metrics | None = None) -> Batcher:
+def queue_of(
+    engine: HeldEngine, scheduler: Scheduler, metrics: Metrics | None = None, max_batch_size: int = 8
+) -> Batcher:
     model = ModelVersion("held", 1, "sha256:0", pb.ModelCard(), engine, b"")  # type: ignore[arg-type]
-    return Batcher(model, max_batch_size=8, max_queue_images=20, metrics=metrics or Metrics(), scheduler=scheduler)
+    return Batcher(model, max_batch_size, max_queue_images=20, metrics=metrics or Metrics(), scheduler=scheduler)
 
 
 def draw(first: int, count: int = 1) -> Draw:
@@ -148,12 +150,15 @@ async def test_a_batch_stands_ready_behind_one_that_runs(engine: HeldEngine, bat
     last = begin(batcher, 20)
     await settle()
     assert batcher.waiting == 0
+    ready = time.monotonic()
+    await asyncio.sleep(0.02)
+    stood_s = time.monotonic() - ready
     engine.released.release()
     assert await asyncio.to_thread(engine.started.acquire, timeout=WAIT_S)
     engine.released.release()
     await asyncio.gather(first, few, last)
     assert engine.batches == [[0], [20, *range(10, 17)]]
-    assert (await few).queue_s > (await first).queue_s
+    assert (await few).queue_s > stood_s  # to stand ready is to wait
 
 
 async def test_a_batch_that_stands_ready_leaves_out_what_nobody_waits_for(engine: HeldEngine, batcher: Batcher) -> None:
@@ -312,6 +317,68 @@ async def test_bulk_gets_an_eighth_while_others_wait_and_all_that_they_leave(
         engine.released.release()
     await asyncio.gather(first, bulk, *small)
     assert engine.batches[1:] == [[1, 2, 3, 4, 5, 6, 7, 100], [8, 9, *range(101, 107)], [107, 108, 109]]
+
+
+async def test_bulk_does_not_take_whole_batches_of_one_image(engine: HeldEngine) -> None:
+    scheduler = Scheduler(1)
+    batcher = queue_of(engine, scheduler, max_batch_size=1)
+    bulk = begin(batcher, 100, 12, bulk=True)
+    await engine.wait_for_batch()
+    small = begin(batcher, 7)
+    await settle()
+    for _ in range(13):
+        engine.released.release()
+    await asyncio.gather(bulk, small)
+    assert [7] in engine.batches[:4]
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_few_images_of_one_model_are_overtaken_by_anothers_once(engine: HeldEngine) -> None:
+    scheduler = Scheduler(1)
+    busy, quiet = queue_of(engine, scheduler), queue_of(engine, scheduler)
+    many = begin(busy, 100, 80)
+    await engine.wait_for_batch()
+    one = begin(quiet, 7)
+    await settle()
+    for _ in range(11):
+        engine.released.release()
+    await asyncio.gather(many, one)
+    assert [7] in engine.batches[:6]
+    await asyncio.to_thread(scheduler.close)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_idle_time_is_not_taken_for_work(engine: HeldEngine, fails: bool) -> None:
+    engine.image_s = 0.001
+    scheduler = Scheduler(1)
+    batcher = queue_of(engine, scheduler)
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    if fails:
+        engine.fail_on = 10
+    waited_for = begin(batcher, 10)  # while no core is free
+    await settle()
+    if not fails:
+        waited_for.cancel()
+    engine.released.release()
+    engine.released.release()
+    await asyncio.gather(first, waited_for, return_exceptions=True)
+    if not fails:
+        assert engine.released.acquire(timeout=WAIT_S)
+    await asyncio.sleep(2)  # what would be taken for work
+    engine.released.release()
+    await make(batcher, draw(20, 8))
+    running = begin(batcher, 30)
+    await asyncio.to_thread(engine.started.acquire, timeout=WAIT_S)
+    waiting = begin(batcher, 40, 28)
+    await settle()
+    with pytest.raises(QueueFull) as caught:
+        await make(batcher, draw(90))
+    assert caught.value.retry_after_s < 0.25
+    for _ in range(6):
+        engine.released.release()
+    await asyncio.gather(running, waiting)
+    await asyncio.to_thread(scheduler.close)
 
 
 async def test_an_answer_that_cannot_be_written_hurts_nobody_else(engine: HeldEngine, batcher: Batcher) -> None:

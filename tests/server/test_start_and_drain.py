@@ -145,7 +145,7 @@ def test_callers_that_leave_are_counted_by_what_was_being_done(start_server: Sta
         call.cancel()
         wait_for_sample(running, name.format("cdcgan-mnist", "computing"), lambda calls: calls == 1)
     with Client(running.address) as client:
-        stream = client.stream("mlp-mnist", count=1_000_000)
+        stream = client.stream_batches("mlp-mnist", count=1_000_000)
         next(stream)
         stream.close()
     wait_for_sample(running, name.format("mlp-mnist", "sending"), lambda calls: calls == 1)
@@ -162,7 +162,7 @@ def test_callers_that_leave_are_counted_by_what_was_being_done(start_server: Sta
 def test_connections_and_running_calls_are_told(workers: str, start_server: Start) -> None:
     running = start_server("--workers", workers)
     with Client(running.address) as client, grpc.insecure_channel(running.address) as channel:
-        stream = client.stream("mlp-mnist", count=1_000_000)
+        stream = client.stream_batches("mlp-mnist", count=1_000_000)
         next(stream)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         next(watch)
@@ -178,7 +178,7 @@ def test_connections_and_running_calls_are_told(workers: str, start_server: Star
 def test_sigterm_finishes_what_runs_and_exits_0(start_server: Start) -> None:
     running = start_server("--drain-delay-s", "0")
     with Client(running.address) as client:
-        stream = client.stream("cdcgan-mnist", count=20_000, seed=1)
+        stream = client.stream_batches("cdcgan-mnist", count=20_000, seed=1)
         batches = [next(stream)]
         running.process.send_signal(signal.SIGTERM)
         running.wait_for("draining")
@@ -231,7 +231,7 @@ def test_calls_that_failed_or_were_left_do_not_hold_up_the_end(start_server: Sta
         ):
             with pytest.raises(GanserveError):
                 call()
-        stream = client.stream("cdcgan-mnist", count=1_000_000)
+        stream = client.stream_batches("cdcgan-mnist", count=1_000_000)
         next(stream)
         stream.close()
         assert running.stop() == 0
@@ -239,8 +239,8 @@ def test_calls_that_failed_or_were_left_do_not_hold_up_the_end(start_server: Sta
 
 def test_the_drain_timeout_cuts_off_what_is_left_and_says_so(start_server: Start) -> None:
     running = start_server("--drain-timeout-s", "0.2")
-    with Client(running.address) as client:
-        stream = client.stream("cdcgan-mnist", count=10_000_000)
+    with Client(running.address, retries=False) as client:
+        stream = client.stream_batches("cdcgan-mnist", count=10_000_000)
         next(stream)
         running.process.send_signal(signal.SIGTERM)
         assert running.wait_for("calls cut off")["calls"] == 1
@@ -355,7 +355,7 @@ def test_a_line_of_the_log_tells_what_a_call_was_and_took(start_server: Start) -
     running = start_server("--access-log", "all")
     with Client(running.address) as client:
         client.generate("mlp-mnist", count=20)
-        list(client.stream("mlp-mnist", count=200))
+        list(client.stream_batches("mlp-mnist", count=200))
         client.models()
     generated, streamed, listed = calls_logged(running)  # each is a line of JSON, or it would not be found
     for call, method, images in ((generated, "GenerateImages", 20), (streamed, "StreamImages", 200)):

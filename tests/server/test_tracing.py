@@ -103,7 +103,7 @@ def test_a_call_is_a_span_in_its_callers_trace(start_server: Start, collector: C
 def test_failed_calls_streams_and_calls_of_no_trace_are_spans_too(start_server: Start, collector: Collector) -> None:
     running = start_server()
     with Client(running.address) as client:
-        assert sum(len(batch) for batch in client.stream("mlp-mnist", count=200)) == 200
+        assert sum(len(batch) for batch in client.stream_batches("mlp-mnist", count=200)) == 200
         with pytest.raises(GanserveError):
             client.generate("nothing")
     with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError):
