@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,6 +20,9 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 CHUNK = 4
 DRAWN_SEED = 1000
+WAIT_S = 20
+
+both = pytest.mark.parametrize("twin", [Client, AsyncClient])
 
 
 def answer(request: pb.GenerateImagesRequest, start: int = 0, stop: int | None = None) -> pb.GenerateImagesResponse:

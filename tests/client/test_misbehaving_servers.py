@@ -16,11 +16,13 @@ from hpack import Encoder
 from tests.client.servers import (
     CHUNK,
     DRAWN_SEED,
+    WAIT_S,
     Gate,
     Twin,
     abort_overloaded,
     answer,
     ask,
+    both,
     chunks,
     gate,
     honest,
@@ -58,9 +60,6 @@ from ganserve import (
     transport,
 )
 from ganserve.v1 import generation_pb2 as pb
-
-both = pytest.mark.parametrize("twin", [Client, AsyncClient])
-WAIT_S = 20
 
 
 @pytest.fixture(autouse=True)
@@ -331,9 +330,9 @@ async def test_a_cancelled_task_cancels_its_call() -> None:
             assert await asyncio.to_thread(told.wait, WAIT_S)
 
 
-@pytest.mark.parametrize("method", ["generate", "stream"])
-def test_closing_the_client_ends_its_calls(method: str) -> None:
-    came, over = threading.Event(), threading.Event()
+def holds(method: str, came: threading.Event) -> Any:
+    """Answer once the client is gone; `came` is set when a call is there."""
+    over = threading.Event()
 
     def behave(number: int, request: Any, context: Any) -> Any:
         context.add_callback(over.set)
@@ -341,7 +340,13 @@ def test_closing_the_client_ends_its_calls(method: str) -> None:
         over.wait(WAIT_S)
         return chunks(request) if method == "stream" else answer(request)
 
-    with serving(behave) as (address, _):
+    return behave
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_closing_the_client_ends_its_calls(method: str) -> None:
+    came = threading.Event()
+    with serving(holds(method, came)) as (address, _):
         client = Client(address)
         closing = threading.Thread(target=lambda: (came.wait(WAIT_S), client.close()))
         closing.start()
@@ -354,15 +359,8 @@ def test_closing_the_client_ends_its_calls(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
 async def test_closing_the_async_client_ends_its_calls(method: str) -> None:
-    came, over = threading.Event(), threading.Event()
-
-    def behave(number: int, request: Any, context: Any) -> Any:
-        context.add_callback(over.set)
-        came.set()
-        over.wait(WAIT_S)
-        return chunks(request) if method == "stream" else answer(request)
-
-    with serving(behave) as (address, _):
+    came = threading.Event()
+    with serving(holds(method, came)) as (address, _):
         client = AsyncClient(address)
 
         async def call() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
-from tests.client.servers import Gate, Twin, ask, gate, honest, serving
+from tests.client.servers import WAIT_S, Gate, Twin, ask, both, gate, honest, serving
 from tests.conftest import RunningServer
 from tests.wire import ACK, PING, PREFACE
 
@@ -29,9 +29,6 @@ from ganserve import (
     transport,
 )
 from ganserve.v1 import generation_pb2 as pb
-
-both = pytest.mark.parametrize("twin", [Client, AsyncClient])
-WAIT_S = 20
 
 
 @pytest.fixture(autouse=True)
