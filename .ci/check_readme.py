@@ -1,5 +1,6 @@
 """Check that every ganserve command in the README's shell blocks has only options that the program knows."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -10,11 +11,11 @@ blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", Path("README.md").read_text(), 
 lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
 checked = 0
 for line in lines:
-    words = shlex.split(line, comments=True)
+    words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(line, comments=True)))
     if not words or not Path(words[0]).name.startswith("ganserve"):
         continue
     program = Path(sys.executable).with_name(Path(words[0]).name)
-    command = [word for word in words[1:2] if program.name != "ganserve-server" and not word.startswith("-")]
+    command = [word for word in words[1:2] if not word.startswith("-")]
     done = subprocess.run(
         [program, *command, "--help"], capture_output=True, text=True, check=False, env={"COLUMNS": "200", "PATH": ""}
     )

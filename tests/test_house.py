@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import Metric
 
 from ganserve_server.metrics import Load, Metrics
-from ganserve_server.settings import ENVIRONMENT_PREFIX, ServerSettings
+from ganserve_server.settings import BUNDLED_MODELS, ENVIRONMENT_PREFIX, ServerSettings
 from ganserve_trainer.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -95,10 +95,13 @@ def test_onnxruntime_is_told_not_to_report_its_use(module: str) -> None:
 
 def test_the_readme_lists_every_setting_and_metric() -> None:
     readme = (ROOT / "README.md").read_text()
+    rows = []
     for name, field in ServerSettings.model_fields.items():
-        assert f"`--{name.replace('_', '-')}`" in readme
-        assert f"`{ENVIRONMENT_PREFIX}{name.upper()}`" in readme
-        assert (field.description or "?") in readme, f"the README describes {name} otherwise"
+        told = "the bundled models" if field.default == BUNDLED_MODELS else f"`{field.default}`"
+        default = f" {told} " if field.default != "" else " "
+        flag, variable = name.replace("_", "-"), (ENVIRONMENT_PREFIX + name).upper()
+        rows.append(f"| `--{flag}` | `{variable}` |{default}| {field.description} |\n")
+    assert "".join(rows) in readme, "the README's table of settings should be:\n" + "".join(rows)
     every = itertools.chain(Metrics().registry.collect(), Load(lambda: (0, 0)).collect())
     own: list[Metric] = [metric for metric in every if metric.name.startswith("ganserve_")]
     assert len(own) > 5

@@ -15,13 +15,13 @@ from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry, start_http_server
 
 from ganserve.v1 import administration_pb2_grpc, generation_pb2
 from ganserve_server import administration, inference_protocol
-from ganserve_server.addresses import StartError, bind, name, refused, split
+from ganserve_server.addresses import StartError, bind, name, refused
 from ganserve_server.administration import Administration, AdministrationServicer, OfAllWorkers
 from ganserve_server.calls import CallRecorder
+from ganserve_server.endpoint import Endpoint
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.grpc_server import GrpcServer
 from ganserve_server.inference import grpc_service_pb2
@@ -29,8 +29,10 @@ from ganserve_server.inference_protocol import InferenceServicer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
 from ganserve_server.machine import cores, nvidia_driver
 from ganserve_server.metrics import Load, Metrics
+from ganserve_server.security import Security
 from ganserve_server.servicer import SERVICE, GenerationServicer
 from ganserve_server.settings import ServerSettings
+from ganserve_server.tokens import Buckets
 from ganserve_server.tracing import start_tracing
 from ganserve_server.workers import WORKER_VARIABLE, Parent, Supervisor
 
@@ -48,11 +50,16 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     """
     if variable := os.environ.get(WORKER_VARIABLE):
         parent = Parent(variable)
-        await _serve_models(settings, stop, reload, parent.sockets, Metrics(), parent)
+        of_worker = Metrics()
+        security = Security(settings, of_worker, Buckets(parent.buckets))
+        await _serve_models(settings, stop, reload, parent.sockets, of_worker, security, parent)
         return
     started = time.perf_counter()
     sockets = bind(settings.address, "--address")
     workers = _count_workers(settings)
+    metrics = Metrics() if workers == 1 else None
+    security = Security(settings, metrics, Buckets())
+    security.warn_if_open(sockets)
 
     def log_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
         _log.info(
@@ -68,34 +75,41 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
             },
         )
 
-    if workers == 1:
-        metrics = Metrics()
-        metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, metrics.registry)
-        admin = _AdminServer(settings)
+    if metrics is not None:
+        endpoint = Endpoint(settings.metrics_address, metrics.registry)
+        admin = _AdminServer(settings, security)
 
         def on_serving(facts: Mapping[str, Any], lifecycle: Lifecycle) -> None:
-            log_serving(facts, metrics_address, admin.start(lifecycle))
+            log_serving(facts, endpoint.address, admin.start(lifecycle))
+            endpoint.why_not_ready = lambda: "draining" if stop.is_set() else ""
 
         try:
-            await _serve_models(settings, stop, reload, sockets, metrics, on_serving=on_serving)
+            await _serve_models(settings, stop, reload, sockets, metrics, security, on_serving=on_serving)
             await admin.stop()
         finally:
-            stop_metrics()
+            endpoint.close()
     else:
         supervisor = Supervisor(workers, sockets)
-        metrics_address, stop_metrics = _serve_metrics(settings.metrics_address, supervisor.registry)
-        admin = _AdminServer(settings)
+        endpoint = Endpoint(settings.metrics_address, supervisor.registry)
+        admin = _AdminServer(settings, security)
         try:
             facts = await supervisor.start()
-            log_serving(facts, metrics_address, admin.start(OfAllWorkers(supervisor)))
-            forwarding = asyncio.create_task(_forward_reloads(reload, supervisor))
+            log_serving(facts, endpoint.address, admin.start(OfAllWorkers(supervisor)))
+            endpoint.why_not_ready = lambda: (
+                "draining" if stop.is_set() else "" if supervisor.serves else "no worker serves"
+            )
+            tasks = [
+                asyncio.create_task(_forward_reloads(reload, supervisor, security)),
+                asyncio.create_task(security.watch()),
+            ]
             await stop.wait()
             _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
-            forwarding.cancel()
+            for task in tasks:
+                task.cancel()
             await admin.stop()
             await supervisor.stop()
         finally:
-            stop_metrics()
+            endpoint.close()
             supervisor.close()
     _log.info("stopped")
 
@@ -106,6 +120,7 @@ async def _serve_models(
     reload: asyncio.Event,
     sockets: list[socket.socket],
     metrics: Metrics,
+    security: Security,
     parent: Parent | None = None,
     on_serving: Callable[[Mapping[str, Any], Lifecycle], None] = lambda *_: None,
 ) -> None:
@@ -121,6 +136,12 @@ async def _serve_models(
     server = GrpcServer(
         on_finished=recorder.finished,
         on_refused=recorder.refused,
+        on_tls_failure=recorder.tls_failed,
+        on_aged=metrics.connections_aged.inc,
+        guard=security.guard("generate"),
+        unguarded_services=(health.SERVICE_NAME,),
+        tls=security.context,
+        max_connection_age_s=settings.max_connection_age_s,
         max_connections=settings.max_connections,
         max_streams=settings.max_calls_per_connection,
         max_request_bytes=_MAX_REQUEST_BYTES,
@@ -135,24 +156,25 @@ async def _serve_models(
     grpcs: Any = server
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpcs)
     ours = (SERVICE, inference_protocol.SERVICE)
-    names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
-    add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
+    if settings.reflection == "on":
+        names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+        add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
     for service in ours:
         await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     try:
         server.start(sockets)
     except OSError as error:
         raise refused(settings.address, "--address", error) from error
-    tasks = [asyncio.create_task(_refresh_on(reload, lifecycle))]
+    tasks = [asyncio.create_task(_refresh_on(reload, lifecycle, security)), asyncio.create_task(security.watch())]
     if settings.reload == "watch":
         tasks.append(asyncio.create_task(lifecycle.watch(stop)))
         await asyncio.sleep(0)  # it watches from here on
         await lifecycle.refresh()  # what changed since the models were loaded
-    facts = {
-        "models": table.names,
-        "provider": table.find(table.names[0], None).model.engine.provider,
-    }
+    provider = table.find(table.names[0], None).model.engine.provider
+    metrics.provider_info.labels(settings.provider, provider, int(bool(nvidia_driver()))).set(1)
+    metrics.queue_limit_images.set(settings.max_queue_images)
+    facts = {"models": table.names, "provider": provider}
     if parent:
         parent.tell(facts)
         tasks.append(asyncio.create_task(parent.follow(stop, functools.partial(administration.answer, lifecycle))))
@@ -175,8 +197,8 @@ async def _serve_models(
 class _AdminServer:
     """Answers AdministrationService, if it has an address."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: ServerSettings, security: Security) -> None:
+        self._settings, self._security = settings, security
         # Before the models are loaded: an address that is taken should be told at once.
         off = settings.admin_address == "off"
         self._sockets = [] if off else bind(settings.admin_address, "--admin-address")
@@ -192,6 +214,8 @@ class _AdminServer:
             max_connections=_ADMIN_CONNECTIONS,
             max_streams=_ADMIN_CONNECTIONS,
             max_request_bytes=_MAX_REQUEST_BYTES,
+            guard=self._security.guard("admin"),
+            tls=self._security.context,
         )
         grpcs: Any = server
         administration_pb2_grpc.add_AdministrationServiceServicer_to_server(AdministrationServicer(able), grpcs)
@@ -221,10 +245,11 @@ def _count_workers(settings: ServerSettings) -> int:
     return max(1, (settings.threads or cores().usable) // 4)
 
 
-async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor) -> None:
+async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, security: Security) -> None:
     while True:
         await reload.wait()
         reload.clear()
+        security.refresh()
         supervisor.signal(signal.SIGHUP)
 
 
@@ -258,10 +283,11 @@ def _reflected() -> DescriptorPool:
     return cast(DescriptorPool, pool)
 
 
-async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle) -> None:
+async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle, security: Security) -> None:
     while True:
         await reload.wait()
         reload.clear()
+        security.refresh()
         await lifecycle.refresh()
 
 
@@ -276,21 +302,3 @@ def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, begin, number)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
-
-
-def _serve_metrics(address: str, registry: CollectorRegistry) -> tuple[str | None, Callable[[], None]]:
-    """Start the Prometheus endpoint; return its address and what stops it."""
-    if address == "off":
-        return None, lambda: None
-    host, port = split(address, "--metrics-address")
-    try:
-        http, thread = start_http_server(port, host.strip("[]"), registry)
-    except (OSError, UnicodeError) as error:
-        raise StartError(f"cannot listen on {address}: {error} (--metrics-address, 'off' for none)") from error
-
-    def stop() -> None:
-        http.shutdown()
-        http.server_close()
-        thread.join()
-
-    return f"{host}:{http.server_port}", stop

@@ -12,6 +12,7 @@ from ganserve_server.errors import ServingError
 from ganserve_server.grpc_server import Call
 from ganserve_server.metrics import OTHER, Metrics
 from ganserve_server.settings import AccessLog
+from ganserve_server.tls import CLOSED, failure
 from ganserve_server.tracing import Tracing
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class CallRecorder:
         requests, seconds = self._of(path, call.model, call.version, code.name)
         requests.inc()
         seconds.observe(took)
+        if call.caller is not None and call.work is not None and code is grpc.StatusCode.OK:
+            self._metrics.caller_images.labels(call.caller.name).inc(call.work.count)
         if code is grpc.StatusCode.CANCELLED:
             self._metrics.cancellations.labels(call.model or OTHER, _stage(call)).inc()
         trace_id = None if self._tracing is None else self._tracing.record(call, code, text)
@@ -49,6 +52,13 @@ class CallRecorder:
         failed = code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
         if failed or self._access_log == "all":
             self._log(call, code, text, took, trace_id)
+
+    def tls_failed(self, error: OSError) -> None:
+        """Count a connection that ended in the TLS handshake, and log it unless it was only closed."""
+        reason = failure(error)
+        self._metrics.tls_failures.labels(reason).inc()
+        if self._access_log != "off" and reason != CLOSED:
+            _log.info("TLS failed", extra={"reason": reason, "error": str(error)})
 
     def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
         method, model = _method(path), model or OTHER
@@ -69,6 +79,8 @@ class CallRecorder:
                 "queue_s": round(work.queue_s, 6),
                 "compute_s": round(work.compute_s, 6),
             }
+        if call.caller is not None:
+            told["caller"] = call.caller.name
         told["request_id"] = call.request_id
         if trace_id is not None:
             told["trace_id"] = trace_id

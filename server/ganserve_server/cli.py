@@ -2,32 +2,47 @@
 
 import asyncio
 import inspect
+import json
 import logging
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import structlog
 import typer
 from pydantic import ValidationError
 
-from ganserve_server.settings import BUNDLED_MODELS, ENVIRONMENT_PREFIX, ServerSettings
+from ganserve_server.settings import (
+    BUNDLED_MODELS,
+    CONFIG_VARIABLE,
+    ENVIRONMENT_PREFIX,
+    ServerSettings,
+    SettingsError,
+    check_environment,
+    read_config,
+)
 
 
-def _serve(context: typer.Context, **flags: Any) -> None:
+def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     """Serve images from a repository of ONNX generators over gRPC.
 
-    Answers GenerationService, grpc.health.v1 and server reflection. SIGTERM drains and exits with status 0.
+    Answers GenerationService, the Open Inference Protocol, grpc.health.v1 and server reflection. A flag goes before its
+    environment variable, that before the file of --config. SIGTERM drains and exits with status 0.
     """
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        settings = ServerSettings(**{name: value for name, value in flags.items() if value is not None})
+        check_environment()
+        values = (read_config(config) if config else {}) | given
+        settings = ServerSettings(**values)
+    except SettingsError as error:
+        print(f"ganserve-server: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0])
-            print(
-                f"ganserve-server: {_flag(name)} (or {_variable(name)}) is {problem['input']!r}: {problem['msg']}",
-                file=sys.stderr,
-            )
+            place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
+            print(f"ganserve-server: {place} is {problem['input']!r}: {problem['msg']}", file=sys.stderr)
         raise typer.Exit(2) from error
     context.obj = settings
     if context.invoked_subcommand:
@@ -67,6 +82,61 @@ def _doctor(
         raise typer.Exit(1)
 
 
+def _config(context: typer.Context) -> None:
+    """Print the settings as a server would have them, each with where it comes from: TOML that --config reads.
+
+    There are no secrets among them: keys and tokens stay in their files, of which the settings have the names.
+    """
+    parent = context.parent
+    assert parent is not None
+    settings: ServerSettings = context.obj
+    file = parent.params["config"]
+    in_file = read_config(file) if file else {}
+    for name, value in settings.model_dump(mode="json").items():
+        source = parent.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            told = _flag(name)
+        elif source is not None and source.name == "ENVIRONMENT":
+            told = _variable(name)
+        else:
+            told = file if name in in_file else "default"
+        # A JSON text is a TOML text, but for a character that no setting has.
+        print(f"{name} = {json.dumps(value)}  # {told}")
+
+
+def _token(
+    name: Annotated[str, typer.Argument(help="Whose it is: letters, digits, '.', '_' and '-'.")],
+    file: Annotated[Path, typer.Option(help="The tokens file; made if it is not there.")],
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="generate: images; admin: models, on --admin-address. May be given twice.", show_default="generate"
+        ),
+    ] = None,
+    images_per_s: Annotated[float | None, typer.Option(help="How many images a second it may ask for.")] = None,
+    burst_images: Annotated[
+        float | None, typer.Option(help="How many at once.", show_default="those of a second")
+    ] = None,
+) -> None:
+    """Make a token, add its hash to a tokens file, and print the token: it is kept nowhere."""
+    from ganserve_server import tokens
+
+    token, digest = tokens.new_token()
+    entry = {
+        "name": name,
+        "sha256": digest,
+        "roles": role or ["generate"],
+        "images_per_s": images_per_s,
+        "burst_images": burst_images,
+    }
+    try:
+        tokens.add(file, {key: value for key, value in entry.items() if value is not None})
+    except (OSError, ValueError) as error:
+        print(f"ganserve-server: {error}; nothing was changed", file=sys.stderr)
+        raise typer.Exit(2) from error
+    print(token)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -78,7 +148,15 @@ def _variable(name: str) -> str:
 def _parameters() -> list[inspect.Parameter]:
     """Make a flag of every setting, so that name, type, help and default stand in one place."""
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    parameters = [context]
+    config = inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            str | None, typer.Option("--config", help="TOML file of these settings.", envvar=CONFIG_VARIABLE)
+        ],
+    )
+    parameters = [context, config]
     for name, field in ServerSettings.model_fields.items():
         # Left to ServerSettings to fill in and check: only it knows the environment.
         kind = field.annotation if field.annotation in (int, float) else str
@@ -126,5 +204,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_serve)
+    app.command("config")(_config)
     app.command("doctor")(_doctor)
+    app.command("token")(_token)
     app()

@@ -64,6 +64,13 @@ class PermissionDenied(ServingError):  # noqa: N818
     reason = "permission_denied"
 
 
+class Unauthenticated(ServingError):  # noqa: N818
+    """The caller has not shown who it is."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "unauthenticated"
+
+
 class ModelNotLoaded(ServingError):  # noqa: N818
     """None of a model's versions can be served."""
 
@@ -80,6 +87,12 @@ class QueueFull(ServingError):  # noqa: N818
     def __init__(self, text: str, retry_after_s: float) -> None:
         super().__init__(text)
         self.retry_after_s = max(0.001, float(f"{retry_after_s:.2g}"))
+
+
+class RateLimited(QueueFull):
+    """The caller asks for more images a second than it may."""
+
+    reason = "rate_limited"
 
 
 class Unavailable(ServingError):  # noqa: N818

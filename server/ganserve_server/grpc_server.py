@@ -11,7 +11,9 @@ import contextlib
 import functools
 import itertools
 import logging
+import random
 import re
+import ssl
 import time
 import urllib.parse
 import uuid
@@ -46,6 +48,7 @@ _OF_HTTP1 = (b"connection", b"proxy-connection", b"transfer-encoding", b"keep-al
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
 _PREFIX = 5  # bytes before a message: compressed or not, and its length
 _CLOSE_GRACE_S = 1.0
+_HANDSHAKE_TIMEOUT_S = 10.0
 _BACKLOG = 1024
 _YIELD_S = 0.001  # in which a worker with fewer connections takes the next
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
@@ -139,6 +142,22 @@ class Work(Protocol):
         """What their batches took."""
 
 
+class Caller(Protocol):
+    """Who calls, where the server asks for that."""
+
+    name: str
+
+    def take(self, images: int) -> None:
+        """Count images that are asked for.
+
+        Raises:
+            ServingError: they are too many now.
+        """
+
+    async def wait_for(self, images: int) -> None:
+        """Count images once they are not too many."""
+
+
 class Call(Stream):
     """One call. `reply` or `fail` ends it; `write` and `finish` answer with many messages."""
 
@@ -150,8 +169,10 @@ class Call(Stream):
         "_sink",
         "_size",
         "_timer",
+        "caller",
         "connection",
         "deadline",
+        "denied",
         "encode_s",
         "head",
         "method",
@@ -171,6 +192,8 @@ class Call(Stream):
         self.method = server.methods.get(head.path)
         self.started = time.perf_counter()
         self.request_id = head.request_id or server.new_request_id()
+        self.caller: Caller | None = None
+        self.denied: ServingError | None = None  # why the caller may not
         # For metrics, log and traces; the method fills them in.
         self.model = ""
         self.version: int | None = None
@@ -189,19 +212,35 @@ class Call(Stream):
         self._holds_much = False
         self._headers_sent = False
         self._sink: RequestSink | None = None
-        if self.method is not None and self.method.open is not None:
-            self._sink = self.method.open(self)
+        if self.method is not None:
+            if server.guard is not None and self.method.guarded:
+                self._find_caller(server.guard)
+            if self.method.open is not None and self.denied is None:
+                self._sink = self.method.open(self)
 
     @property
     def partly_sent(self) -> bool:
         """Whether some of the answer was sent before the last of it."""
         return self._headers_sent
 
+    @property
+    def turn_of(self) -> object:
+        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+        return self.connection if self.caller is None else self.caller.name
+
+    def _find_caller(self, guard: "Callable[[Call], None]") -> None:
+        try:
+            guard(self)
+        except ServingError as error:
+            self.denied = error
+            # Not here: the connection does not know of this call yet. What comes before that is not read.
+            self.server.loop.call_soon(self.fail, error)
+
     # The request.
 
     def on_data(self, data: bytes) -> None:
         """Keep the message's bytes, or hand on each message of a stream of requests."""
-        if self.over:
+        if self.over or self.denied is not None:
             return
         if self.head.refusal is not None:
             self._refuse(self.head.refusal)
@@ -225,7 +264,7 @@ class Call(Stream):
 
     def on_end(self) -> None:
         """Start the method: the request is complete."""
-        if self.over:
+        if self.over or self.denied is not None:
             return
         method, body, head = self.method, self._body, self.head
         if head.refusal is not None:
@@ -480,6 +519,8 @@ class Method:
     start: Callable[[Call, bytes], None] | None = None
     open: Callable[[Call], RequestSink] | None = None
     awaited: bool = True  # by a drain
+    guarded: bool = True  # for callers that may
+    counts_images: bool = False  # itself, against its caller's rate
 
 
 class GrpcServer:
@@ -495,6 +536,13 @@ class GrpcServer:
         max_buffered_bytes: of requests that are not complete, all connections together.
         max_backlog_bytes: of answers that are not read, all connections together: large ones beyond it are refused.
         board: where the workers that share the sockets, if there are others, tell their connections.
+        unguarded_services: that all may call.
+        guard: finds a call's caller, at its headers, and raises a ServingError if he may not call; None: all may.
+        tls: gives what a new connection is greeted with; None: plain text.
+        on_tls_failure: called with the reason when a peer and this side do not agree on TLS.
+        max_connection_age_s: give or take a tenth, until a connection is drained: so that a load balancer's long-lived
+            ones spread over replicas that were added; 0: never.
+        on_aged: called for each that is.
     """
 
     def __init__(
@@ -509,6 +557,12 @@ class GrpcServer:
         max_buffered_bytes: int = 256 << 20,
         max_backlog_bytes: int = 1 << 30,
         board: Board | None = None,
+        unguarded_services: Collection[str] = (),
+        guard: Callable[[Call], None] | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        on_tls_failure: Callable[[OSError], None] = lambda _: None,
+        max_connection_age_s: float = 0.0,
+        on_aged: Callable[[], None] = lambda: None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.methods: dict[str, Method] = {}
@@ -519,7 +573,9 @@ class GrpcServer:
         self._draining = False
         self.running = 0
         self._on_finished, self.on_refused = on_finished, on_refused
-        self._unawaited_services = unawaited_services
+        self._unawaited_services, self._unguarded_services = unawaited_services, unguarded_services
+        self.guard, self._tls, self._on_tls_failure = guard, tls, on_tls_failure
+        self._max_connection_age_s, self._on_aged = max_connection_age_s, on_aged
         self._max_connections, self._max_streams = max_connections, max_streams
         self._connections: set[Connection[Head]] = set()
         self._empty = asyncio.Event()
@@ -551,17 +607,17 @@ class GrpcServer:
         self, service: str, handlers: Mapping[str, "grpc.RpcMethodHandler[Any, Any]"]
     ) -> None:
         """Answer the methods of a servicer written for grpc.aio; of its context, it has what `Call` has."""
-        awaited = service not in self._unawaited_services
+        awaited, guarded = service not in self._unawaited_services, service not in self._unguarded_services
         for name, handler in handlers.items():
             path = f"/{service}/{name}"
             if path in self.methods:
                 continue
             if handler.request_streaming:
                 opener = functools.partial(self._open_stream_stream, handler)
-                self.add_method(path, Method(open=opener, awaited=awaited))
+                self.add_method(path, Method(open=opener, awaited=awaited, guarded=guarded))
             else:
                 start = self._start_unary_stream if handler.response_streaming else self._start_unary_unary
-                self.add_method(path, Method(start=functools.partial(start, handler), awaited=awaited))
+                self.add_method(path, Method(start=functools.partial(start, handler), awaited=awaited, guarded=guarded))
 
     def start(self, sockets: Iterable[socket]) -> None:
         """Listen on sockets that are bound.
@@ -584,11 +640,7 @@ class GrpcServer:
             self.loop.remove_reader(bound)
             bound.close()
         for connection in tuple(self._connections):
-            connection.drain()
-            for call in tuple(connection.streams.values()):
-                assert isinstance(call, Call)
-                if call.method is not None and not call.method.awaited:
-                    call.fail(Unavailable("the server is shutting down"))
+            self._drain(connection, "the server is shutting down")
         await self._emptied(timeout_s)
         calls = [call for connection in self._connections for call in connection.streams.values()]
         if calls:
@@ -602,6 +654,14 @@ class GrpcServer:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @staticmethod
+    def _drain(connection: Connection[Head], reason: str) -> None:
+        connection.drain()
+        for call in tuple(connection.streams.values()):
+            assert isinstance(call, Call)
+            if call.method is not None and not call.method.awaited:
+                call.fail(Unavailable(reason))
 
     async def _emptied(self, timeout_s: float) -> None:
         """Wait until there are no connections."""
@@ -660,6 +720,9 @@ class GrpcServer:
                 _log.error("a connection cannot be accepted", extra={"reason": str(error)})
                 pause_s = _ACCEPT_PAUSE_S
             else:
+                if self._tls is not None and self._accepted >= self._max_connections:
+                    accepted.close()  # to tell it why would cost a handshake
+                    return
                 accepted.setblocking(False)
                 self._accepted += 1
                 self._count_connections()
@@ -675,9 +738,14 @@ class GrpcServer:
             self.loop.add_reader(listening, self._accept, listening)
 
     async def _adopt(self, accepted: socket) -> None:
+        tls: dict[str, Any] = {}
+        if self._tls is not None:
+            tls = {"ssl": self._tls(), "ssl_handshake_timeout": _HANDSHAKE_TIMEOUT_S, "ssl_shutdown_timeout": 1.0}
         try:
-            await self.loop.connect_accepted_socket(self._new_connection, accepted)
-        except OSError:
+            await self.loop.connect_accepted_socket(self._new_connection, accepted, **tls)
+        except OSError as error:
+            if tls:
+                self._on_tls_failure(error)
             accepted.close()
             self._accepted -= 1
             self._count_connections()
@@ -698,7 +766,14 @@ class GrpcServer:
         self._empty.clear()
         if self._draining:
             connection.drain()  # it was accepted before the listeners were closed
+        elif self._max_connection_age_s:
+            age_s = self._max_connection_age_s * random.uniform(0.9, 1.1)
+            connection.end_later(age_s, self._age)
         return len(self._connections) <= self._max_connections
+
+    def _age(self, connection: Connection[Head]) -> None:
+        self._on_aged()
+        self._drain(connection, "the connection has been open for long; call again on another")
 
     def _lost(self, connection: Connection[Head]) -> None:
         self._connections.discard(connection)

@@ -223,6 +223,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._closing = False
         self._peer_timer: asyncio.TimerHandle | None = None  # for what the peer must do in time
         self._drain_timer: asyncio.TimerHandle | None = None
+        self._age_timer: asyncio.TimerHandle | None = None
         self.streams: dict[int, Stream] = {}
         self.transport: asyncio.Transport
 
@@ -374,6 +375,10 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         # In two steps, as RFC 9113, 6.8 advises: streams that are on their way now will be answered.
         self._write(frame(GOAWAY, 0, 0, struct.pack(">II", _MAX_WINDOW, NO_ERROR)))
         self._drain_timer = self._loop.call_later(_GOAWAY_GRACE_S, self._stop_streams)
+
+    def end_later(self, age_s: float, end: "Callable[[Connection[HeadT]], None]") -> None:
+        """Call `end` with the connection at that age, unless it is over."""
+        self._age_timer = self._loop.call_later(age_s, end, self)
 
     def close(self) -> None:
         """Close the connection, with whatever runs on it."""
@@ -767,7 +772,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._peer_timer.cancel()
 
     def _stop_timers(self) -> None:
-        for timer in (self._peer_timer, self._drain_timer):
+        for timer in (self._peer_timer, self._drain_timer, self._age_timer):
             if timer is not None:
                 timer.cancel()
 

@@ -78,7 +78,7 @@ class InferenceServicer:
     def add_to(self, server: GrpcServer, *, administration_alone: bool = False) -> None:
         """Answer the service's calls, or those alone that load and unload models."""
         if not administration_alone:
-            server.add_method(f"/{SERVICE}/ModelInfer", Method(start=self._model_infer))
+            server.add_method(f"/{SERVICE}/ModelInfer", Method(start=self._model_infer, counts_images=True))
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 getattr(self, method.name),
@@ -97,6 +97,8 @@ class InferenceServicer:
         model = batcher.model
         options = _options(request)
         draw = _draw(request, model, images_limit(model, self._settings.max_images_per_request), options.truncation)
+        if call.caller is not None:
+            call.caller.take(draw.count)
 
         def done(made: Made | ServingError) -> None:
             if isinstance(made, ServingError):
@@ -106,7 +108,7 @@ class InferenceServicer:
 
         deadlines = [one for one in (call.deadline, options.deadline) if one is not None]
         call.work = job = batcher.submit(
-            draw, done, caller=call.connection, deadline=min(deadlines, default=None), bulk=options.bulk
+            draw, done, caller=call.turn_of, deadline=min(deadlines, default=None), bulk=options.bulk
         )
         call.on_cancel = job.cancel
 

@@ -100,6 +100,48 @@ class Metrics:
         self.rejections = Counter(
             "ganserve_rejections", "Requests refused by the server, by reason.", ["reason"], registry=registry
         )
+        self.caller_images = Counter(
+            "ganserve_caller_images",
+            "Images of calls that ended well, by the name of the token that asked for them.",
+            ["caller"],
+            registry=registry,
+        )
+        self.tls_failures = Counter(
+            "ganserve_tls_failures",
+            "Connections that ended in the TLS handshake, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self.connections_aged = Counter(
+            "ganserve_connections_aged", "Connections ended for their age.", registry=registry
+        )
+        self.file_reloads = Counter(
+            "ganserve_file_reloads",
+            "Changed files that were read again, by kind (certificates, tokens) and outcome (loaded, kept_out).",
+            ["kind", "outcome"],
+            registry=registry,
+        )
+        # With a label: without one it would be there, and 0, where there is no certificate.
+        self.certificate_expiry = Gauge(
+            "ganserve_certificate_expiry_timestamp_seconds",
+            "When the first certificate in use ends, of the server's and of the authorities of its callers.",
+            ["certificate"],
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self.queue_limit_images = Gauge(
+            "ganserve_queue_limit_images",
+            "Images that may wait for one model, in all workers together.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.provider_info = Gauge(
+            "ganserve_provider_info",
+            "1, with what was asked for, what computes, and whether an NVIDIA driver is there (1 or 0).",
+            ["asked", "running", "gpu"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         self.model_loads = Counter(
             "ganserve_model_loads",
             "Model files loaded or kept out, and versions unloaded.",

@@ -38,9 +38,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def add_to(self, server: GrpcServer) -> None:
         """Answer the service's calls."""
-        server.add_method(f"/{SERVICE}/GenerateImages", Method(start=self._generate_images))
-        server.add_method(f"/{SERVICE}/GenerateEach", Method(open=self._generate_each))
-        server.add_method(f"/{SERVICE}/StreamImages", Method(start=self._stream_images))
+        server.add_method(f"/{SERVICE}/GenerateImages", Method(start=self._generate_images, counts_images=True))
+        server.add_method(f"/{SERVICE}/GenerateEach", Method(open=self._generate_each, counts_images=True))
+        server.add_method(f"/{SERVICE}/StreamImages", Method(start=self._stream_images, counts_images=True))
         pb_grpc.add_GenerationServiceServicer_to_server(self, server)
 
     def _generate_images(self, call: Call, content: bytes) -> None:
@@ -48,6 +48,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         request = read_message(pb.GenerateImagesRequest.FromString, content)
         batcher = self._find(request, call)
         checked = self._check(request, batcher)
+        if call.caller is not None:
+            call.caller.take(checked.count)
         draw = checked.draw(0, checked.count)
 
         def done(made: Made | ServingError) -> None:
@@ -61,7 +63,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         async def encode(made: Made) -> None:
             call.reply(await self._encoded(checked, draw, made, call))
 
-        call.work = job = batcher.submit(draw, done, caller=call.connection, deadline=call.deadline, bulk=checked.bulk)
+        call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=call.deadline, bulk=checked.bulk)
         call.on_cancel = job.cancel
 
     def _generate_each(self, call: Call) -> RequestSink:
@@ -78,6 +80,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """
         batcher = self._find(request, call)
         checked = self._check(request, batcher)
+        if call.caller is not None:
+            call.caller.take(checked.count)
         draw = checked.draw(0, checked.count)
 
         async def encode(made: Made) -> None:
@@ -93,7 +97,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             else:
                 call.server.spawn(call, encode(made), cancel=call.on_cancel)
 
-        job = batcher.submit(draw, made_or_not, caller=call.connection, deadline=call.deadline, bulk=checked.bulk)
+        job = batcher.submit(draw, made_or_not, caller=call.turn_of, deadline=call.deadline, bulk=checked.bulk)
         tally.count += draw.count
         tally.queued(job)
         return job
@@ -166,9 +170,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         accepted: bool,
     ) -> bytes:
         """Make images start to stop of a request, and write them as it asks."""
+        if call.caller is not None:
+            await call.caller.wait_for(stop - start)
         draw = request.draw(start, stop)
         made = await batcher.make(
-            draw, caller=call.connection, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally
+            draw, caller=call.turn_of, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally
         )
         return await self._encoded(request, draw, made, call)
 

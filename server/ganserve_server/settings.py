@@ -1,20 +1,31 @@
-"""The server's settings: each is a flag and an environment variable."""
+"""The server's settings: each is a flag, an environment variable and a key of a TOML file."""
 
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 AccessLog = Literal["off", "errors", "all"]
 ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
+CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
+# What Kubernetes and Docker tell every container of a service that is called ganserve-server.
+_OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
 
 
-class ServerSettings(BaseSettings):
-    """Flags go before environment variables, these before the defaults. Unknown values are errors."""
+class SettingsError(Exception):
+    """A setting is wrong or unknown; the text says which, where it stands, and what is near it."""
 
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, env_ignore_empty=True)
+
+class ServerSettings(BaseModel):
+    """What the server is told. Unknown keys and values are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: Annotated[Path, Field(description="Model repository: MODELS/NAME/VERSION/model.onnx.")] = BUNDLED_MODELS
     versions: Annotated[
@@ -38,6 +49,19 @@ class ServerSettings(BaseSettings):
         str,
         Field(description="Where to answer AdministrationService (load, unload, reload), HOST:PORT; 'off' for none."),
     ] = "off"
+    tls_certificate_file: Annotated[
+        str, Field(description="Certificate chain, PEM: turns TLS on for calls; read again when it changes.")
+    ] = ""
+    tls_key_file: Annotated[str, Field(description="The certificate's key, PEM, not encrypted.")] = ""
+    tls_client_ca_file: Annotated[
+        str, Field(description="Callers must have a certificate of one of these authorities, PEM: mutual TLS.")
+    ] = ""
+    tokens_file: Annotated[
+        str, Field(description="Whose tokens may call, as `ganserve-server token` writes it; without one all may.")
+    ] = ""
+    reflection: Annotated[
+        Literal["on", "off"], Field(description="Whether callers may ask for the services and their messages.")
+    ] = "on"
     workers: Annotated[
         str,
         Field(
@@ -76,6 +100,14 @@ class ServerSettings(BaseSettings):
     max_calls_per_connection: Annotated[
         int, Field(ge=1, le=1_000_000, description="Calls at a time on one connection; a client keeps more waiting.")
     ] = 1000
+    max_connection_age_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=31_536_000,
+            description="Age, give or take a tenth, at which a connection takes no more calls and ends; 0: never.",
+        ),
+    ] = 0.0
     max_model_mib: Annotated[int, Field(ge=1, description="Size of a model file; a larger one is not loaded.")] = 512
     drain_delay_s: Annotated[
         float,
@@ -92,3 +124,46 @@ class ServerSettings(BaseSettings):
         AccessLog,
         Field(description="Which calls to log: off, errors (not those whose caller left) or all."),
     ] = "errors"
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Read a TOML file of settings.
+
+    Raises:
+        SettingsError: it cannot be read, or has a key that is no setting.
+    """
+    try:
+        content = tomllib.loads(Path(file).read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file} (--config) cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} (--config) is not TOML: {error}") from error
+    for key, value in content.items():
+        if key not in ServerSettings.model_fields:
+            raise SettingsError(f"{file} has the key {key!r}, which is no setting{nearest(key, _names())}")
+        if isinstance(value, dict | list | bool):
+            raise SettingsError(f"{file}: {key} is a table, an array or a boolean; it must be a number or a text")
+    return content
+
+
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Look for variables of this program that are none of its settings.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    known = [(ENVIRONMENT_PREFIX + name).upper() for name in _names()] + [CONFIG_VARIABLE]
+    for variable in sorted(environment):
+        ours = variable.startswith(ENVIRONMENT_PREFIX) and variable not in known
+        if ours and not _OF_SERVICE_LINKS.fullmatch(variable.removeprefix(ENVIRONMENT_PREFIX)):
+            raise SettingsError(f"{variable} is no setting{nearest(variable, known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at what was meant, or nothing."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _names() -> list[str]:
+    return list(ServerSettings.model_fields)

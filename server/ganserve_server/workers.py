@@ -29,6 +29,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ganserve_server.addresses import StartError
 from ganserve_server.metrics import Load
+from ganserve_server.tokens import BUCKETS_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class Board:
         there = [one for one in range(0, self.workers * _CELLS, _CELLS) if cells[one] != _ABSENT]
         return sum(cells[one] for one in there), sum(cells[one + 2] for one in there)
 
+    def present(self) -> int:
+        """Count the workers that are there."""
+        return sum(self._cells[one] != _ABSENT for one in range(0, self.workers * _CELLS, _CELLS))
+
     def may_accept(self) -> bool:
         """Tell whether no other worker has fewer connections."""
         mine = self._cells[self._mine * _CELLS]
@@ -89,6 +94,7 @@ class Parent:
         self.number: int = given["number"]
         self.board = Board(given["board"], given["workers"], self.number)
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
+        self.buckets: int = given["buckets"]  # memory of the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
@@ -151,6 +157,8 @@ class Supervisor:
         self._count, self._sockets = count, sockets
         self._memory = os.memfd_create("ganserve-board")
         os.ftruncate(self._memory, count * _CELLS * _CELL)
+        self._buckets = os.memfd_create("ganserve-buckets")
+        os.ftruncate(self._buckets, BUCKETS_BYTES)
         self._board = Board(self._memory, count, mine=0)
         for number in range(count):
             self._board.absent(number)
@@ -168,6 +176,11 @@ class Supervisor:
     def pids(self) -> list[int]:
         """The workers' process ids."""
         return [worker.process.pid for worker in self._workers.values()]
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is a worker that takes calls."""
+        return self._board.present() > 0
 
     async def start(self) -> dict[str, Any]:
         """Start all workers; return what the first says of itself.
@@ -218,6 +231,7 @@ class Supervisor:
             "workers": self._count,
             "sockets": descriptors,
             "board": self._memory,
+            "buckets": self._buckets,
             "channel": theirs.fileno(),
             "unloaded": sorted(self.unloaded),
         }
@@ -227,7 +241,7 @@ class Supervisor:
             "ganserve_server",
             *sys.argv[1:],
             env={**os.environ, WORKER_VARIABLE: json.dumps(variable), "PROMETHEUS_MULTIPROC_DIR": str(self._folder)},
-            pass_fds=(*descriptors, self._memory, theirs.fileno()),
+            pass_fds=(*descriptors, self._memory, self._buckets, theirs.fileno()),
             process_group=0,  # a terminal's Ctrl-C is the supervisor's to pass on
         )
         theirs.close()

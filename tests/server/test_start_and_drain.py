@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,14 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from prometheus_client import CollectorRegistry
 from tests.conftest import START_TIMEOUT_S, RunningServer
 
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.settings import BUNDLED_MODELS
+from ganserve_server.endpoint import Endpoint
+from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -326,6 +329,97 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch,
         client.generate("mlp-mnist", count=6)
     with Client(start_server("--max-images-per-request", "7").address) as client:
         assert len(client.generate("mlp-mnist", count=7)) == 7
+
+
+def test_a_flag_goes_before_the_environment_and_that_before_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start_server: Start
+) -> None:
+    (file := tmp_path / "server.toml").write_text(
+        "max_images_per_request = 5\nmax_batch_size = 6\nmax_queue_images = 7\naccess_log = 'all'"
+    )
+    monkeypatch.setenv("GANSERVE_SERVER_CONFIG", str(file))
+    monkeypatch.setenv("GANSERVE_SERVER_MAX_BATCH_SIZE", "8")
+    monkeypatch.setenv("GANSERVE_SERVER_MAX_QUEUE_IMAGES", "9")
+    monkeypatch.setenv("GANSERVE_SERVER_SERVICE_PORT_GRPC", "50051")  # Kubernetes tells this of a service of that name
+    told = settings_told("--max-queue-images", "10")
+    lines = [line for line in told.splitlines() if not line.endswith("# default")]
+    assert lines == [
+        "max_batch_size = 8  # GANSERVE_SERVER_MAX_BATCH_SIZE",
+        "max_queue_images = 10  # --max-queue-images",
+        f"max_images_per_request = 5  # {file}",
+        f'access_log = "all"  # {file}',
+    ]
+    # What it prints, it reads.
+    (again := tmp_path / "again.toml").write_text(told)
+    for variable in ("MAX_BATCH_SIZE", "MAX_QUEUE_IMAGES"):
+        monkeypatch.delenv(f"GANSERVE_SERVER_{variable}")
+    values = [line.partition("  #")[0] for line in told.splitlines()]
+    assert [line.partition("  #")[0] for line in settings_told("--config", again).splitlines()] == values
+    assert len(values) == len(ServerSettings.model_fields)
+    with Client(start_server().address) as client, pytest.raises(GanserveError, match="1 to 5"):
+        client.generate("mlp-mnist", count=6)
+
+
+def settings_told(*flags: str | Path) -> str:
+    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("max_batchsize = 5", "'max_batchsize', which is no setting; did you mean max_batch_size?"),
+        ("max_batch_size = 'many'", "max_batch_size in "),
+        ("max_batch_size = 0", "greater than or equal to 1"),
+        ("[server]\naddress = ''", "'server', which is no setting"),
+        ("max_batch_size = [1]", "max_batch_size is a table, an array or a boolean"),
+        ("max_batch_size", "is not TOML"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_told(content: str, text: str, tmp_path: Path) -> None:
+    (file := tmp_path / "server.toml").write_text(content)
+    assert text in failing_start("--config", file, code=2)
+
+
+def test_a_file_of_settings_that_is_not_there_is_told(tmp_path: Path) -> None:
+    assert "nothing.toml (--config) cannot be read: No such file" in failing_start(
+        "--config", tmp_path / "nothing.toml", code=2
+    )
+
+
+def test_an_unknown_variable_of_the_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GANSERVE_SERVER_MAX_BATCHSIZE", "5")
+    assert "did you mean GANSERVE_SERVER_MAX_BATCH_SIZE?" in failing_start(code=2)
+
+
+def http_get(address: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}") as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_probes_are_answered_by_http_too(workers: str, start_server: Start) -> None:
+    running = start_server("--workers", workers, "--drain-delay-s", "5")
+    assert http_get(running.metrics_address, "/livez") == (200, "ok\n")
+    assert http_get(running.metrics_address, "/readyz?verbose") == (200, "ok\n")
+    assert http_get(running.metrics_address, "/")[0] == 404
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_for("draining")
+    assert http_get(running.metrics_address, "/readyz") == (503, "draining\n")
+    assert http_get(running.metrics_address, "/livez") == (200, "ok\n")
+    assert [name for name in scrape(running) if name.startswith('ganserve_provider_info{asked="auto"')]
+    assert scrape(running)["ganserve_queue_limit_images"] == 4096 * int(workers)
+
+
+def test_a_server_that_loads_is_alive_and_not_ready() -> None:
+    endpoint = Endpoint("127.0.0.1:0", CollectorRegistry())
+    assert endpoint.address is not None
+    assert http_get(endpoint.address, "/readyz") == (503, "starting\n")
+    assert http_get(endpoint.address, "/livez") == (200, "ok\n")
+    endpoint.close()
 
 
 def calls_logged(running: RunningServer) -> list[dict[str, object]]:

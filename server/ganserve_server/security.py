@@ -1,0 +1,108 @@
+"""What guards an address: TLS and tokens, of files that may change while the server runs."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from socket import AF_INET6, socket
+
+from ganserve_server.grpc_server import Call
+from ganserve_server.metrics import Metrics
+from ganserve_server.settings import ServerSettings
+from ganserve_server.tls import Certificates
+from ganserve_server.tokens import Buckets, Role, Tokens
+
+_log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 2.0
+
+
+class Security:
+    """A process's certificates and tokens; either may be None.
+
+    Args:
+        settings: name the files.
+        metrics: of this process; None in a supervisor, whose workers have them.
+        buckets: of the tokens' rates.
+
+    Raises:
+        StartError: a file cannot be used.
+    """
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics | None, buckets: Buckets) -> None:
+        with_tls = settings.tls_certificate_file or settings.tls_key_file or settings.tls_client_ca_file
+        self.certificates = Certificates(settings, metrics) if with_tls else None
+        self.tokens = Tokens(settings.tokens_file, buckets) if settings.tokens_file else None
+        self._metrics = metrics
+        self._parts = {"certificates": self.certificates, "tokens": self.tokens}
+        self._seen = {kind: _state(part.files) for kind, part in self._parts.items() if part}
+
+    @property
+    def context(self) -> Callable[[], ssl.SSLContext] | None:
+        """Gives what a new connection is greeted with; None where there is no TLS."""
+        certificates = self.certificates
+        return None if certificates is None else lambda: certificates.context
+
+    def guard(self, role: Role) -> Callable[[Call], None] | None:
+        """Return what finds out who calls, and raises if he may not; None if all may."""
+        tokens = self.tokens
+        if tokens is None:
+            return None
+
+        def check(call: Call) -> None:
+            call.caller = caller = tokens.identify(call.head.metadata, role)
+            if call.method is not None and not call.method.counts_images:
+                caller.take(1)
+
+        return check
+
+    def refresh(self) -> None:
+        """Read again what has changed; what cannot be used is logged and left."""
+        for kind, seen in self._seen.items():
+            part = self._parts[kind]
+            assert part is not None
+            if (state := _state(part.files)) == seen:
+                continue
+            self._seen[kind] = state
+            wrong = part.reload()
+            if wrong is None:
+                _log.info("read again", extra={"kind": kind})
+            else:
+                _log.error("what was read before stays in use", extra={"kind": kind, "reason": wrong})
+            if self._metrics is not None:
+                self._metrics.file_reloads.labels(kind, "loaded" if wrong is None else "kept_out").inc()
+
+    async def watch(self) -> None:
+        """Refresh every two seconds: of mounted secrets, which are links, not every kernel tells that they change."""
+        while self._seen:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            self.refresh()
+
+    def warn_if_open(self, sockets: list[socket]) -> None:
+        """Say in the log what anybody on the network may do."""
+        if all(_is_loopback(bound) for bound in sockets):
+            return
+        if self.tokens is None and not (self.certificates and self.certificates.asks_callers):
+            _log.warning(
+                "anyone who reaches this address may call: there is neither --tokens-file nor --tls-client-ca-file"
+            )
+        elif self.certificates is None:
+            _log.warning("tokens come in plain text: there is no --tls-certificate-file")
+
+
+def _state(files: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
+    """Return what differs when a file has changed."""
+    states: list[tuple[int, ...] | None] = []
+    for file in files:
+        try:
+            told = file.stat()
+            states.append((told.st_mtime_ns, told.st_size, told.st_ino, told.st_dev))
+        except OSError:
+            states.append(None)
+    return states
+
+
+def _is_loopback(bound: socket) -> bool:
+    host = str(bound.getsockname()[0])
+    return host == "::1" if bound.family == AF_INET6 else host.startswith("127.")

@@ -1,0 +1,236 @@
+"""Who may call: bearer tokens, of which the server knows the hashes alone, with a role and a rate for each."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import mmap
+import os
+import re
+import secrets
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ganserve_server.addresses import StartError
+from ganserve_server.errors import PermissionDenied, RateLimited, Unauthenticated
+from ganserve_server.settings import nearest
+
+Role = Literal["generate", "admin"]
+MAX_TOKENS = 1000
+_AUTHORIZATION = re.compile(rb"bearer +([\x21-\x7e]{1,4096}) *", re.IGNORECASE)
+_TOKEN_BYTES = 32
+_TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets can know one
+_CELL = 8  # bytes
+_BUCKETS = 4 * MAX_TOKENS  # with those that have been removed since the start
+BUCKETS_BYTES = _BUCKETS * 2 * _CELL
+
+
+class Token(BaseModel):
+    """One entry of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    roles: Annotated[tuple[Role, ...], Field(min_length=1)]
+    images_per_s: Annotated[float, Field(gt=0)] | None = None
+    burst_images: Annotated[float, Field(ge=1)] | None = None
+
+
+class Buckets:
+    """How much each token has used of its rate, in memory that all workers share.
+
+    Of each: a tag, and the time (monotonic, in ns) at which it has all of its rate paid. Workers that change one in the
+    same microsecond may lose a change: what is let through is then a little more.
+
+    Args:
+        descriptor: of memory of BUCKETS_BYTES; -1: of this process alone.
+    """
+
+    def __init__(self, descriptor: int = -1) -> None:
+        self._cells = memoryview(mmap.mmap(descriptor, BUCKETS_BYTES)).cast("q")
+
+    def place(self, token: Token) -> int:
+        """Find the bucket of a token, or take one for it."""
+        tag = int(token.sha256[:15], 16) or 1
+        for step in range(_BUCKETS):
+            place = (tag + step) % _BUCKETS * 2
+            if self._cells[place] in (0, tag):
+                self._cells[place] = tag
+                return place + 1
+        return tag % _BUCKETS * 2 + 1  # shared, after thousands of tokens: a restart parts them
+
+    def take(self, place: int, images: int, images_per_s: float, burst: float) -> float:
+        """Count images; return 0, or if there are too many the seconds until there are not.
+
+        More than a burst may be asked for at once; the debt is paid before there is more.
+        """
+        now = time.monotonic_ns()
+        paid = max(self._cells[place], now - int(burst / images_per_s * 1e9))
+        early_ns = paid + int(min(images, burst) / images_per_s * 1e9) - now
+        if early_ns > 0:
+            return early_ns / 1e9
+        self._cells[place] = paid + int(images / images_per_s * 1e9)
+        return 0.0
+
+
+class Caller:
+    """Whose token a call has."""
+
+    __slots__ = ("_bucket", "_buckets", "_burst", "_rate", "name", "roles")
+
+    def __init__(self, token: Token, buckets: Buckets) -> None:
+        self.name, self.roles = token.name, token.roles
+        self._rate = token.images_per_s
+        self._burst = token.burst_images or max(1.0, token.images_per_s or 0.0)
+        self._buckets = buckets
+        self._bucket = buckets.place(token)
+
+    def take(self, images: int) -> None:
+        """Count images that are asked for.
+
+        Raises:
+            RateLimited: they are more than the token's rate allows now.
+        """
+        if self._rate is not None and (wait_s := self._buckets.take(self._bucket, images, self._rate, self._burst)):
+            raise RateLimited(
+                f"token {self.name!r} may ask for {self._rate:g} images a second ({self._burst:g} at once); "
+                "wait as told, ask for fewer, or stream them",
+                wait_s,
+            )
+
+    async def wait_for(self, images: int) -> None:
+        """Count images once the token's rate allows them."""
+        rate = self._rate
+        # Only time makes room: there is no event to wait for.
+        while rate is not None and (wait_s := self._buckets.take(self._bucket, images, rate, self._burst)):  # noqa: ASYNC110
+            await asyncio.sleep(wait_s)
+
+
+class Tokens:
+    """The callers of a file.
+
+    Args:
+        file: as `ganserve-server token` writes it: TOML, a table `[[tokens]]` for each.
+        buckets: of their rates.
+
+    Raises:
+        StartError: it cannot be read, or breaks a rule.
+    """
+
+    def __init__(self, file: str, buckets: Buckets) -> None:
+        self.files = (Path(file),)
+        self._buckets = buckets
+        try:
+            self._callers = self._load()
+        except (OSError, ValueError) as error:
+            raise StartError(self._explain(error)) from error
+
+    def reload(self) -> str | None:
+        """Read the file again; return what is wrong with it, if it is: then the old tokens stay."""
+        try:
+            self._callers = self._load()
+        except (OSError, ValueError) as error:
+            return self._explain(error)
+        return None
+
+    def identify(self, metadata: Mapping[bytes, bytes], role: Role) -> Caller:
+        """Return whose token a call has.
+
+        Raises:
+            Unauthenticated: it has none, or one that is not in the file.
+            PermissionDenied: the token has not this role.
+        """
+        authorization = metadata.get(b"authorization")
+        if authorization is None:
+            raise Unauthenticated("a token is needed: send metadata 'authorization: Bearer TOKEN'")
+        bearer = _AUTHORIZATION.fullmatch(authorization)
+        # What takes longer for a nearly right guess than for another is a look-up by hash, which nobody can steer.
+        digest = hashlib.sha256(bearer[1] if bearer else b"").digest()
+        known, caller = self._callers.get(digest, (b"", None))
+        if caller is None or not hmac.compare_digest(known, digest):
+            raise Unauthenticated(
+                "the token is none of this server's" if bearer else "authorization must be 'Bearer TOKEN'"
+            )
+        if role not in caller.roles:
+            raise PermissionDenied(f"token {caller.name!r} has not the role {role!r}, which this call needs")
+        return caller
+
+    def _load(self) -> dict[bytes, tuple[bytes, Caller]]:
+        tokens = read_tokens(self.files[0])
+        digests = [bytes.fromhex(token.sha256) for token in tokens]
+        return {digest: (digest, Caller(token, self._buckets)) for digest, token in zip(digests, tokens, strict=True)}
+
+    def _explain(self, error: Exception) -> str:
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        return f"the tokens file {self.files[0]} cannot be used: {text}"
+
+
+def read_tokens(file: Path) -> list[Token]:
+    """Read a tokens file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it breaks a rule; the text names the token and the key.
+    """
+    return _parse(file.read_text("utf-8"))
+
+
+def _parse(text: str) -> list[Token]:
+    content = tomllib.loads(text)
+    for key in content.keys() - {"tokens"}:
+        raise ValueError(f"there is no key {key!r}{nearest(key, ('tokens',))}; each token is a table [[tokens]]")
+    entries = content.get("tokens", [])
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_TOKENS:
+        raise ValueError(f"it must have 1 to {MAX_TOKENS} tables [[tokens]]")
+    tokens: list[Token] = []
+    for number, entry in enumerate(entries, 1):
+        name = entry.get("name", f"number {number}") if isinstance(entry, dict) else f"number {number}"
+        try:
+            tokens.append(Token.model_validate(entry))
+        except ValidationError as error:
+            # Without the input: it could be the token itself. A key too many tells more than the one that lacks.
+            problem = min(error.errors(include_input=False), key=lambda one: one["type"] != "extra_forbidden")
+            key = ".".join(str(part) for part in problem["loc"])
+            hint = nearest(key, tuple(Token.model_fields)) if problem["type"] == "extra_forbidden" else ""
+            raise ValueError(f"token {name!r}, {key}: {problem['msg']}{hint}") from None
+    for kind in ("name", "sha256"):
+        values = [getattr(token, kind) for token in tokens]
+        if twice := {value for value in values if values.count(value) > 1}:
+            raise ValueError(f"{kind} {min(twice)!r} is there twice")
+    return tokens
+
+
+def add(file: Path, entry: Mapping[str, object]) -> None:
+    """Add a token to a file, as a whole or not at all; its comments stay.
+
+    Raises:
+        OSError: it cannot be read or written.
+        ValueError: the file, with it, breaks a rule.
+    """
+    before = file.read_text("utf-8") if file.exists() else ""
+    table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items())
+    text = f"{before.rstrip()}\n\n[[tokens]]\n{table}".lstrip()
+    _parse(text)
+    beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    mode = file.stat().st_mode & 0o777 if before else 0o600
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as writing:
+        writing.write(text)
+        writing.flush()
+        os.fsync(descriptor)
+    beside.replace(file)
+
+
+def new_token() -> tuple[str, str]:
+    """Return a new token, and its hash.
+
+    The token has 256 random bits: no salt, and no hash that is slow on purpose, makes it harder to find.
+    """
+    token = _TOKEN_PREFIX + secrets.token_urlsafe(_TOKEN_BYTES)
+    return token, hashlib.sha256(token.encode()).hexdigest()

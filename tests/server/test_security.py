@@ -1,0 +1,445 @@
+"""Who gets in: TLS, mutual TLS, tokens and their roles and rates, and files that change while the server runs."""
+
+import asyncio
+import datetime
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tests.conftest import RunningServer
+from tests.server.test_start_and_drain import failing_start, scrape, wait_for_sample
+from tests.wire import Peer, head, message, request
+
+from ganserve import (
+    AuthenticationError,
+    Client,
+    GanserveError,
+    OverloadedError,
+    UnavailableError,
+)
+from ganserve.v1 import administration_pb2 as admin_pb
+from ganserve.v1 import administration_pb2_grpc as admin_pb_grpc
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server import tls, tokens
+
+Start = Callable[..., RunningServer]
+CA = trustme.CA()
+
+
+def write_certificate(folder: Path, authority: trustme.CA = CA, **options: Any) -> tuple[Path, Path]:
+    folder.mkdir(exist_ok=True)
+    issued = authority.issue_cert("127.0.0.1", "localhost", **options)
+    chain, key = folder / "tls.crt", folder / "tls.key"
+    chain.write_bytes(b"".join(part.bytes() for part in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    return chain, key
+
+
+@pytest.fixture
+def ca_file(tmp_path: Path) -> str:
+    file = tmp_path / "ca.pem"
+    CA.cert_pem.write_to_path(file)
+    return str(file)
+
+
+@pytest.fixture
+def with_tls(tmp_path: Path) -> tuple[str | Path, ...]:
+    chain, key = write_certificate(tmp_path / "server")
+    return ("--tls-certificate-file", chain, "--tls-key-file", key)
+
+
+def write_tokens(file: Path, *entries: dict[str, Any]) -> list[str]:
+    """Write a tokens file; return the tokens."""
+    made = [tokens.new_token() for _ in entries]
+    file.unlink(missing_ok=True)
+    for (_, digest), entry in zip(made, entries, strict=True):
+        tokens.add(file, {"name": "somebody", "roles": ["generate"], "sha256": digest} | entry)
+    return [token for token, _ in made]
+
+
+# TLS.
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_calls_by_tls_are_answered(workers: str, start_server: Start, with_tls: tuple[str, ...], ca_file: str) -> None:
+    running = start_server(*with_tls, "--workers", workers)
+    with Client(running.address, ca_file=ca_file) as client:
+        assert len(client.generate("mlp-mnist", count=3000, seed=1)) == 3000
+    context = ssl.create_default_context(cafile=ca_file)
+    context.set_alpn_protocols(["http/1.1", "h2"])
+    host, _, port = running.address.rpartition(":")
+    with socket.create_connection((host, int(port))) as plain, context.wrap_socket(plain, server_hostname=host) as peer:
+        assert peer.selected_alpn_protocol() == "h2"
+        assert peer.version() == "TLSv1.3"
+        end = ssl.cert_time_to_seconds(str(peer.getpeercert()["notAfter"]))  # type: ignore[index]
+    assert scrape(running)['ganserve_certificate_expiry_timestamp_seconds{certificate="server"}'] == end
+
+
+def test_callers_who_trust_another_authority_or_speak_no_tls_get_no_answer(
+    start_server: Start, with_tls: tuple[str, ...], tmp_path: Path
+) -> None:
+    running = start_server(*with_tls)
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    with Client(running.address, ca_file=str(other), timeout_s=2) as client, pytest.raises(AuthenticationError):
+        client.models()
+    with Client(running.address, tls=False, timeout_s=2) as client, pytest.raises(UnavailableError):
+        client.models()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        serial_of(running.address, str(other))
+    wait_for_sample(running, 'ganserve_tls_failures_total{reason="refused_by_peer"}', lambda count: count > 0)
+    wait_for_sample(running, 'ganserve_tls_failures_total{reason="no_tls"}', lambda count: count > 0)
+    assert not [name for name in scrape(running) if "expiry" in name and "client_ca" in name]
+
+
+def test_old_tls_is_refused(start_server: Start, with_tls: tuple[str, ...], ca_file: str) -> None:
+    running = start_server(*with_tls)
+    context = ssl.create_default_context(cafile=ca_file)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("AES256-GCM-SHA384")  # no forward secrecy
+    host, _, port = running.address.rpartition(":")
+    with socket.create_connection((host, int(port))) as plain, pytest.raises(ssl.SSLError):
+        context.wrap_socket(plain, server_hostname=host)
+    wait_for_sample(running, 'ganserve_tls_failures_total{reason="old_tls"}', lambda count: count == 1)
+
+
+def test_mutual_tls_lets_in_who_has_a_certificate_of_the_authority(
+    start_server: Start, with_tls: tuple[str, ...], ca_file: str, tmp_path: Path
+) -> None:
+    running = start_server(*with_tls, "--tls-client-ca-file", ca_file)
+    day = datetime.timedelta(days=1)
+    now = datetime.datetime.now(datetime.UTC)
+    mine = write_certificate(tmp_path / "mine")
+    others = write_certificate(tmp_path / "others", trustme.CA())
+    expired = write_certificate(tmp_path / "expired", not_before=now - 2 * day, not_after=now - day)
+    with Client(
+        running.address, ca_file=ca_file, certificate_file=str(mine[0]), key_file=str(mine[1]), timeout_s=20
+    ) as client:
+        assert len(client.generate("mlp-mnist", count=2)) == 2
+    refused: list[tuple[str, dict[str, str]]] = [
+        ("no_certificate", {}),
+        ("untrusted_certificate", {"certificate_file": str(others[0]), "key_file": str(others[1])}),
+        ("expired_certificate", {"certificate_file": str(expired[0]), "key_file": str(expired[1])}),
+    ]
+    for reason, given in refused:
+        with Client(running.address, ca_file=ca_file, timeout_s=1, **given) as client, pytest.raises(GanserveError):  # type: ignore[arg-type]
+            client.models()
+        wait_for_sample(running, f'ganserve_tls_failures_total{{reason="{reason}"}}', lambda count: count > 0)
+    assert 'ganserve_requests_total{code="OK",method="ListModels",model="other",version=""}' not in scrape(running)
+
+
+def serial_of(address: str, ca_file: str) -> str:
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context(cafile=ca_file)
+    with socket.create_connection((host, int(port))) as plain, context.wrap_socket(plain, server_hostname=host) as peer:
+        return str(peer.getpeercert()["serialNumber"])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_new_certificate_is_taken_without_a_restart_and_a_bad_one_is_not(
+    workers: str, start_server: Start, with_tls: tuple[str, ...], ca_file: str, tmp_path: Path
+) -> None:
+    running = start_server(*with_tls, "--workers", workers)
+    loaded = 'ganserve_file_reloads_total{kind="certificates",outcome="loaded"}'
+    kept_out = 'ganserve_file_reloads_total{kind="certificates",outcome="kept_out"}'
+    with Client(running.address, ca_file=ca_file) as client:
+        client.generate("mlp-mnist")
+        before = serial_of(running.address, ca_file)
+        new = write_certificate(tmp_path / "new")
+        new[1].replace(tmp_path / "server" / "tls.key")
+        new[0].replace(tmp_path / "server" / "tls.crt")
+        wait_for_sample(running, loaded, lambda count: count >= int(workers))
+        after = serial_of(running.address, ca_file)
+        assert after != before
+        kept_before = scrape(running).get(kept_out, 0)
+        write_certificate(tmp_path / "third")[1].replace(tmp_path / "server" / "tls.key")
+        wait_for_sample(running, kept_out, lambda count: count >= kept_before + int(workers))
+        assert serial_of(running.address, ca_file) == after
+        client.generate("mlp-mnist")  # on the connection of old
+    assert "is not the key of" in running.wait_for("what was read before stays in use")["reason"]
+
+
+@pytest.mark.parametrize("authority", [trustme.CA(), trustme.CA(key_type=trustme.KeyType.RSA)])
+@pytest.mark.parametrize("year", [2031, 2049, 2050, 2080])
+def test_the_end_of_a_certificate_is_read(authority: trustme.CA, year: int, tmp_path: Path) -> None:
+    end = datetime.datetime(year, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
+    chain, _ = write_certificate(tmp_path / "some", authority, not_after=end)
+    assert tls.first_to_end(str(chain)) == end
+
+
+@pytest.mark.parametrize("cut", [200, 400, 600])
+def test_half_a_certificate_is_told(cut: int, with_tls: tuple[str, Path], tmp_path: Path) -> None:
+    chain = Path(with_tls[1])
+    chain.write_bytes(chain.read_bytes()[:cut])
+    assert "not certificates and key in PEM" in failing_start(*with_tls, code=1)
+
+
+def test_wrong_files_are_told_at_the_start(with_tls: tuple[str, Path], tmp_path: Path) -> None:
+    other = write_certificate(tmp_path / "other")[1]
+    assert "--tls-key-file" in failing_start(*with_tls[:2], code=1)
+    assert "--tls-certificate-file" in failing_start("--tls-client-ca-file", other, code=1)
+    assert "is not the key of" in failing_start(*with_tls[:3], other, code=1)
+    assert "nothing.key cannot be read: No such file" in failing_start(*with_tls[:3], tmp_path / "nothing.key", code=1)
+    assert "nothing.toml cannot be used: No such file" in failing_start(
+        "--tokens-file", tmp_path / "nothing.toml", code=1
+    )
+    other.write_bytes(other.read_bytes().replace(b"-----BEGIN EC", b"-----BEGIN ENCRYPTED"))
+    assert "PEM" in failing_start(*with_tls[:3], other, code=1)
+
+
+# Tokens.
+
+
+def reflects(address: str, metadata: tuple[tuple[str, str], ...] = ()) -> grpc.StatusCode:
+    with grpc.insecure_channel(address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        try:
+            list(stub.ServerReflectionInfo(asked, metadata=metadata))
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_only_tokens_of_the_file_may_call_and_only_in_their_roles(
+    workers: str, start_server: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens.toml"
+    shop, ops = write_tokens(file, {"name": "shop"}, {"name": "ops", "roles": ["admin"]})
+    flags = ("--tokens-file", file, "--admin-address", "127.0.0.1:0", "--access-log", "all", "--workers", workers)
+    running = start_server(*flags)
+    with Client(running.address, token=shop) as client:
+        assert len(client.generate("mlp-mnist", count=2)) == 2
+        assert len(list(client.stream("mlp-mnist", count=200))) == 200
+    for wrong in (shop[:-1], "x" * 4096, "gs wrong"):
+        with Client(running.address, token=wrong) as client, pytest.raises(AuthenticationError):
+            client.generate("mlp-mnist")
+    with Client(running.address) as client:
+        with pytest.raises(AuthenticationError, match="a token is needed"):
+            client.generate("mlp-mnist")
+        with pytest.raises(AuthenticationError):
+            next(iter(client.stream("mlp-mnist", count=200)))
+        client.health()
+    with Client(running.address, token=ops) as client, pytest.raises(AuthenticationError, match="'generate'"):
+        client.generate("mlp-mnist")
+    assert reflects(running.address) is grpc.StatusCode.UNAUTHENTICATED
+    assert reflects(running.address, (("authorization", f"bearer  {shop}"),)) is grpc.StatusCode.OK
+    assert reflects(running.address, (("authorization", f"Basic {shop}"),)) is grpc.StatusCode.UNAUTHENTICATED
+
+    with grpc.insecure_channel(running.admin_address) as channel:
+        admin = admin_pb_grpc.AdministrationServiceStub(channel)
+        for token, code in (
+            (shop, grpc.StatusCode.PERMISSION_DENIED),
+            ("gs_wrong", grpc.StatusCode.UNAUTHENTICATED),
+            (None, grpc.StatusCode.UNAUTHENTICATED),
+        ):
+            metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+            with pytest.raises(grpc.RpcError) as caught:
+                admin.ReloadModels(admin_pb.ReloadModelsRequest(), metadata=metadata)
+            assert caught.value.code() is code
+        assert admin.ReloadModels(
+            admin_pb.ReloadModelsRequest(), metadata=[("authorization", f"Bearer {ops}")]
+        ).versions
+
+    samples = scrape(running)
+    assert samples['ganserve_caller_images_total{caller="shop"}'] == 202
+    assert samples['ganserve_rejections_total{reason="unauthenticated"}'] >= 4
+    assert running.stop() == 0
+    events = [running.events.get_nowait() for _ in range(running.events.qsize())]
+    assert [event["caller"] for event in events if event.get("caller")].count("shop") >= 2
+    log = json.dumps(events)
+    assert "UNAUTHENTICATED" in log
+    for secret in (shop, ops, shop[:-1], "gs_wrong", "x" * 100):
+        assert secret not in log
+
+
+def test_tokens_come_and_go_without_a_restart(start_server: Start, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    (first,) = write_tokens(file, {"name": "first"})
+    running = start_server("--tokens-file", file)
+    loaded = 'ganserve_file_reloads_total{kind="tokens",outcome="loaded"}'
+    with Client(running.address, token=first) as client:
+        client.generate("mlp-mnist")
+        file.write_text("[[tokens]]\nname = 'first'\nsha_256 = ''\n")
+        wait_for_sample(running, loaded.replace("loaded", "kept_out"), lambda count: count == 1)
+        client.generate("mlp-mnist")
+        assert "did you mean sha256?" in running.wait_for("what was read before stays in use")["reason"]
+        (second,) = write_tokens(file, {"name": "second"})
+        wait_for_sample(running, loaded, lambda count: count == 1)
+        with pytest.raises(AuthenticationError):
+            client.generate("mlp-mnist")
+    with Client(running.address, token=second) as client:
+        client.generate("mlp-mnist")
+
+
+def test_a_call_without_a_token_is_refused_before_its_body_comes(start_server: Start, tmp_path: Path) -> None:
+    write_tokens(file := tmp_path / "tokens.toml", {})
+    running = start_server("--tokens-file", file)
+    with Peer(running.address) as peer:
+        stream = peer.head(head())
+        assert peer.answer(stream).status == grpc.StatusCode.UNAUTHENTICATED.value[0]
+        # What is sent all the same, in one packet with the headers, is not read.
+        stream = peer.new_id()
+        peer.head(head(), stream=stream)
+        peer.body(stream, message(request()))
+        assert peer.answer(stream).status == grpc.StatusCode.UNAUTHENTICATED.value[0]
+        each = peer.head(head("/ganserve.v1.GenerationService/GenerateEach"))
+        assert peer.answer(each).status == grpc.StatusCode.UNAUTHENTICATED.value[0]
+    assert scrape(running)['ganserve_images_total{model="mlp-mnist",version="1"}'] == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_rate_is_kept_on_all_connections_and_workers_together(
+    workers: str, start_server: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens.toml"
+    slow, free = write_tokens(file, {"name": "slow", "images_per_s": 100.0, "burst_images": 50.0}, {"name": "free"})
+    running = start_server("--tokens-file", file, "--workers", workers)
+    made = [0, 0, 0, 0]
+    refused: list[OverloadedError] = []
+    began = time.monotonic()
+    until = began + 2.0
+
+    def ask(number: int) -> None:
+        with Client(running.address, token=slow, retries=False) as client:
+            while time.monotonic() < until:
+                try:
+                    made[number] += len(client.generate("mlp-mnist", count=10))
+                except OverloadedError as error:
+                    refused.append(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.monotonic() - began
+    assert {error.reason for error in refused} == {"rate_limited"}
+    assert all(error.retry_after_s and error.retry_after_s < 0.2 for error in refused)
+    assert 150 <= sum(made) <= (50 + 100 * took) * 1.05
+    with Client(running.address, token=free) as client:
+        assert len(client.generate("mlp-mnist", count=1000)) == 1000
+    # Retries wait as they are told, and a stream as long as it must.
+    with Client(running.address, token=slow) as client:
+        began = time.monotonic()
+        assert len(list(client.stream("mlp-mnist", count=200))) == 200
+        assert time.monotonic() - began > (200 - 50 - 64) / 100
+        assert len(client.generate("mlp-mnist", count=10)) == 10
+        with pytest.raises(grpc.RpcError) as caught:
+            each_answer(running.address, slow, count=50)
+        assert "rate_limited" in str(caught.value)
+
+
+def each_answer(address: str, token: str, count: int) -> None:
+    """Ask by GenerateEach until a request is refused."""
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        asked = (
+            pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=count)) for _ in range(3)
+        )
+        for answer in stub.GenerateEach(asked, metadata=[("authorization", f"Bearer {token}")]):
+            if answer.HasField("error"):
+                raise grpc.RpcError(answer.error.reason)
+
+
+async def test_two_tokens_on_one_connection_take_turns(start_server: Start, tmp_path: Path) -> None:
+    """A proxy has one connection for many callers: turns by connection would let one keep out the others."""
+    file = tmp_path / "tokens.toml"
+    greedy, modest = write_tokens(file, {"name": "greedy"}, {"name": "modest"})
+    running = start_server("--tokens-file", file, "--threads", "1", "--max-queue-images", "100000")
+    order: list[str] = []
+
+    async def ask(stub: Any, name: str, token: str) -> None:
+        request = pb.GenerateImagesRequest(model="dcgan-mnist", count=500)
+        await stub.GenerateImages(request, metadata=[("authorization", f"Bearer {token}")])
+        order.append(name)
+
+    async with grpc.aio.insecure_channel(running.address, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        stub: Any = pb_grpc.GenerationServiceStub(channel)
+        await asyncio.gather(*(ask(stub, "greedy", greedy) for _ in range(8)), ask(stub, "modest", modest))
+    assert order.index("modest") < 4
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("", "1 to 1000 tables"),
+        ("tokens = 3", "1 to 1000 tables"),
+        ("[[token]]", "did you mean tokens?"),
+        ("[[tokens]]\nname = 'a'", "token 'a', sha256: Field required"),
+        (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['root']", "'generate' or 'admin'"),
+        (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = []", "roles"),
+        (f"[[tokens]]\nname = 'a b'\nsha256 = '{'0' * 64}'\nroles = ['admin']", "token 'a b', name"),
+        (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['admin']\n" * 2, "'a' is there twice"),
+        ("[[tokens", "cannot be used"),
+        ("[[tokens]]\nname = 'a'\nsha256 = 'gs_secret-itself'\nroles = ['admin']", "token 'a', sha256"),
+    ],
+)
+def test_a_tokens_file_that_breaks_a_rule_is_told_and_no_secret_with_it(
+    content: str, text: str, tmp_path: Path
+) -> None:
+    (file := tmp_path / "tokens.toml").write_text(content)
+    told = failing_start("--tokens-file", file, code=1)
+    assert text in json.loads(told.splitlines()[-1])["reason"]
+    assert "gs_secret" not in told
+
+
+# What is open to all, and ages.
+
+
+def test_reflection_can_be_turned_off(start_server: Start) -> None:
+    running = start_server("--reflection", "off")
+    assert reflects(running.address) is grpc.StatusCode.UNIMPLEMENTED
+    with Client(running.address) as client:
+        client.generate("mlp-mnist")
+
+
+async def test_connections_end_at_their_age_and_no_call_does(start_server: Start) -> None:
+    running = start_server("--max-connection-age-s", "0.4")
+    until = time.monotonic() + 3
+    made = 0
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING  # type: ignore[union-attr]
+        stub: Any = pb_grpc.GenerationServiceStub(channel)
+
+        async def ask() -> None:
+            nonlocal made
+            while time.monotonic() < until:
+                await stub.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist", count=2))
+                made += 1
+
+        stream = stub.StreamImages(
+            pb.StreamImagesRequest(generate=pb.GenerateImagesRequest(model="dcgan-mnist", count=4000))
+        )
+        streamed, *_ = await asyncio.gather(count_images(stream), *(ask() for _ in range(8)))
+        assert streamed == 4000
+    assert made > 100
+    assert scrape(running)["ganserve_connections_aged_total"] >= 4
+    wait_for_sample(running, "ganserve_connections", lambda count: count == 0)
+
+
+async def count_images(stream: Any) -> int:
+    return sum([len(response.chunk.seeds) async for response in stream])
+
+
+def test_an_address_that_is_open_to_all_is_told(with_tls: tuple[str | Path, ...], tmp_path: Path) -> None:
+    write_tokens(file := tmp_path / "tokens.toml", {})
+    everywhere = ("--address", "0.0.0.0:0", "--models", tmp_path / "nothing")
+    assert "anyone who reaches this address may call" in failing_start(*everywhere, code=1)
+    assert "anyone who reaches this address may call" in failing_start(*everywhere, *with_tls, code=1)
+    assert "tokens come in plain text" in failing_start(*everywhere, "--tokens-file", file, code=1)
+    assert "warning" not in failing_start(*everywhere, *with_tls, "--tokens-file", file, code=1)
+    assert "warning" not in failing_start("--models", tmp_path / "nothing", code=1)
