@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from ganserve_trainer.checkpoints import all_finite, load_checkpoint, save_checkpoint
-from ganserve_trainer.cli import main
+from ganserve_trainer.cli import OTHER_NAMES, main
 from ganserve_trainer.datasets import load_dataset
 from ganserve_trainer.ema import EMA
 from ganserve_trainer.errors import TrainerError
@@ -331,11 +332,12 @@ def test_folding_batch_norm_leaves_the_function_as_it_is() -> None:
     ids=["progressive", "attention", "clusters"],
 )
 def test_every_architecture_is_exported_with_its_card(
-    changes: dict[str, object], data_root: Path, tmp_path: Path
+    changes: dict[str, object], data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The progressive one ends while its second resolution fades in.
     run(tiny("cdcgan", growth_images=80, **changes), data_root, tmp_path / "run")
     model = onnx.load(export(tmp_path / "run", tmp_path / "models", "tiny"))
+    assert "without quality figures" in capsys.readouterr().err
     card = {entry.key: entry.value for entry in model.metadata_props}["ganserve.model_card"]
     assert '"conditional": "True"' in card or changes.get("clusters")
     shape = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim[1:]]
@@ -480,3 +482,18 @@ def test_bad_configurations_are_told_in_one_line(
         assert told.startswith("ganserve-trainer: ")
         assert message in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_names_that_other_programs_use_are_answered_with_ours(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ganserve-trainer", "train", "--out", "run", f"{name}=3"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"there is no {name}; say " in told
+    ours = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)}
+    assert set(re.findall(r"--[a-z-]+", told)) - {name} <= ours | {"--out", "--data-root"}
+    assert name not in ours

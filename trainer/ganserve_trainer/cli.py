@@ -278,9 +278,32 @@ def export(
     print(f"next: ganserve-server --models {repository}", file=sys.stderr)
 
 
+# What other programs call a setting, and what it is here.
+OTHER_NAMES = {
+    "--epochs": "--images, seen in all: an epoch of MNIST is 60000 of them",
+    "--steps": "--images, seen in all: a step is --batch-size of them",
+    "--iterations": "--images, seen in all: a step is --batch-size of them",
+    "--lr": "--learning-rate, and --discriminator-learning-rate where it differs",
+    "--batch": "--batch-size",
+    "--bs": "--batch-size",
+    "--nz": "--latent-dim",
+    "--ngf": "--width",
+    "--ndf": "--discriminator-width",
+    "--device": "nothing: a GPU is used when there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "--gpu": "nothing: a GPU is used when there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "--model": "--preset",
+    "--output": "--out",
+    "--outdir": "--out",
+    "--data": "--dataset, and --data-root for the folder it lies in",
+}
+
+
 def main() -> None:
     """Run the program; what the user can put right ends it with one message and exit status 2."""
     try:
+        for word in sys.argv[2:]:
+            if (name := word.partition("=")[0]) in OTHER_NAMES:
+                raise TrainerError(f"there is no {name}; say {OTHER_NAMES[name]}")
         app()
     except TrainerError as error:
         print(f"ganserve-trainer: {error}", file=sys.stderr)

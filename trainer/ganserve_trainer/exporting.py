@@ -270,6 +270,10 @@ def _read_evaluation(checkpoint_path: Path, checkpoint: Checkpoint) -> list[pb.Q
         metrics = [json_format.ParseDict(metric, pb.QualityMetric()) for metric in evaluation["metrics"]]
         measured = evaluation["checkpoint"]
     except FileNotFoundError:
+        print(
+            f"the card is written without quality figures: ganserve-trainer evaluate {checkpoint_path} measures them",
+            file=sys.stderr,
+        )
         return []
     except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
         raise TrainerError(f"{path} cannot be read; delete it, or evaluate again") from error
