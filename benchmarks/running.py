@@ -54,14 +54,14 @@ def serving(*flags: str) -> Iterator[Running]:
             process.kill()
 
 
-def h2load(address: str, model: str, *flags: str, count: int = 1) -> "subprocess.Popen[str]":
+def h2load(address: str, model: str, *flags: str, count: int = 1, scheme: str = "http") -> "subprocess.Popen[str]":
     """Begin to call for `count` images again and again (Debian: nghttp2-client)."""
     message = pb.GenerateImagesRequest(model=model, count=count, seed=1).SerializeToString()
     with tempfile.NamedTemporaryFile(delete=False) as body:
         body.write(struct.pack(">BI", 0, len(message)) + message)
     command = ["h2load", *flags, f"--data={body.name}", "--header=content-type: application/grpc"]
     return subprocess.Popen(
-        [*command, "--header=te: trailers", f"http://{address}{_PATH}"], stdout=subprocess.PIPE, text=True
+        [*command, "--header=te: trailers", f"{scheme}://{address}{_PATH}"], stdout=subprocess.PIPE, text=True
     )
 
 
