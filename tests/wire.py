@@ -1,6 +1,7 @@
 """A client that says to an HTTP/2 server just what a test wants said, rules or no rules."""
 
 import socket
+import ssl
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -94,7 +95,13 @@ class Peer:
     """One connection."""
 
     def __init__(
-        self, address: str, settings: dict[int, int] | None = None, *, greet: bool = True, receive_buffer: int = 0
+        self,
+        address: str,
+        settings: dict[int, int] | None = None,
+        *,
+        greet: bool = True,
+        receive_buffer: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         host, _, port = address.rpartition(":")
         self.socket = socket.socket()
@@ -102,6 +109,8 @@ class Peer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(20)
         self.socket.connect((host, int(port)))
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_hostname=host)
         self.encoder, self.decoder = Encoder(), Decoder()
         self.answers: dict[int, Answer] = {}
         self.seen: list[Frame] = []
@@ -171,8 +180,8 @@ class Peer:
             else:
                 answer.reset = int.from_bytes(got.payload, "big")
             answer.ended |= kind != RST_STREAM and bool(flags & END_STREAM)
-        elif kind == SETTINGS and not flags & ACK and self._greets:
-            self.send(SETTINGS, ACK)
+        elif kind in (SETTINGS, PING) and not flags & ACK and self._greets:
+            self.send(kind, ACK, payload=got.payload if kind == PING else b"")
         return got
 
     def until(self, kind: int, *, flags: int = 0) -> Frame:

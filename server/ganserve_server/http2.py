@@ -51,6 +51,7 @@ _GRANT_AFTER = 16384  # bytes done with, before the peer is told: a frame a mess
 _MAX_COSTLY = 1000
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, tries
 _GOAWAY_GRACE_S = 0.1  # for streams that were opened before the peer read that it should open none
+_GOODBYE = b"goodbye!"  # of the last PING
 _KEPT_CLOSED = 128  # streams that this side reset, whose late frames are no error
 _KEPT_SKIPPED = 16
 # Frames of one connection in one turn of the event loop, which may be 2 ms of calls: 256 KiB of them would be 100 ms,
@@ -610,6 +611,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             raise _ConnectionFailed(FRAME_SIZE_ERROR, "PING has 8 bytes")
         if not flags & ACK:
             self._control(frame(PING, ACK, 0, payload))
+        elif payload == _GOODBYE:
+            self.close()
 
     def _on_window_update(self, stream_id: int, flags: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -751,14 +754,24 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         stream.sent()
         if reset:
             stream.on_reset()
-        if self._goaway_at is not None and not self.streams and not self._closing and self._goaway_at != _MAX_WINDOW:
-            self._fail(NO_ERROR, "")
+        if self._goaway_at is not None and not self.streams and self._goaway_at != _MAX_WINDOW:
+            self._say_goodbye()
 
     def _stop_streams(self) -> None:
         self._goaway_at = self._last_id
         self._write(frame(GOAWAY, 0, 0, struct.pack(">II", self._last_id, NO_ERROR)))
         if not self.streams:
-            self._fail(NO_ERROR, "")
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Close once the peer has read all that was sent: it then answers the PING, if it does not close itself.
+
+        Closed sooner, a connection loses what is on its way as soon as the peer sends anything; TLS, which cannot be
+        closed one way alone, surely.
+        """
+        if not self._closing:
+            self._write(frame(PING, 0, 0, _GOODBYE))
+            self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self.close)
 
     def _end_streams(self) -> None:
         for stream in tuple(self.streams.values()):

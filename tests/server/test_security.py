@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import RunningServer
 from tests.server.test_start_and_drain import failing_start, scrape, wait_for_sample
-from tests.wire import Peer, head, message, request
+from tests.wire import INITIAL_WINDOW_SIZE, NO_ERROR, PING, WINDOW_UPDATE, Peer, head, message, request
 
 from ganserve import (
     AuthenticationError,
@@ -35,6 +35,7 @@ from ganserve_server import tls, tokens
 
 Start = Callable[..., RunningServer]
 CA = trustme.CA()
+MAX_WINDOW = 2**31 - 1
 
 
 def write_certificate(folder: Path, authority: trustme.CA = CA, **options: Any) -> tuple[Path, Path]:
@@ -428,6 +429,26 @@ async def test_connections_end_at_their_age_and_no_call_does(start_server: Start
         assert streamed == 4000
     assert made > 100
     assert scrape(running)["ganserve_connections_aged_total"] >= 4
+    wait_for_sample(running, "ganserve_connections", lambda count: count == 0)
+
+
+@pytest.mark.parametrize("by_tls", [False, True])
+def test_an_aged_connection_is_kept_until_its_last_answer_is_read(
+    by_tls: bool, start_server: Start, with_tls: tuple[str | Path, ...], ca_file: str
+) -> None:
+    running = start_server("--max-connection-age-s", "0.3", *(with_tls if by_tls else ()))
+    tls = ssl.create_default_context(cafile=ca_file) if by_tls else None
+    with Peer(running.address, {INITIAL_WINDOW_SIZE: MAX_WINDOW}, receive_buffer=4096, tls=tls) as peer:
+        peer.send(WINDOW_UPDATE, 0, 0, (1 << 30).to_bytes(4, "big"))
+        stream = peer.start(request(count=1024))
+        wait_for_sample(running, "ganserve_connections_aged_total", lambda count: count == 1)
+        until = time.monotonic() + 0.6  # in which all is written, and much of it not on its way yet
+        while time.monotonic() < until:
+            peer.send(PING, 0, 0, bytes(8))
+            scrape(running)
+        answer = peer.answer(stream)
+        assert (answer.status, len(answer.images.seeds)) == (0, 1024)
+        assert peer.closed_for() == NO_ERROR
     wait_for_sample(running, "ganserve_connections", lambda count: count == 0)
 
 
