@@ -57,6 +57,7 @@ _HOLDS_MUCH = 64 << 10  # bytes of an unfinished request
 # Answers beyond it that a peer does not read. One answer more may come: the largest is 256 MiB.
 _MAX_KEPT_BYTES = 128 << 20
 _SMALL_ANSWER = 16 << 10
+_MAX_UNGUARDED_BYTES = 4096  # of a request that all may send
 
 MessageT = TypeVar("MessageT")
 RequestSink = tuple[Callable[[bytes], None], Callable[[], None]]  # for a message, and for the end
@@ -166,6 +167,7 @@ class Call(Stream):
         "_headers_sent",
         "_holds_much",
         "_inflated",
+        "_most",
         "_sink",
         "_size",
         "_timer",
@@ -193,7 +195,7 @@ class Call(Stream):
         self.started = time.perf_counter()
         self.request_id = head.request_id or server.new_request_id()
         self.caller: Caller | None = None
-        self.denied: ServingError | None = None  # why the caller may not
+        self.denied: ServingError | None = None  # why nothing of it is read
         # For metrics, log and traces; the method fills them in.
         self.model = ""
         self.version: int | None = None
@@ -212,11 +214,9 @@ class Call(Stream):
         self._holds_much = False
         self._headers_sent = False
         self._sink: RequestSink | None = None
-        if self.method is not None:
-            if server.guard is not None and self.method.guarded:
-                self._find_caller(server.guard)
-            if self.method.open is not None and self.denied is None:
-                self._sink = self.method.open(self)
+        self._most = server.max_request_bytes
+        if head.refusal is None:
+            self._admit()
 
     @property
     def partly_sent(self) -> bool:
@@ -228,13 +228,23 @@ class Call(Stream):
         """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
         return self.connection if self.caller is None else self.caller.name
 
-    def _find_caller(self, guard: "Callable[[Call], None]") -> None:
+    def _admit(self) -> None:
+        """Find out who calls, and open the method; what is denied is so before its body comes."""
+        server, method = self.server, self.method
         try:
-            guard(self)
+            if method is None:
+                raise NoSuchMethod(f"there is no method {self.head.path}")
+            if not method.guarded:
+                self._most = _MAX_UNGUARDED_BYTES
+            elif server.guard is not None:
+                server.guard(self)
         except ServingError as error:
             self.denied = error
             # Not here: the connection does not know of this call yet. What comes before that is not read.
-            self.server.loop.call_soon(self.fail, error)
+            server.loop.call_soon(self.fail, error)
+        else:
+            if method.open is not None:
+                self._sink = method.open(self)
 
     # The request.
 
@@ -252,7 +262,7 @@ class Call(Stream):
         else:
             self._body = data
         self._keep(len(data))
-        most = self.server.max_request_bytes
+        most = self._most
         if self.over:
             return
         if len(self._body) >= _PREFIX and (size := int.from_bytes(self._body[1:_PREFIX], "big")) > most:
@@ -275,9 +285,8 @@ class Call(Stream):
                 self.connection.abort(self, PROTOCOL_ERROR)
                 return
             self._forget_body()
+        assert method is not None
         try:
-            if method is None:
-                raise NoSuchMethod(f"there is no method {head.path}")
             if self._sink is not None:
                 if body:
                     raise MalformedMessage("the last message is incomplete")
@@ -304,8 +313,8 @@ class Call(Stream):
             while len(body) - position >= _PREFIX:
                 size = int.from_bytes(body[position + 1 : position + _PREFIX], "big")
                 end = position + _PREFIX + size
-                if size > self.server.max_request_bytes:
-                    raise MessageTooLarge(f"a request is larger than max ({self.server.max_request_bytes} bytes)")
+                if size > self._most:
+                    raise MessageTooLarge(f"a request is larger than max ({self._most} bytes)")
                 if end > len(body):
                     break
                 message = self._message(body[position], bytes(body[position + _PREFIX : end]))
@@ -333,7 +342,7 @@ class Call(Stream):
             raise MalformedMessage("a message is compressed (1) or not (0)")
         if bits is None:
             raise UnknownCompression(f"messages compressed by {self.head.encoding.decode('latin-1')} cannot be read")
-        most = self.server.max_request_bytes
+        most = self._most
         inflate = zlib.decompressobj(bits)
         try:
             message = inflate.decompress(message, most + 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import socket
 import struct
 import time
 import urllib.request
@@ -54,6 +55,7 @@ from tests.wire import (
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server import http2
+from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink
 
 Start = Callable[..., RunningServer]
 Break = Callable[[Peer], None]
@@ -671,6 +673,36 @@ def test_what_is_not_grpc_is_refused_as_http_does(peer: Peer) -> None:
             if body:
                 peer.body(stream, body)
             assert peer.answer(stream).blocks == [{":status": status}]
+
+
+async def test_what_is_not_grpc_opens_no_method() -> None:
+    """A stream's task would wait for ever for what is not read."""
+    server = GrpcServer(
+        on_finished=lambda *_: None,
+        on_refused=lambda *_: None,
+        max_connections=1,
+        max_streams=1,
+        max_request_bytes=1,
+    )
+    opened: list[Call] = []
+
+    def open_(call: Call) -> RequestSink:
+        opened.append(call)
+        return lambda _: None, call.finish
+
+    server.add_method("/a.B/C", Method(open=open_))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server.start([listening])
+
+    def ask(**changes: str) -> dict[str, str]:
+        with Peer(f"127.0.0.1:{port}") as peer:
+            return peer.answer(peer.head(head("/a.B/C", **changes), END_HEADERS | END_STREAM)).blocks[-1]
+
+    port = listening.getsockname()[1]
+    assert await asyncio.to_thread(ask, content_type="text/plain") == {":status": "415"}
+    assert not opened
+    assert (await asyncio.to_thread(ask))["grpc-status"] == "0"
+    await server.drain(10)
 
 
 @pytest.mark.parametrize("content_type", ["application/grpc+proto", "application/grpc;charset=utf-8"])
