@@ -70,6 +70,10 @@ class Certificates:
         if self._client_ca:
             context.load_verify_locations(self._client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
+            # A session that is resumed asks for no certificate: one that has ended since would go on letting in. Of 1.2
+            # OpenSSL keeps sessions, too, which Python cannot forbid.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.num_tickets = 0
         ends = {"server": first_to_end(self._certificate)}
         if self._client_ca:
             ends["client_ca"] = first_to_end(self._client_ca)

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import RunningServer
 from tests.server.test_start_and_drain import failing_start, scrape, wait_for_sample
-from tests.wire import INITIAL_WINDOW_SIZE, NO_ERROR, PING, WINDOW_UPDATE, Peer, head, message, request
+from tests.wire import GENERATE, INITIAL_WINDOW_SIZE, NO_ERROR, PING, WINDOW_UPDATE, Peer, head, message, request
 
 from ganserve import (
     AuthenticationError,
@@ -32,6 +32,7 @@ from ganserve.v1 import administration_pb2_grpc as admin_pb_grpc
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server import tls, tokens
+from ganserve_server.requests import varint
 
 Start = Callable[..., RunningServer]
 CA = trustme.CA()
@@ -138,6 +139,23 @@ def test_mutual_tls_lets_in_who_has_a_certificate_of_the_authority(
             client.models()
         wait_for_sample(running, f'ganserve_tls_failures_total{{reason="{reason}"}}', lambda count: count > 0)
     assert 'ganserve_requests_total{code="OK",method="ListModels",model="other",version=""}' not in scrape(running)
+
+
+def test_callers_with_certificates_have_no_sessions_to_resume(
+    start_server: Start, with_tls: tuple[str, ...], ca_file: str, tmp_path: Path
+) -> None:
+    """A certificate that has ended since would go on letting in; of TLS 1.2, which keeps sessions, there is none."""
+    running = start_server(*with_tls, "--tls-client-ca-file", ca_file)
+    context = ssl.create_default_context(cafile=ca_file)
+    context.load_cert_chain(*write_certificate(tmp_path / "mine"))
+    with Peer(running.address, tls=context) as peer:
+        assert peer.call(request()).status == 0
+        assert isinstance(peer.socket, ssl.SSLSocket)
+        assert peer.socket.session is None or not peer.socket.session.has_ticket
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError):
+        Peer(running.address, tls=context)
+    wait_for_sample(running, 'ganserve_tls_failures_total{reason="old_tls"}', lambda count: count == 1)
 
 
 def serial_of(address: str, ca_file: str) -> str:
@@ -299,6 +317,33 @@ def test_a_call_without_a_token_is_refused_before_its_body_comes(start_server: S
         each = peer.head(head("/ganserve.v1.GenerationService/GenerateEach"))
         assert peer.answer(each).status == grpc.StatusCode.UNAUTHENTICATED.value[0]
     assert scrape(running)['ganserve_images_total{model="mlp-mnist",version="1"}'] == 0
+
+
+@pytest.mark.parametrize("path", ["/no.Such/Method", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
+def test_without_a_token_nothing_large_is_kept(path: str, start_server: Start, tmp_path: Path) -> None:
+    """Else the oldest unfinished requests, of those who have one, would make room for it."""
+    (token,) = write_tokens(file := tmp_path / "tokens.toml", {})
+    running = start_server("--tokens-file", file)
+    unfinished = message(bytes(4 << 20))[: 1 << 20]
+    with Peer(running.address) as mine, Peer(running.address) as other:
+        body = message(request() + a_field_of(1 << 20))
+        stream = mine.head(head(GENERATE, ("authorization", f"Bearer {token}")))
+        mine.body(stream, body[:-1], end=False)
+        mine.ping()
+        for _ in range(300):  # together more than may be kept
+            other.body(other.head(head(path)), unfinished, end=False)
+        other.ping()
+        assert {answer.status for answer in other.answers.values()} <= {
+            grpc.StatusCode.UNIMPLEMENTED.value[0],
+            grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
+        }
+        mine.body(stream, body[-1:])
+        assert mine.answer(stream).status == 0
+
+
+def a_field_of(size: int) -> bytes:
+    """Write a field that no message has."""
+    return b"\xfa\x7f" + varint(size) + bytes(size)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
