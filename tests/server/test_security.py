@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_callers_who_trust_another_authority_or_speak_no_tls_get_no_answer(
     wait_for_sample(running, 'ganserve_tls_failures_total{reason="refused_by_peer"}', lambda count: count > 0)
     wait_for_sample(running, 'ganserve_tls_failures_total{reason="no_tls"}', lambda count: count > 0)
     assert not [name for name in scrape(running) if "expiry" in name and "client_ca" in name]
+
+
+def test_a_connection_by_tls_costs_little_memory(start_server: Start, with_tls: tuple[str, ...], ca_file: str) -> None:
+    running = start_server(*with_tls)
+    context = ssl.create_default_context(cafile=ca_file)
+    with ExitStack() as peers:
+
+        def connect(count: int) -> float:
+            for _ in range(count):
+                peer = peers.enter_context(Peer(running.address, tls=context))
+                assert peer.call(request()).status == 0
+            return scrape(running)["process_resident_memory_bytes"]
+
+        before = connect(50)
+        assert (connect(200) - before) / 200 < 150_000
 
 
 def test_old_tls_is_refused(start_server: Start, with_tls: tuple[str, ...], ca_file: str) -> None:
