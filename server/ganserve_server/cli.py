@@ -99,9 +99,13 @@ def _config(context: typer.Context) -> None:
         elif source is not None and source.name == "ENVIRONMENT":
             told = _variable(name)
         else:
-            told = file if name in in_file else "default"
-        # A JSON text is a TOML text, but for a character that no setting has.
-        print(f"{name} = {json.dumps(value)}  # {told}")
+            told = _toml(file)[1:-1] if name in in_file else "default"
+        print(f"{name} = {_toml(value)}  # {told}")
+
+
+def _toml(value: object) -> str:
+    """Write a number or a text: as JSON does, but for a character that TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").encode("utf-8", "backslashreplace").decode()
 
 
 def _token(

@@ -14,7 +14,7 @@ AccessLog = Literal["off", "errors", "all"]
 ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
-# What Kubernetes and Docker tell every container of a service that is called ganserve-server.
+# What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
 _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
 
 
@@ -136,7 +136,7 @@ def read_config(file: str) -> dict[str, Any]:
         content = tomllib.loads(Path(file).read_text("utf-8"))
     except OSError as error:
         raise SettingsError(f"{file} (--config) cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{file} (--config) is not TOML: {error}") from error
     for key, value in content.items():
         if key not in ServerSettings.model_fields:
@@ -153,10 +153,11 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
         SettingsError: there is one.
     """
     known = [(ENVIRONMENT_PREFIX + name).upper() for name in _names()] + [CONFIG_VARIABLE]
-    for variable in sorted(environment):
-        ours = variable.startswith(ENVIRONMENT_PREFIX) and variable not in known
-        if ours and not _OF_SERVICE_LINKS.fullmatch(variable.removeprefix(ENVIRONMENT_PREFIX)):
-            raise SettingsError(f"{variable} is no setting{nearest(variable, known)}")
+    unknown = sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+    services = {name.removesuffix("SERVICE_HOST") for name in unknown if name.endswith("_SERVICE_HOST")}
+    for name in unknown:
+        if not any(_OF_SERVICE_LINKS.fullmatch(name.removeprefix(of)) for of in (ENVIRONMENT_PREFIX, *services)):
+            raise SettingsError(f"{name} is no setting{nearest(name, known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Who may call: bearer tokens, of which the server knows the hashes alone, with a role and a rate for each."""
 
 import asyncio
+import fcntl
 import hashlib
-import hmac
 import json
 import mmap
 import os
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ganserve_server.addresses import StartError
 from ganserve_server.errors import PermissionDenied, RateLimited, Unauthenticated
@@ -26,6 +26,8 @@ _AUTHORIZATION = re.compile(rb"bearer +([\x21-\x7e]{1,4096}) *", re.IGNORECASE)
 _TOKEN_BYTES = 32
 _TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets can know one
 _CELL = 8  # bytes
+_MOST_NS = 2**63 - 1  # in a cell
+_LEAST_RATE, _MOST_IMAGES = 0.001, 1e9
 _BUCKETS = 4 * MAX_TOKENS  # with those that have been removed since the start
 BUCKETS_BYTES = _BUCKETS * 2 * _CELL
 
@@ -33,13 +35,19 @@ BUCKETS_BYTES = _BUCKETS * 2 * _CELL
 class Token(BaseModel):
     """One entry of the file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     roles: Annotated[tuple[Role, ...], Field(min_length=1)]
-    images_per_s: Annotated[float, Field(gt=0)] | None = None
-    burst_images: Annotated[float, Field(ge=1)] | None = None
+    images_per_s: Annotated[float, Field(strict=True, ge=_LEAST_RATE, le=_MOST_IMAGES)] | None = None
+    burst_images: Annotated[float, Field(strict=True, ge=1, le=_MOST_IMAGES)] | None = None
+
+    @model_validator(mode="after")
+    def _check_burst(self) -> "Token":
+        if self.burst_images is not None and self.images_per_s is None:
+            raise ValueError("burst_images needs images_per_s")
+        return self
 
 
 class Buckets:
@@ -71,11 +79,12 @@ class Buckets:
         More than a burst may be asked for at once; the debt is paid before there is more.
         """
         now = time.monotonic_ns()
-        paid = max(self._cells[place], now - int(burst / images_per_s * 1e9))
+        unused = now - int(burst / images_per_s * 1e9)
+        paid = max(self._cells[place] or unused, unused)
         early_ns = paid + int(min(images, burst) / images_per_s * 1e9) - now
         if early_ns > 0:
             return early_ns / 1e9
-        self._cells[place] = paid + int(images / images_per_s * 1e9)
+        self._cells[place] = min(paid + int(images / images_per_s * 1e9), _MOST_NS)
         return 0.0
 
 
@@ -150,10 +159,9 @@ class Tokens:
         if authorization is None:
             raise Unauthenticated("a token is needed: send metadata 'authorization: Bearer TOKEN'")
         bearer = _AUTHORIZATION.fullmatch(authorization)
-        # What takes longer for a nearly right guess than for another is a look-up by hash, which nobody can steer.
-        digest = hashlib.sha256(bearer[1] if bearer else b"").digest()
-        known, caller = self._callers.get(digest, (b"", None))
-        if caller is None or not hmac.compare_digest(known, digest):
+        # A look-up by hash tells nobody by its time how nearly right a guess is.
+        caller = self._callers.get(hashlib.sha256(bearer[1]).digest()) if bearer else None
+        if caller is None:
             raise Unauthenticated(
                 "the token is none of this server's" if bearer else "authorization must be 'Bearer TOKEN'"
             )
@@ -161,10 +169,8 @@ class Tokens:
             raise PermissionDenied(f"token {caller.name!r} has not the role {role!r}, which this call needs")
         return caller
 
-    def _load(self) -> dict[bytes, tuple[bytes, Caller]]:
-        tokens = read_tokens(self.files[0])
-        digests = [bytes.fromhex(token.sha256) for token in tokens]
-        return {digest: (digest, Caller(token, self._buckets)) for digest, token in zip(digests, tokens, strict=True)}
+    def _load(self) -> dict[bytes, Caller]:
+        return {bytes.fromhex(token.sha256): Caller(token, self._buckets) for token in read_tokens(self.files[0])}
 
     def _explain(self, error: Exception) -> str:
         text = error.strerror if isinstance(error, OSError) else str(error)
@@ -182,7 +188,10 @@ def read_tokens(file: Path) -> list[Token]:
 
 
 def _parse(text: str) -> list[Token]:
-    content = tomllib.loads(text)
+    try:
+        content = tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     for key in content.keys() - {"tokens"}:
         raise ValueError(f"there is no key {key!r}{nearest(key, ('tokens',))}; each token is a table [[tokens]]")
     entries = content.get("tokens", [])
@@ -196,7 +205,7 @@ def _parse(text: str) -> list[Token]:
         except ValidationError as error:
             # Without the input: it could be the token itself. A key too many tells more than the one that lacks.
             problem = min(error.errors(include_input=False), key=lambda one: one["type"] != "extra_forbidden")
-            key = ".".join(str(part) for part in problem["loc"])
+            key = ".".join(str(part) for part in problem["loc"]) or "as a whole"
             hint = nearest(key, tuple(Token.model_fields)) if problem["type"] == "extra_forbidden" else ""
             raise ValueError(f"token {name!r}, {key}: {problem['msg']}{hint}") from None
     for kind in ("name", "sha256"):
@@ -207,24 +216,35 @@ def _parse(text: str) -> list[Token]:
 
 
 def add(file: Path, entry: Mapping[str, object]) -> None:
-    """Add a token to a file, as a whole or not at all; its comments stay.
+    """Add a token to a file, as a whole or not at all; its comments, its owner and its mode stay.
 
     Raises:
         OSError: it cannot be read or written.
         ValueError: the file, with it, breaks a rule.
     """
-    before = file.read_text("utf-8") if file.exists() else ""
-    table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items())
-    text = f"{before.rstrip()}\n\n[[tokens]]\n{table}".lstrip()
-    _parse(text)
-    beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    mode = file.stat().st_mode & 0o777 if before else 0o600
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as writing:
-        writing.write(text)
-        writing.flush()
-        os.fsync(descriptor)
-    beside.replace(file)
+    file = file.resolve()  # a link goes on leading to it
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # of two that add at a time, one would be lost
+        before = file.stat() if file.exists() else None
+        content = file.read_text("utf-8") if before else ""
+        table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items())
+        text = f"{content.rstrip()}\n\n[[tokens]]\n{table}".lstrip()
+        _parse(text)
+        beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+        try:
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as new:
+                new.write(text)
+                if before is not None:
+                    os.fchown(new.fileno(), before.st_uid, before.st_gid)
+                    os.fchmod(new.fileno(), before.st_mode & 0o777)
+                new.flush()
+                os.fsync(new.fileno())
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
+    finally:
+        os.close(folder)
 
 
 def new_token() -> tuple[str, str]:

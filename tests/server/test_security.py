@@ -1,8 +1,10 @@
 """Who gets in: TLS, mutual TLS, tokens and their roles and rates, and files that change while the server runs."""
 
 import asyncio
+import concurrent.futures
 import datetime
 import json
+import os
 import socket
 import ssl
 import threading
@@ -32,7 +34,8 @@ from ganserve.v1 import administration_pb2 as admin_pb
 from ganserve.v1 import administration_pb2_grpc as admin_pb_grpc
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server import tls, tokens
+from ganserve_server import errors, tls, tokens
+from ganserve_server.errors import RateLimited
 from ganserve_server.requests import varint
 
 Start = Callable[..., RunningServer]
@@ -446,6 +449,18 @@ async def test_two_tokens_on_one_connection_take_turns(start_server: Start, tmp_
         (f"[[tokens]]\nname = 'a b'\nsha256 = '{'0' * 64}'\nroles = ['admin']", "token 'a b', name"),
         (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['admin']\n" * 2, "'a' is there twice"),
         ("[[tokens", "cannot be used"),
+        ("tokens = " + "[" * 5000, "nested too deeply"),
+        ("tokens = [1]", "token 'number 1', as a whole"),
+        *(
+            (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['admin']\n{limit}", text)
+            for limit, text in (
+                ("images_per_s = 1e-12", "images_per_s: Input should be greater than or equal to 0.001"),
+                ("images_per_s = inf", "images_per_s: Input should be a finite number"),
+                ("images_per_s = true", "images_per_s: Input should be a valid number"),
+                ("images_per_s = 1\nburst_images = inf", "burst_images: Input should be a finite number"),
+                ("burst_images = 1", "burst_images needs images_per_s"),
+            )
+        ),
         ("[[tokens]]\nname = 'a'\nsha256 = 'gs_secret-itself'\nroles = ['admin']", "token 'a', sha256"),
     ],
 )
@@ -456,6 +471,48 @@ def test_a_tokens_file_that_breaks_a_rule_is_told_and_no_secret_with_it(
     told = failing_start("--tokens-file", file, code=1)
     assert text in json.loads(told.splitlines()[-1])["reason"]
     assert "gs_secret" not in told
+
+
+def add(file: Path, name: str) -> None:
+    tokens.add(file, {"name": name, "roles": ["generate"], "sha256": tokens.new_token()[1]})
+
+
+def test_tokens_that_are_added_at_the_same_time_are_all_there(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: add(file, f"t{number}"), range(40)))
+    assert {token.name for token in tokens.read_tokens(file)} == {f"t{number}" for number in range(40)}
+
+
+def test_a_token_is_added_where_a_link_leads_and_owner_and_mode_stay(tmp_path: Path) -> None:
+    """A server that is another user must be able to read it as before."""
+    add(file := tmp_path / "real.toml", "first")
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 65534, 65534)
+    before = file.stat()
+    (link := tmp_path / "tokens.toml").symlink_to("real.toml")
+    umask = os.umask(0o077)
+    add(link, "second")
+    os.umask(umask)
+    after = file.stat()
+    assert link.is_symlink()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert [token.name for token in tokens.read_tokens(file)] == ["first", "second"]
+    with pytest.raises(ValueError, match="'second' is there twice"):
+        add(link, "second")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["real.toml", "tokens.toml"]
+
+
+def test_the_greatest_debt_and_the_longest_burst_are_counted() -> None:
+    digest = tokens.new_token()[1]
+    slowest = tokens.Token(name="a", sha256=digest, roles=("generate",), images_per_s=0.001, burst_images=1e9)
+    caller = tokens.Caller(slowest, tokens.Buckets())
+    caller.take(1_000_000_000)  # a burst of 30,000 years, and the machine is younger
+    with pytest.raises(RateLimited) as caught:
+        caller.take(1)
+    assert errors.status_details(caught.value)
 
 
 # What is open to all, and ages.

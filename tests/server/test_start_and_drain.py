@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -360,6 +361,14 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(
         client.generate("mlp-mnist", count=6)
 
 
+@pytest.mark.parametrize("name", ["\N{GRINNING FACE}", "a\nb", "\x7f", 'a"b\\c'])
+def test_settings_of_any_characters_are_told_as_they_are_read(name: str, tmp_path: Path) -> None:
+    (file := tmp_path / f"{name}.toml").write_text("max_batch_size = 8\n")
+    (again := tmp_path / "again.toml").write_text(settings_told("--config", file, "--models", tmp_path / name))
+    read = tomllib.loads(settings_told("--config", again))
+    assert (read["models"], read["max_batch_size"]) == (str(tmp_path / name), 8)
+
+
 def settings_told(*flags: str | Path) -> str:
     command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config"]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -374,6 +383,8 @@ def settings_told(*flags: str | Path) -> str:
         ("[server]\naddress = ''", "'server', which is no setting"),
         ("max_batch_size = [1]", "max_batch_size is a table, an array or a boolean"),
         ("max_batch_size", "is not TOML"),
+        (f"max_batch_size = {'1' * 5000}", "is not TOML"),
+        (f"max_batch_size = {'[' * 5000}", "is not TOML"),
     ],
 )
 def test_a_wrong_file_of_settings_is_told(content: str, text: str, tmp_path: Path) -> None:
@@ -389,6 +400,9 @@ def test_a_file_of_settings_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 def test_an_unknown_variable_of_the_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GANSERVE_SERVER_MAX_BATCHSIZE", "5")
+    # Of another service, whose name begins as the server's.
+    monkeypatch.setenv("GANSERVE_SERVER_ADMIN_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("GANSERVE_SERVER_ADMIN_PORT_50052_TCP_ADDR", "10.0.0.1")
     assert "did you mean GANSERVE_SERVER_MAX_BATCH_SIZE?" in failing_start(code=2)
 
 
