@@ -771,7 +771,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         """
         if not self._closing:
             self._write(frame(PING, 0, 0, _GOODBYE))
-            self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self.close)
+            self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self.transport.abort)
 
     def _end_streams(self) -> None:
         for stream in tuple(self.streams.values()):
