@@ -59,7 +59,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     workers = _count_workers(settings)
     metrics = Metrics() if workers == 1 else None
     security = Security(settings, metrics, Buckets())
-    security.warn_if_open(sockets)
+    security.warn_if_open(sockets, "--address")
 
     def log_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
         _log.info(
@@ -202,6 +202,7 @@ class _AdminServer:
         # Before the models are loaded: an address that is taken should be told at once.
         off = settings.admin_address == "off"
         self._sockets = [] if off else bind(settings.admin_address, "--admin-address")
+        security.warn_if_open(self._sockets, "--admin-address")
         self._server: GrpcServer | None = None
 
     def start(self, able: Administration) -> str | None:

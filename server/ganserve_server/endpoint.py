@@ -1,7 +1,9 @@
 """What the server tells over plain HTTP: its metrics, whether it lives, and whether it is ready."""
 
 import http.server
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
@@ -10,11 +12,18 @@ from prometheus_client.exposition import MetricsHandler
 
 from ganserve_server.addresses import StartError, split
 
+_log = logging.getLogger(__name__)
+
 _TIMEOUT_S = 10.0  # of a peer that sends no request, or reads no answer
 
 
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Log what fails, as the rest of the server does; a peer that leaves is no error."""
+        if not isinstance(sys.exception(), OSError):
+            _log.exception("a scrape failed")
 
 
 class Endpoint:

@@ -31,12 +31,16 @@ class Security:
     """
 
     def __init__(self, settings: ServerSettings, metrics: Metrics | None, buckets: Buckets) -> None:
-        with_tls = settings.tls_certificate_file or settings.tls_key_file or settings.tls_client_ca_file
-        self.certificates = Certificates(settings, metrics) if with_tls else None
-        self.tokens = Tokens(settings.tokens_file, buckets) if settings.tokens_file else None
+        self._files = {
+            "certificates": _named(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file),
+            "tokens": _named(settings.tokens_file),
+        }
+        # Before they are read: what changes meanwhile is read again.
+        self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
+        self.certificates = Certificates(settings, metrics) if self._files["certificates"] else None
+        self.tokens = Tokens(settings.tokens_file, buckets) if self._files["tokens"] else None
         self._metrics = metrics
         self._parts = {"certificates": self.certificates, "tokens": self.tokens}
-        self._seen = {kind: _state(part.files) for kind, part in self._parts.items() if part}
 
     @property
     def context(self) -> Callable[[], ssl.SSLContext] | None:
@@ -62,7 +66,7 @@ class Security:
         for kind, seen in self._seen.items():
             part = self._parts[kind]
             assert part is not None
-            if (state := _state(part.files)) == seen:
+            if (state := _state(self._files[kind])) == seen:
                 continue
             self._seen[kind] = state
             wrong = part.reload()
@@ -79,16 +83,21 @@ class Security:
             await asyncio.sleep(_LOOK_EVERY_S)
             self.refresh()
 
-    def warn_if_open(self, sockets: list[socket]) -> None:
+    def warn_if_open(self, sockets: list[socket], flag: str) -> None:
         """Say in the log what anybody on the network may do."""
         if all(_is_loopback(bound) for bound in sockets):
             return
         if self.tokens is None and not (self.certificates and self.certificates.asks_callers):
             _log.warning(
-                "anyone who reaches this address may call: there is neither --tokens-file nor --tls-client-ca-file"
+                "anyone who reaches this address may call: there is neither --tokens-file nor --tls-client-ca-file",
+                extra={"flag": flag},
             )
         elif self.certificates is None:
-            _log.warning("tokens come in plain text: there is no --tls-certificate-file")
+            _log.warning("tokens come in plain text: there is no --tls-certificate-file", extra={"flag": flag})
+
+
+def _named(*files: str) -> tuple[Path, ...]:
+    return tuple(Path(file) for file in files if file)
 
 
 def _state(files: tuple[Path, ...]) -> list[tuple[int, ...] | None]:

@@ -37,6 +37,8 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server import errors, tls, tokens
 from ganserve_server.errors import RateLimited
 from ganserve_server.requests import varint
+from ganserve_server.security import Security
+from ganserve_server.settings import ServerSettings
 
 Start = Callable[..., RunningServer]
 CA = trustme.CA()
@@ -473,6 +475,31 @@ def test_a_tokens_file_that_breaks_a_rule_is_told_and_no_secret_with_it(
     assert "gs_secret" not in told
 
 
+def test_a_file_that_changes_while_the_server_starts_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,) = write_tokens(file := tmp_path / "tokens.toml", {})
+    new: list[str] = []
+
+    def read_and_change(read: Path) -> list[tokens.Token]:
+        found = read_tokens(read)
+        new[:] = new or write_tokens(file, {})
+        return found
+
+    read_tokens = tokens.read_tokens
+    monkeypatch.setattr(tokens, "read_tokens", read_and_change)
+    guard = Security(ServerSettings(tokens_file=str(file)), None, tokens.Buckets())
+    assert guard.tokens is not None
+
+    def name_of(token: str) -> str:
+        assert guard.tokens is not None
+        return guard.tokens.identify({b"authorization": f"Bearer {token}".encode()}, "generate").name
+
+    assert name_of(old) == "somebody"
+    guard.refresh()
+    assert name_of(new[0]) == "somebody"
+
+
 def add(file: Path, name: str) -> None:
     tokens.add(file, {"name": name, "roles": ["generate"], "sha256": tokens.new_token()[1]})
 
@@ -582,3 +609,5 @@ def test_an_address_that_is_open_to_all_is_told(with_tls: tuple[str | Path, ...]
     assert "tokens come in plain text" in failing_start(*everywhere, "--tokens-file", file, code=1)
     assert "warning" not in failing_start(*everywhere, *with_tls, "--tokens-file", file, code=1)
     assert "warning" not in failing_start("--models", tmp_path / "nothing", code=1)
+    admin = failing_start("--models", tmp_path / "nothing", "--admin-address", "0.0.0.0:0", code=1)
+    assert json.loads(admin.splitlines()[0])["flag"] == "--admin-address"

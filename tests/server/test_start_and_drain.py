@@ -428,6 +428,19 @@ def test_probes_are_answered_by_http_too(workers: str, start_server: Start) -> N
     assert scrape(running)["ganserve_queue_limit_images"] == 4096 * int(workers)
 
 
+def test_a_scraper_that_leaves_is_not_logged(start_server: Start) -> None:
+    running = start_server()
+    host, _, port = running.metrics_address.rpartition(":")
+    for _ in range(30):
+        with socket.create_connection((host, int(port))) as scraper:
+            scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes by a reset
+            scraper.send(b"GET /metrics")
+    assert http_get(running.metrics_address, "/livez") == (200, "ok\n")
+    assert running.stop() == 0
+    events = {running.events.get()["event"] for _ in range(running.events.qsize())}
+    assert events == {"draining", "stopped"}
+
+
 def test_a_server_that_loads_is_alive_and_not_ready() -> None:
     endpoint = Endpoint("127.0.0.1:0", CollectorRegistry())
     assert endpoint.address is not None
