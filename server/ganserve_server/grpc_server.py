@@ -28,7 +28,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, Unavailable, status_details
-from ganserve_server.http2 import PROTOCOL_ERROR, Backlog, Connection, Fields, Stream, literal
+from ganserve_server.http2 import GOAWAY_GRACE_S, PROTOCOL_ERROR, Backlog, Connection, Fields, Stream, literal
 from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ _OF_HTTP1 = (b"connection", b"proxy-connection", b"transfer-encoding", b"keep-al
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
 _PREFIX = 5  # bytes before a message: compressed or not, and its length
 _CLOSE_GRACE_S = 1.0
+_AGED_GRACE_S = 2 * GOAWAY_GRACE_S
 _HANDSHAKE_TIMEOUT_S = 10.0
 _BACKLOG = 1024
 _YIELD_S = 0.001  # in which a worker with fewer connections takes the next
@@ -649,7 +650,8 @@ class GrpcServer:
             self.loop.remove_reader(bound)
             bound.close()
         for connection in tuple(self._connections):
-            self._drain(connection, "the server is shutting down")
+            connection.drain()
+            self._cut_off_unawaited(connection, "the server is shutting down")
         await self._emptied(timeout_s)
         calls = [call for connection in self._connections for call in connection.streams.values()]
         if calls:
@@ -665,8 +667,7 @@ class GrpcServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @staticmethod
-    def _drain(connection: Connection[Head], reason: str) -> None:
-        connection.drain()
+    def _cut_off_unawaited(connection: Connection[Head], reason: str) -> None:
         for call in tuple(connection.streams.values()):
             assert isinstance(call, Call)
             if call.method is not None and not call.method.awaited:
@@ -782,7 +783,10 @@ class GrpcServer:
 
     def _age(self, connection: Connection[Head]) -> None:
         self._on_aged()
-        self._drain(connection, "the connection has been open for long; call again on another")
+        connection.drain()
+        # Later: a probe that has come is answered, and a watcher may still be on its way.
+        reason = "the connection has been open for long; call again on another"
+        self.loop.call_later(_AGED_GRACE_S, self._cut_off_unawaited, connection, reason)
 
     def _lost(self, connection: Connection[Head]) -> None:
         self._connections.discard(connection)

@@ -50,7 +50,7 @@ _GRANT_AFTER = 16384  # bytes done with, before the peer is told: a frame a mess
 # that gives up all its calls while the server is busy stays below.
 _MAX_COSTLY = 1000
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, tries
-_GOAWAY_GRACE_S = 0.1  # for streams that were opened before the peer read that it should open none
+GOAWAY_GRACE_S = 0.1  # for streams that were opened before the peer read that it should open none
 _GOODBYE = b"goodbye!"  # of the last PING
 _KEPT_CLOSED = 128  # streams that this side reset, whose late frames are no error
 _KEPT_SKIPPED = 16
@@ -375,7 +375,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._goaway_at = _MAX_WINDOW
         # In two steps, as RFC 9113, 6.8 advises: streams that are on their way now will be answered.
         self._write(frame(GOAWAY, 0, 0, struct.pack(">II", _MAX_WINDOW, NO_ERROR)))
-        self._drain_timer = self._loop.call_later(_GOAWAY_GRACE_S, self._stop_streams)
+        self._drain_timer = self._loop.call_later(GOAWAY_GRACE_S, self._stop_streams)
 
     def end_later(self, age_s: float, end: "Callable[[Connection[HeadT]], None]") -> None:
         """Call `end` with the connection at that age, unless it is over."""

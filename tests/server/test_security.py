@@ -21,7 +21,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import RunningServer
 from tests.server.test_start_and_drain import failing_start, scrape, wait_for_sample
-from tests.wire import GENERATE, INITIAL_WINDOW_SIZE, NO_ERROR, PING, WINDOW_UPDATE, Peer, head, message, request
+from tests.wire import (
+    GENERATE,
+    GOAWAY,
+    INITIAL_WINDOW_SIZE,
+    NO_ERROR,
+    PING,
+    WINDOW_UPDATE,
+    Peer,
+    head,
+    message,
+    request,
+)
 
 from ganserve import (
     AuthenticationError,
@@ -595,6 +606,18 @@ def test_an_aged_connection_is_kept_until_its_last_answer_is_read(
         assert (answer.status, len(answer.images.seeds)) == (0, 1024)
         assert peer.closed_for() == NO_ERROR
     wait_for_sample(running, "ganserve_connections", lambda count: count == 0)
+
+
+def test_a_watcher_that_comes_as_its_connection_ages_does_not_keep_it_open(start_server: Start) -> None:
+    running = start_server("--max-connection-age-s", "0.3")
+    with Peer(running.address) as peer:
+        peer.until(GOAWAY)  # the first, which waits for what is on its way
+        probe, watch = (peer.start(b"", head(f"/grpc.health.v1.Health/{name}")) for name in ("Check", "Watch"))
+        assert peer.answer(probe).status == 0
+        answer = peer.answer(watch)
+        assert (len(answer.messages), answer.status) == (1, grpc.StatusCode.UNAVAILABLE.value[0])
+        while peer.read() is not None:
+            pass
 
 
 async def count_images(stream: Any) -> int:
