@@ -26,6 +26,7 @@ from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.latents import latents, linear, slerp
 from ganserve.models import Model, QualityMetric
 from ganserve.provenance import Provenance, read_provenance
+from ganserve.replicas import Replica
 
 __all__ = [
     "AsyncClient",
@@ -43,6 +44,7 @@ __all__ = [
     "OverloadedError",
     "Provenance",
     "QualityMetric",
+    "Replica",
     "RequestCancelledError",
     "ServerError",
     "UnavailableError",

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import copy
 import os
 import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -40,6 +42,7 @@ from ganserve.images import GeneratedImage, ImageBatch, concatenate
 from ganserve.latents import latents as latents_of
 from ganserve.latents import linear, slerp
 from ganserve.models import Model
+from ganserve.replicas import Replica, awaited, not_everywhere, targets
 from ganserve.transport import (
     DEFAULT_ADDRESS,
     Attempts,
@@ -66,6 +69,8 @@ _SHEET_ROWS_UNCONDITIONAL = 4
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
 _WAY = {"slerp": slerp, "linear": linear}
 _NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)
+_REPLICAS_AT_ONCE = 16
+_REPLICA_TIMEOUT_S = 5.0  # for one of them, where all are waited for
 
 FilePath = str | os.PathLike[str]
 
@@ -144,6 +149,16 @@ class _Twin:
         if self._stubs is not None:
             _channels_of_parents.append(self._stubs.channel)
             self._stubs = None
+
+    def _alone(self, target: str) -> Self:
+        """Return a client of one of the addresses alone, which does not retry."""
+        one = copy.copy(self)
+        one._endpoint = self._endpoint.alone(target)
+        one.address = one._endpoint.address
+        one._policy, one._closing = RetryPolicy(enabled=False), threading.Event()
+        one._stubs, one._lock = None, threading.Lock()
+        _clients.add(one)
+        return one
 
     def _timeout_s(self, given: float | None, images: int = 0) -> float:
         timeout_s = self.timeout_s if given is None else given
@@ -437,6 +452,73 @@ class Client(_Twin):
                 last = error
             self._pause(readiness.delay_s(last))
 
+    def replicas(
+        self, model: str | None = None, version: int | None = None, *, timeout_s: float | None = None
+    ) -> list[Replica]:
+        """Ask every address that this client calls in turn whether it serves, not just the next one.
+
+        They are those of the list, or all that DNS has for the name now; behind a proxy there is one, the proxy's. Each
+        is asked once, on a connection of its own.
+
+        >>> [replica.serving for replica in client.replicas("cdcgan-mnist", 1)]
+        [True]
+
+        Args:
+            model: ask for this model; None for the server.
+            version: ask for this version of it; None for any.
+            timeout_s: for each address.
+
+        Raises:
+            InvalidRequestError: an argument makes no sense, or the address is of a kind that has no list.
+            UnavailableError: DNS does not know the name.
+            AuthenticationError: the token, or a certificate, is not accepted.
+        """
+        request = None if version is None else to_model_request(model, version)
+        timeout_s = self._timeout_s(timeout_s)
+        self._check_open()
+
+        def ask(target: str) -> Replica:
+            with self._alone(target) as one:
+                try:
+                    serving = one.health(model, timeout_s=timeout_s)
+                    if request is not None:
+                        one._call("get_model", request, timeout_s)
+                except _NOT_READY_YET as error:
+                    return Replica(one.address, False, error)
+                return Replica(one.address, serving)
+
+        with ThreadPoolExecutor(_REPLICAS_AT_ONCE) as threads:
+            return list(threads.map(ask, targets(self._endpoint.target)))
+
+    def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
+        """Return as soon as every replica serves this version of a model: what `replicas` lists.
+
+        DNS is asked again and again: replicas that come meanwhile are waited for, those that go are not.
+
+        >>> len(client.wait_for_version("cdcgan-mnist", 1, 10))
+        1
+
+        Args:
+            model: the model's name; None waits for every replica to serve anything.
+            version: of the model; None waits for any.
+            timeout_s: for all of it.
+
+        Raises:
+            DeadlineExceededError: it took longer than `timeout_s`; the text says which replicas lack it, and why.
+            InvalidRequestError: as `replicas` does.
+            AuthenticationError: the token, or a certificate, is not accepted.
+        """
+        readiness = Readiness(self._timeout_s(timeout_s), awaited(self.address, model, version))
+        while True:
+            last: GanserveError | None
+            try:
+                found = self.replicas(model, version, timeout_s=min(_REPLICA_TIMEOUT_S, readiness.remaining_s()))
+                if (last := not_everywhere(found)) is None:
+                    return found
+            except UnavailableError as error:
+                last = error
+            self._pause(readiness.delay_s(last))
+
     def close(self) -> None:
         """Close the connections; calls that are running end with RequestCancelledError. Closing again does nothing.
 
@@ -718,6 +800,53 @@ class AsyncClient(_Twin):
                 if await self.health(model, timeout_s=readiness.remaining_s()):
                     return
             except _NOT_READY_YET as error:
+                last = error
+            await asyncio.sleep(readiness.delay_s(last))
+
+    async def replicas(
+        self, model: str | None = None, version: int | None = None, *, timeout_s: float | None = None
+    ) -> list[Replica]:
+        """Ask every address that this client calls in turn whether it serves, as Client.replicas does.
+
+        >>> found = await client.replicas("cdcgan-mnist", 1)
+        """
+        request = None if version is None else to_model_request(model, version)
+        timeout_s = self._timeout_s(timeout_s)
+        self._check_open()
+        places = asyncio.Semaphore(_REPLICAS_AT_ONCE)
+
+        async def ask(target: str) -> Replica:
+            async with places, self._alone(target) as one:
+                try:
+                    serving = await one.health(model, timeout_s=timeout_s)
+                    if request is not None:
+                        await one._call("get_model", request, timeout_s)
+                except _NOT_READY_YET as error:
+                    return Replica(one.address, False, error)
+                return Replica(one.address, serving)
+
+        found = await asyncio.to_thread(targets, self._endpoint.target)
+        answers = await asyncio.gather(*(ask(target) for target in found), return_exceptions=True)
+        asked = []
+        for answer in answers:  # all have ended: no task is left behind an error
+            if isinstance(answer, BaseException):
+                raise answer
+            asked.append(answer)
+        return asked
+
+    async def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
+        """Return as soon as every replica serves this version of a model, as Client.wait_for_version does.
+
+        >>> found = await client.wait_for_version("cdcgan-mnist", 1, 10)
+        """
+        readiness = Readiness(self._timeout_s(timeout_s), awaited(self.address, model, version))
+        while True:
+            last: GanserveError | None
+            try:
+                found = await self.replicas(model, version, timeout_s=min(_REPLICA_TIMEOUT_S, readiness.remaining_s()))
+                if (last := not_everywhere(found)) is None:
+                    return found
+            except UnavailableError as error:
                 last = error
             await asyncio.sleep(readiness.delay_s(last))
 

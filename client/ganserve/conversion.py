@@ -74,7 +74,7 @@ def to_request(
     return request
 
 
-def to_model_request(name: str, version: int | None) -> pb.GetModelRequest:
+def to_model_request(name: str | None, version: int | None) -> pb.GetModelRequest:
     """Write the message.
 
     Raises:

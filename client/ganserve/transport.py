@@ -18,7 +18,7 @@ import re
 import ssl
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -40,7 +40,7 @@ CONNECT_TIMEOUT_S = 5.0
 DNS_MIN_INTERVAL_S = 5.0
 
 _SCHEMES = ("dns:///", "dns://", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:///")
-_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%a-z]+\]|[^\s:/,\[\]]+):(\d{1,5})")
+HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%a-z]+\]|[^\s:/,\[\]]+):(\d{1,5})")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 _FIRST_DELAY_S = 0.1
@@ -60,13 +60,22 @@ class Endpoint:
     target: str  # the address as gRPC spells it
     credentials: grpc.ChannelCredentials | None = field(repr=False)  # None: plain text
     metadata: tuple[tuple[str, str], ...] | None = field(repr=False)  # of every call: the token
+    authority: str | None = None  # who a certificate must be for, if not for the target's host
+
+    def alone(self, target: str) -> "Endpoint":
+        """Return the way to one of the addresses; its certificate must still be for the name they have in common."""
+        scheme, _, address = target.partition(":")
+        if scheme.startswith("unix"):
+            return replace(self, target=target)
+        authority = self.target.partition(":")[2].lstrip("/").partition(",")[0]
+        return replace(self, address=address, target=target, authority=authority)
 
     def options(self) -> list[tuple[str, str | int]]:
         """Return the arguments of a channel."""
         # Of several addresses, the certificate of each must be for the first: gRPC would want one for the whole list.
-        several = [("grpc.default_authority", self.address.partition(",")[0].strip())] if "," in self.address else []
+        authority = self.authority or (self.address.partition(",")[0].strip() if "," in self.address else None)
         return [
-            *several,
+            *([] if authority is None else [("grpc.default_authority", authority)]),
             ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
             ("grpc.dns_min_time_between_resolutions_ms", round(DNS_MIN_INTERVAL_S * 1000)),
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -139,7 +148,7 @@ def _target(address: str) -> tuple[str, bool]:
         raise InvalidRequestError(f"address is {address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}")
     if address.startswith(_SCHEMES):
         return address, address.startswith("unix")
-    parts = [_HOST_PORT.fullmatch(part.strip()) for part in address.split(",")]
+    parts = [HOST_PORT.fullmatch(part.strip()) for part in address.split(",")]
     pairs = [(part[1].strip("[]"), int(part[2])) for part in parts if part is not None]
     if len(pairs) < len(parts) or not all(0 < port < 1 << 16 for _, port in pairs):
         raise InvalidRequestError(

@@ -17,9 +17,9 @@ import pytest
 from tests.conftest import RunningServer
 
 import ganserve
-from ganserve import AsyncClient, Client, GanserveError, client, errors, images, models, provenance
+from ganserve import AsyncClient, Client, GanserveError, client, errors, images, models, provenance, replicas
 
-MODULES = (ganserve, client, errors, images, models, provenance, sys.modules["ganserve.latents"])
+MODULES = (ganserve, client, errors, images, models, provenance, replicas, sys.modules["ganserve.latents"])
 
 
 def docstring_tests() -> list[doctest.DocTest]:

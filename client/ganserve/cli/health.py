@@ -1,4 +1,4 @@
-"""`ganserve health`: whether a server, or one of its models, serves."""
+"""`ganserve health`: whether a server, or one of its models, serves; or whether all replicas do."""
 
 from typing import Annotated
 
@@ -7,11 +7,21 @@ import typer
 from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.outcome import ExitStatus
 from ganserve.cli.output import print_json
+from ganserve.client import Client
+from ganserve.errors import DeadlineExceededError, UnavailableError
 
 
 @with_connection
 def health(
     model: Annotated[str | None, typer.Argument(help="Ask for this model.", show_default="the server")] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ask every address for this version of the model.", show_default="any"),
+    ] = None,
+    every_address: Annotated[
+        bool,
+        typer.Option("--every-address", help="Ask every address of the list, or that DNS has, and not just the next."),
+    ] = False,
     wait_s: Annotated[
         float | None,
         typer.Option("--wait", min=0.001, help="Wait so many seconds for it to serve.", show_default=False),
@@ -22,8 +32,14 @@ def health(
 ) -> None:
     """Say whether the server, or a model, serves: exit status 0 if so, 1 if not, 3 if nobody answers.
 
-    Example: ganserve health cdcgan-mnist --wait 60
+    Example: ganserve health cdcgan-mnist --version 2 --every-address --wait 60
     """
+    if version is not None and model is None:
+        raise typer.BadParameter("--version is of one model: give its NAME")
+    if every_address or version is not None:
+        with connection.client() as client:
+            _every_address(client, model, version, wait_s, as_json=as_json)
+        return
     with connection.client(model) as client:
         if wait_s is not None:
             client.wait_until_ready(wait_s, model=model)
@@ -34,3 +50,26 @@ def health(
         print("SERVING" if serving else "NOT SERVING")
     if not serving:
         raise typer.Exit(ExitStatus.NO)
+
+
+def _every_address(
+    client: Client, model: str | None, version: int | None, wait_s: float | None, *, as_json: bool
+) -> None:
+    found = client.replicas(model, version) if wait_s is None else client.wait_for_version(model, version, wait_s)
+    serving = all(replica.serving for replica in found)
+    if as_json:
+        replicas = [
+            {
+                "address": replica.address,
+                "serving": replica.serving,
+                "error": None if replica.error is None else str(replica.error),
+            }
+            for replica in found
+        ]
+        told = {"address": client.address, "model": model, "version": version, "serving": serving}
+        print_json({**told, "replicas": replicas})
+    else:
+        print("\n".join(map(str, found)))
+    if not serving:
+        silent = all(isinstance(replica.error, UnavailableError | DeadlineExceededError) for replica in found)
+        raise typer.Exit(ExitStatus.NO_ANSWER if silent else ExitStatus.NO)

@@ -1,0 +1,73 @@
+"""The replicas that a client's address stands for, when each of them is to be asked, and not just the next."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ganserve.errors import GanserveError, InvalidRequestError, UnavailableError
+from ganserve.transport import HOST_PORT
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One of a client's addresses, and whether it serves what was asked for.
+
+    >>> [replica.serving for replica in client.replicas("cdcgan-mnist")]
+    [True]
+
+    Attributes:
+        address: IP:PORT.
+        serving: whether it serves now.
+        error: what it, or gRPC, said instead; None where it serves, and where it just says that it does not.
+    """
+
+    address: str
+    serving: bool
+    error: GanserveError | None = None
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.address} NOT SERVING ({self.error})"
+        return f"{self.address} {'SERVING' if self.serving else 'NOT SERVING'}"
+
+
+def targets(target: str) -> list[str]:
+    """Return a gRPC target for each address that one stands for now. It asks the system's DNS, and waits for it.
+
+    Of a name with addresses of both kinds only those of IPv4 count: most likely the others are the same replicas'.
+
+    Raises:
+        UnavailableError: DNS does not know the name, or does not answer.
+        InvalidRequestError: the target has no addresses to be asked one by one.
+    """
+    scheme, _, rest = target.partition(":")
+    if scheme in ("ipv4", "ipv6"):
+        return [f"{scheme}:{address.strip()}" for address in rest.split(",")]
+    if scheme.startswith("unix"):
+        return [target]
+    name = HOST_PORT.fullmatch(target.removeprefix("dns:///"))
+    if name is None:
+        raise InvalidRequestError(
+            f"the addresses behind {target} cannot be asked one by one; give HOST:PORT, or several IP:PORT with commas"
+        )
+    try:
+        found = socket.getaddrinfo(name[1].strip("[]"), int(name[2]), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UnavailableError(f"{name[1]} has no addresses: {error.strerror}", reason="unreachable") from error
+    of_ipv4 = {f"ipv4:{where[0]!s}:{name[2]}" for family, *_, where in found if family == socket.AF_INET}
+    of_ipv6 = {f"ipv6:[{where[0]!s}]:{name[2]}" for family, *_, where in found if family == socket.AF_INET6}
+    return sorted(of_ipv4 or of_ipv6)
+
+
+def awaited(address: str, model: str | None, version: int | None) -> str:
+    """Say what is waited for."""
+    what = "the server" if model is None else f"model {model}" if version is None else f"version {version} of {model}"
+    return f"{what} at each address of {address}"
+
+
+def not_everywhere(replicas: Sequence[Replica]) -> UnavailableError | None:
+    """Return an error that says which replicas do not serve, or None if all do."""
+    missing = [str(replica) for replica in replicas if not replica.serving]
+    if not missing:
+        return None
+    return UnavailableError(f"{len(missing)} of {len(replicas)} do not serve it: {'; '.join(missing)}")
