@@ -1,10 +1,15 @@
 """Starts `ganserve-server`, or says what to install."""
 
+import os
+import signal
 import sys
 
 
 def main() -> None:
     """Run the program."""
+    # First of all, and until the loop has its own handler: a container's process 1 ignores SIGTERM without one. Not by
+    # an exception: an import that it interrupts makes another of it.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     try:
         from ganserve_server.cli import main as run
 

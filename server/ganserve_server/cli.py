@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import json
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -204,8 +203,6 @@ _serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-def
 
 def main() -> None:
     """Run the program."""
-    # First of all, and until the loop has its own handler: a container's process 1 ignores SIGTERM without one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_serve)
     app.command("config")(_config)

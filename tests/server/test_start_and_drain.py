@@ -277,6 +277,29 @@ def test_sigterm_when_idle_ends_at_once(start_server: Start) -> None:
     assert start_server().stop() == 0
 
 
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "ganserve_server.cli":
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                sum(range(1000))
+            except BaseException as error:  # as onnxruntime's import does
+                raise ImportError("interrupted") from error
+
+sys.meta_path.insert(0, Finder())
+from ganserve_server.__main__ import main
+main()
+"""
+
+
+def test_sigterm_ends_what_is_still_being_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def failing_start(*flags: str | Path, code: int) -> str:
     program = Path(sys.executable).with_name("ganserve-server")
     command = [program, "--log-format", "json", "--metrics-address", "off", "--address", "127.0.0.1:0", *flags]
