@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint stubs clean
+.PHONY: demo test lint stubs locks sbom clean
 
 demo: $(VENV)/.server
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,27 @@ stubs: $(VENV)/.dev
 		proto/ganserve/v1/generation.proto proto/ganserve/v1/administration.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --pyi_out=server/ganserve_server \
 		--descriptor_set_out=server/ganserve_server/inference/grpc_service.binpb proto/inference/grpc_service.proto
+
+# Pins what the images install, by hash; with UPGRADE=--upgrade to the newest there is.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(UPGRADE)
+locks: $(VENV)/.images
+	$(COMPILE) requirements/build.in --output-file requirements/build.lock
+	$(COMPILE) pyproject.toml requirements/images.in requirements/server.in --extra server --extra tracing \
+		--no-emit-package onnxruntime-gpu --output-file requirements/server.lock
+	$(COMPILE) pyproject.toml requirements/images.in --extra gpu --extra tracing --output-file requirements/gpu.lock
+	$(COMPILE) pyproject.toml requirements/images.in --extra trainer --output-file requirements/trainer.lock
+
+# What is in the images, for who must know it: CycloneDX.
+sbom: $(VENV)/.images
+	mkdir -p dist
+	for image in server gpu trainer; do \
+		$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application --output-reproducible \
+			--output-file dist/sbom-$$image.json requirements/$$image.lock || exit 1; \
+	done
+
+$(VENV)/.images: $(VENV)/.python
+	$(BIN)/python -m pip install --quiet uv cyclonedx-bom
+	touch $@
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
