@@ -1,0 +1,58 @@
+"""What is in deploy/ agrees with the pages and with the server. `.ci/observability` runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from ganserve_server.metrics import Load, Metrics
+
+ROOT = Path(__file__).parent.parent
+RULES = (ROOT / "deploy/prometheus/rules.yml").read_text()
+DASHBOARD = ROOT / "deploy/grafana/dashboards/ganserve.json"
+
+
+def test_each_alert_has_its_entry_in_the_runbook_and_each_entry_its_alert() -> None:
+    alerts = re.findall(r"- alert: (\w+)", RULES)
+    assert alerts
+    assert alerts == re.findall(r"^### (Ganserve\w+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    assert re.findall(r"runbook_url: (.+)", RULES) == [f"docs/operations.md#{alert.lower()}" for alert in alerts]
+
+
+def test_each_entry_of_the_runbook_says_all_that_an_entry_says() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    for entry in re.split(r"^### (?=Ganserve)", page, flags=re.MULTILINE)[1:]:
+        for part in ("means", "callers see", "look", "do", "ends"):
+            assert re.search(rf"\*\*{part}\*\*", entry, re.IGNORECASE), f"{entry.split()[0]} lacks {part}"
+
+
+def test_the_links_of_the_runbook_lead_somewhere() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    headings = {
+        re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        else:
+            assert (ROOT / "docs" / target.partition("#")[0]).exists()
+
+
+def test_each_alert_is_tested_where_it_fires_and_where_it_does_not() -> None:
+    cases = re.findall(
+        r"alertname: (\w+)\n +exp_alerts:( \[\])?", (ROOT / "deploy/prometheus/rules_test.yml").read_text()
+    )
+    for alert in re.findall(r"- alert: (\w+)", RULES):
+        assert {silent == "" for name, silent in cases if name == alert} == {True, False}
+
+
+def test_the_committed_dashboard_is_what_its_program_prints() -> None:
+    command = [sys.executable, ROOT / "deploy/grafana/dashboard.py"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == DASHBOARD.read_text()
+
+
+def test_the_dashboard_shows_every_metric() -> None:
+    dashboard = DASHBOARD.read_text() + RULES
+    for metric in [*Metrics().registry.collect(), *Load(lambda: (0, 0)).collect()]:
+        if metric.name.startswith("ganserve_"):
+            assert re.search(rf"\b{metric.name}(_total|_bucket)?\b", dashboard), f"nothing shows {metric.name}"
