@@ -285,6 +285,12 @@ ROWS = {
             "Since the start of the replica; kept_out: what was read before stays in use.",
         ),
         Panel(
+            "Files that cannot be used now",
+            "none",
+            {"{{instance}} {{kind}}": f"ganserve_files_kept_out{{{REPLICAS}}}"},
+            "Models, certificates and tokens; the replica's log says what is wrong with them.",
+        ),
+        Panel(
             "Images by caller",
             "none",
             {"{{caller}}": rate("ganserve_caller_images_total", "caller", REPLICAS)},

@@ -151,6 +151,7 @@ class Lifecycle:
             await asyncio.to_thread(give_back_memory)
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
             self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
+            self._metrics.files_kept_out.labels("models").set(len(self._reasons))
             await self._report({name for name, _ in found})
 
     async def load(self, name: str) -> list[VersionState]:

@@ -121,6 +121,13 @@ class Metrics:
             ["kind", "outcome"],
             registry=registry,
         )
+        self.files_kept_out = Gauge(
+            "ganserve_files_kept_out",
+            "Files that cannot be used as they are now, by kind (models, certificates, tokens).",
+            ["kind"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         # With a label: without one it would be there, and 0, where there is no certificate.
         self.certificate_expiry = Gauge(
             "ganserve_certificate_expiry_timestamp_seconds",

@@ -76,6 +76,7 @@ class Security:
                 _log.error("what was read before stays in use", extra={"kind": kind, "reason": wrong})
             if self._metrics is not None:
                 self._metrics.file_reloads.labels(kind, "loaded" if wrong is None else "kept_out").inc()
+                self._metrics.files_kept_out.labels(kind).set(wrong is not None)
 
     async def watch(self) -> None:
         """Refresh every two seconds: of mounted secrets, which are links, not every kernel tells that they change."""

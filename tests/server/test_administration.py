@@ -9,6 +9,7 @@ import grpc
 import pytest
 import tritonclient.grpc as triton
 from tests.conftest import RunningServer
+from tests.server.test_start_and_drain import scrape
 
 from ganserve import Client, ModelNotFoundError
 from ganserve.v1 import administration_pb2 as pb
@@ -59,12 +60,16 @@ def test_loading_says_why_a_version_is_kept_out(running: RunningServer, reposito
         first, second = stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist")).versions
         assert (first.served, second.served) == (True, False)
         assert "not ONNX" in second.reason
+        assert scrape(running)['ganserve_files_kept_out{kind="models"}'] == 1
         assert client.generate("mlp-mnist", seed=1).version == 1
         shutil.rmtree(repository / "mlp-mnist" / "1")
         with pytest.raises(grpc.RpcError) as caught:
             stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist"))
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "not ONNX" in caught.value.details()
+        shutil.rmtree(broken.parent)
+        stub.ReloadModels(pb.ReloadModelsRequest())
+        assert scrape(running)['ganserve_files_kept_out{kind="models"}'] == 0
 
 
 def test_reloading_finds_a_new_version(running: RunningServer, repository: Path) -> None:

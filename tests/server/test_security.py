@@ -326,9 +326,11 @@ def test_tokens_come_and_go_without_a_restart(start_server: Start, tmp_path: Pat
         file.write_text("[[tokens]]\nname = 'first'\nsha_256 = ''\n")
         wait_for_sample(running, loaded.replace("loaded", "kept_out"), lambda count: count == 1)
         client.generate("mlp-mnist")
+        assert scrape(running)['ganserve_files_kept_out{kind="tokens"}'] == 1
         assert "did you mean sha256?" in running.wait_for("what was read before stays in use")["reason"]
         (second,) = write_tokens(file, {"name": "second"})
         wait_for_sample(running, loaded, lambda count: count == 1)
+        assert scrape(running)['ganserve_files_kept_out{kind="tokens"}'] == 0
         with pytest.raises(AuthenticationError):
             client.generate("mlp-mnist")
     with Client(running.address, token=second) as client:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ganserve_server.metrics import Load, Metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RULES = (ROOT / "deploy/prometheus/rules.yml").read_text()
 DASHBOARD = ROOT / "deploy/grafana/dashboards/ganserve.json"
 
