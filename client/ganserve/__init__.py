@@ -25,7 +25,7 @@ from ganserve.errors import (
 from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.latents import latents, linear, slerp
 from ganserve.models import Model, QualityMetric
-from ganserve.provenance import Provenance, read_provenance
+from ganserve.provenance import Interpolation, Provenance, read_provenance
 from ganserve.replicas import Replica
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "GanserveError",
     "GeneratedImage",
     "ImageBatch",
+    "Interpolation",
     "InvalidRequestError",
     "MessageTooLargeError",
     "Model",

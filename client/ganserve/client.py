@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -39,9 +40,9 @@ from ganserve.errors import (
     translate,
 )
 from ganserve.images import GeneratedImage, ImageBatch, concatenate
-from ganserve.latents import latents as latents_of
-from ganserve.latents import linear, slerp
+from ganserve.latents import WAYS, between, uint32
 from ganserve.models import Model
+from ganserve.provenance import Interpolation
 from ganserve.replicas import Replica, awaited, not_everywhere, targets
 from ganserve.transport import (
     DEFAULT_ADDRESS,
@@ -67,7 +68,6 @@ _TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
 _STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them
 _SHEET_ROWS_UNCONDITIONAL = 4
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
-_WAY = {"slerp": slerp, "linear": linear}
 _NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)
 _REPLICAS_AT_ONCE = 16
 _REPLICA_TIMEOUT_S = 5.0  # for one of them, where all are waited for
@@ -195,19 +195,21 @@ class _Twin:
         return len(each), each, [model.class_names[row] for row in rows]
 
     @staticmethod
-    def _way(
-        model: Model, seed_a: int, seed_b: int, steps: int, kind: str, label: Label | Sequence[Label] | None
-    ) -> tuple[Any, Label | Sequence[Label] | None]:
-        """Return the latents from one seed to the other, and their labels."""
-        if kind not in _WAY:
+    def _way(seed_a: int, seed_b: int, steps: int, kind: Literal["slerp", "linear"]) -> Interpolation:
+        """Check the arguments of an interpolation."""
+        if kind not in WAYS:
             raise InvalidRequestError(f"kind is {kind!r}; it must be slerp or linear")
         if not isinstance(steps, int) or steps < 2:
             raise InvalidRequestError(f"steps is {steps!r}; it must be an integer, 2 or more")
-        start, end = latents_of((seed_a, seed_b), model.latent_dim)
-        if label is None and model.conditional:
-            ends = [seed % len(model.class_names) for seed in (seed_a, seed_b)]
-            label = [ends[step >= steps - step] for step in range(steps)]
-        return _WAY[kind](start, end, np.linspace(0, 1, steps)), label
+        return Interpolation(kind, uint32("seed_a", seed_a), uint32("seed_b", seed_b), steps, tuple(range(steps)))
+
+    @staticmethod
+    def _nearer_labels(way: Interpolation, model: Model) -> list[Label] | None:
+        """Return for each image the class that the seed of its nearer end has."""
+        if not model.conditional:
+            return None
+        ends: list[Label] = [seed % len(model.class_names) for seed in (way.seed_a, way.seed_b)]
+        return [ends[step >= way.steps - step] for step in range(way.steps)]
 
 
 class Client(_Twin):
@@ -347,16 +349,17 @@ class Client(_Twin):
         Raises:
             GanserveError: as `generate` does.
         """
+        way = self._way(seed_a, seed_b, steps, kind)
         described = self.model(model, version, timeout_s=timeout_s)
-        latents, label = self._way(described, seed_a, seed_b, steps, kind, label)
-        return self.generate(
+        batch = self.generate(
             model,
-            latents=latents,
-            label=label,
+            latents=between(way.seed_a, way.seed_b, np.linspace(0, 1, steps), kind, described.latent_dim),
+            label=self._nearer_labels(way, described) if label is None else label,
             truncation=truncation,
             version=described.version,
             timeout_s=timeout_s,
         )
+        return replace(batch, interpolation=way)
 
     def contact_sheet(
         self,
@@ -724,16 +727,17 @@ class AsyncClient(_Twin):
 
         >>> batch = await client.interpolate("cdcgan-mnist", 1, 2, 8, label=7)
         """
+        way = self._way(seed_a, seed_b, steps, kind)
         described = await self.model(model, version, timeout_s=timeout_s)
-        latents, label = self._way(described, seed_a, seed_b, steps, kind, label)
-        return await self.generate(
+        batch = await self.generate(
             model,
-            latents=latents,
-            label=label,
+            latents=between(way.seed_a, way.seed_b, np.linspace(0, 1, steps), kind, described.latent_dim),
+            label=self._nearer_labels(way, described) if label is None else label,
             truncation=truncation,
             version=described.version,
             timeout_s=timeout_s,
         )
+        return replace(batch, interpolation=way)
 
     async def contact_sheet(
         self,

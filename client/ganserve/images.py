@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve.provenance import Provenance
+from ganserve.provenance import Interpolation, Provenance
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +56,7 @@ class GeneratedImage:
 
     @property
     def seed(self) -> int | None:
-        """What it was made from; None if it was a latent of your own."""
+        """What it was made from; None if it was a latent of your own, or between those of two seeds."""
         return None if self._batch.seeds is None else self._batch.seeds[self._index]
 
     @property
@@ -92,13 +92,25 @@ class GeneratedImage:
     @property
     def provenance(self) -> Provenance:
         """What its file says of it."""
-        return Provenance(self.model, self.version, self.digest, self.seed, self.label, self.truncation)
+        way = self._batch.interpolation
+        return Provenance(
+            self.model,
+            self.version,
+            self.digest,
+            self.seed,
+            self.label,
+            self.truncation,
+            interpolation=None if way is None else replace(way, shown=way.shown[self._index : self._index + 1]),
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.pixels, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
+        way = self.provenance.interpolation
         source = "own latent" if self.seed is None else f"seed {self.seed}"
+        if way is not None:
+            source = f"step {way.shown[0]} of {way.steps} from seed {way.seed_a} to {way.seed_b}"
         label = "" if self.label is None else f", label {self.label}"
         return f"<GeneratedImage {_times(self.pixels.shape)} by {self.model} version {self.version}, {source}{label}>"
 
@@ -141,8 +153,8 @@ class ImageBatch:
     >>> client.interpolate("cdcgan-mnist", 1, 2, label=7).gif("walk.gif", scale=4).name
     'walk.gif'
 
-    `pixels` is uint8, [count, height, width, channels]; `seeds` is None for images of your own latents, `labels` for
-    those of an unconditional model. `queue_s` and `compute_s` are the server's seconds.
+    `pixels` is uint8, [count, height, width, channels]; `seeds` is None for images of your own latents and of an
+    `interpolation`, `labels` for those of an unconditional model. `queue_s` and `compute_s` are the server's seconds.
     """
 
     pixels: NDArray[np.uint8]
@@ -155,6 +167,7 @@ class ImageBatch:
     truncation: float
     queue_s: float
     compute_s: float
+    interpolation: Interpolation | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -173,11 +186,13 @@ class ImageBatch:
 
     def __getitem__(self, index: int | slice) -> "GeneratedImage | ImageBatch":
         if isinstance(index, slice):
+            way = self.interpolation
             return replace(
                 self,
                 pixels=self.pixels[index],
                 seeds=None if self.seeds is None else self.seeds[index],
                 labels=None if self.labels is None else self.labels[index],
+                interpolation=None if way is None else replace(way, shown=way.shown[index]),
             )
         place = operator.index(index)
         if not -len(self) <= place < len(self):
@@ -206,6 +221,7 @@ class ImageBatch:
             count=len(self),
             seeds=self.seeds,
             labels=self.labels,
+            interpolation=self.interpolation,
         )
 
     def pil(self) -> list["Image"]:
@@ -225,9 +241,15 @@ class ImageBatch:
                 like no format that can be written.
             OSError: a file can't be written.
         """
+        from ganserve.pictures import format_of
+
         paths = [Path(self._file_name(str(pattern), index)) for index in range(len(self))]
         if len(set(paths)) < len(paths):
-            raise ValueError(f"{str(pattern)!r} gives two images one name; put {{index}} or {{seed}} into it")
+            sheet = (
+                f", or write one picture of all by sheet().save({str(pattern)!r})" if "{" not in str(pattern) else ""
+            )
+            raise ValueError(f"{str(pattern)!r} gives two images one name; put {{index}} or {{seed}} into it{sheet}")
+        format_of(str(pattern))
         for image, path in zip(self, paths, strict=True):
             image.save(path, provenance=provenance)
         return paths
@@ -290,7 +312,10 @@ class ImageBatch:
         facts = [f"{self.model} version {self.version}", f"{len(self)} image{'s' * (len(self) != 1)}"]
         if len(shown) < len(self):
             facts.append(f"{len(self) - len(shown)} not shown")
-        facts.append("own latents" if self.seeds is None else f"seeds {_list(self.seeds)}")
+        if (way := self.interpolation) is not None:
+            facts.append(f"{way.kind} from seed {way.seed_a} to {way.seed_b}")
+        else:
+            facts.append("own latents" if self.seeds is None else f"seeds {_list(self.seeds)}")
         if self.labels is not None:
             facts.append(f"labels {_list(self.labels)}")
         facts += [
@@ -299,10 +324,10 @@ class ImageBatch:
         ]
         caption = f"<figcaption>{html.escape(' · '.join(facts))}</figcaption>"
         if not len(self):
-            return f"<figure>{caption}</figure>"
+            return f'<figure style="margin: 0">{caption}</figure>'
         picture = base64.b64encode(self._picture()).decode()
         name = html.escape(repr(self))
-        return f'<figure><img src="data:image/png;base64,{picture}" alt="{name}">{caption}</figure>'
+        return f'<figure style="margin: 0"><img src="data:image/png;base64,{picture}" alt="{name}">{caption}</figure>'
 
     def _shown(self) -> "ImageBatch":
         _, height, width, _ = self.pixels.shape
@@ -311,8 +336,10 @@ class ImageBatch:
     def _picture(self) -> bytes:
         """Return the first images as a PNG that can be seen: enlarged if they are small, some hundred at most."""
         shown = self._shown()
-        columns = math.ceil(math.sqrt(len(shown)))
-        scale = min(max(1, _SHOWN_WIDTH // (columns * self.pixels.shape[2])), _SHOWN_SCALE)
+        width = self.pixels.shape[2]
+        # Three in a row, if they fit: four places would have a gap.
+        columns = 3 if len(shown) == 3 and 3 * width <= _SHOWN_WIDTH else math.ceil(math.sqrt(len(shown)))
+        scale = min(max(1, _SHOWN_WIDTH // (columns * width)), _SHOWN_SCALE)
         file = io.BytesIO()
         shown.sheet(columns, scale=scale).save(file, "PNG")
         return file.getvalue()
@@ -348,7 +375,16 @@ def concatenate(batches: Sequence[ImageBatch]) -> ImageBatch:
         truncation=first.truncation,
         queue_s=first.queue_s,
         compute_s=sum(batch.compute_s for batch in batches),
+        interpolation=_joined([batch.interpolation for batch in batches]),
     )
+
+
+def _joined(ways: Sequence[Interpolation | None]) -> Interpolation | None:
+    """Return the way that all batches are parts of, or None."""
+    first = ways[0]
+    if first is None or not all(way is not None and replace(way, shown=first.shown) == first for way in ways):
+        return None
+    return replace(first, shown=tuple(step for way in ways if way is not None for step in way.shown))
 
 
 def _to_pil(pixels: NDArray[np.uint8]) -> "Image":

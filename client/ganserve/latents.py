@@ -1,6 +1,7 @@
 """The latents of seeds, as the server draws them, and the ways between them."""
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from ganserve.errors import InvalidRequestError
 
 _PARALLEL = 1e-6  # radians: nearer than this, or to opposite, there is no one great circle
-_SEEDS = 1 << 32
+_UINT32_LIMIT = 1 << 32
 
 
 def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
@@ -22,15 +23,26 @@ def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
     Raises:
         InvalidRequestError: a seed is not from 0 to 2^32-1, or latent_dim is below 1.
     """
+    uint32("latent_dim", latent_dim, least=1)
+    rows = [np.random.RandomState(uint32("seed", seed)).standard_normal(latent_dim) for seed in seeds]
+    return np.array(rows, np.float32).reshape(len(rows), latent_dim)
+
+
+def uint32(field: str, value: object, least: int = 0) -> int:
+    """Return a number that the wire can hold.
+
+    Raises:
+        InvalidRequestError: it is none; the error's `field` says which.
+    """
     try:
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim is {latent_dim}")
-        rows = [np.random.RandomState(seed).standard_normal(latent_dim) for seed in seeds]
-        return np.array(rows, np.float32).reshape(len(rows), latent_dim)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(
-            f"seeds are integers from 0 to {_SEEDS - 1}, and latent_dim is 1 or more: {error}"
-        ) from error
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if least <= number < _UINT32_LIMIT:
+        return number
+    error = InvalidRequestError(f"{field} is {value!r}; it must be an integer from {least} to {_UINT32_LIMIT - 1}")
+    error.field = field
+    raise error
 
 
 def slerp(a: ArrayLike, b: ArrayLike, t: ArrayLike) -> NDArray[np.float32]:
@@ -64,6 +76,15 @@ def linear(a: ArrayLike, b: ArrayLike, t: ArrayLike) -> NDArray[np.float32]:
     start, end = np.asarray(a, np.float64), np.asarray(b, np.float64)
     way = np.asarray(t, np.float64)[..., None]
     return _exact_ends((1 - way) * start + way * end, start, end, way)
+
+
+WAYS: dict[str, Callable[[ArrayLike, ArrayLike, ArrayLike], NDArray[np.float32]]] = {"slerp": slerp, "linear": linear}
+
+
+def between(seed_a: int, seed_b: int, at: ArrayLike, kind: str, latent_dim: int) -> NDArray[np.float32]:
+    """Return the latents [n, latent_dim] at n places of the way from one seed's, at 0, to the other's, at 1."""
+    start, end = latents((seed_a, seed_b), latent_dim)
+    return WAYS[kind](start, end, at)
 
 
 def _exact_ends(

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from ganserve.provenance import EXIF_IMAGE_DESCRIPTION, PNG_KEYWORD, Provenance
 
 _GAP = 2  # pixels between the images of a sheet
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
 _SHORTEST_FRAME_MS = 20  # browsers take a shorter one for a slip, and show the frame for 100 ms
 
 
@@ -42,16 +43,40 @@ class Sheet(Image.Image):
             format: None takes the path's ending.
             provenance: writes how to make these images again, into PNG, JPEG, WebP, GIF and TIFF.
             params: of pillow's writer of the format. Metadata of your own in them replaces the provenance.
+
+        Raises:
+            ValueError: the ending is of no format that can be written.
+            OSError: the file can't be written.
         """
-        ending = os.path.splitext(os.fsdecode(fp))[1] if isinstance(fp, str | bytes | os.PathLike) else ""
+        ending = ""
+        if isinstance(fp, str | bytes | os.PathLike):
+            ending = os.path.splitext(os.fsdecode(fp))[1]
+            format = format or format_of(os.fsdecode(fp))
         arguments = _arguments(format or ending, self.info[PNG_KEYWORD] if provenance else None)
         super().save(fp, format, **{**arguments, **params})
 
 
+def format_of(name: str) -> str:
+    """Return Pillow's name of the format that a file name, or an ending alone, is of.
+
+    Raises:
+        ValueError: it is of none that can be written.
+    """
+    ending = os.path.splitext(name)[1] or name
+    pillow_format = Image.registered_extensions().get(ending.lower())
+    if pillow_format not in Image.SAVE:
+        raise ValueError(
+            f"{name!r} ends like no picture; the known endings are {', '.join(ENDINGS)} and, without provenance in the "
+            "file, the others that Pillow writes"
+        )
+    return pillow_format
+
+
 def write(image: Image.Image, path: Path, provenance: Provenance | None) -> None:
     """Write one image; the path's ending decides the format. Missing folders are made."""
+    pillow_format = format_of(str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **_arguments(path.suffix, None if provenance is None else provenance.to_json()))
+    image.save(path, pillow_format, **_arguments(path.suffix, None if provenance is None else provenance.to_json()))
 
 
 def lay_out(images: Sequence[Image.Image], columns: int, row_names: Sequence[str], scale: int) -> Image.Image:

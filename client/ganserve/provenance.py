@@ -7,9 +7,12 @@ EXIF's ImageDescription, a GIF as its comment. A picture of several images, a sh
 - `seeds`: of each. Left out where they are consecutive, modulo 2^32, which a server's contact sheets always are.
 - `labels`: of each. A server's contact sheet of more than 4,096 images says the first label only.
 
-Items of these lists are numbers, or runs, [first, length, step]: [7, 16, 0] is sixteen times 7, [5, 3, 1] is 5, 6, 7.
-Where so many are irregular that the JSON would be longer than a JPEG's EXIF can be, `seed`, `seeds`, `label` and
-`labels` are null.
+Images between those of two seeds have `interpolation`, with `kind`, `seed_a`, `seed_b`, `steps` and, unless they are
+all of its steps, `shown`: which ones, from 0 on. Their `seed` is null, as for images of the caller's own latents.
+
+Items of the lists are numbers, or runs, [first, length, step]: [7, 16, 0] is sixteen times 7, [5, 3, 1] is 5, 6, 7.
+Where so many are irregular that the JSON would be longer than a JPEG's EXIF can be, `seed`, `seeds`, `label`, `labels`
+and `interpolation` are null.
 """
 
 import io
@@ -17,9 +20,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from ganserve.errors import NoProvenanceError
+from ganserve.latents import WAYS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,20 +32,41 @@ PNG_KEYWORD = "ganserve"
 EXIF_IMAGE_DESCRIPTION = 0x010E
 _MAX_TEXT = 60_000  # characters; a JPEG holds 65,533 bytes of EXIF
 _MAX_IMAGES = 1_000_000  # a file of a few bytes must not make us write down more seeds
+_MOST_SHOWN = 16  # numbers of a list
 _UINT32_LIMIT = 1 << 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
+class Interpolation:
+    """What images between those of two seeds were made from: step i is i / (steps - 1) of the way to seed_b's latent.
+
+    >>> client.interpolate("cdcgan-mnist", 1, 2, 3, label=7).provenance.interpolation
+    Interpolation(kind='slerp', seed_a=1, seed_b=2, steps=3, shown=(0, 1, 2))
+
+    `shown` says which of the steps the images are, from 0 on.
+    """
+
+    kind: Literal["slerp", "linear"]
+    seed_a: int
+    seed_b: int
+    steps: int
+    shown: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return _told(self, self.__slots__)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Provenance:
     """What an image, or a picture of several, was made from.
 
     >>> client.generate("cdcgan-mnist", seed=1, label=7)[0].provenance.seed
     1
 
-    `seed` is None for images of the caller's own latents, which can't be made again from this; `label` is None for
-    those of an unconditional model. `count` is None for one image; else `seed` and `label` are the first image's,
-    `seeds` and `labels` those of all, in order. `labels` is None beside a `label` where only the first one's is known:
-    in the larger contact sheets that a server encodes.
+    `seed` is None for images of an `interpolation`, and for those of the caller's own latents, which can't be made
+    again from this; `label` is None for those of an unconditional model. `count` is None for one image; else `seed` and
+    `label` are the first image's, `seeds` and `labels` those of all, in order. `labels` is None beside a `label` where
+    only the first one's is known: in the larger contact sheets that a server encodes.
     """
 
     model: str
@@ -53,10 +78,14 @@ class Provenance:
     count: int | None = None
     seeds: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
+    interpolation: Interpolation | None = None
+
+    def __repr__(self) -> str:
+        return _told(self, self.__slots__)
 
     def to_json(self) -> str:
         """Write it as the metadata of a file; ASCII, 60,000 characters at most."""
-        fields: dict[str, Any] = {
+        content: dict[str, Any] = {
             "model": self.model,
             "version": self.version,
             "digest": self.digest,
@@ -64,16 +93,21 @@ class Provenance:
             "label": self.label,
             "truncation": self.truncation,
         }
+        if (way := self.interpolation) is not None:
+            content["interpolation"] = {each: getattr(way, each) for each in ("kind", "seed_a", "seed_b", "steps")}
+            if way.shown != tuple(range(way.steps)):
+                content["interpolation"]["shown"] = _to_runs(way.shown)
         if self.count is None:
-            return json.dumps(fields)
-        fields["count"] = self.count
+            return json.dumps(content)
+        content["count"] = self.count
         if self.seeds is not None and self.seeds != _consecutive(self.seeds[0], self.count):
-            fields["seeds"] = _to_runs(self.seeds)
+            content["seeds"] = _to_runs(self.seeds)
         if self.labels is not None:
-            fields["labels"] = _to_runs(self.labels)
-        text = json.dumps(fields)
+            content["labels"] = _to_runs(self.labels)
+        text = json.dumps(content)
         if len(text) > _MAX_TEXT:
-            text = json.dumps({**fields, "seed": None, "seeds": None, "label": None, "labels": None})
+            lost = ("seed", "seeds", "label", "labels", "interpolation")
+            text = json.dumps({**content, **dict.fromkeys(lost)})
         return text
 
     @classmethod
@@ -116,6 +150,7 @@ class Provenance:
             count=count,
             seeds=seeds,
             labels=labels,
+            interpolation=_interpolation(fields, 1 if count is None else count),
         )
 
 
@@ -178,6 +213,15 @@ def _metadata(image: "Image") -> tuple[str, str] | None:
     return None
 
 
+def _told(made: object, names: Sequence[str]) -> str:
+    """Write down what is known, of long lists the first numbers."""
+    known = {name: value for name in names if (value := getattr(made, name)) is not None}
+    for name, value in known.items():
+        long = isinstance(value, tuple) and len(value) > _MOST_SHOWN
+        known[name] = f"({', '.join(map(str, value[:_MOST_SHOWN]))}, …)" if long else repr(value)
+    return f"{type(made).__name__}({', '.join(f'{name}={value}' for name, value in known.items())})"
+
+
 def _consecutive(first: int, count: int) -> tuple[int, ...]:
     return tuple(number % _UINT32_LIMIT for number in range(first, first + count))
 
@@ -218,6 +262,25 @@ def _from_runs(fields: dict[str, Any], key: str, count: int) -> tuple[int, ...] 
     if len(numbers) < count:
         raise broken
     return tuple(numbers)
+
+
+def _interpolation(fields: dict[str, Any], count: int) -> Interpolation | None:
+    """Return the way that `count` images lie on, if they do."""
+    way = fields.get("interpolation")
+    if way is None:
+        return None
+    if not isinstance(way, dict):
+        raise NoProvenanceError("its 'interpolation' is not a JSON object")
+    kind = _string(way, "kind")
+    if kind not in WAYS:
+        raise NoProvenanceError("its 'kind' is not slerp or linear")
+    seed_a, seed_b, steps = (_integer(way, name) for name in ("seed_a", "seed_b", "steps"))
+    if seed_a is None or seed_b is None or steps is None or not 2 <= steps <= _MAX_IMAGES:
+        raise NoProvenanceError(f"its 'interpolation' is not from a seed to another in 2 to {_MAX_IMAGES} steps")
+    shown = _from_runs(way, "shown", count) if "shown" in way else tuple(range(steps))
+    if shown is None or len(shown) != count or max(shown) >= steps:
+        raise NoProvenanceError(f"its 'shown' are not {count} of {steps} steps")
+    return Interpolation(kind, seed_a, seed_b, steps, shown)  # type: ignore[arg-type]
 
 
 def _is_uint32(value: Any) -> bool:

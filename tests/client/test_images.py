@@ -1,5 +1,6 @@
 import base64
 import copy
+import dataclasses
 import html
 import io
 import json
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganserve import Client, GeneratedImage, ImageBatch
+from ganserve import Client, GeneratedImage, ImageBatch, Interpolation
+from ganserve.images import concatenate
+
+KNOWN_ENDINGS = r"the known endings are \.png, \.jpg, \.jpeg, \.webp, \.gif, \.tif, \.tiff"
 
 
 def batch(count: int = 3, channels: int = 1, *, labels: bool = True, model: str = "digits") -> ImageBatch:
@@ -112,7 +116,7 @@ def test_saving_a_sheet_takes_what_pillow_takes(tmp_path: Path) -> None:
         sheet.save(file, format="webp")
     # Lossless, as the server's.
     assert np.array_equal(np.asarray(Image.open(tmp_path / "file").convert("L")), np.asarray(sheet))
-    with pytest.raises(ValueError, match="unknown file extension"):
+    with pytest.raises(ValueError, match=KNOWN_ENDINGS):
         sheet.save(tmp_path / "sheet.nonsense")
 
 
@@ -172,8 +176,40 @@ def test_one_image_is_saved_where_it_is_wanted(tmp_path: Path) -> None:
     path = batch(channels=3)[1].save(tmp_path / "new" / "one.webp")
     assert path == tmp_path / "new" / "one.webp"
     assert np.array_equal(np.asarray(Image.open(path)), batch(channels=3).pixels[1])
-    with pytest.raises(ValueError, match="unknown file extension"):
-        batch()[1].save(tmp_path / "one.nonsense")
+
+
+def test_an_ending_of_no_picture_is_told_before_a_folder_is_made(tmp_path: Path) -> None:
+    for name in ("one.nonsense", "one", "one.png.txt", "one.docx"):
+        with pytest.raises(ValueError, match=KNOWN_ENDINGS):
+            batch()[1].save(tmp_path / "new" / name)
+        with pytest.raises(ValueError, match=KNOWN_ENDINGS):
+            batch().save(tmp_path / "new" / f"{{seed}}-{name}")
+    assert not list(tmp_path.iterdir())
+    for name in ("one.PNG", "one.bmp", "one.tif"):
+        assert batch()[1].save(tmp_path / name).exists()
+
+
+def test_one_name_for_several_images_points_to_a_sheet(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"two images one name; put \{index\}.*by sheet\(\)\.save\('all\.png'\)$"):
+        batch().save("all.png")
+    with pytest.raises(ValueError, match=r"put \{index\} or \{seed\} into it$"):
+        batch().save("{model}.png")
+    assert batch()[:1].save(tmp_path / "one.png") == [tmp_path / "one.png"]
+
+
+def test_what_lies_between_two_seeds_is_kept_through_slices_and_told() -> None:
+    way = Interpolation("slerp", 4, 9, 3, (0, 1, 2))
+    images = dataclasses.replace(batch(), seeds=None, interpolation=way)
+    assert images[2].provenance.interpolation == dataclasses.replace(way, shown=(2,))
+    assert images[::-2].provenance.interpolation == dataclasses.replace(way, shown=(2, 0))
+    assert repr(images[1]).endswith("step 1 of 3 from seed 4 to 9, label 1>")
+    assert "slerp from seed 4 to 9" in images._repr_html_()
+    assert "own latents" not in images._repr_html_()
+    assert concatenate([images[1:], images[:1]]).interpolation == dataclasses.replace(way, shown=(1, 2, 0))
+    other = dataclasses.replace(images, interpolation=dataclasses.replace(way, seed_b=8))
+    for mixed in ([images, other], [images, dataclasses.replace(images, interpolation=None)]):
+        assert concatenate(mixed).interpolation is None
+    assert pickle.loads(pickle.dumps(images[2])).provenance == images[2].provenance
 
 
 def frames(path: Path) -> tuple[list[np.ndarray], list[int]]:
@@ -272,7 +308,7 @@ def test_a_notebook_shows_the_images_enlarged() -> None:
 
 def test_a_notebook_says_what_the_images_are() -> None:
     page = batch()._repr_html_()
-    assert np.array_equal(np.asarray(shown(page)), np.asarray(batch().sheet(columns=2, scale=8)))
+    assert np.array_equal(np.asarray(shown(page)), np.asarray(batch().sheet(columns=3, scale=8)))
     text = html.unescape(re.sub("<[^>]*>", "", page))
     facts = ("digits version 2", "3 images", "seeds 7 to 9", "labels 0 to 2", "truncation 1")
     for fact in (*facts, "12.5 ms queued, 500.0 ms computed by CPUExecutionProvider"):
@@ -317,7 +353,7 @@ def test_names_from_a_server_are_no_markup() -> None:
     page = batch(model="<script>alert('&')</script>\"")._repr_html_()
     tags = re.findall(r"<(/?\w+)", page)
     assert tags == ["figure", "img", "figcaption", "/figcaption", "/figure"]
-    assert page.count('"') == 4
+    assert page.count('"') == 6
     assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;&quot; version 2" in page
 
 

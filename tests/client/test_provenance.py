@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tests.conftest import RunningServer
 
-from ganserve import Client, GanserveError, ImageBatch, NoProvenanceError, Provenance, read_provenance
+from ganserve import Client, GanserveError, ImageBatch, Interpolation, NoProvenanceError, Provenance, read_provenance
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
@@ -70,6 +70,37 @@ def test_a_sheet_says_the_seed_and_label_of_each_image(
 def test_an_animation_says_its_seeds(tmp_path: Path, ending: str) -> None:
     images = batch((7, 8, 9), (3, 4, 5))
     assert read_provenance(images.gif(tmp_path / f"walk.{ending}")) == images.provenance
+
+
+@pytest.mark.parametrize("ending", PLACES)
+@pytest.mark.parametrize("shown", [(0, 1, 2), (2, 0, 1), (7, 7, 7)])
+def test_a_picture_of_an_interpolation_says_between_which_seeds_it_lies(
+    tmp_path: Path, ending: str, shown: tuple[int, ...]
+) -> None:
+    way = Interpolation("linear", 2**32 - 1, 5, 3 if max(shown) < 3 else 8, shown)
+    images = dataclasses.replace(batch(None, (3, 3, 4)), interpolation=way)
+    images.sheet().save(tmp_path / f"sheet.{ending}")
+    found = read_provenance(tmp_path / f"sheet.{ending}")
+    assert found == images.provenance
+    assert (found.interpolation, found.seed, found.labels) == (way, None, (3, 3, 4))
+    one = read_provenance(images[1].save(tmp_path / f"one.{ending}"))
+    assert one.interpolation == dataclasses.replace(way, shown=shown[1:2])
+
+
+def test_an_interpolation_can_be_made_again_from_its_file(client: Client, tmp_path: Path) -> None:
+    images = client.interpolate("cdcgan-mnist", 4, 9, 5, kind="linear", truncation=0.7)
+    found = read_provenance(images.gif(tmp_path / "walk.gif"))
+    way = found.interpolation
+    assert way is not None
+    again = client.interpolate(
+        *(found.model, way.seed_a, way.seed_b, way.steps),
+        kind=way.kind,
+        label=found.labels,
+        truncation=found.truncation,
+        version=found.version,
+    )
+    assert np.array_equal(again.pixels, images.pixels)
+    assert again.provenance == found
 
 
 @pytest.mark.parametrize("ending", PLACES)
@@ -134,10 +165,23 @@ def test_a_thousand_consecutive_seeds_take_no_more_room_than_two() -> None:
 
 def test_more_irregular_seeds_than_a_jpeg_holds_are_left_out(tmp_path: Path) -> None:
     seeds = tuple(np.random.RandomState(0).randint(0, 2**32, 10_000, np.uint32).tolist())
-    batch(seeds, tuple(range(10)) * 1000).sheet().save(tmp_path / "large.jpg")
-    found = read_provenance(tmp_path / "large.jpg")
-    assert (found.model, found.count) == ("digits", 10_000)
-    assert (found.seed, found.seeds, found.label, found.labels) == (None,) * 4
+    way = Interpolation("slerp", 1, 2, 2**19, tuple(seed % 2**19 for seed in seeds))
+    for images in (
+        batch(seeds, tuple(range(10)) * 1000),
+        dataclasses.replace(batch(seeds, tuple(range(10)) * 1000), seeds=None, interpolation=way),
+    ):
+        images.sheet().save(tmp_path / "large.jpg")
+        found = read_provenance(tmp_path / "large.jpg")
+        assert (found.model, found.count) == ("digits", 10_000)
+        assert (found.seed, found.seeds, found.label, found.labels, found.interpolation) == (None,) * 5
+
+
+def test_what_is_printed_is_what_is_known_and_short() -> None:
+    assert repr(ONE) == "Provenance(model='digits', version=2, digest='sha256:0', seed=7, label=3, truncation=0.5)"
+    assert eval(repr(ONE)) == ONE
+    many = repr(batch(tuple(range(1000)), (7,) * 1000).provenance)
+    assert "count=1000, seeds=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, …), labels=(7, 7, " in many
+    assert len(repr(Interpolation("slerp", 1, 2, 1000, tuple(range(1000))))) < 150
 
 
 def test_keys_of_later_versions_are_left_alone() -> None:
@@ -145,6 +189,7 @@ def test_keys_of_later_versions_are_left_alone() -> None:
 
 
 SHEET = {**FIELDS, "count": 3}
+WAY: dict[str, object] = {"kind": "slerp", "seed_a": 1, "seed_b": 2, "steps": 3}
 
 
 @pytest.mark.parametrize(
@@ -172,8 +217,31 @@ SHEET = {**FIELDS, "count": 3}
                 (SHEET, "seeds", (5, "567", [1, 2], [1, 2, 3, 4], ["1", 2, 3], [[1, 4, 1]], [[1, 2**31, 1]])),
                 (SHEET, "seeds", ([[1, 3, 2]], [[1, 3]], [[1, 3, -1]], [[2**32 - 1, 3, 1]], [[True, 3, 1]], {})),
                 (SHEET, "labels", ([None] * 3, [], [-1, 0, 1])),
+                (SHEET, "interpolation", (5, "slerp", [], [WAY])),
             ]
             for value in values
+        ),
+        *(
+            (json.dumps({**fields, "interpolation": {**WAY, **change}}), reason)
+            for fields, change, reason in [
+                (SHEET, {"kind": "round"}, "'kind'"),
+                (SHEET, {"kind": None}, "'kind'"),
+                (SHEET, {"seed_a": None}, "'interpolation'"),
+                (SHEET, {"seed_a": -1}, "'seed_a'"),
+                (SHEET, {"seed_b": 2**32}, "'seed_b'"),
+                (SHEET, {"steps": 1}, "'interpolation'"),
+                (SHEET, {"steps": 10**6 + 1}, "'interpolation'"),
+                (SHEET, {"steps": 4}, "'shown'"),
+                (FIELDS, {}, "'shown'"),
+                (FIELDS, {"shown": [3]}, "'shown'"),
+                (FIELDS, {"shown": []}, "'shown'"),
+                (FIELDS, {"shown": None}, "'shown'"),
+                (FIELDS, {"shown": [[0, 3, 1]]}, "'shown'"),
+            ]
+        ),
+        *(
+            (json.dumps({**SHEET, "interpolation": {key: WAY[key] for key in WAY if key != lost}}), f"no '{lost}'")
+            for lost in WAY
         ),
     ],
 )
