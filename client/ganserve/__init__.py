@@ -6,7 +6,13 @@
 ...     batch.sheet(columns=4).save("sevens.png")
 """
 
+import os as _os
+import sys as _sys
 from importlib.metadata import version as _version
+
+# The program tells in its own words what is wrong. gRPC reads this when it is imported.
+if _os.path.basename((_sys.argv or [""])[0]) == "ganserve":
+    _os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from ganserve.client import AsyncClient, Client
 from ganserve.errors import (

@@ -21,6 +21,8 @@ from numpy.typing import ArrayLike
 from ganserve.conversion import (
     Label,
     StreamProgress,
+    correct,
+    question_about,
     to_batch,
     to_health,
     to_health_request,
@@ -67,6 +69,7 @@ DEFAULT_TIMEOUT_S = 30.0
 _TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
 _STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them
 _SHEET_ROWS_UNCONDITIONAL = 4
+_SHORTEST_TIMEOUT_S = 0.001
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
 _NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)
 _REPLICAS_AT_ONCE = 16
@@ -434,7 +437,12 @@ class Client(_Twin):
             ModelNotFoundError: the server knows no such model.
             UnavailableError: the server cannot be reached.
         """
-        return to_health(self._call("health", to_health_request(model), self._timeout_s(timeout_s), retries=False))
+        request, timeout_s = to_health_request(model), self._timeout_s(timeout_s)
+        try:
+            return to_health(self._call("health", request, timeout_s, once=True))
+        except ModelNotFoundError as error:
+            self._corrected(error, request, time.monotonic() + timeout_s)
+            raise
 
     def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
         """Return as soon as the server, or one of its models, is serving; it need not be there yet.
@@ -445,11 +453,13 @@ class Client(_Twin):
             DeadlineExceededError: it took longer than `timeout_s`; the text says what was wrong last.
             AuthenticationError: the token, or a certificate, is not accepted.
         """
+        request = to_health_request(model)
         readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
         while True:
             last = None
             try:
-                if self.health(model, timeout_s=readiness.remaining_s()):
+                if to_health(self._call("health", request, readiness.remaining_s(), once=True)):
+                    readiness.over()
                     return
             except _NOT_READY_YET as error:
                 last = error
@@ -476,16 +486,16 @@ class Client(_Twin):
             UnavailableError: DNS does not know the name.
             AuthenticationError: the token, or a certificate, is not accepted.
         """
-        request = None if version is None else to_model_request(model, version)
+        health, request = to_health_request(model), None if version is None else to_model_request(model, version)
         timeout_s = self._timeout_s(timeout_s)
         self._check_open()
 
         def ask(target: str) -> Replica:
             with self._alone(target) as one:
                 try:
-                    serving = one.health(model, timeout_s=timeout_s)
+                    serving = to_health(one._call("health", health, timeout_s, once=True))
                     if request is not None:
-                        one._call("get_model", request, timeout_s)
+                        one._call("get_model", request, timeout_s, once=True)
                 except _NOT_READY_YET as error:
                     return Replica(one.address, False, error)
                 return Replica(one.address, serving)
@@ -517,6 +527,7 @@ class Client(_Twin):
             try:
                 found = self.replicas(model, version, timeout_s=min(_REPLICA_TIMEOUT_S, readiness.remaining_s()))
                 if (last := not_everywhere(found)) is None:
+                    readiness.over()
                     return found
             except UnavailableError as error:
                 last = error
@@ -560,7 +571,7 @@ class Client(_Twin):
                 )
             return self._stubs
 
-    def _call(self, method: str, request: Any, timeout_s: float, *, retries: bool = True) -> Any:
+    def _call(self, method: str, request: Any, timeout_s: float, *, once: bool = False) -> Any:
         deadline = time.monotonic() + timeout_s
         attempts = None
         while True:
@@ -577,14 +588,35 @@ class Client(_Twin):
                 raise self._closed_meanwhile() from None
             else:
                 self._policy.succeeded()
+                if attempts is not None:
+                    attempts.over()
                 return response
             finally:
                 leave_call(thread)
-            if not retries:
+            if once:
                 raise failure
-            attempts = attempts or Attempts(self._policy, deadline)
-            self._pause(attempts.delay_s(failure))
+            if (corrected := self._corrected(failure, request, deadline)) is not None:
+                request = corrected
+            else:
+                attempts = attempts or Attempts(self._policy, deadline)
+                self._pause(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
+
+    def _corrected(self, failure: GanserveError, request: Any, deadline: float) -> Any:
+        """Return what was meant by a request that the server refused; None if asking the server can't tell.
+
+        Raises:
+            GanserveError: the failure, which then says what was probably meant.
+        """
+        question = question_about(failure, request)
+        if question is None:
+            return None
+        method = "list_models" if isinstance(question, pb.ListModelsRequest) else "get_model"
+        try:
+            answer = self._call(method, question, max(_SHORTEST_TIMEOUT_S, deadline - time.monotonic()), once=True)
+        except GanserveError:
+            raise failure from None
+        return correct(failure, request, answer)
 
     def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> Generator[ImageBatch, None, None]:
         deadline = time.monotonic() + timeout_s
@@ -596,6 +628,8 @@ class Client(_Twin):
                 call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
                 enter_call(call)
                 for response in call:
+                    if attempts is not None:
+                        attempts.over()
                     attempts, self._policy.answered = None, True
                     yield progress.take(response.chunk)
                 progress.end()
@@ -613,8 +647,11 @@ class Client(_Twin):
                     leave_call(call)
             if progress.complete:
                 return  # how the call ends no longer matters
-            attempts = attempts or Attempts(self._policy, deadline)
-            self._pause(attempts.delay_s(failure))
+            if (corrected := self._corrected(failure, progress.request, deadline)) is not None:
+                progress.request = corrected
+            else:
+                attempts = attempts or Attempts(self._policy, deadline)
+                self._pause(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
 
     @staticmethod
@@ -789,19 +826,25 @@ class AsyncClient(_Twin):
 
         >>> serving = await client.health()
         """
-        answer = await self._call("health", to_health_request(model), self._timeout_s(timeout_s), retries=False)
-        return to_health(answer)
+        request, timeout_s = to_health_request(model), self._timeout_s(timeout_s)
+        try:
+            return to_health(await self._call("health", request, timeout_s, once=True))
+        except ModelNotFoundError as error:
+            await self._corrected(error, request, time.monotonic() + timeout_s)
+            raise
 
     async def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
         """Return as soon as the server, or one of its models, is serving, as Client.wait_until_ready does.
 
         >>> await client.wait_until_ready(10, model="cdcgan-mnist")
         """
+        request = to_health_request(model)
         readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
         while True:
             last = None
             try:
-                if await self.health(model, timeout_s=readiness.remaining_s()):
+                if to_health(await self._call("health", request, readiness.remaining_s(), once=True)):
+                    readiness.over()
                     return
             except _NOT_READY_YET as error:
                 last = error
@@ -814,7 +857,7 @@ class AsyncClient(_Twin):
 
         >>> found = await client.replicas("cdcgan-mnist", 1)
         """
-        request = None if version is None else to_model_request(model, version)
+        health, request = to_health_request(model), None if version is None else to_model_request(model, version)
         timeout_s = self._timeout_s(timeout_s)
         self._check_open()
         places = asyncio.Semaphore(_REPLICAS_AT_ONCE)
@@ -822,9 +865,9 @@ class AsyncClient(_Twin):
         async def ask(target: str) -> Replica:
             async with places, self._alone(target) as one:
                 try:
-                    serving = await one.health(model, timeout_s=timeout_s)
+                    serving = to_health(await one._call("health", health, timeout_s, once=True))
                     if request is not None:
-                        await one._call("get_model", request, timeout_s)
+                        await one._call("get_model", request, timeout_s, once=True)
                 except _NOT_READY_YET as error:
                     return Replica(one.address, False, error)
                 return Replica(one.address, serving)
@@ -849,6 +892,7 @@ class AsyncClient(_Twin):
             try:
                 found = await self.replicas(model, version, timeout_s=min(_REPLICA_TIMEOUT_S, readiness.remaining_s()))
                 if (last := not_everywhere(found)) is None:
+                    readiness.over()
                     return found
             except UnavailableError as error:
                 last = error
@@ -889,7 +933,7 @@ class AsyncClient(_Twin):
         self._loop = loop
         return stubs
 
-    async def _call(self, method: str, request: Any, timeout_s: float, *, retries: bool = True) -> Any:
+    async def _call(self, method: str, request: Any, timeout_s: float, *, once: bool = False) -> Any:
         deadline = time.monotonic() + timeout_s
         attempts = None
         while True:
@@ -903,12 +947,30 @@ class AsyncClient(_Twin):
                 raise
             else:
                 self._policy.succeeded()
+                if attempts is not None:
+                    attempts.over()
                 return response
-            if not retries:
+            if once:
                 raise failure
-            attempts = attempts or Attempts(self._policy, deadline)
-            await asyncio.sleep(attempts.delay_s(failure))
+            if (corrected := await self._corrected(failure, request, deadline)) is not None:
+                request = corrected
+            else:
+                attempts = attempts or Attempts(self._policy, deadline)
+                await asyncio.sleep(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
+
+    async def _corrected(self, failure: GanserveError, request: Any, deadline: float) -> Any:
+        question = question_about(failure, request)
+        if question is None:
+            return None
+        method = "list_models" if isinstance(question, pb.ListModelsRequest) else "get_model"
+        try:
+            answer = await self._call(
+                method, question, max(_SHORTEST_TIMEOUT_S, deadline - time.monotonic()), once=True
+            )
+        except GanserveError:
+            raise failure from None
+        return correct(failure, request, answer)
 
     async def _stream(self, request: pb.GenerateImagesRequest, timeout_s: float) -> AsyncGenerator[ImageBatch, None]:
         deadline = time.monotonic() + timeout_s
@@ -919,6 +981,8 @@ class AsyncClient(_Twin):
             try:
                 call = stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=self._metadata)
                 async for response in call:
+                    if attempts is not None:
+                        attempts.over()
                     attempts, self._policy.answered = None, True
                     yield progress.take(self._read(response).chunk)
                 progress.end()
@@ -934,8 +998,11 @@ class AsyncClient(_Twin):
                     call.cancel()
             if progress.complete:
                 return
-            attempts = attempts or Attempts(self._policy, deadline)
-            await asyncio.sleep(attempts.delay_s(failure))
+            if (corrected := await self._corrected(failure, progress.request, deadline)) is not None:
+                progress.request = corrected
+            else:
+                attempts = attempts or Attempts(self._policy, deadline)
+                await asyncio.sleep(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
 
     @staticmethod

@@ -1,7 +1,6 @@
 """Between the SDK's types and the wire's messages: the only place of the SDK that knows both."""
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,11 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike, NDArray
 
-from ganserve.errors import InvalidRequestError, ServerError
+from ganserve.errors import GanserveError, InvalidRequestError, ModelNotFoundError, ServerError
 from ganserve.images import ImageBatch
+from ganserve.latents import uint32
 from ganserve.models import Model, QualityMetric
+from ganserve.names import did_you_mean, matching
 from ganserve.v1 import generation_pb2 as pb
 
 Label = int | str
@@ -42,33 +43,29 @@ def to_request(
     except (TypeError, ValueError) as error:
         raise _invalid("truncation", f"truncation is {truncation!r}; it must be a number from 0 to 2") from error
     if count is not None:
-        request.count = _uint32("count", count)
+        request.count = uint32("count", count)
     if version is not None:
-        request.version = _uint32("version", version)
+        request.version = uint32("version", version)
     if seed is not None:
-        request.seed = _uint32("seed", seed)
+        request.seed = uint32("seed", seed)
     if latents is not None:
-        try:
-            if np.iscomplexobj(latents):
-                raise TypeError("they are complex")
-            rows = np.atleast_2d(np.asarray(latents, np.float32))
-        except (TypeError, ValueError) as error:
-            raise _invalid("latents", f"latents is an array of numbers, [count, latent_dim]: {error}") from error
+        rows = _latents(latents)
+        if count not in (None, len(rows)):
+            raise _invalid("count", f"count is {count}, but there are {len(rows)} latents; leave count out")
         request.latents.values.extend(rows.ravel().tolist())
-        request.count = len(rows) if count is None else request.count
+        request.count = len(rows)
     if label is not None:
         labels = _labels(label)
         names = [item for item in labels if isinstance(item, str)]
         if not labels or 0 < len(names) < len(labels):
-            raise _invalid(
-                "label", "label is one index or name, or a list with one for each image: all indices or all names"
-            )
+            mixed = "; this list mixes indices and names: write them all as one or the other" if labels else ""
+            raise _invalid("label", f"label is one index or name, or a list with one for each image{mixed}")
         try:
             request.label_names.extend(names)
         except ValueError as error:  # half of a surrogate pair is no text
             raise _invalid("label", f"label is {label!a}; it must be an index, or a name of a class") from error
         if not names:
-            request.labels.extend(_uint32("label", item) for item in labels)
+            request.labels.extend(uint32("label", item) for item in labels)
         if count is None and latents is None:
             request.count = len(labels)
     return request
@@ -80,7 +77,7 @@ def to_model_request(name: str | None, version: int | None) -> pb.GetModelReques
     Raises:
         InvalidRequestError: an argument cannot be written.
     """
-    return pb.GetModelRequest(model=_name(name), version=None if version is None else _uint32("version", version))
+    return pb.GetModelRequest(model=_name(name), version=None if version is None else uint32("version", version))
 
 
 def _name(model: Any) -> str:
@@ -91,19 +88,22 @@ def _name(model: Any) -> str:
     return str(model)
 
 
+def _latents(given: ArrayLike) -> NDArray[np.float32]:
+    """Return one latent or several as [count, latent_dim]."""
+    try:
+        if np.iscomplexobj(given):
+            raise TypeError
+        rows = np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise _invalid("latents", "latents is no array of numbers; it must be [count, latent_dim]") from error
+    if rows.ndim not in (1, 2) or not rows.size:
+        raise _invalid("latents", f"latents is {list(rows.shape)}; it must be [count, latent_dim]")
+    return np.atleast_2d(rows)
+
+
 def _labels(label: Any) -> list[Any]:
     alone = isinstance(label, str) or not hasattr(label, "__len__")
     return [label] if alone or getattr(label, "ndim", 1) == 0 else list(label)
-
-
-def _uint32(field: str, value: Any) -> int:
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number < _UINT32_LIMIT:
-        raise _invalid(field, f"{field} is {value!r}; it must be an integer from 0 to {_UINT32_LIMIT - 1}")
-    return number
 
 
 def _invalid(field: str, text: str) -> InvalidRequestError:
@@ -146,11 +146,51 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
     )
 
 
+def question_about(error: GanserveError, request: Any) -> pb.ListModelsRequest | pb.GetModelRequest | None:
+    """Return what to ask the server, to learn what a request that it refused probably meant; None if nothing."""
+    if isinstance(error, ModelNotFoundError):
+        return pb.ListModelsRequest()
+    about = {"label_names": "label_names", "latents": "latents", "count": "latents"}.get(
+        getattr(error, "field", "") or ""
+    )
+    if about is None or not isinstance(request, pb.GenerateImagesRequest):
+        return None
+    given = request.HasField("latents") if about == "latents" else request.label_names
+    return pb.GetModelRequest(model=request.model, version=request.version or None) if given else None
+
+
+def correct(error: GanserveError, request: Any, answer: pb.ListModelsResponse | pb.GetModelResponse) -> Any:
+    """Return the request as it was meant, which has other label names; all else is for the caller to put right.
+
+    Raises:
+        GanserveError: the error; its text says what was probably meant.
+    """
+    if isinstance(answer, pb.ListModelsResponse):
+        name = request.service if isinstance(request, health_pb2.HealthCheckRequest) else request.model
+        error.add_text(did_you_mean([name], [model.name for model in answer.models]))
+        raise error
+    card = answer.model.card
+    if getattr(error, "field", None) == "label_names":
+        given, known = list(request.label_names), list(card.class_names)
+        meant = [match for name in given if (match := matching(name, known)) is not None]
+        if len(meant) < len(given) or meant == given:
+            error.add_text(did_you_mean(given, known))
+            raise error
+        corrected = pb.GenerateImagesRequest()
+        corrected.CopyFrom(request)
+        corrected.label_names[:] = meant
+        return corrected
+    shape = [request.count, len(request.latents.values) // request.count]
+    if shape[1] != card.latent_dim:
+        error.args = (f"latents is {shape}; model {request.model} takes [count, {card.latent_dim}]",)
+    raise error
+
+
 class StreamProgress:
     """What a stream has brought of a request, so that the rest can be asked of another server."""
 
     def __init__(self, request: pb.GenerateImagesRequest) -> None:
-        self._request = request
+        self.request = request
         self._wanted = request.count if request.HasField("count") else 1
         self._done = 0
         self._first: ImageBatch | None = None
@@ -195,7 +235,7 @@ class StreamProgress:
     def rest(self) -> pb.StreamImagesRequest:
         """Ask for what is missing: of the same version, and of the seeds that follow."""
         request = pb.GenerateImagesRequest()
-        request.CopyFrom(self._request)
+        request.CopyFrom(self.request)
         if self._first is not None:
             done = self._done
             request.version = self._first.version
@@ -210,8 +250,8 @@ class StreamProgress:
         return pb.StreamImagesRequest(generate=request)
 
     def _next_seed(self) -> int | None:
-        if self._request.HasField("seed"):
-            seed = self._request.seed
+        if self.request.HasField("seed"):
+            seed = self.request.seed
         elif self._first is not None and self._first.seeds is not None:
             seed = self._first.seeds[0]
         else:

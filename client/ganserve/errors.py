@@ -16,8 +16,9 @@ Each has a text that says what to do; `code`, the gRPC status, None if no call w
 programs; and `request_id`, by which the server's log has the call, None if no server answered.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -27,7 +28,47 @@ from google.rpc import error_details_pb2, status_pb2
 REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
 _SIZES = re.compile(r"(\d+) vs\. (\d+)")
-_CERTIFICATE_SIGNS = ("CERTIFICATE", "Verification Check", "verification check", "_ALERT_")
+_CERTIFICATE_SIGNS = ("CERTIFICATE", "in peer certificate", "Verification Check", "verification check", "_ALERT_")
+# How advice names what can be set: as arguments of `Client`, or as the flags of the program `ganserve`.
+_ARGUMENTS = {
+    "address": "Client(address)",
+    "tls": "tls=True",
+    "no_tls": "tls=False",
+    "ca_file": "ca_file",
+    "certificate": "certificate_file and key_file",
+    "token": "Client(token=…)",
+    "timeout": "timeout_s",
+}
+FLAGS = {
+    "address": "--address",
+    "tls": "--tls",
+    "no_tls": "--no-tls",
+    "ca_file": "--ca-file",
+    "certificate": "GANSERVE_CERTIFICATE_FILE and GANSERVE_KEY_FILE",
+    "token": "--token",
+    "timeout": "--timeout",
+}
+# What gRPC's texts have around the words that tell what happened, in the order in which it is taken away.
+_NOISE = [
+    (re.compile(pattern, re.DOTALL), words)
+    for pattern, words in (
+        (r"^.*last error: ", ""),
+        (r"^[A-Z_]+: (?:ipv[46]|unix[\w-]*|vsock):\S+: ", ""),
+        (r"^Stream removed \((.*)\)$", r"\1"),
+        (r"^RST_STREAM \((.*)\)$", r"\1"),
+        (r"^Failed to connect to remote host: ", ""),
+        (r"^connect failed: addr: \S+ error: ", ""),
+        (r"^connect: ", ""),
+        (r"^(?:errors resolving|DNS resolution failed for) .*: ([^:\]]+)\]?$", r"\1"),
+        (r"^.*OPENSSL_internal:", ""),
+        (r"(?:: Invalid certificate verification context)?: OK$", ""),
+        (r"^Custom verification check failed with error: [A-Z_]+: ", ""),
+        (r"^Received http2 header with status: ", "HTTP status "),
+        (r"; Debug Text: $| \(\d+\)$", ""),
+        (r"[\s.;]+$", ""),
+    )
+]
+_log = logging.getLogger("ganserve")
 
 
 class GanserveError(Exception):
@@ -46,14 +87,32 @@ class GanserveError(Exception):
         self,
         text: str,
         *,
+        advice: str = "",
         code: grpc.StatusCode | None = None,
         reason: str | None = None,
         request_id: str | None = None,
     ) -> None:
         super().__init__(text)
+        self.advice = advice  # what to do, with {names} of what can be set
         self.code = code
         self.reason = reason or type(self).reason
         self.request_id = request_id
+
+    @property
+    def text(self) -> str:
+        """What is wrong, without what to do about it."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return self.told(_ARGUMENTS)
+
+    def told(self, names: Mapping[str, str]) -> str:
+        """Return what is wrong and what to do, with these names of what can be set."""
+        return f"{self.text}; {self.advice.format_map(names)}" if self.advice else self.text
+
+    def add_text(self, more: str) -> None:
+        """Go on with the text, before what to do."""
+        self.args = (self.text + more,)
 
 
 class InvalidRequestError(GanserveError):
@@ -158,7 +217,10 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     if code is grpc.StatusCode.CANCELLED and not (answered or closed):
         # Not by us: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
-    kind, reason = ERROR_OF_STATUS[code], None
+    kind, reason, advice = ERROR_OF_STATUS[code], None, ""
+    if not answered:
+        _log.debug("gRPC says %s: %s", code.name, text)
+        text = in_words(text)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         kind = MessageTooLargeError
         code = grpc.StatusCode.INVALID_ARGUMENT
@@ -168,39 +230,50 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
             text = f"the request is larger than the server takes ({text}); send fewer latents a call"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and "WRONG_VERSION_NUMBER" in text:
         kind, reason = AuthenticationError, "not_encrypted"
-        text = f"the server at {address} does not speak TLS ({text}); tls=False (GANSERVE_TLS=0) is for plain text"
+        text = f"the server at {address} does not speak TLS"
+        advice = "{no_tls} (GANSERVE_TLS=0) is for plain text"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and any(sign in text for sign in _CERTIFICATE_SIGNS):
         kind, reason = AuthenticationError, "certificate"
-        text = (
-            f"no trust between this client and {address} ({text}); ca_file (GANSERVE_CA_FILE) names who signed the "
-            "server's certificate, certificate_file and key_file are this client's own"
+        text = f"no trust between this client and {address} ({text})"
+        advice = (
+            "{ca_file} (GANSERVE_CA_FILE) names who signed the server's certificate; {certificate} are the client's"
         )
     elif code is grpc.StatusCode.UNAVAILABLE and "Cancelling all calls" in text:
         reason, text = "shut_down", f"the server at {address} shut down before the call was done; try again"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        text = f"no complete answer from {address} within the timeout ({text}); timeout_s or --timeout allows more"
+        why = f" ({text})" if text.casefold() != "deadline exceeded" else ""
+        text = f"no complete answer from {address} within the timeout{why}"
+        advice = "{timeout} allows more"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered:
         reason = "unreachable"
         # A server that wants TLS, or a client's certificate, closes the connection without a word.
-        hint = " Does it want TLS (tls=True), or a client's certificate (certificate_file)?" * ("closed" in text)
-        text = (
-            f"no answer from {address} ({text}); is ganserve-server running there? "
-            f"The address is Client(address), --address or GANSERVE_ADDRESS.{hint}"
-        )
+        wants = "Does it want TLS ({tls}), or a client's certificate ({certificate})? " * ("closed" in text)
+        text = f"no answer from {address} ({text})"
+        advice = f"is ganserve-server running there? {wants}{{address}} or GANSERVE_ADDRESS names another address"
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
     elif code is grpc.StatusCode.NOT_FOUND and not error.details():  # as the health service answers
         text = f"the server at {address} has no model of this name; `models` lists those it has"
+    elif kind is OverloadedError and not answered:
+        text = f"the server at {address} has too much to do ({text})"
     elif kind is AuthenticationError:
-        text = f"{text}; the token is Client(token=…) or GANSERVE_TOKEN"
+        text = text if answered else f"the server at {address} refused the call ({text})"
+        advice = "the token is {token} or GANSERVE_TOKEN"
     elif kind is ServerError:
         told = f"tell its operator the request id, {request_id}" if answered else "there is no request id"
         text = f"the server at {address} failed ({code.name}: {text}); {told}"
-    translated = kind(text, code=code, reason=reason, request_id=request_id)
+    translated = kind(text, advice=advice, code=code, reason=reason, request_id=request_id)
     if isinstance(translated, MessageTooLargeError) and (sizes := _SIZES.search(text)):
         translated.size_bytes, translated.limit_bytes = int(sizes[1]), int(sizes[2])
     _read_details(translated, metadata.get(_DETAILS_KEY))
     return translated
+
+
+def in_words(text: str) -> str:
+    """Return what gRPC says of a connection without what is around it: "connection refused"."""
+    for noise, words in _NOISE:
+        text = noise.sub(words, text)
+    return text[0].lower() + text[1:] if text[1:2].islower() else text
 
 
 def _read_details(error: GanserveError, content: str | bytes | None) -> None:

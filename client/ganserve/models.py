@@ -1,10 +1,12 @@
 """What a server tells about its models."""
 
+import html
 import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ganserve.errors import InvalidRequestError
+from ganserve.names import did_you_mean, matching
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +19,10 @@ class QualityMetric:
 
     name: str
     value: float
-    method: str
+    method: str = field(repr=False)  # for people: on what it was measured, and against what
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Model:
     """One version of a model, as its card describes it. `card` holds all of the card, with JSON's types.
 
@@ -42,7 +44,7 @@ class Model:
     channels: int
     class_names: tuple[str, ...]  # empty for an unconditional model
     metrics: tuple[QualityMetric, ...]
-    card: dict[str, Any] = field(repr=False)
+    card: dict[str, Any]
 
     @property
     def conditional(self) -> bool:
@@ -50,14 +52,43 @@ class Model:
         return bool(self.class_names)
 
     def label(self, name: str | int) -> int:
-        """Return the index of a class, given its index or its name.
+        """Return the index of a class, given its index or its name; upper or lower case matters only between classes.
 
         Raises:
             InvalidRequestError: the model has no such class.
         """
         if isinstance(name, str):
-            if name in self.class_names:
-                return self.class_names.index(name)
+            if (known := matching(name, self.class_names)) is not None:
+                return self.class_names.index(known)
         elif 0 <= name < len(self.class_names):
             return operator.index(name)
-        raise InvalidRequestError(f"model {self.name} has no class {name!r}; it has {', '.join(self.class_names)}")
+        if not self.conditional:
+            raise InvalidRequestError(f"model {self.name} is unconditional: it takes no labels")
+        meant = did_you_mean([name], self.class_names) if isinstance(name, str) else ""
+        raise InvalidRequestError(
+            f"model {self.name} has no class {name!r}; it has {', '.join(self.class_names)}{meant}"
+        )
+
+    def __repr__(self) -> str:
+        classes = f"{len(self.class_names)} classes" if self.conditional else "unconditional"
+        return (
+            f"<Model {self.name} version {self.version}: {self.architecture} on {self.dataset}, "
+            f"{self.height}x{self.width}x{self.channels}, {classes}, latents of {self.latent_dim}>"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "architecture": self.architecture,
+            "data set": self.dataset,
+            "images": f"{self.height} × {self.width} × {self.channels}",
+            "classes": ", ".join(self.class_names) or "none",
+            "latents": f"{self.latent_dim} numbers",
+        }
+        rows = [(name, value, "") for name, value in facts.items()]
+        rows += [(metric.name, f"{metric.value:.4g}", metric.method) for metric in self.metrics]
+        cells = "".join(
+            f'<tr title="{html.escape(title)}"><td>{html.escape(name)}</td>'
+            f'<td style="text-align: left">{html.escape(value)}</td></tr>'
+            for name, value, title in rows
+        )
+        return f"<table><caption>{html.escape(self.name)} version {self.version}</caption>{cells}</table>"

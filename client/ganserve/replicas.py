@@ -27,7 +27,7 @@ class Replica:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"{self.address} NOT SERVING ({self.error})"
+            return f"{self.address} NOT SERVING ({self.error.text})"
         return f"{self.address} {'SERVING' if self.serving else 'NOT SERVING'}"
 
 

@@ -8,10 +8,13 @@ Retries. Only what is safe and may help: UNAVAILABLE, and RESOURCE_EXHAUSTED whe
 Every call of the SDK may be repeated: images are functions of their seeds, and where the server draws the seed any
 answer is right. What bounds the retries: the call's deadline; a patience, short with an address that never answered;
 and a budget of the client, so that retries never make a server's overload much worse.
+
+What is waited for is told to the logger `ganserve`, in level INFO.
 """
 
 import ipaddress
 import json
+import logging
 import os
 import random
 import re
@@ -53,6 +56,8 @@ _BUDGET = 1000.0  # retries: the calls on a lost connection all fail at once, 50
 _BUDGET_A_SECOND = 10.0
 _BUDGET_A_CALL = 0.2
 
+_log = logging.getLogger("ganserve")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -91,7 +96,8 @@ class Endpoint:
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
             ("grpc.max_send_message_length", -1),  # the server says what it takes
-            # A client's connections are its own: they close with it, and a child process never gets its parent's.
+            # A client's connections are its own: to a server, which takes connections in turn, two clients are two
+            # callers; a connection ends with its client; and a new client need not wait where another has just failed.
             ("grpc.use_local_subchannel_pool", 1),
         ]
 
@@ -130,8 +136,8 @@ def endpoint(
         credentials = _credentials(files)
     elif token is not None and tls is None and not local:
         raise InvalidRequestError(
-            f"the token would go to {address} in plain text; encrypt with tls=True (GANSERVE_TLS=1), "
-            "or allow it with tls=False (GANSERVE_TLS=0)"
+            f"the token would go to {address} in plain text",
+            advice="encrypt with {tls} (GANSERVE_TLS=1), or allow it with {no_tls} (GANSERVE_TLS=0)",
         )
     metadata = None if token is None else (("authorization", f"Bearer {token}"),)
     return Endpoint(address, target, credentials, metadata)
@@ -278,15 +284,27 @@ class Attempts:
         if isinstance(error, OverloadedError):
             self._policy.answered = True
         patience_s = _PATIENCE_S if self._policy.answered else _PATIENCE_WITH_STRANGERS_S
-        if (
-            not self._policy.enabled
-            or now + delay_s >= min(self._deadline, self._since + patience_s)
-            or not self._policy.budget.withdraw()
-        ):
+        until = min(self._deadline, self._since + patience_s)
+        if not self._policy.enabled or now + delay_s >= until or not self._policy.budget.withdraw():
             if self._failures > 1:
-                error.args = (f"{error}; tried {self._failures} times in {now - self._since:.1f} s",)
+                error.add_text(f", tried {self._failures} times in {now - self._since:.1f} s")
             raise error
+        tell_waiting(f"{error.text}; trying again for up to {until - now:.0f} s", now + delay_s - self._since)
         return delay_s
+
+    def over(self) -> None:
+        """Tell that a server has answered."""
+        tell_answered(time.monotonic() - self._since)
+
+
+def tell_waiting(text: str, waiting_s: float) -> None:
+    """Log what is waited for; `waiting_s` is for how long by the next try."""
+    _log.info(text, extra={"waiting_s": waiting_s})
+
+
+def tell_answered(waited_s: float) -> None:
+    """Log that the wait is over."""
+    _log.info("answered after %.1f s", waited_s, extra={"waiting_s": None})
 
 
 def full_jitter_s(failures: int) -> float:
@@ -314,14 +332,26 @@ class Readiness:
         """
         self._tries += 1
         delay_s = full_jitter_s(self._tries)
-        if time.monotonic() + delay_s < self._deadline:
+        now = time.monotonic()
+        why = "it is there, but is not serving" if error is None else error.text
+        if now + delay_s < self._deadline:
+            left_s = self._deadline - now
+            tell_waiting(
+                f"{self._what} is not ready: {why}; asking again for up to {left_s:.0f} s",
+                self._timeout_s - left_s + delay_s,
+            )
             return delay_s
-        why = error or "it is there, but is not serving"
         raise DeadlineExceededError(
             f"{self._what} was not ready within {self._timeout_s:g} s: {why}",
+            advice="" if error is None else error.advice,
             code=grpc.StatusCode.DEADLINE_EXCEEDED,
             reason="not_ready",
         ) from error
+
+    def over(self) -> None:
+        """Tell that it is ready."""
+        if self._tries:
+            tell_answered(self._timeout_s - (self._deadline - time.monotonic()))
 
 
 # gRPC does not survive a fork while something of the parent is inside it: the child may hang, or crash (1.85).

@@ -28,3 +28,14 @@ def environment(**variables: str) -> dict[str, str]:
         if not name.startswith("GANSERVE_") and name != "PYTHONUNBUFFERED"
     }
     return {**kept, **variables}
+
+
+def read_terminal(controller: int) -> bytes:
+    """Return what a program shows on a terminal until it ends; the controlling side is closed then."""
+    shown = b""
+    while True:
+        try:
+            shown += os.read(controller, 1 << 16)
+        except OSError:  # the terminal's other side is closed
+            os.close(controller)
+            return shown

@@ -5,19 +5,23 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from tests.client.program import TIMEOUT_S, command, environment, ganserve
+from tests.client.program import TIMEOUT_S, command, environment, ganserve, read_terminal
+from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
 
 import ganserve as sdk
 from ganserve import Client, read_provenance
 from ganserve.cli.outcome import EXIT_STATUSES
+from ganserve.v1 import generation_pb2 as pb
 
 
 @contextmanager
@@ -137,15 +141,8 @@ def test_a_card_in_a_terminal_has_colours(server: RunningServer) -> None:
     arguments = command("models", "cdcgan-mnist", address=server.address)
     with subprocess.Popen(arguments, stdout=terminal, stderr=subprocess.PIPE, env=environ) as process:
         os.close(terminal)
-        shown = b""
-        while True:
-            try:
-                part = os.read(controller, 1 << 16)
-            except OSError:  # the terminal's other side is closed
-                break
-            shown += part
+        shown = read_terminal(controller)
         assert process.wait(TIMEOUT_S) == 0
-    os.close(controller)
     text = shown.decode()
     assert "▀" in text
     assert "\x1b[38;2;255;255;255" in text or "\x1b[38;2;254;254;254" in text
@@ -197,11 +194,18 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
     locked.touch()
     attempts: list[tuple[list[str | Path], int, str]] = [
         (["generate", "nothing"], 1, "there is no model 'nothing'"),
-        (["generate", "cdcgan-mnist", "--label", "eleven"], 1, "no class 'eleven'"),
-        (["generate", "mlp-mnist", "--truncation", "3"], 1, "truncation"),
-        (["stream", "cdcgan-mnist", "--count", "1", "--to", tmp_path / "x", "--label", "ten"], 1, "no class 'ten'"),
+        (["generate", "mlp-mnist", "--version", "7"], 1, "no version 7"),
+        (["generate", "cdcgan-mnist", "--label", "eleven"], 2, "no class 'eleven'"),
+        (["generate", "cdcgan-fashion-mnist", "--label", "Bag", "--label", "1"], 2, "mixes indices and names"),
+        (["generate", "mlp-mnist", "--truncation", "3"], 2, "truncation"),
+        (["generate", "mlp-mnist", "--seed", "-1"], 2, "seed is -1"),
+        (["generate", "mlp-mnist", "--count", "20000000"], 2, "count"),
+        (["interpolate", "mlp-mnist", "1", "4294967296"], 2, "seed_b is 4294967296"),
+        (["stream", "cdcgan-mnist", "--count", "1", "--to", tmp_path / "x", "--label", "ten"], 2, "no class 'ten'"),
+        (["stream", "mlp-mnist", "--count", "1", "--to", locked], 2, "must be a folder, or end in .npz"),
         (["generate", "mlp-mnist", "--out", tmp_path / "{what}.png"], 2, "{seed}"),
-        (["generate", "mlp-mnist", "--out", tmp_path / "file.nonsense"], 2, "nonsense"),
+        (["generate", "mlp-mnist", "--out", tmp_path / "file.nonsense"], 2, "the known endings are .png"),
+        (["generate", "mlp-mnist", "--format", "nonsense"], 2, "the known endings are .png"),
         (["generate", "mlp-mnist", "--out", "-", "--json"], 2, "standard output"),
         (["generate", "mlp-mnist", "--lable", "1"], 2, "--label"),
         (["generate"], 2, "argument"),
@@ -231,18 +235,100 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
 
 
 @pytest.mark.parametrize(
-    ("arguments", "meant"),
+    ("arguments", "status", "meant"),
     [
-        (("cdcgan-mnits",), "'cdcgan-mnist'"),
-        (("mlp",), "'mlp-mnist'"),
-        (("cdcgan-fashion-mnist", "--label", "sneeker"), "'Sneaker'"),
-        (("cdcgan-fashion-mnist", "--label", "Bag", "--label", "dres"), "'Dress'"),
+        (("generate", "cdcgan-mnits"), 1, "'cdcgan-mnist'"),
+        (("models", "mlp"), 1, "'mlp-mnist'"),
+        (("health", "mpl-mnist"), 1, "'mlp-mnist'"),
+        (("generate", "cdcgan-fashion-mnist", "--label", "sneeker"), 2, "'Sneaker'"),
+        (("generate", "cdcgan-fashion-mnist", "--label", "Bags", "--label", "dres"), 2, "'Bag' and 'Dress'"),
+        (("bench", "cdcgan-fashion-mnist", "--label", "dres"), 2, "'Dress'"),
     ],
 )
-def test_a_wrong_name_gets_a_suggestion(server: RunningServer, arguments: tuple[str, ...], meant: str) -> None:
-    done = ganserve("generate", *arguments, address=server.address)
-    assert done.returncode == 1
+def test_a_wrong_name_gets_a_suggestion(
+    server: RunningServer, arguments: tuple[str, ...], status: int, meant: str
+) -> None:
+    done = ganserve(*arguments, address=server.address)
+    assert done.returncode == status
     assert done.stderr.endswith(f"; did you mean {meant}?\n")
+
+
+def test_what_grpc_logs_stays_out_and_advice_names_flags(server: RunningServer) -> None:
+    done = ganserve("models", "--tls", address=server.address)
+    assert done.returncode == 1
+    told = f"ganserve: the server at {server.address} does not speak TLS; --no-tls (GANSERVE_TLS=0) is for plain text\n"
+    assert done.stderr == told
+    verbose = ganserve("models", "--tls", address=server.address, env=environment(GRPC_VERBOSITY="INFO"))
+    assert "ssl_transport_security" in verbose.stderr
+    assert verbose.stderr.endswith(told)
+    importing = [sys.executable, "-c", "import os, ganserve; print(os.environ.get('GRPC_VERBOSITY'))"]
+    assert subprocess.run(importing, capture_output=True, text=True, check=True, env=environment()).stdout == "None\n"
+
+
+@contextmanager
+def overloaded_server(retry_after_s: float) -> Iterator[str]:
+    """Send the first call away for so long, answer the second."""
+
+    def behave(number: int, request: Any, context: Any) -> pb.ListModelsResponse:
+        if number == 0:
+            abort_overloaded(context, retry_after_s)
+        return pb.ListModelsResponse()
+
+    with serving(behave) as (address, _):
+        yield address
+
+
+def test_a_pipe_gets_one_line_where_a_server_is_waited_for_any_longer() -> None:
+    with overloaded_server(3.0) as address:
+        done = ganserve("models", address=address)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert done.stderr.startswith("ganserve: the queue is full; trying again for up to ")
+    with overloaded_server(0.2) as address:
+        done = ganserve("models", address=address)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_terminal_shows_what_is_waited_for_and_takes_it_away() -> None:
+    with overloaded_server(0.2) as address:
+        controller, terminal = os.openpty()
+        arguments = command("models", address=address)
+        with subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm")
+        ) as process:
+            os.close(terminal)
+            shown = read_terminal(controller)
+            process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0
+    assert b"the queue is full; trying again for up to " in shown
+    assert shown.endswith(b"\x1b[2K")  # the last line is erased
+
+
+def test_a_terminal_is_as_before_when_an_error_is_told() -> None:
+    controller, terminal = os.openpty()
+    with subprocess.Popen(
+        command("models", address="127.0.0.1:1"),
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env=environment(TERM="xterm"),
+    ) as process:
+        os.close(terminal)
+        shown = read_terminal(controller)
+        process.communicate(timeout=TIMEOUT_S)
+    before, _, error = shown.partition(b"ganserve: ")
+    assert b"no answer from 127.0.0.1:1 (connection refused); trying again for up to 3 s" in before
+    assert before.endswith(b"\x1b[2K")  # the line is erased
+    assert before.rindex(b"\x1b[?25h") > before.rindex(b"\x1b[?25l")  # the cursor is shown
+    assert error.count(b"\n") == 1
+
+
+def test_health_tells_a_pipe_once_that_it_waits() -> None:
+    done = ganserve("health", "--wait", "5.5", address="127.0.0.1:1")
+    assert done.returncode == 3
+    waiting, error = done.stderr.splitlines()
+    assert (
+        "127.0.0.1:1 is not ready: no answer from 127.0.0.1:1 (connection refused); asking again for up to" in waiting
+    )
+    assert "was not ready within 5.5 s: no answer from 127.0.0.1:1 (connection refused); is ganserve-server" in error
 
 
 def test_a_closed_pipe_and_a_full_disk_end_a_command_quietly(server: RunningServer) -> None:

@@ -107,7 +107,7 @@ def test_a_bench_that_gets_too_little_of_a_core_says_that_it_is_the_bottleneck(s
 
 
 def test_a_bench_of_what_the_server_has_not_is_refused(server: RunningServer) -> None:
-    for arguments, status in ((("nothing",), 1), (("cdcgan-mnist", "--label", "ten"), 1)):
+    for arguments, status in ((("nothing",), 1), (("cdcgan-mnist", "--label", "ten"), 2)):
         done = ganserve("bench", *arguments, address=server.address)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
     assert ganserve("bench", "mlp-mnist", address="127.0.0.1:1").returncode == 3

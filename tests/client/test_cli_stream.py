@@ -1,14 +1,16 @@
 import json
 import os
+import re
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tests.client.program import TIMEOUT_S, command, ganserve
+from tests.client.program import TIMEOUT_S, command, environment, ganserve, read_terminal
 from tests.conftest import RunningServer
 
 from ganserve import Client, read_provenance
@@ -119,6 +121,18 @@ def test_a_folder_grows_with_its_count(server: RunningServer, tmp_path: Path) ->
     assert len(list((tmp_path / "out").glob("*.png"))) == 6
 
 
+def test_a_folder_goes_on_in_its_format(server: RunningServer, tmp_path: Path) -> None:
+    arguments = ("stream", "cdcgan-mnist", "--seed", "1", "--to", tmp_path / "out", "--count")
+    assert ganserve(*arguments, "4", "--format", "webp", address=server.address).returncode == 0
+    before = contents(tmp_path)
+    done = ganserve(*arguments, "6", address=server.address)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "has .webp files; go on with --format webp" in done.stderr
+    assert contents(tmp_path) == before
+    done = ganserve(*arguments, "6", "--format", "webp", address=server.address)
+    assert (done.returncode, len(contents(tmp_path))) == (0, len(before) + 2)
+
+
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 def test_other_images_are_not_mixed_in(server: RunningServer, tmp_path: Path, name: str) -> None:
     out = tmp_path / name
@@ -128,13 +142,13 @@ def test_other_images_are_not_mixed_in(server: RunningServer, tmp_path: Path, na
     for other, text in (
         (("--seed", "2"), "seed 1, not 2"),
         (("--truncation", "0.5"), "truncation 1.0, not 0.5"),
-        (("--label", "3"), "labels None, not (3,)"),
+        (("--label", "3"), "labels all in turn, not 3"),
     ):
         done = ganserve(*arguments, *other, address=server.address)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert text in done.stderr
     done = ganserve("stream", "mlp-mnist", "--count", "4", "--to", out, address=server.address)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert contents(tmp_path) == before
 
 
@@ -142,10 +156,10 @@ def test_a_folder_with_other_files_is_left_alone(server: RunningServer, tmp_path
     (tmp_path / "letter.txt").write_text("dear")
     arguments = ("stream", "mlp-mnist", "--count", "4", "--to")
     done = ganserve(*arguments, tmp_path, address=server.address)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "other files" in done.stderr
     (tmp_path / "mine.npz").write_bytes(b"")
-    assert ganserve(*arguments, tmp_path / "mine.npz", address=server.address).returncode == 1
+    assert ganserve(*arguments, tmp_path / "mine.npz", address=server.address).returncode == 2
     assert contents(tmp_path) == {"letter.txt": b"dear", "mine.npz": b""}
 
 
@@ -173,13 +187,67 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(server: RunningServer
     arguments = command("stream", "mlp-mnist", "--count", "300", "--to", tmp_path / "out", address=server.address)
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=terminal, text=True) as process:
         os.close(terminal)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(controller, 1 << 16)
-            except OSError:  # the terminal's other side is closed
-                break
+        shown = read_terminal(controller)
         out, _ = process.communicate(timeout=TIMEOUT_S)
-    os.close(controller)
     assert b"300/300" in shown
     assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_a_stream_that_fails_says_what_is_kept_and_the_same_command_goes_on(
+    start_server: Callable[..., RunningServer], tmp_path: Path, name: str
+) -> None:
+    server = start_server()
+    out = tmp_path / name
+    arguments = ("stream", "cdcgan-mnist", "--count", "3000", "--to", out)
+    started = out / "7" if name == "out" else tmp_path / "out.npz.partial" / "images.raw"
+    hasty = command(*arguments, "--timeout", "5", address=server.address)
+    with subprocess.Popen(hasty, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (started.exists() and (started.is_dir() or started.stat().st_size)):
+            assert process.poll() is None, process.communicate()
+        server.process.send_signal(signal.SIGSTOP)
+        _, err = process.communicate(timeout=TIMEOUT_S)
+        server.process.send_signal(signal.SIGCONT)
+    assert process.returncode == 3
+    found = re.search(
+        rf"; (\d+) of 3000 images of {out} are made and kept; the same command goes on from there\n$", err
+    )
+    assert found, err
+    done = ganserve(*arguments, "--json", address=server.address)
+    assert json.loads(done.stdout)["made"] == 3000 - int(found[1])
+
+
+def test_a_stream_that_is_interrupted_says_what_is_kept(server: RunningServer, tmp_path: Path) -> None:
+    arguments = command("stream", "mlp-mnist", "--count", "100000", "--to", tmp_path / "out", address=server.address)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not any(tmp_path.rglob("*.png")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert re.fullmatch(r"ganserve: interrupted; \d+ of 100000 images of \S+ are made and kept; .*\n", err)
+
+
+def test_a_stream_waits_for_its_server_and_says_so_once(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    server = start_server()
+    controller, terminal = os.openpty()
+    out = tmp_path / "out"
+    arguments = command("stream", "cdcgan-mnist", "--count", "3000", "--to", out, address=server.address)
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(COLUMNS="140")
+    ) as process:
+        os.close(terminal)
+        while not any(out.rglob("[0-9]*.png")):
+            assert process.poll() is None
+        server.process.kill()
+        shown = b""
+        while b"trying again for up to" not in shown:
+            shown += os.read(controller, 1 << 16)
+        start_server("--address", server.address)
+        shown = read_terminal(controller)
+        assert process.wait(TIMEOUT_S) == 0
+    assert b"3000/3000" in shown
+    assert b"trying" not in shown.rpartition(b"3000/3000")[2]
+    assert len(list(out.rglob("*.png"))) == 3000

@@ -1,14 +1,18 @@
 """Both clients against a real server; what one can do the other can too."""
 
 import asyncio
+import dataclasses
 import inspect
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
+import grpc
 import numpy as np
 import pytest
+from tests.client.servers import Twin, ask, both
 from tests.conftest import RunningServer
 
 from ganserve import (
@@ -16,6 +20,7 @@ from ganserve import (
     Client,
     DeadlineExceededError,
     GanserveError,
+    Interpolation,
     InvalidRequestError,
     MessageTooLargeError,
     ModelNotFoundError,
@@ -26,6 +31,7 @@ from ganserve import (
     slerp,
 )
 from ganserve.client import DEFAULT_ADDRESS
+from ganserve.v1 import generation_pb2 as pb
 
 
 @pytest.fixture
@@ -216,6 +222,130 @@ def test_errors_are_typed(client: Client) -> None:
     assert invalid.value.field == "labels"
     with pytest.raises(InvalidRequestError, match="unconditional"):
         list(client.stream("mlp-mnist", count=5, label=1))
+
+
+@both
+@pytest.mark.parametrize(
+    ("method", "arguments", "meant"),
+    [
+        ("generate", {"model": "mpl-mnist"}, "mlp-mnist"),
+        ("stream", {"model": "MLP-mnits", "count": 5}, "mlp-mnist"),
+        ("model", {"name": "cdcgan-mnits"}, "cdcgan-mnist"),
+        ("interpolate", {"model": "cdcgan-mnits", "seed_a": 1, "seed_b": 2}, "cdcgan-mnist"),
+        ("health", {"model": "fashion"}, "cdcgan-fashion-mnist"),
+        ("generate", {"model": "cdcgan-fashion-mnist", "label": "Snaeker"}, "Sneaker"),
+        ("generate", {"model": "cdcgan-fashion-mnist", "label": ["Bag", "boot"]}, "Ankle boot"),
+        ("stream_batches", {"model": "cdcgan-fashion-mnist", "count": 5, "label": "Snaeker"}, "Sneaker"),
+        ("contact_sheet", {"model": "cdcgan-fashion-mnist", "labels": ["dres"]}, "Dress"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_told(
+    server: RunningServer, twin: Twin, method: str, arguments: dict[str, Any], meant: str
+) -> None:
+    with pytest.raises((ModelNotFoundError, InvalidRequestError)) as caught:
+        ask(twin, server.address, method, **arguments)
+    assert str(caught.value).endswith(f"; did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize("arguments", [{"model": "hats"}, {"model": "mlp-mnist", "version": 7}, {"model": ""}])
+def test_what_nothing_is_like_is_not_guessed_at(client: Client, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        client.generate(**arguments)
+    assert "did you mean" not in str(caught.value)
+
+
+@both
+def test_a_label_may_be_in_another_case(server: RunningServer, twin: Twin) -> None:
+    batch = ask(
+        twin, server.address, "generate", "cdcgan-fashion-mnist", seed=1, label=["sneaker", "ANKLE boot", "Bag"]
+    )
+    assert batch.labels == (7, 9, 8)
+    images = ask(twin, server.address, "stream", "cdcgan-fashion-mnist", count=300, seed=1, label="t-shirt/TOP")
+    assert [image.seed for image in images] == list(range(1, 301))
+    assert {image.label for image in images} == {0}
+
+
+def test_a_model_knows_its_labels_by_index_name_or_nearly(client: Client) -> None:
+    clothes, digits = client.model("cdcgan-fashion-mnist"), client.model("mlp-mnist")
+    assert [clothes.label(name) for name in (3, "Sneaker", "sneaker", "ANKLE BOOT")] == [3, 7, 7, 9]
+    with pytest.raises(InvalidRequestError, match=r"no class 'Snaeker'; it has T-shirt.*; did you mean 'Sneaker'\?"):
+        clothes.label("Snaeker")
+    with pytest.raises(InvalidRequestError, match="unconditional"):
+        digits.label("Sneaker")
+    both_cases = dataclasses.replace(clothes, class_names=("a", "A"))
+    assert [both_cases.label("a"), both_cases.label("A")] == [0, 1]
+    assert dataclasses.replace(clothes, class_names=("a", "b")).label("A") == 0
+    with pytest.raises(InvalidRequestError):
+        dataclasses.replace(clothes, class_names=("ab", "Ab")).label("AB")
+
+
+def test_a_model_and_its_figures_are_told_in_a_line(client: Client) -> None:
+    model = client.model("cdcgan-fashion-mnist")
+    told = "<Model cdcgan-fashion-mnist version 1: cdcgan on fashion-mnist, 28x28x1, 10 classes, latents of 64>"
+    assert repr(model) == told
+    assert "unconditional" in repr(client.model("mlp-mnist"))
+    assert all(len(repr(metric)) < 80 for metric in model.metrics)
+    assert repr(model.metrics[0]).startswith("QualityMetric(name='label_accuracy', value=0.9")
+    page = dataclasses.replace(model, name="<script>", class_names=("&",))._repr_html_()
+    assert re.findall(r"<(\w+)", page)[:3] == ["table", "caption", "tr"]
+    assert "&lt;script&gt;" in page
+    text = re.sub("<[^>]*>", "|", page)
+    assert "|classes||&amp;||" in text
+    assert all(f"|{metric.name}||{metric.value:.4g}||" in text for metric in model.metrics)
+
+
+def test_latents_of_another_shape_are_told_with_both_shapes(client: Client) -> None:
+    wanted = r"model mlp-mnist takes \[count, 100\]"
+    for shape, told in (
+        ((3, 65), rf"latents is \[3, 65\]; {wanted}"),
+        ((25, 64), rf"latents is \[25, 64\]; {wanted}"),  # as many numbers as 16 latents have
+        ((300, 64), rf"latents is \[300, 64\]; {wanted}"),
+        ((64,), rf"latents is \[1, 64\]; {wanted}"),
+        ((3, 1, 100), r"latents is \[3, 1, 100\]; it must be \[count, latent_dim\]"),
+        ((0, 100), r"latents is \[0, 100\]; it must be"),
+        ((), r"latents is \[\]; it must be"),
+    ):
+        with pytest.raises(InvalidRequestError, match=told) as caught:
+            client.generate("mlp-mnist", latents=np.zeros(shape))
+        assert caught.value.field in ("latents", "count")
+    with pytest.raises(InvalidRequestError, match="count is 2, but there are 3 latents"):
+        client.generate("mlp-mnist", count=2, latents=np.zeros((3, 100)))
+    with pytest.raises(InvalidRequestError, match="latents is no array of numbers") as caught:
+        client.generate("mlp-mnist", latents=[[1, 2], [3]])
+    assert "inhomogeneous" not in str(caught.value)
+
+
+@both
+def test_a_seed_that_is_none_is_told_before_the_server_is_asked(twin: Twin) -> None:
+    for seeds, told in (((-1, 2), "seed_a is -1"), ((1, 2**32), "seed_b is 4294967296"), ((1, "x"), "seed_b is 'x'")):
+        with pytest.raises(InvalidRequestError, match=rf"^{told}; it must be an integer from 0 to 4294967295$"):
+            ask(twin, "127.0.0.1:1", "interpolate", "mlp-mnist", *seeds)
+    with pytest.raises(InvalidRequestError, match=r"^seed is -1; it must be an integer from 0 to 4294967295$"):
+        latents([-1], 4)
+
+
+@both
+def test_an_interpolation_knows_between_which_seeds_it_lies(server: RunningServer, twin: Twin) -> None:
+    way = ask(twin, server.address, "interpolate", "cdcgan-mnist", 4, 9, 5, kind="linear", label=3)
+    assert way.interpolation == Interpolation("linear", 4, 9, 5, (0, 1, 2, 3, 4))
+    assert way.provenance.interpolation == way.interpolation
+    own = ask(twin, server.address, "generate", "mlp-mnist", latents=np.zeros((2, 100)))
+    assert own.interpolation is None
+
+
+def test_the_limits_of_an_answer_and_of_a_stream_are_told_apart(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="count is 10000001; a stream makes 1 to 10000000 images here"):
+        client.generate("mlp-mnist", count=10**7 + 1)
+    with pytest.raises(grpc.RpcError) as caught:
+        client._connected().generate_images(pb.GenerateImagesRequest(model="mlp-mnist", count=1025))
+    assert caught.value.details() == "count is 1025; one answer holds 1 to 1024 images here"  # type: ignore[attr-defined]
+
+
+def test_labels_are_all_names_or_all_indices(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="mixes indices and names: write them all as one or the other"):
+        client.generate("cdcgan-fashion-mnist", label=["Bag", 1])
+    with pytest.raises(InvalidRequestError, match=r"for each image$"):
+        client.generate("cdcgan-fashion-mnist", label=[])
 
 
 def test_nobody_at_the_address_is_unavailable() -> None:

@@ -1,3 +1,7 @@
+import pickle
+import re
+import string
+
 import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
@@ -8,14 +12,16 @@ from ganserve import GanserveError, InvalidRequestError, OverloadedError, Unavai
 
 
 class FakeRpcError(grpc.RpcError):
-    def __init__(self, code: grpc.StatusCode, *trailer: tuple[str, str | bytes]) -> None:
-        self._code, self._trailer = code, trailer
+    def __init__(
+        self, code: grpc.StatusCode, *trailer: tuple[str, str | bytes], details: str = "what was wrong"
+    ) -> None:
+        self._code, self._trailer, self._details = code, trailer, details
 
     def code(self) -> grpc.StatusCode:
         return self._code
 
     def details(self) -> str:
-        return "what was wrong"
+        return self._details
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return self._trailer
@@ -77,3 +83,106 @@ def test_the_docstring_draws_every_exception() -> None:
     assert len(defined) >= len(set(errors.ERROR_OF_STATUS.values()))
     assert {kind.__name__ for kind in defined} <= tree
     assert {kind.__name__ for kind in defined} <= set(ganserve.__all__)
+
+
+BACKENDS = "connections to all backends failing; last error: "
+SSL = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            f"{BACKENDS}UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: Connection refused",
+            "connection refused",
+        ),
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv6:%5B::1%5D:1: Failed to connect to remote "
+            "host: connect: Connection refused (111)",
+            "connection refused",
+        ),
+        (f"{BACKENDS}UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed", "socket closed"),
+        (
+            f"{BACKENDS}FAILED_PRECONDITION: unix:/run/no.sock: connect failed: addr: unix:/run/no.sock error: No such "
+            "file or directory",
+            "no such file or directory",
+        ),
+        (
+            "errors resolving a.invalid:1: [field:hostname lookup error:address lookup failed for a.invalid:1: Domain "
+            "name not found]",
+            "domain name not found",
+        ),
+        (
+            "DNS resolution failed for a.invalid:1: C-ares status is not ARES_SUCCESS qtype=A name=a.invalid "
+            "is_balancer=0: Domain name not found",
+            "domain name not found",
+        ),
+        (
+            f"{BACKENDS}UNKNOWN: ipv4:127.0.0.1:1: {SSL}CERTIFICATE_VERIFY_FAILED: unable to get local issuer "
+            "certificate: OK",
+            "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
+        ),
+        (
+            f"{BACKENDS}UNKNOWN: ipv4:127.0.0.1:1: Custom verification check failed with error: UNAUTHENTICATED: "
+            "Hostname Verification Check failed.",
+            "hostname Verification Check failed",
+        ),
+        ("Received http2 header with status: 503", "HTTP status 503"),
+        ("Stream removed (GOAWAY received; Error code: 0; Debug Text: )", "GOAWAY received; Error code: 0"),
+        (
+            "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))",
+            "received RST_STREAM with error code 2",
+        ),
+        ("", ""),
+        (".", ""),
+    ],
+)
+def test_what_grpc_says_of_a_connection_is_cut_down_to_what_happened(said: str, words: str) -> None:
+    assert errors.in_words(said) == words
+
+
+def test_a_text_of_the_server_is_left_as_it_is() -> None:
+    said = "Stream removed (as you asked)."
+    error = errors.translate(
+        FakeRpcError(grpc.StatusCode.INVALID_ARGUMENT, ("x-request-id", "id-1"), details=said), "here:1"
+    )
+    assert str(error) == said
+
+
+TROUBLES = [
+    (grpc.StatusCode.UNAVAILABLE, "Connection refused", "Client(address)", "--address"),
+    (grpc.StatusCode.UNAVAILABLE, "Socket closed", "tls=True", "--tls"),
+    (grpc.StatusCode.UNAVAILABLE, f"{SSL}WRONG_VERSION_NUMBER: OK", "tls=False", "--no-tls"),
+    (grpc.StatusCode.UNAVAILABLE, f"{SSL}CERTIFICATE_VERIFY_FAILED: OK", "ca_file", "--ca-file"),
+    (grpc.StatusCode.UNAUTHENTICATED, "who are you?", "Client(token=…)", "--token"),
+    (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", "timeout_s", "--timeout"),
+]
+
+
+@pytest.mark.parametrize(("code", "said", "argument", "flag"), TROUBLES)
+def test_advice_names_arguments_or_the_programs_flags(
+    code: grpc.StatusCode, said: str, argument: str, flag: str
+) -> None:
+    error = errors.translate(FakeRpcError(code, details=said), "here:1")
+    assert argument in str(error)
+    assert flag not in str(error)
+    assert flag in error.told(errors.FLAGS)
+    assert argument not in error.told(errors.FLAGS)
+    for text in (str(error), error.told(errors.FLAGS)):
+        assert not re.search(r"\bOK\b|\.;|[{}]", text)
+
+
+def test_advice_names_nothing_that_has_no_name() -> None:
+    assert errors.FLAGS.keys() == errors._ARGUMENTS.keys()
+    named = set()
+    for code, said, _, _ in TROUBLES:
+        advice = errors.translate(FakeRpcError(code, details=said), "here:1").advice
+        named |= {name for _, name, _, _ in string.Formatter().parse(advice) if name}
+    assert named == errors.FLAGS.keys()
+
+
+def test_an_error_can_go_to_another_process() -> None:
+    error = errors.translate(FakeRpcError(grpc.StatusCode.UNAUTHENTICATED, ("x-request-id", "id-1")), "here:1")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.code, again.reason) == (type(error), str(error), error.code, error.reason)
+    assert again.told(errors.FLAGS) == error.told(errors.FLAGS)

@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
 from hpack import Encoder
 from tests.client.servers import (
     CHUNK,
@@ -113,7 +115,8 @@ def test_what_may_not_help_is_not_made_again(twin: Twin, code: grpc.StatusCode) 
     with serving(fails_first(code)) as (address, servicer):
         with pytest.raises(GanserveError) as caught:
             ask(twin, address, "generate", "any", seed=5)
-        assert (caught.value.code, len(servicer.requests)) == (code, 1)
+        made = [request for request in servicer.requests if isinstance(request, pb.GenerateImagesRequest)]
+        assert (caught.value.code, len(made)) == (code, 1)
 
 
 @both
@@ -297,18 +300,41 @@ def test_a_server_that_says_nothing_is_left(twin: Twin, monkeypatch: pytest.Monk
         assert ended.wait(5), "a connection is left open"
 
 
-def test_closing_an_iterator_cancels_the_stream() -> None:
+@both
+@pytest.mark.parametrize("method", ["stream", "stream_batches"])
+def test_closing_an_iterator_cancels_the_stream(twin: Twin, method: str) -> None:
     told = threading.Event()
 
     def behave(number: int, request: Any, context: Any) -> Any:
         context.add_callback(told.set)
         yield from chunks(request)
+        told.wait(WAIT_S)
 
-    with serving(behave) as (address, _), Client(address) as client:
-        images = client.stream("any", count=10**6, seed=1)
-        assert next(images).seed == 1
-        images.close()
-        assert told.wait(WAIT_S)
+    calls: list[Any] = []  # held, as a traceback or a debugger does: gRPC cancels what nobody holds by itself
+
+    def hold(client: Client | AsyncClient) -> None:
+        stubs = client._connected()
+        start = stubs.stream_images
+        stubs.stream_images = lambda *given, **named: calls.append(start(*given, **named)) or calls[-1]
+
+    async def use(address: str) -> None:
+        async with AsyncClient(address) as client:
+            hold(client)
+            images = getattr(client, method)("any", count=10**6, seed=1)
+            await anext(images)
+            await images.aclose()
+            assert await asyncio.to_thread(told.wait, WAIT_S)
+
+    with serving(behave) as (address, _):
+        if twin is AsyncClient:
+            asyncio.run(use(address))
+            return
+        with Client(address) as client:
+            hold(client)
+            images = getattr(client, method)("any", count=10**6, seed=1)
+            next(images)
+            images.close()
+            assert told.wait(WAIT_S)
 
 
 async def test_a_cancelled_task_cancels_its_call() -> None:
@@ -466,6 +492,115 @@ def test_a_server_that_was_there_is_waited_for_longer_than_one_that_never_was(
 
             use_blocking() if twin is Client else asyncio.run(use())
             assert door.connections > 4
+
+
+# What is told while a server is waited for.
+
+
+def waits(caplog: pytest.LogCaptureFixture) -> list[tuple[str, bool]]:
+    """Return what was logged, and whether it is a wait or its end."""
+    return [
+        (record.getMessage(), record.waiting_s is not None) for record in caplog.records if record.name == "ganserve"
+    ]
+
+
+@both
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_what_is_waited_for_is_logged_and_so_is_its_end(
+    twin: Twin, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if number == 0:
+            abort_overloaded(context, 0.1)
+        return chunks(request) if method == "stream" else answer(request)
+
+    with serving(behave) as (address, _), caplog.at_level("INFO", "ganserve"):
+        ask(twin, address, method, "any", count=2, timeout_s=20)
+        (text, waiting), (end, still) = waits(caplog)
+        assert (text.startswith("the queue is full; trying again for up to "), waiting) == (True, True)
+        assert (end[:14], still) == ("answered after", False)
+        caplog.clear()
+        ask(twin, address, method, "any", count=2)
+        assert waits(caplog) == []
+
+
+@both
+def test_waiting_until_ready_is_logged(twin: Twin, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(lambda number, request, context: serving_status(1 + (number == 0))) as (address, _):
+        with caplog.at_level("INFO", "ganserve"):
+            ask(twin, address, "wait_until_ready", WAIT_S, model="any")
+        (text, waiting), (_, still) = waits(caplog)
+    assert "model any is not ready: it is there, but is not serving; asking again for up to" in text
+    assert (waiting, still) == (True, False)
+
+
+# Names that are nearly right.
+
+
+def knows(class_names: list[str], refusals: int) -> Any:
+    """Refuse so many requests for their label names, and describe the model."""
+
+    def refuse(request: Any, context: Any) -> None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field="label_names")
+        packed = any_pb2.Any()
+        packed.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        details = status_pb2.Status(details=[packed]).SerializeToString()
+        context.set_trailing_metadata((("grpc-status-details-bin", details),))
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no such class: {', '.join(request.label_names)}")
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if isinstance(request, pb.GetModelRequest):
+            return pb.GetModelResponse(model=pb.Model(name="any", card=pb.ModelCard(class_names=class_names)))
+        if number < refusals:
+            refuse(request, context)
+        return answer(request)
+
+    return behave
+
+
+@both
+def test_a_label_that_is_right_but_for_its_case_is_asked_for_as_it_is_written(twin: Twin) -> None:
+    with serving(knows(["Bag", "Ankle boot", "Coat"], 1)) as (address, servicer):
+        ask(twin, address, "generate", "any", label=["ankle Boot", "Coat"])
+        assert [list(request.label_names) for request in servicer.requests[::2]] == [
+            ["ankle Boot", "Coat"],
+            ["Ankle boot", "Coat"],
+        ]
+
+
+@both
+@pytest.mark.parametrize(
+    ("class_names", "label", "end"),
+    [
+        (["BAG", "Bag"], "bag", "; did you mean 'Bag'?"),  # not one of the two at a guess
+        (["Bag", "Coat"], "bga", "; did you mean 'Bag'?"),
+        (["Bag", "Coat"], "hat at all", "no such class: hat at all"),
+        (["Bag", "Coat"], "Bag", "no such class: Bag"),  # a server that refuses what it has
+        ([], "bag", "no such class: bag"),
+    ],
+)
+def test_a_label_that_is_not_sure_is_told(twin: Twin, class_names: list[str], label: str, end: str) -> None:
+    with serving(knows(class_names, 10**6)) as (address, servicer):
+        with pytest.raises(InvalidRequestError) as caught:
+            ask(twin, address, "generate", "any", label=label)
+        assert str(caught.value).endswith(end)
+        assert len(servicer.requests) == 2
+
+
+@both
+def test_a_server_that_refuses_what_it_has_itself_is_asked_twice_at_most(twin: Twin) -> None:
+    with serving(knows(["Bag"], 10**6)) as (address, servicer):
+        with pytest.raises(InvalidRequestError):
+            ask(twin, address, "generate", "any", label="bag")
+        assert len([each for each in servicer.requests if isinstance(each, pb.GenerateImagesRequest)]) == 2
+
+
+@both
+def test_a_server_that_cannot_tell_its_models_leaves_the_error_as_it_is(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.NOT_FOUND, 10**6)) as (address, servicer):
+        with pytest.raises(ModelNotFoundError, match=r"^what was wrong$"):
+            ask(twin, address, "generate", "any")
+        assert len(servicer.requests) == 2
 
 
 # HTTP/2 without gRPC's rules, frame by frame.
@@ -680,6 +815,11 @@ def test_waiting_until_ready_ends_at_once_where_waiting_cannot_help(twin: Twin) 
 
 @both
 def test_the_health_of_an_unknown_model_is_an_error(twin: Twin) -> None:
-    with serving(fails_first(grpc.StatusCode.NOT_FOUND)) as (address, servicer), pytest.raises(ModelNotFoundError):
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if number == 0:
+            context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return pb.ListModelsResponse(models=[pb.Model(name="many")])
+
+    with serving(behave) as (address, servicer), pytest.raises(ModelNotFoundError, match="did you mean 'many'"):
         ask(twin, address, "health", "any")
-    assert len(servicer.requests) == 1
+    assert len(servicer.requests) == 2

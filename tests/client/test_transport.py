@@ -299,6 +299,38 @@ def test_a_switch_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @both
+def test_two_clients_have_connections_of_their_own_which_end_with_them(twin: Twin) -> None:
+    ended = [threading.Event(), threading.Event()]
+
+    with serving(honest) as (address, _):
+
+        def handle(door: Gate, number: int, connection: socket.socket) -> None:
+            door.pass_on(connection, address)
+            ended[number].set()
+
+        async def use(door: Gate) -> None:
+            first, second = AsyncClient(door.address), AsyncClient(door.address)
+            await first.generate("any")
+            await second.generate("any")
+            await first.close()
+            assert await asyncio.to_thread(ended[0].wait, WAIT_S)
+            await second.generate("any")
+            await second.close()
+
+        def use_blocking(door: Gate) -> None:
+            with Client(door.address) as second:
+                with Client(door.address) as first:
+                    first.generate("any")
+                    second.generate("any")
+                assert ended[0].wait(WAIT_S)
+                second.generate("any")
+
+        with gate(handle) as door:
+            use_blocking(door) if twin is Client else asyncio.run(use(door))
+            assert door.connections == 2
+
+
+@both
 def test_an_idle_connection_is_kept_alive(twin: Twin, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "KEEPALIVE_S", 0.02)
     enough, pings, rest = threading.Event(), Counter[str](), bytearray()

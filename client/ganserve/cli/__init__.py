@@ -9,6 +9,7 @@ import typer
 from ganserve import __version__
 from ganserve.cli import bench, cards, generating, health, playground, provenance, streaming
 from ganserve.cli.outcome import EXIT_STATUSES, ExitStatus, guarded, outcome
+from ganserve.cli.waiting import told
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
 
@@ -43,7 +44,8 @@ def _program(
 def main() -> None:
     """Run the program. An error is one line on standard error, and the exit status says of which kind it is."""
     try:
-        status: Any = app(standalone_mode=False)
+        with told():
+            status: Any = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BaseException as error:

@@ -87,7 +87,7 @@ def bench(
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("--rate is an open loop and --concurrency a closed one; give one of them")
     concurrency = concurrency or 8
-    with connection.client(model, label or []) as client:
+    with connection.client() as client:
         described = client.model(model, version)
         labels = labels_in_turn(label, count)
         # Not measured; it also finds out what the server refuses.

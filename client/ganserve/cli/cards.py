@@ -53,7 +53,7 @@ def models(
         else:
             show(_table(listed))
         return
-    with connection.client(name) as client:
+    with connection.client() as client:
         model = client.model(name, version)
     if html_file is not None:
         write_file(html_file, card_page(model).encode())

@@ -1,18 +1,14 @@
-"""The options that say how to reach the server, the same for every command, and what helps with wrong names."""
+"""The options that say how to reach the server, the same for every command."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
 
 from ganserve.client import AsyncClient, Client
-from ganserve.errors import GanserveError, InvalidRequestError, ModelNotFoundError
 
 _PANEL = "Server"
 # The SDK reads the environment: what is given here goes before it.
@@ -62,15 +58,9 @@ class Connection:
     tls: bool | None
     ca_file: Path | None
 
-    @contextmanager
-    def client(self, model: str | None = None, labels: Sequence[str] = ()) -> Iterator[Client]:
-        """Open a client; where the server does not know the model or a label, the error gets a "did you mean"."""
-        with Client(**self._arguments()) as client:
-            try:
-                yield client
-            except (ModelNotFoundError, InvalidRequestError) as error:
-                _suggest(client, error, model, labels)
-                raise
+    def client(self) -> Client:
+        """Make a client."""
+        return Client(**self._arguments())
 
     def async_client(self, *, retries: bool) -> AsyncClient:
         """Make a client for asyncio."""
@@ -97,30 +87,3 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in [*own, *more]}
     return run
-
-
-def _suggest(client: Client, error: GanserveError, model: str | None, labels: Sequence[str]) -> None:
-    if model is None:
-        return
-    try:
-        if isinstance(error, ModelNotFoundError):
-            wrong, known = [model], [each.name for each in client.models()]
-        else:
-            known = list(client.model(model).class_names)
-            wrong = [label for label in labels if not label.isdecimal() and label not in known]
-            if wrong and error.code is None:
-                error.code = grpc.StatusCode.INVALID_ARGUMENT  # the SDK refused, but by the server's card
-    except GanserveError:
-        return  # what went wrong first is what the user must read
-    for name in wrong:
-        close = closest(name, known)
-        if close is not None and close != name:
-            error.add_note(f"did you mean {close!r}?")
-
-
-def closest(name: str, known: Sequence[str]) -> str | None:
-    """Return the name that was probably meant, whatever its case, or None."""
-    by_folded = {each.casefold(): each for each in known}
-    wanted = name.casefold()
-    found = difflib.get_close_matches(wanted, by_folded, n=1) or [each for each in by_folded if wanted in each]
-    return by_folded[found[0]] if found else None

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 
+from ganserve import pictures
 from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
 from ganserve.conversion import Label
@@ -57,7 +57,7 @@ def generate(
     out = out or f"{model}.png"
     check_out(out, as_json)
     pillow_format = format_of(out, file_format)
-    with connection.client(model, label or []) as client:
+    with connection.client() as client:
         batch = client.generate(
             model,
             count=count,
@@ -99,7 +99,7 @@ def interpolate(
             show_default="MODEL-SEED_A-SEED_B.gif",
         ),
     ] = "",
-    steps: Annotated[int, typer.Option(min=2, max=10_000, help="Images, both ends included.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Images, both ends included.")] = 16,
     kind: Annotated[Kind, typer.Option(help="Along the sphere that latents lie near, or straight.")] = Kind.SLERP,
     label: Annotated[
         str | None, typer.Option(help="The class of all, by index or name.", show_default="that of the nearer seed")
@@ -125,7 +125,7 @@ def interpolate(
     ending = file_format or ("gif" if out == STDOUT else Path(out).suffix.lower().removeprefix("."))
     if ending not in ("gif", "webp"):
         raise typer.BadParameter(f"an animation is .gif or .webp, not {file_format or out!r}")
-    with connection.client(model, [] if label is None else [label]) as client:
+    with connection.client() as client:
         batch = client.interpolate(
             model,
             seed_a,
@@ -152,13 +152,10 @@ def format_of(out: str, named: str | None) -> str:
     Raises:
         CommandLineError: there is no such format, or the file's ending is of none.
     """
-    by_ending = Image.registered_extensions()
-    ending = f".{named.lower()}" if named is not None else ".png" if out == STDOUT else Path(out).suffix.lower()
-    if by_ending.get(ending) not in Image.SAVE:
-        raise typer.BadParameter(
-            f"no format is known for {named or out!r}; name it .png, .jpg or .webp, or give --format"
-        )
-    return by_ending[ending]
+    try:
+        return pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def check_out(out: str, as_json: bool) -> None:

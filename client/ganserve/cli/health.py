@@ -40,7 +40,7 @@ def health(
         with connection.client() as client:
             _every_address(client, model, version, wait_s, as_json=as_json)
         return
-    with connection.client(model) as client:
+    with connection.client() as client:
         if wait_s is not None:
             client.wait_until_ready(wait_s, model=model)
         serving = client.health(model)
@@ -62,7 +62,7 @@ def _every_address(
             {
                 "address": replica.address,
                 "serving": replica.serving,
-                "error": None if replica.error is None else str(replica.error),
+                "error": None if replica.error is None else replica.error.text,
             }
             for replica in found
         ]

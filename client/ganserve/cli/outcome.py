@@ -5,9 +5,10 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
+import grpc
 import typer
 
-from ganserve.errors import DeadlineExceededError, GanserveError, InvalidRequestError, UnavailableError
+from ganserve.errors import FLAGS, DeadlineExceededError, GanserveError, InvalidRequestError, UnavailableError
 
 # What typer and click raise for a wrong command line. Newer typers bring a click of their own, so that it has no
 # name that all versions know.
@@ -29,7 +30,7 @@ class ExitStatus(IntEnum):
 EXIT_STATUSES = {
     ExitStatus.OK: "done; what was asked about is so",
     ExitStatus.NO: "what was asked about is not so, or the server refused",
-    ExitStatus.COMMAND_LINE: "the command line is wrong",
+    ExitStatus.COMMAND_LINE: "the command line, or a value in it, is wrong",
     ExitStatus.NO_ANSWER: "no server at the address, or no answer in time",
     ExitStatus.FILE: "a file cannot be read or written",
     ExitStatus.INTERRUPTED: "stopped by Ctrl-C",
@@ -67,9 +68,9 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
     if isinstance(error, UnavailableError | DeadlineExceededError):
         return ExitStatus.NO_ANSWER, _one_line(error)
     if isinstance(error, GanserveError):
-        # Without a status the SDK itself refused: no server has seen the command line.
-        ours = isinstance(error, InvalidRequestError) and error.code is None
-        return ExitStatus.COMMAND_LINE if ours else ExitStatus.NO, _one_line(error)
+        # Whether the SDK refused or the server did; one that is not ready for what would be right is another matter.
+        wrong = isinstance(error, InvalidRequestError) and error.code is not grpc.StatusCode.FAILED_PRECONDITION
+        return ExitStatus.COMMAND_LINE if wrong else ExitStatus.NO, _one_line(error)
     if isinstance(error, BrokenPipeError):
         return ExitStatus.PIPE_CLOSED, ""
     if isinstance(error, OSError):
@@ -78,10 +79,13 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
     if isinstance(error, ValueError):
         return ExitStatus.COMMAND_LINE, _one_line(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return ExitStatus.INTERRUPTED, "interrupted"
+        return ExitStatus.INTERRUPTED, _one_line("interrupted", error)
     raise error
 
 
-def _one_line(error: object) -> str:
+def _one_line(text: object, error: BaseException | None = None) -> str:
+    """Return a text, or an error's, and what was noted on the error, in a line."""
+    error = text if isinstance(text, BaseException) else error
+    told = text.told(FLAGS) if isinstance(text, GanserveError) else str(text)
     notes: list[str] = getattr(error, "__notes__", [])
-    return " ".join("; ".join([str(error), *notes]).split())
+    return " ".join("; ".join([told, *notes]).split())

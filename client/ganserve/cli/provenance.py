@@ -67,7 +67,7 @@ def reproduce(
     """
     content = _read(picture)
     provenance = read_provenance(content)
-    with connection.client(provenance.model) as client:
+    with connection.client() as client:
         agreement, provider, digest = _compare(client, provenance, content)
     same = agreement is not None and agreement.largest <= tolerance
     if as_json:

@@ -1,86 +1,35 @@
 """`ganserve stream`: any number of images on the disk, as a folder or as one .npz; a run that was killed goes on."""
 
 import fcntl
-import json
 import os
 import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Protocol
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ganserve.cli.connection import Connection, with_connection
+from ganserve.cli.data_sets import SEED_LIMIT, Archive, Plan
 from ganserve.cli.generating import Labels, ModelName, Version, index_or_name
 from ganserve.cli.output import print_json, whole_file, write_file
+from ganserve.cli.waiting import progress
 from ganserve.client import Client
-from ganserve.conversion import Label
-from ganserve.errors import GanserveError
+from ganserve.errors import GanserveError, InvalidRequestError, NoProvenanceError
 from ganserve.images import ImageBatch
 
 MANIFEST = ".ganserve.json"  # programs that read image folders skip what begins with a dot
-_SEED_LIMIT = 1 << 32
-_MOST_A_CALL = 50_000  # images
-_MOST_LABELS_A_CALL = 1000  # a server takes 1024, unless it is told otherwise
+_FORMATS = ("png", "webp", "jpg")
 _COPY_BYTES = 1 << 20
 
 
-class OtherImagesError(GanserveError):
+class OtherImagesError(InvalidRequestError):
     """What is there already was made otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the images of a data set are made from. Image i has seed `seed` + i, and label i of `labels` in turn."""
-
-    model: str
-    version: int
-    digest: str
-    seed: int
-    labels: tuple[int, ...] | None  # None: the server's choice, the classes in turn
-    truncation: float
-    class_names: tuple[str, ...]
-    height: int
-    width: int
-    channels: int
-
-    def seed_of(self, index: int) -> int:
-        """Return the seed of image `index`."""
-        return (self.seed + index) % _SEED_LIMIT
-
-    def label_of(self, index: int) -> int | None:
-        """Return the label of image `index`, or None for an unconditional model."""
-        if not self.class_names:
-            return None
-        if self.labels is None:
-            return self.seed_of(index) % len(self.class_names)
-        return self.labels[index % len(self.labels)]
-
-    def to_json(self) -> str:
-        """Write it down, so that another run can go on."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, where: Path) -> "Plan":
-        """Read it.
-
-        Raises:
-            OtherImagesError: this is nothing of ours.
-        """
-        try:
-            fields = json.loads(text)
-            for name in ("class_names", "labels"):
-                fields[name] = None if fields[name] is None else tuple(fields[name])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError):
-            raise OtherImagesError(f"{where} is not what `ganserve stream` writes; give another --to") from None
 
 
 class _Store(Protocol):
@@ -110,8 +59,11 @@ class _Folder:
                 continue  # made with the first image: a class without one would be an error to many programs
             with os.scandir(self._folder / name) as entries:
                 for entry in entries:
-                    if entry.name.endswith(".part" + self._ending):
+                    ending = Path(entry.name).suffix
+                    if entry.name.endswith(f".part{ending}"):
                         os.unlink(entry)  # what a killed run was writing
+                    elif ending != self._ending and ending[1:] in _FORMATS:
+                        raise OtherImagesError(f"{self._folder} has {ending} files; go on with --format {ending[1:]}")
                     else:
                         there.add(f"{name}/{entry.name}")
         missing: list[range] = []
@@ -181,10 +133,10 @@ class _Archive:
 @with_connection
 def stream(
     model: ModelName,
-    count: Annotated[int, typer.Option(min=1, max=_SEED_LIMIT, help="How many images.")],
+    count: Annotated[int, typer.Option(min=1, max=SEED_LIMIT, help="How many images.")],
     to: Annotated[Path, typer.Option(help="A folder, with a sub-folder a class; or a file that ends in .npz.")],
     seed: Annotated[
-        int | None, typer.Option(min=0, max=_SEED_LIMIT - 1, help="Of the first image.", show_default="drawn")
+        int | None, typer.Option(min=0, max=SEED_LIMIT - 1, help="Of the first image.", show_default="drawn")
     ] = None,
     label: Labels = None,
     truncation: Annotated[
@@ -202,15 +154,16 @@ def stream(
 
     Example: ganserve stream cdcgan-mnist --count 60000 --seed 1 --to digits
     """
-    if file_format not in ("png", "webp", "jpg"):
+    if file_format not in _FORMATS:
         raise typer.BadParameter(f"--format is {file_format!r}; it must be png, webp or jpg")
     archive = to.suffix.lower() == ".npz"
+    if not archive and to.exists() and not to.is_dir():
+        raise typer.BadParameter(f"--to {to} is a file; it must be a folder, or end in .npz")
     folder = to.with_name(to.name + ".partial") if archive else to
-    with connection.client(model, label or []) as client, _only_one(folder):
-        before = _before(to, folder, archive)
+    with connection.client() as client, _only_one(folder):
+        before, there = _before(to, folder, archive)
         plan = _plan(client, model, version, seed, label, truncation, before, to)
-        if archive and to.exists():
-            there = _images_in(to)
+        if there:
             if there != count:
                 raise OtherImagesError(f"{to} holds {there} images; for {count}, give another --to")
             shutil.rmtree(folder)  # a run that was killed at the very end may have left it
@@ -218,7 +171,7 @@ def stream(
         else:
             write_file(folder / MANIFEST, plan.to_json().encode())
             store = _Archive(to, folder, plan, count) if archive else _Folder(to, plan, count, f".{file_format}")
-            made = _make(client, plan, store, count)
+            made = _make(client, plan, store, count, to)
     if as_json:
         print_json({"to": str(to), "made": made, "count": count, **asdict(plan)})
     else:
@@ -227,61 +180,47 @@ def stream(
         print(f"{to}: {count} images of {plan.model} version {plan.version}, seed {plan.seed} to {last}{there_already}")
 
 
-def _make(client: Client, plan: Plan, store: _Store, count: int) -> int:
+def _make(client: Client, plan: Plan, store: _Store, count: int, to: Path) -> int:
     """Make what is missing, and return how many images that was."""
     missing = store.missing()
     made = sum(map(len, missing))
-    # On standard error: standard output is for what comes of it. In a pipe a bar is only noise.
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    progress = Progress(*columns, console=console)
-    with progress if console.is_terminal else nullcontext():
-        task = progress.add_task(plan.model, total=count, completed=count - made)
-        several = plan.labels is not None and len(plan.labels) > 1
-        step = _MOST_LABELS_A_CALL if several else _MOST_A_CALL
-        for run in missing:
-            for start in range(run.start, run.stop, step):
-                stop = min(start + step, run.stop)
-                labels: list[Label] | Label | None = None if plan.labels is None else plan.labels[0]
-                if several:
-                    labels = [plan.label_of(index) or 0 for index in range(start, stop)]
-                at = start
-                for batch in client.stream_batches(
-                    plan.model,
-                    count=stop - start,
-                    seed=plan.seed_of(start),
-                    label=labels,
-                    truncation=plan.truncation,
-                    version=plan.version,
-                ):
+    try:
+        with progress(plan.model, count, count - made) as advance:
+            for images in missing:
+                at = images.start
+                for batch in plan.batches(client, images):
                     if batch.digest != plan.digest:
-                        raise OtherImagesError(f"version {plan.version} of {plan.model} changed on the server")
+                        raise GanserveError(f"version {plan.version} of {plan.model} changed on the server")
                     store.add(at, batch)
                     at += len(batch)
-                    progress.advance(task, len(batch))
+                    advance(len(batch))
         store.finish()
+    except (GanserveError, OSError, KeyboardInterrupt) as error:
+        with suppress(OSError):
+            kept = count - sum(map(len, store.missing()))
+            error.add_note(f"{kept} of {count} images of {to} are made and kept; the same command goes on from there")
+        raise
     return made
 
 
-def _before(to: Path, folder: Path, archive: bool) -> Plan | None:
-    """Return the plan of an earlier run to the same place."""
+def _before(to: Path, folder: Path, archive: bool) -> tuple[Plan, int] | tuple[None, int]:
+    """Return the plan of an earlier run to the same place, and how many images a whole archive there has, else 0."""
+    manifest = folder / MANIFEST
     if archive and to.exists():
         try:
-            with np.load(to) as arrays:
-                return Plan.from_json(str(arrays["provenance"]), to)
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            with to.open("rb") as file:
+                whole = Archive(file)
+                return whole.plan, whole.count
+        except NoProvenanceError:
             raise OtherImagesError(f"{to} is there, and not by `ganserve stream`; give another --to") from None
-    manifest = folder / MANIFEST
     if manifest.exists():
-        return Plan.from_json(manifest.read_text(), manifest)
+        try:
+            return Plan.from_json(manifest.read_text()), 0
+        except (NoProvenanceError, UnicodeDecodeError):
+            raise OtherImagesError(f"{manifest} is not what `ganserve stream` writes; give another --to") from None
     if any(folder.iterdir()):
         raise OtherImagesError(f"{folder} has other files in it; give --to an empty folder, or a new one")
-    return None
-
-
-def _images_in(path: Path) -> int:
-    with np.load(path) as arrays:
-        return len(arrays["seeds"])
+    return None, 0
 
 
 def _plan(
@@ -305,7 +244,7 @@ def _plan(
         model=described.name,
         version=described.version,
         digest=described.digest,
-        seed=secrets.randbelow(_SEED_LIMIT) if seed is None else seed,
+        seed=secrets.randbelow(SEED_LIMIT) if seed is None else seed,
         labels=before.labels if before is not None and labels is None else labels,
         truncation=1.0 if truncation is None else truncation,
         class_names=described.class_names,
@@ -315,9 +254,17 @@ def _plan(
     )
     if before is not None and plan != before:
         now, then = asdict(plan), asdict(before)
-        differences = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in now if now[name] != then[name])
+        differences = ", ".join(
+            f"{name} {_shown(then[name])}, not {_shown(now[name])}" for name in now if now[name] != then[name]
+        )
         raise OtherImagesError(f"{to} was begun with {differences}; go on as it was begun, or give another --to")
     return plan
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "all in turn"
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def folder_names(class_names: tuple[str, ...]) -> list[str]:
@@ -339,7 +286,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise OtherImagesError(f"another `ganserve stream` is writing to {folder}") from None
+        raise GanserveError(f"another `ganserve stream` is writing to {folder}") from None
     finally:
         os.close(descriptor)
         with suppress(OSError):

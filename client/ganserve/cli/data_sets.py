@@ -1,0 +1,151 @@
+"""What `ganserve stream` writes down of a data set, by which its images are made, and can be made again."""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganserve.client import Client
+from ganserve.conversion import Label
+from ganserve.errors import NoProvenanceError
+from ganserve.images import ImageBatch
+from ganserve.provenance import Provenance
+
+SEED_LIMIT = 1 << 32
+_MOST_A_CALL = 50_000  # images
+_MOST_LABELS_A_CALL = 1000  # a server takes 1024, unless it is told otherwise
+_MOST_TEXT = 1 << 20  # bytes of the provenance in an .npz
+_BROKEN = (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the images of a data set are made from. Image i has seed `seed` + i, and label i of `labels` in turn."""
+
+    model: str
+    version: int
+    digest: str
+    seed: int
+    labels: tuple[int, ...] | None  # None: the server's choice, the classes in turn
+    truncation: float
+    class_names: tuple[str, ...]
+    height: int
+    width: int
+    channels: int
+
+    def seed_of(self, index: int) -> int:
+        """Return the seed of image `index`."""
+        return (self.seed + index) % SEED_LIMIT
+
+    def label_of(self, index: int) -> int | None:
+        """Return the label of image `index`, or None for an unconditional model."""
+        if not self.class_names:
+            return None
+        if self.labels is None:
+            return self.seed_of(index) % len(self.class_names)
+        return self.labels[index % len(self.labels)]
+
+    def batches(self, client: Client, images: range) -> Iterator[ImageBatch]:
+        """Make these images, in order, in calls that a server takes."""
+        several = self.labels is not None and len(self.labels) > 1
+        step = _MOST_LABELS_A_CALL if several else _MOST_A_CALL
+        for start in range(images.start, images.stop, step):
+            stop = min(start + step, images.stop)
+            labels: list[Label] | Label | None = None if self.labels is None else self.labels[0]
+            if several:
+                labels = [self.label_of(index) or 0 for index in range(start, stop)]
+            yield from client.stream_batches(
+                self.model,
+                count=stop - start,
+                seed=self.seed_of(start),
+                label=labels,
+                truncation=self.truncation,
+                version=self.version,
+            )
+
+    def to_json(self) -> str:
+        """Write it down, so that another run can go on."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read it.
+
+        Raises:
+            NoProvenanceError: this is nothing of ours.
+        """
+        try:
+            fields = json.loads(text)
+            made = Provenance.from_json(json.dumps({**fields, "labels": None, "class_names": None, "label": None}))
+            numbers = ("height", "width", "channels")
+            labels, names = fields["labels"], fields["class_names"]
+            if (
+                made.seed is None
+                or not all(type(fields[name]) is int and fields[name] > 0 for name in numbers)
+                or not all(isinstance(name, str) and name.isprintable() for name in names)
+                or not all(type(label) is int and 0 <= label < len(names) for label in labels or ())
+                or labels == []
+            ):
+                raise NoProvenanceError("its fields are not those of a data set")
+            return cls(
+                made.model,
+                made.version,
+                made.digest,
+                made.seed,
+                None if labels is None else tuple(labels),
+                made.truncation,
+                tuple(names),
+                *(fields[name] for name in numbers),
+            )
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise NoProvenanceError("it is not what `ganserve stream` writes") from None
+
+
+class Archive:
+    """An .npz that `ganserve stream` wrote, read from the first image to the last: it may be larger than the memory.
+
+    Raises:
+        NoProvenanceError: it is another file, or broken.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            archive = zipfile.ZipFile(file)
+            if archive.getinfo("provenance.npy").file_size > _MOST_TEXT:
+                raise NoProvenanceError("its provenance is longer than any that `ganserve stream` writes")
+            with archive.open("provenance.npy") as member:
+                text = str(np.lib.format.read_array(member, allow_pickle=False))
+            self._images = archive.open("images.npy")
+            shape, fortran_order, dtype = _read_header(self._images)
+            if not shape:
+                raise ValueError
+        except _BROKEN:
+            raise NoProvenanceError("it is not an .npz that `ganserve stream` wrote, or it is cut off") from None
+        self.plan = Plan.from_json(text)
+        plan = self.plan
+        if fortran_order or dtype != np.uint8 or not shape[0] or shape[1:] != (plan.height, plan.width, plan.channels):
+            raise NoProvenanceError("its images are not those that its provenance tells of")
+        self.count = shape[0]
+
+    def read(self, count: int) -> NDArray[np.uint8]:
+        """Return the next images, [count, height, width, channels].
+
+        Raises:
+            NoProvenanceError: the file is broken.
+        """
+        shape = (count, self.plan.height, self.plan.width, self.plan.channels)
+        try:
+            return np.frombuffer(self._images.read(int(np.prod(shape))), np.uint8).reshape(shape)
+        except _BROKEN:
+            raise NoProvenanceError("it is broken, or cut off") from None
+
+
+def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    if np.lib.format.read_magic(member) == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)

@@ -1,0 +1,87 @@
+"""What a command tells on standard error while it goes on: how far it is, and what it waits for.
+
+On a terminal a line that changes. In a pipe nothing, but a line, once, if a server is waited for any longer.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
+
+_SOON_S = 3.0  # what is over by then is not worth a line; an address that never answered is given up then
+_log = logging.getLogger("ganserve")
+
+
+class _Teller(logging.Handler):
+    """Tells what the SDK logs of waiting."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.bar: Callable[[str], None] | None = None  # shows the text beside a progress bar, "" none
+        self._status: Status | None = None
+        self._told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        waiting_s: float | None = getattr(record, "waiting_s", None)
+        text = "" if waiting_s is None else " ".join(record.getMessage().split())
+        with suppress(OSError):  # nobody need read it
+            if self.bar is not None:
+                self.bar(text)
+            elif sys.stderr is not None and sys.stderr.isatty():
+                self._show(text)
+            elif sys.stderr is not None and waiting_s is not None and waiting_s >= _SOON_S and not self._told:
+                self._told = True
+                print(f"ganserve: {text}", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the text away."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def _show(self, text: str) -> None:
+        shown = Text(text, no_wrap=True, overflow="ellipsis")
+        if not text:
+            self.clear()
+        elif self._status is None:
+            self._status = Status(shown, console=Console(stderr=True))
+            self._status.start()
+        else:
+            self._status.update(shown)
+
+
+_teller = _Teller()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell what is waited for."""
+    _log.setLevel(logging.INFO)
+    _log.addHandler(_teller)
+    try:
+        yield
+    finally:
+        _log.removeHandler(_teller)
+        _teller.clear()
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal; give a function that takes how many more are done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda more: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[waiting]}", markup=False), console=console) as bar:
+        task = bar.add_task(what, total=total, completed=done, waiting="")
+        _teller.bar = lambda text: bar.update(task, waiting=text)
+        try:
+            yield lambda more: bar.advance(task, more)
+        finally:
+            _teller.bar = None
