@@ -1,85 +1,217 @@
-"""`ganserve inspect` and `ganserve reproduce`: where a picture comes from, and whether it can be made again."""
+"""`ganserve inspect` and `ganserve reproduce`: where images in files come from, and whether they can be made again."""
 
 import io
 import itertools
 import math
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
+from rich.table import Table
+from rich.text import Text
 
 from ganserve.cli.connection import Connection, with_connection
-from ganserve.cli.outcome import ExitStatus
-from ganserve.cli.output import STDOUT, encoded, print_json
+from ganserve.cli.data_sets import Archive, Plan
+from ganserve.cli.outcome import ExitStatus, outcome
+from ganserve.cli.output import STDOUT, encoded, print_json, show
+from ganserve.cli.waiting import progress
 from ganserve.client import Client
 from ganserve.conversion import Label
-from ganserve.errors import NoProvenanceError
+from ganserve.errors import InvalidRequestError, ModelNotFoundError, NoProvenanceError
 from ganserve.images import ImageBatch, concatenate
+from ganserve.latents import between
 from ganserve.provenance import Provenance, read_provenance
 
 _GAP = 2  # pixels between the images of a sheet
 _LARGEST_SCALE = 64
 _MOST_A_CALL = 1000
 _MOST_SHOWN = 12  # numbers of a list
+_MOST_IN_MEMORY = 64 << 20  # bytes of standard input
+_ZIP = b"PK\x03\x04"
+_NO_SEEDS = "not in the file: latents of the caller's own, or more seeds than it holds"
 
-PictureFile = Annotated[Path, typer.Argument(help="A PNG, JPEG, WebP or GIF; '-' is standard input.", allow_dash=True)]
+_Found = TypeVar("_Found")
+
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE",
+        help="PNG, JPEG, WebP, GIF, TIFF, or an .npz of `ganserve stream`; '-' is standard input.",
+        allow_dash=True,
+    ),
+]
 
 
-def inspect(picture: PictureFile, as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False) -> None:
-    """Say how a picture was made, by what its file says; no server is asked. Exit status 1 if it says nothing.
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a file has, and how it says that it was made."""
+
+    file_format: str
+    width: int  # pixels, of the picture or, in an .npz, of an image
+    height: int
+    frames: int
+    provenance: Provenance | Plan
+    count: int
+
+
+def inspect(
+    files: Files, as_json: Annotated[bool, typer.Option("--json", help="Write JSON, a line a file.")] = False
+) -> None:
+    """Say how pictures were made, by what their files say; no server is asked. Exit status 1 if one says nothing.
 
     Example: ganserve inspect sevens.png
     """
-    content = _read(picture)
-    provenance = read_provenance(content)
-    with Image.open(io.BytesIO(content)) as image:
-        facts = {"format": image.format, "width": image.width, "height": image.height}
-        frames = getattr(image, "n_frames", 1)
-    if as_json:
-        print_json({"picture": str(picture), **facts, "frames": frames, "provenance": asdict(provenance)})
-        return
-    moving = f", {frames} frames" if frames > 1 else ""
-    print(f"{picture}: {facts['format']}, {facts['width']}x{facts['height']}{moving}")
-    for name, value in _facts(provenance).items():
-        print(f"{name:<11} {value}")
+    columns = ("model", "version", "images", "seed", "label", "truncation")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("file", *columns):
+        table.add_column(column, overflow="fold")
+
+    def tell(file: Path, found: _Contents) -> bool:
+        facts = _facts(found)
+        if as_json:
+            print_json(_described(file, found))
+        elif len(files) > 1:
+            # As Text, brackets in a file's name are no markup.
+            table.add_row(*map(Text, (str(file), *(facts.get(column, "") for column in columns))))
+        else:
+            moving = f", {found.frames} frames" if found.frames > 1 else ""
+            several = f"{found.count} images of " if isinstance(found.provenance, Plan) else ""
+            print(f"{file}: {found.file_format}, {several}{found.width}x{found.height}{moving}")
+            for name, value in facts.items():
+                print(f"{name:<11} {value}")
+        return True
+
+    status = _each(files, _contents, tell, as_json=as_json)
+    if table.rows:
+        show(table)
+    if status:
+        raise typer.Exit(status)
 
 
 @with_connection
 def reproduce(
-    picture: PictureFile,
+    files: Files,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Of an .npz: compare only so many, the first.", show_default="all")
+    ] = None,
     tolerance: Annotated[
         int, typer.Option(min=0, max=255, help="Levels a pixel may differ: 1 between kinds of machine.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, a line a file.")] = False,
     *,
     connection: Connection,
 ) -> None:
-    """Make a picture again and compare every pixel: exit status 0 if all agree, 1 if not.
+    """Make images again and compare every pixel: exit status 0 if all agree, 1 if not.
 
     Of a lossy format, what is compared is what the new images give in that format. Example: ganserve reproduce a.png
     """
-    content = _read(picture)
-    provenance = read_provenance(content)
+    same: list[bool] = []
+
+    def compare(file: BinaryIO) -> _Comparison:
+        found = _contents(file)
+        file.seek(0)
+        try:
+            if isinstance(found.provenance, Plan):
+                return _compare_archive(client, Archive(file), found, count)
+            return _compare(client, found, file.read())
+        except InvalidRequestError as error:
+            raise NoProvenanceError(f"the server can't make it: {error.text}") from error
+
+    def tell(file: Path, compared: _Comparison) -> bool:
+        agreement, digest = compared.agreement, compared.found.provenance.digest
+        same.append(agreement is not None and agreement.largest <= tolerance)
+        if as_json:
+            described = _described(file, compared.found)
+            figures = None if agreement is None else asdict(agreement)
+            facts = {"same": same[-1], "compared": figures, "same_digest": compared.digest == digest}
+            print_json({**described, **facts, "provider": compared.provider})
+            return same[-1]
+        first = f" of the first {compared.images} images" if compared.images < compared.found.count else ""
+        print(f"{file}: {_verdict(agreement, tolerance, first)} ({_of(compared.found)}, on {compared.provider})")
+        if compared.digest != digest:
+            version = compared.found.provenance.version
+            print(f"the server's version {version} is another file than the one it was made with: {compared.digest}")
+        return same[-1]
+
     with connection.client() as client:
-        agreement, provider, digest = _compare(client, provenance, content)
-    same = agreement is not None and agreement.largest <= tolerance
-    if as_json:
-        compared = None if agreement is None else asdict(agreement)
-        facts = {"same": same, "compared": compared, "same_digest": digest == provenance.digest, "provider": provider}
-        print_json({"picture": str(picture), **facts, "provenance": asdict(provenance)})
-    else:
-        print(f"{picture}: {_verdict(agreement, tolerance)} ({_of(provenance)}, on {provider})")
-        if digest != provenance.digest:
-            print(f"the server's version {provenance.version} is another file than the one it was made with: {digest}")
-    if not same:
-        raise typer.Exit(ExitStatus.NO)
+        status = _each(files, compare, tell, as_json=as_json)
+    if len(files) > 1 and not as_json:
+        parts = {
+            "the same": sum(same),
+            "different": len(same) - sum(same),
+            "impossible to make again": len(files) - len(same),
+        }
+        print(f"{len(files)} files: {', '.join(f'{number} {what}' for what, number in parts.items() if number)}")
+    if status:
+        raise typer.Exit(status)
+
+
+def _each(
+    files: list[Path], look: Callable[[BinaryIO], _Found], tell: Callable[[Path, _Found], bool], *, as_json: bool
+) -> ExitStatus:
+    """Look at each file and tell what was found; what is wrong with one is a line on standard error.
+
+    Returns:
+        The highest exit status of any.
+
+    Raises:
+        GanserveError: no file can be looked at, for the server does not answer, say.
+    """
+    worst = ExitStatus.OK
+    for file in files:
+        try:
+            with _opened(file) as opened:
+                found = look(opened)
+        except (NoProvenanceError, ModelNotFoundError, OSError) as error:
+            status, text = outcome(error)
+            text = text if text.startswith(str(file)) else f"{file}: {text}"
+            print(f"ganserve: {text}", file=sys.stderr)
+            if as_json:
+                print_json({"picture": str(file), "error": text})
+        else:
+            status = ExitStatus.OK if tell(file, found) else ExitStatus.NO
+        worst = max(worst, status)
+    return worst
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    if str(file) != STDOUT:
+        with file.open("rb") as opened:
+            yield opened
+        return
+    with tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY) as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.seek(0)
+        yield copy  # type: ignore[misc]
+
+
+def _contents(file: BinaryIO) -> _Contents:
+    start = file.read(len(_ZIP))
+    file.seek(0)
+    if start == _ZIP:
+        archive = Archive(file)
+        return _Contents("NPZ", archive.plan.width, archive.plan.height, 1, archive.plan, archive.count)
+    content = file.read()
+    provenance = read_provenance(content)
+    with Image.open(io.BytesIO(content)) as image:
+        frames = getattr(image, "n_frames", 1)
+        return _Contents(str(image.format), image.width, image.height, frames, provenance, provenance.count or 1)
+
+
+def _described(file: Path, found: _Contents) -> dict[str, Any]:
+    """Return what `--json` says of a file."""
+    facts = {"format": found.file_format, "width": found.width, "height": found.height, "frames": found.frames}
+    return {"picture": str(file), **facts, "images": found.count, "provenance": asdict(found.provenance)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,57 +229,70 @@ class _Agreement:
         return cls(difference.size, int(np.count_nonzero(difference)), int(difference.max()))
 
 
-def _read(picture: Path) -> bytes:
-    return sys.stdin.buffer.read() if str(picture) == STDOUT else picture.read_bytes()
+def _facts(found: _Contents) -> dict[str, str]:
+    made = found.provenance
+    facts = {"model": made.model, "version": str(made.version), "digest": made.digest, "images": str(found.count)}
+    if isinstance(made, Plan):
+        facts["seed"] = f"{made.seed} to {made.seed_of(found.count - 1)}" if found.count > 1 else str(made.seed)
+        if made.class_names:
+            facts["label"] = "all in turn" if made.labels is None else ", ".join(map(str, made.labels))
+            facts["label"] += ", in turn" * (made.labels is not None and len(made.labels) > 1)
+    else:
+        if (way := made.interpolation) is not None:
+            steps = "" if len(way.shown) == way.steps else f", shown {_numbers(way.shown)}"
+            facts["seed"] = f"from {way.seed_a} to {way.seed_b} by {way.kind} in {way.steps} steps{steps}"
+        else:
+            seeds = (made.seed,) if made.seeds is None and made.seed is not None else made.seeds
+            facts["seed"] = _NO_SEEDS if seeds is None else _numbers(seeds)
+        if made.label is not None:
+            facts["label"] = _numbers((made.label,) if made.labels is None else made.labels)
+    return {**facts, "truncation": f"{made.truncation:g}"}
 
 
-def _facts(provenance: Provenance) -> dict[str, str]:
-    facts = {
-        "model": provenance.model,
-        "version": str(provenance.version),
-        "digest": provenance.digest,
-        "images": "1" if provenance.count is None else str(provenance.count),
-        "seed": _numbers(provenance.seed, provenance.seeds),
-        "label": _numbers(provenance.label, provenance.labels),
-        "truncation": f"{provenance.truncation:g}",
-    }
-    if provenance.seed is None:
-        facts["seed"] = "none: made from latents of the caller's own, so it cannot be made again from this"
-    if provenance.label is None:
-        del facts["label"]
-    return facts
-
-
-def _numbers(first: int | None, each: tuple[int, ...] | None) -> str:
+def _numbers(each: tuple[int, ...]) -> str:
     """Write down a few numbers, or what they are: 3; 1 to 16; 4, 8, 9."""
-    if each is None or len(set(each)) == 1:
-        return str(first)
+    if len(set(each)) == 1:
+        return str(each[0])
     if each == tuple(range(each[0], each[0] + len(each))):
         return f"{each[0]} to {each[-1]}"
     return ", ".join(map(str, each[:_MOST_SHOWN])) + (", …" if len(each) > _MOST_SHOWN else "")
 
 
-def _of(provenance: Provenance) -> str:
-    facts = _facts(provenance)
+def _of(found: _Contents) -> str:
+    facts = _facts(found)
     label = f", label {facts['label']}" if "label" in facts else ""
-    return f"{provenance.model} version {provenance.version}, seed {facts['seed']}{label}"
+    return f"{facts['model']} version {facts['version']}, seed {facts['seed']}{label}"
 
 
-def _verdict(agreement: _Agreement | None, tolerance: int) -> str:
+def _verdict(agreement: _Agreement | None, tolerance: int, first: str) -> str:
     if agreement is None:
         return "different: its size is that of no picture of these images; it was cut or scaled"
     if not agreement.differing:
-        return f"the same: all {agreement.pixels} pixels agree"
+        return f"the same: all {agreement.pixels} pixels{first} agree"
     verdict = "the same within the tolerance" if agreement.largest <= tolerance else "different"
-    return (
-        f"{verdict}: {agreement.differing} of {agreement.pixels} pixels differ, by {agreement.largest} levels at most"
-    )
+    differing = f"{agreement.differing} of {agreement.pixels} pixels{first}"
+    return f"{verdict}: {differing} differ, by {agreement.largest} levels at most"
 
 
-def _compare(client: Client, provenance: Provenance, content: bytes) -> tuple[_Agreement | None, str, str]:
-    """Return how well the best way to lay the new images out agrees, and what made them: provider and digest."""
-    if provenance.seed is None or (provenance.count is not None and provenance.seeds is None):
-        raise NoProvenanceError("the picture was made from latents of the caller's own: its seeds are not known")
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """What was found out, and by what."""
+
+    found: _Contents
+    agreement: _Agreement | None  # None: nothing has the picture's size
+    provider: str
+    digest: str
+    images: int
+
+
+def _compare(client: Client, found: _Contents, content: bytes) -> _Comparison:
+    """Compare a picture with the new images, laid out in the way that agrees best."""
+    provenance = found.provenance
+    assert isinstance(provenance, Provenance)
+    if provenance.interpolation is None and (
+        provenance.seed is None or (provenance.count is not None and provenance.seeds is None)
+    ):
+        raise NoProvenanceError(f"it can't be made again, for what it was made from is {_NO_SEEDS}")
     best: _Agreement | None = None
     for labels in _labels(client, provenance):
         batch = _make_again(client, provenance, labels)
@@ -159,7 +304,23 @@ def _compare(client: Client, provenance: Provenance, content: bytes) -> tuple[_A
                 break
         if best is not None and not best.differing:
             break
-    return best, batch.provider, batch.digest
+    return _Comparison(found, best, batch.provider, batch.digest, found.count)
+
+
+def _compare_archive(client: Client, archive: Archive, found: _Contents, count: int | None) -> _Comparison:
+    """Compare the first images of an .npz with new ones, as they come."""
+    count = min(count or archive.count, archive.count)
+    sums = _Agreement(0, 0, 0)
+    with progress(archive.plan.model, count) as advance:
+        for batch in archive.plan.batches(client, range(count)):
+            if batch.pixels.shape[1:] != (found.height, found.width, archive.plan.channels):
+                return _Comparison(found, None, batch.provider, batch.digest, count)
+            more = _Agreement.of(batch.pixels, archive.read(len(batch)))
+            sums = _Agreement(
+                sums.pixels + more.pixels, sums.differing + more.differing, max(sums.largest, more.largest)
+            )
+            advance(len(batch))
+    return _Comparison(found, sums, batch.provider, batch.digest, count)
 
 
 def _labels(client: Client, provenance: Provenance) -> Iterator[list[int] | None]:
@@ -178,6 +339,8 @@ def _labels(client: Client, provenance: Provenance) -> Iterator[list[int] | None
 
 
 def _make_again(client: Client, provenance: Provenance, labels: list[int] | None) -> ImageBatch:
+    if provenance.interpolation is not None:
+        return _interpolate_again(client, provenance, labels)
     seeds = (provenance.seed or 0,) if provenance.seeds is None else provenance.seeds
     batches, start = [], 0
     # A request has seeds that follow each other, and so many labels; a batch that was put together has more.
@@ -195,6 +358,27 @@ def _make_again(client: Client, provenance: Provenance, labels: list[int] | None
             )
         )
         start = end
+    return concatenate(batches)
+
+
+def _interpolate_again(client: Client, provenance: Provenance, labels: list[int] | None) -> ImageBatch:
+    way, model, version = provenance.interpolation, provenance.model, provenance.version
+    assert way is not None
+    latent_dim = client.model(model, version).latent_dim
+    places = np.linspace(0, 1, way.steps)[list(way.shown)]
+    batches = []
+    for start in range(0, len(places), _MOST_A_CALL):
+        part = slice(start, start + _MOST_A_CALL)
+        label: list[Label] | None = None if labels is None else list(labels[part])
+        batches.append(
+            client.generate(
+                model,
+                latents=between(way.seed_a, way.seed_b, places[part], way.kind, latent_dim),
+                label=label,
+                truncation=provenance.truncation,
+                version=version,
+            )
+        )
     return concatenate(batches)
 
 
