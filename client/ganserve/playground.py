@@ -10,6 +10,7 @@ import html
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gradio as gr
 
 from ganserve.client import Client
-from ganserve.errors import GanserveError, UnavailableError
+from ganserve.errors import FLAGS, GanserveError, UnavailableError
 from ganserve.images import ImageBatch
 from ganserve.models import Model
 
 _LOOK_EVERY_S = 2.0
-_LARGEST_SEED = 9999  # what a slider can hit by hand; any other picture is as good
+_LARGEST_SEED = (1 << 32) - 1
+_LARGEST_DRAGGED = 9999  # what a slider can hit by hand; any other picture is as good
 _LATENCIES_KEPT = 60
 
 # Of each model its name, its versions, and the digest of the newest.
@@ -52,6 +54,12 @@ footer { display: none !important; }
 #notice:not(:has(.down)) { display: none; }
 #notice .down { padding: .7rem 1rem; border-radius: var(--radius-lg); border: 1px solid #d97706;
   background: color-mix(in srgb, #d97706 14%, transparent); overflow-wrap: anywhere; }
+.form:has(.seed) { gap: 0 !important; }
+.seed { padding-bottom: 0 !important; }
+.seed label { display: grid !important; grid-template-columns: 1fr 7rem; align-items: center; }
+.seed label * { margin: 0 !important; }
+.seed input { grid-column: 2; grid-row: 1 / span 2; padding: .3rem .5rem !important; }
+.seed-slider .head { display: none !important; }
 #classes .wrap { max-height: 15rem; overflow-y: auto; }
 .picture { display: flex; flex-direction: column; gap: .75rem; align-items: center; }
 .picture img { image-rendering: pixelated; border-radius: var(--radius-lg); background: #000;
@@ -109,7 +117,10 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
             f"no page at {host}:{port}: the port is taken, or the host is not this machine; --port takes another"
         ) from error
     print(f"the models of {client.address}, to try: http://{host}:{port}", flush=True)
-    page.block_thread()
+    try:
+        threading.Event().wait()  # for Ctrl-C
+    finally:
+        page.close(verbose=False)
 
 
 def build(client: Client) -> Any:
@@ -138,12 +149,12 @@ def build(client: Client) -> Any:
                 latency = gr.HTML(elem_id="latency")
             with gr.Column(scale=5, min_width=360), gr.Tabs():
                 with gr.Tab("One picture") as one:
-                    seed = gr.Slider(0, _LARGEST_SEED, 1, step=1, label="Seed", elem_id="seed")
+                    seed = _seed("Seed", 1, "seed")
                     picture = gr.HTML(elem_id="picture")
                 with gr.Tab("Between two pictures") as between:
                     with gr.Row():
-                        seed_a = gr.Slider(0, _LARGEST_SEED, 1, step=1, label="From seed", elem_id="seed-a")
-                        seed_b = gr.Slider(0, _LARGEST_SEED, 2, step=1, label="To seed", elem_id="seed-b")
+                        seed_a = _seed("From seed", 1, "seed-a")
+                        seed_b = _seed("To seed", 2, "seed-b")
                     with gr.Row():
                         steps = gr.Slider(2, 32, 16, step=1, label="Pictures", elem_id="steps")
                         kind = gr.Radio(["slerp", "linear"], value="slerp", label="Way", elem_id="kind")
@@ -187,15 +198,15 @@ def build(client: Client) -> Any:
             chosen: _Choice,
             scale: float,
             shown: str,
-            one_seed: int,
-            first: int,
-            last: int,
+            one_seed: int | None,
+            first: int | None,
+            last: int | None,
             count: int,
             way: Literal["slerp", "linear"],
             before: list[float],
         ) -> Any:
-            if not seen:
-                return gr.skip()
+            if not seen or None in ((first, last) if shown == "film" else (one_seed,)):
+                return gr.skip()  # no server yet, or an empty box
             common: dict[str, Any] = {
                 "label": chosen.label,
                 "truncation": scale,
@@ -204,9 +215,9 @@ def build(client: Client) -> Any:
             started = time.perf_counter()
             try:
                 if shown == "film":
-                    walk = client.interpolate(chosen.model, int(first), int(last), int(count), kind=way, **common)
+                    walk = client.interpolate(chosen.model, first or 0, last or 0, int(count), kind=way, **common)
                     return {notice: "", film: _film(walk, time.perf_counter() - started)}
-                batch = client.generate(chosen.model, seed=int(one_seed), **common)
+                batch = client.generate(chosen.model, seed=one_seed, **common)
             except UnavailableError as error:
                 # Known no more: the next look that finds the server draws the picture.
                 return {known: None, notice: _notice(error)}
@@ -244,9 +255,38 @@ def build(client: Client) -> Any:
     return page
 
 
+def _seed(label: str, value: int, elem_id: str) -> Any:
+    """Make a box for any seed, with a slider below it for some; return the box."""
+    with gr.Group():
+        box = gr.Number(
+            value,
+            label=label,
+            info=f"0 to {_LARGEST_SEED}",
+            precision=0,
+            minimum=0,
+            maximum=_LARGEST_SEED,
+            elem_id=f"{elem_id}-box",
+            elem_classes="seed",
+        )
+        slider = gr.Slider(
+            0,
+            _LARGEST_DRAGGED,
+            value,
+            step=1,
+            label=label,
+            show_label=False,
+            elem_id=elem_id,
+            elem_classes="seed-slider",
+        )
+    # In the browser: the page need not ask its server to move one with the other.
+    slider.input(None, slider, box, js="seed => seed", show_progress="hidden")
+    box.input(None, box, slider, js=f"seed => Math.min(seed, {_LARGEST_DRAGGED})", show_progress="hidden")
+    return box
+
+
 def _notice(error: GanserveError) -> str:
     again = " Looking again every two seconds." if isinstance(error, UnavailableError) else ""
-    return f'<div class="down" role="alert">{html.escape(str(error))}.{again}</div>'
+    return f'<div class="down" role="alert">{html.escape(error.told(FLAGS))}.{again}</div>'
 
 
 def _picture(batch: ImageBatch) -> str:
@@ -263,13 +303,17 @@ def _film(walk: ImageBatch, seconds: float) -> str:
     first, last = (_data_uri("png", walk[index].save) for index in (0, -1))
     film = _data_uri("gif", lambda path: walk.gif(path, scale=max(1, 280 // walk.pixels.shape[2])))
     strip = _data_uri("png", lambda path: walk.sheet(columns=min(len(walk), 8)).save(path))
-    name = html.escape(walk.model)
+    way = walk.interpolation
+    assert way is not None
+    ends = (way.seed_a, way.seed_b)
+    label = () if walk.labels is None else walk.labels[:1]
+    name = html.escape("-".join(map(str, (walk.model, *label, *ends))))
     return f"""
         <div class="picture">
         <div class="ends">
-          <figure><img src="{first}" alt="the first"><figcaption>from</figcaption></figure>
+          <figure><img src="{first}" alt="the first"><figcaption>seed {ends[0]}</figcaption></figure>
           <figure class="film"><img src="{film}" alt="animation"><figcaption>there and back</figcaption></figure>
-          <figure><img src="{last}" alt="the last"><figcaption>to</figcaption></figure>
+          <figure><img src="{last}" alt="the last"><figcaption>seed {ends[1]}</figcaption></figure>
         </div>
         <img class="strip" src="{strip}" alt="all {len(walk)} pictures">
         <div class="caption">{len(walk)} pictures in {seconds * 1000:.1f} ms</div>

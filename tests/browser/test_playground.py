@@ -20,7 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from tests.conftest import RunningServer
 
-from ganserve import Client, Provenance, read_provenance
+from ganserve import Client, Interpolation, Provenance, read_provenance
 
 # The program, and a word on standard error for each address it asks for that is not on this machine.
 # Ctrl-C works as in a terminal, even where the tests run in the background: there it would be ignored.
@@ -60,7 +60,7 @@ def run_playground(address: str) -> Iterator[str]:
             assert url in printed, printed or process.communicate()[1]
             yield url
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 0
+            assert process.wait(timeout=60) == 130  # as the help says
         finally:
             process.kill()
             errors = process.communicate()[1]
@@ -149,6 +149,23 @@ def test_dragging_the_seed_changes_the_picture_and_dragging_back_brings_it_again
     expect(image).to_have_attribute("src", first)
 
 
+def test_any_seed_can_be_written_into_the_box(page: Page, client: Client) -> None:
+    image, box, slider = picture(page), page.locator("#seed-box input"), page.locator("#seed input[type=range]")
+    expect(image).to_be_visible()
+    box.fill("4294967295")
+    expect(image).to_have_attribute("alt", "cdcgan-fashion-mnist version 1, class 0, seed 4294967295, truncation 1")
+    expect(slider).to_have_value("9999")
+    wanted = client.generate("cdcgan-fashion-mnist", seed=2**32 - 1, label=0)
+    np.testing.assert_array_equal(pixels_of(file_of(image)), wanted.pixels[0, :, :, 0])
+    box.fill("")  # on the way to another: the picture stays
+    box.fill("77")
+    expect(image).to_have_attribute("alt", "cdcgan-fashion-mnist version 1, class 0, seed 77, truncation 1")
+    expect(slider).to_have_value("77")
+    slider.fill("5")
+    expect(box).to_have_value("5")
+    expect(image).to_have_attribute("alt", "cdcgan-fashion-mnist version 1, class 0, seed 5, truncation 1")
+
+
 def test_the_picture_is_the_servers_for_the_model_class_and_truncation_chosen(page: Page, client: Client) -> None:
     choose_model(page, "cdcgan-mnist")
     image = picture(page)
@@ -187,10 +204,12 @@ def test_a_film_goes_from_one_seed_to_the_other(page: Page, client: Client, tmp_
         np.testing.assert_array_equal(end, client.generate("cdcgan-mnist", seed=seed, label=0).pixels[0, :, :, 0])
     with page.expect_download() as download:
         page.locator("#film a.download").click()
+    assert download.value.suggested_filename == "cdcgan-mnist-0-1-9.gif"
     download.value.save_as(tmp_path / "film.gif")
     with Image.open(tmp_path / "film.gif") as film:
         assert getattr(film, "n_frames", 1) == 2 * 5 - 2
-    assert read_provenance(tmp_path / "film.gif").model == "cdcgan-mnist"
+    found = read_provenance(tmp_path / "film.gif")
+    assert (found.model, found.interpolation) == ("cdcgan-mnist", Interpolation("slerp", 1, 9, 5, (0, 1, 2, 3, 4)))
 
 
 def test_the_card_the_quality_and_the_latency_are_shown(page: Page, client: Client) -> None:
