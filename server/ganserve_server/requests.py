@@ -78,8 +78,8 @@ def parse(
         raise InvalidRequest("latents", f"there are more than {max_values} latents, the most that a request brings")
     latents = _latents(message, model, truncation) if message.HasField("latents") else None
     # A stream may have more images than one message brings labels.
-    makes = "a stream makes" if max_images > max_values else "one answer holds"
-    count = _count(message, None if latents is None else len(latents), max_images, makes)
+    call = "a stream" if max_images > max_values else "a call without a stream"
+    count = _count(message, None if latents is None else len(latents), max_images, call)
     labels = _labels(message, model, count)
     first_seed = None
     if latents is None:
@@ -148,11 +148,11 @@ def check_labels(labels: NDArray[np.int64], model: ModelVersion, count: int, fie
         raise InvalidRequest(field, f"there is no label {wrong}; model {model.name} has 0 to {model.classes - 1}")
 
 
-def _count(message: pb.GenerateImagesRequest, latents: int | None, max_images: int, makes: str) -> int:
+def _count(message: pb.GenerateImagesRequest, latents: int | None, max_images: int, call: str) -> int:
     given = latents or len(message.labels) or len(message.label_names)
     count = message.count if message.HasField("count") else (given or 1)
     if not 1 <= count <= max_images:
-        raise InvalidRequest("count", f"count is {count}; {makes} 1 to {max_images} images here")
+        raise InvalidRequest("count", f"count is {count}; {call} may ask for 1 to {max_images} images here")
     if latents is not None and count != latents:
         raise InvalidRequest("count", f"count is {count}, but there are {latents} latents; leave count out")
     return count

@@ -334,11 +334,11 @@ def test_an_interpolation_knows_between_which_seeds_it_lies(server: RunningServe
 
 
 def test_the_limits_of_an_answer_and_of_a_stream_are_told_apart(client: Client) -> None:
-    with pytest.raises(InvalidRequestError, match="count is 10000001; a stream makes 1 to 10000000 images here"):
+    with pytest.raises(InvalidRequestError, match="count is 10000001; a stream may ask for 1 to 10000000 images here"):
         client.generate("mlp-mnist", count=10**7 + 1)
     with pytest.raises(grpc.RpcError) as caught:
         client._connected().generate_images(pb.GenerateImagesRequest(model="mlp-mnist", count=1025))
-    assert caught.value.details() == "count is 1025; one answer holds 1 to 1024 images here"  # type: ignore[attr-defined]
+    assert caught.value.details() == "count is 1025; a call without a stream may ask for 1 to 1024 images here"  # type: ignore[attr-defined]
 
 
 def test_labels_are_all_names_or_all_indices(client: Client) -> None:
