@@ -1,10 +1,13 @@
 """The `ganserve-server` program: its flags are the fields of ServerSettings."""
 
 import asyncio
+import http.client
 import inspect
 import json
 import logging
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +24,8 @@ from ganserve_server.settings import (
     check_environment,
     read_config,
 )
+
+_HEALTH_TIMEOUT_S = 4.0
 
 
 def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
@@ -79,6 +84,28 @@ def _doctor(
     print("\n".join(lines))
     if not as_asked:
         raise typer.Exit(1)
+
+
+def _health(context: typer.Context) -> None:
+    """Ask the server of these settings, by its metrics address, whether it is ready; exit status 1 if it is not."""
+    settings: ServerSettings = context.obj
+    host, _, port = settings.metrics_address.rpartition(":")
+    if not host:
+        print("ganserve-server: there is no --metrics-address to ask", file=sys.stderr)
+        raise typer.Exit(2)
+    # Where it listens on all addresses it listens on the machine's own.
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}/readyz", timeout=_HEALTH_TIMEOUT_S) as response:
+            told = response.read().decode().strip()
+    except urllib.error.HTTPError as error:
+        told = error.read().decode().strip()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        told = f"no answer from {settings.metrics_address}: {getattr(error, 'reason', error)}"
+    if told != "ok":
+        print(f"not ready: {told}", file=sys.stderr)
+        raise typer.Exit(1)
+    print("ready")
 
 
 def _config(context: typer.Context) -> None:
@@ -206,6 +233,7 @@ def main() -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_serve)
     app.command("config")(_config)
+    app.command("health")(_health)
     app.command("doctor")(_doctor)
     app.command("token")(_token)
     app()

@@ -466,6 +466,28 @@ def test_a_scraper_that_leaves_is_not_logged(start_server: Start) -> None:
     assert events == {"draining", "stopped"}
 
 
+def health_told(*flags: str) -> tuple[int, str]:
+    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "health"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def test_the_program_itself_tells_whether_a_server_of_its_settings_is_ready(start_server: Start) -> None:
+    running = start_server("--drain-delay-s", "10", "--metrics-address", "0.0.0.0:0")
+    address = ("--metrics-address", running.metrics_address)
+    assert health_told(*address) == (0, "ready")
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_for("draining")
+    assert health_told(*address) == (1, "not ready: draining")
+    running.process.kill()
+    running.process.wait()
+    status, told = health_told(*address)
+    assert status == 1
+    assert "Connection refused" in told
+    assert health_told("--metrics-address", "off")[0] == 2
+    assert health_told("--metrics-address", "nowhere:port")[0] == 1
+
+
 def test_a_server_that_loads_is_alive_and_not_ready() -> None:
     endpoint = Endpoint("127.0.0.1:0", CollectorRegistry())
     assert endpoint.address is not None
