@@ -149,7 +149,8 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
 def question_about(error: GanserveError, request: Any) -> pb.ListModelsRequest | pb.GetModelRequest | None:
     """Return what to ask the server, to learn what a request that it refused probably meant; None if nothing."""
     if isinstance(error, ModelNotFoundError):
-        return pb.ListModelsRequest()
+        # Other calls' errors say it themselves; to ask would take another replica's turn, call for call.
+        return pb.ListModelsRequest() if isinstance(request, health_pb2.HealthCheckRequest) else None
     about = {"label_names": "label_names", "latents": "latents", "count": "latents"}.get(
         getattr(error, "field", "") or ""
     )

@@ -232,6 +232,9 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
         kind, reason = AuthenticationError, "not_encrypted"
         text = f"the server at {address} does not speak TLS"
         advice = "{no_tls} (GANSERVE_TLS=0) is for plain text"
+    elif not answered and "does not match SSL server name" in text:
+        kind, reason = AuthenticationError, "certificate"
+        text = f"the certificate of {address} is not for this host: its subjectAltName has another, or there is none"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and any(sign in text for sign in _CERTIFICATE_SIGNS):
         kind, reason = AuthenticationError, "certificate"
         text = f"no trust between this client and {address} ({text})"

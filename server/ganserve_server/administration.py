@@ -55,10 +55,12 @@ class AdministrationServicer(pb_grpc.AdministrationServiceServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Call) -> pb.LoadModelResponse:  # noqa: N802
         """Load one model."""
+        context.model = request.model
         return pb.LoadModelResponse(versions=_states(await self._administration.load(request.model)))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Call) -> pb.UnloadModelResponse:  # noqa: N802
         """Unload one model."""
+        context.model = request.model
         await self._administration.unload(request.model)
         return pb.UnloadModelResponse()
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import grpc
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,10 +21,10 @@ from ganserve.v1 import administration_pb2_grpc, generation_pb2
 from ganserve_server import administration, inference_protocol
 from ganserve_server.addresses import StartError, bind, name, refused
 from ganserve_server.administration import Administration, AdministrationServicer, OfAllWorkers
-from ganserve_server.calls import CallRecorder
+from ganserve_server.calls import CallRecorder, tell_tls_failure
 from ganserve_server.endpoint import Endpoint
 from ganserve_server.engine import ProviderUnavailable
-from ganserve_server.grpc_server import GrpcServer
+from ganserve_server.grpc_server import Call, GrpcServer
 from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.inference_protocol import InferenceServicer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
@@ -69,6 +70,8 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
                 "metrics_address": metrics_address,
                 "admin_address": admin_address,
                 "workers": workers,
+                "tls": security.certificates is not None,
+                "tokens": security.tokens is not None,
                 "start_s": round(time.perf_counter() - started, 3),
                 "version": importlib.metadata.version("ganserve"),
                 **facts,
@@ -81,7 +84,9 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
 
         def on_serving(facts: Mapping[str, Any], lifecycle: Lifecycle) -> None:
             log_serving(facts, endpoint.address, admin.start(lifecycle))
-            endpoint.why_not_ready = lambda: "draining" if stop.is_set() else ""
+            endpoint.why_not_ready = lambda: (
+                "draining" if stop.is_set() else "" if lifecycle.serves else "no model is served"
+            )
 
         try:
             await _serve_models(settings, stop, reload, sockets, metrics, security, on_serving=on_serving)
@@ -96,7 +101,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
             facts = await supervisor.start()
             log_serving(facts, endpoint.address, admin.start(OfAllWorkers(supervisor)))
             endpoint.why_not_ready = lambda: (
-                "draining" if stop.is_set() else "" if supervisor.serves else "no worker serves"
+                "draining" if stop.is_set() else "" if supervisor.serves else "no model is served"
             )
             tasks = [
                 asyncio.create_task(_forward_reloads(reload, supervisor, security)),
@@ -210,8 +215,9 @@ class _AdminServer:
         if not self._sockets:
             return None
         self._server = server = GrpcServer(
-            on_finished=lambda *_: None,
+            on_finished=_tell_admin_call,
             on_refused=lambda *_: None,
+            on_tls_failure=tell_tls_failure,
             max_connections=_ADMIN_CONNECTIONS,
             max_streams=_ADMIN_CONNECTIONS,
             max_request_bytes=_MAX_REQUEST_BYTES,
@@ -233,6 +239,20 @@ class _AdminServer:
         """Finish what was begun, and close."""
         if self._server is not None:
             await self._server.drain(self._settings.drain_timeout_s)
+
+
+def _tell_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
+    """Log every one: who did what to the models."""
+    told = {
+        "method": call.head.path.rpartition("/")[2],
+        "model": call.model,
+        "code": code.name,
+        "caller": call.caller.name if call.caller else None,
+        "peer": call.peer,
+        "request_id": call.request_id,
+        "reason": text,
+    }
+    _log.info("admin call", extra={key: value for key, value in told.items() if value})
 
 
 def _count_workers(settings: ServerSettings) -> int:

@@ -53,12 +53,11 @@ class CallRecorder:
         if failed or self._access_log == "all":
             self._log(call, code, text, took, trace_id)
 
-    def tls_failed(self, error: OSError) -> None:
-        """Count a connection that ended in the TLS handshake, and log it unless it was only closed."""
-        reason = failure(error)
-        self._metrics.tls_failures.labels(reason).inc()
-        if self._access_log != "off" and reason != CLOSED:
-            _log.info("TLS failed", extra={"reason": reason, "error": str(error)})
+    def tls_failed(self, error: OSError, peer: str) -> None:
+        """Count a connection that ended in the TLS handshake, and log it."""
+        self._metrics.tls_failures.labels(failure(error)).inc()
+        if self._access_log != "off":
+            tell_tls_failure(error, peer)
 
     def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
         method, model = _method(path), model or OTHER
@@ -81,12 +80,19 @@ class CallRecorder:
             }
         if call.caller is not None:
             told["caller"] = call.caller.name
+        told["peer"] = call.peer
         told["request_id"] = call.request_id
         if trace_id is not None:
             told["trace_id"] = trace_id
         if text:
             told["reason"] = text
         _log.info("call", extra=told)
+
+
+def tell_tls_failure(error: OSError, peer: str) -> None:
+    """Log a connection that ended in the TLS handshake, unless it was only closed, as by one that looks."""
+    if (reason := failure(error)) != CLOSED:
+        _log.info("TLS failed", extra={"reason": reason, "peer": peer, "error": str(error)})
 
 
 def _method(path: str | None) -> str:

@@ -229,6 +229,11 @@ class Call(Stream):
         """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
         return self.connection if self.caller is None else self.caller.name
 
+    @property
+    def peer(self) -> str:
+        """The address that the call came from, perhaps a proxy's."""
+        return _address(self.connection.transport.get_extra_info("peername"))
+
     def _admit(self) -> None:
         """Find out who calls, and open the method; what is denied is so before its body comes."""
         server, method = self.server, self.method
@@ -491,6 +496,11 @@ class Call(Stream):
 _MESSAGE_SAFE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
+def _address(place: Any) -> str:
+    """Write what a socket says of its peer."""
+    return f"{place[0]}:{place[1]}" if place else ""
+
+
 def _framed(message: bytes) -> bytes:
     return b"\x00" + len(message).to_bytes(4, "big") + message
 
@@ -549,7 +559,7 @@ class GrpcServer:
         unguarded_services: that all may call.
         guard: finds a call's caller, at its headers, and raises a ServingError if he may not call; None: all may.
         tls: gives what a new connection is greeted with; None: plain text.
-        on_tls_failure: called with the reason when a peer and this side do not agree on TLS.
+        on_tls_failure: called with the reason and the peer's address when it and this side do not agree on TLS.
         max_connection_age_s: give or take a tenth, until a connection is drained: so that a load balancer's long-lived
             ones spread over replicas that were added; 0: never.
         on_aged: called for each that is.
@@ -570,7 +580,7 @@ class GrpcServer:
         unguarded_services: Collection[str] = (),
         guard: Callable[[Call], None] | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
-        on_tls_failure: Callable[[OSError], None] = lambda _: None,
+        on_tls_failure: Callable[[OSError, str], None] = lambda *_: None,
         max_connection_age_s: float = 0.0,
         on_aged: Callable[[], None] = lambda: None,
     ) -> None:
@@ -723,7 +733,7 @@ class GrpcServer:
             pause_s = _YIELD_S
         else:
             try:
-                accepted, _ = listening.accept()
+                accepted, place = listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -736,7 +746,7 @@ class GrpcServer:
                 accepted.setblocking(False)
                 self._accepted += 1
                 self._count_connections()
-                task = self.loop.create_task(self._adopt(accepted))
+                task = self.loop.create_task(self._adopt(accepted, _address(place)))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         if pause_s:
@@ -747,7 +757,7 @@ class GrpcServer:
         if listening in self._listening:
             self.loop.add_reader(listening, self._accept, listening)
 
-    async def _adopt(self, accepted: socket) -> None:
+    async def _adopt(self, accepted: socket, peer: str) -> None:
         tls: dict[str, Any] = {}
         if self._tls is not None:
             tls = {"ssl": self._tls(), "ssl_handshake_timeout": _HANDSHAKE_TIMEOUT_S, "ssl_shutdown_timeout": 1.0}
@@ -755,7 +765,7 @@ class GrpcServer:
             await self.loop.connect_accepted_socket(self._new_connection, accepted, **tls)
         except OSError as error:
             if tls:
-                self._on_tls_failure(error)
+                self._on_tls_failure(error, peer)
             accepted.close()
             self._accepted -= 1
             self._count_connections()

@@ -5,6 +5,7 @@ file that breaks a rule stays out, once in the log, and what was served before g
 """
 
 import asyncio
+import difflib
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -26,6 +27,7 @@ from ganserve_server.settings import ServerSettings
 from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
+_LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
 _STATUS = health_pb2.HealthCheckResponse
 
 Stamp = tuple[int, int, int] | None  # of a file's content, as far as its folder tells; None: there is none
@@ -72,12 +74,21 @@ class ModelTable:
         """
         versions = self._batchers.get(name)
         if versions is None:
-            raise ModelNotFound(f"there is no model {name!r}; there are {', '.join(self.names) or 'none at all'}")
+            served = ", ".join(self.names) or "none at all"
+            raise ModelNotFound(f"there is no model {name!r}; there are {served}{self._like(name)}")
         batcher = versions.get(max(versions) if version is None else version)
         if batcher is None:
             served = ", ".join(str(number) for number in sorted(versions))
             raise ModelNotFound(f"model {name} has no version {version}; it has {served}")
         return batcher
+
+    def _like(self, name: str) -> str:
+        """Return a hint at the model that was probably meant, or nothing."""
+        if not 1 <= len(name) <= _LONGEST_GUESSED_AT:
+            return ""
+        folded = name.casefold()
+        near = difflib.get_close_matches(folded, self.names, 1) or [one for one in self.names if folded in one]
+        return f"; did you mean {near[0]!r}?" if near else ""
 
     def describe(self, name: str, version: int | None) -> pb.Model:
         """Describe a version.
@@ -190,10 +201,16 @@ class Lifecycle:
         for name, number in sorted(self._stamps.keys() | served.keys() | self._reasons.keys()):
             batcher = served.get((name, number))
             digest = batcher.model.digest if batcher else ""
-            states.append(
-                VersionState(name, number, batcher is not None, digest, self._reasons.get((name, number), ""))
-            )
+            reason = self._reasons.get((name, number), "")
+            if name in self._unloaded:
+                reason = "it was unloaded by an operator, until LoadModel"
+            states.append(VersionState(name, number, batcher is not None, digest, reason))
         return states
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is a model that can be called."""
+        return bool(self._table.names)
 
     async def watch(self, stop: asyncio.Event) -> None:
         """Refresh whenever something changes in the repository, until `stop` is set."""
@@ -289,6 +306,8 @@ class Lifecycle:
         for name in known | self._reported:
             await self._health.set(name, _STATUS.SERVING if name in self._table else _STATUS.NOT_SERVING)
         self._reported = known
+        if self._board is not None:
+            self._board.set_models(len(self._table.names))
 
 
 def _stamps(repository: Path) -> dict[tuple[str, int], Stamp]:

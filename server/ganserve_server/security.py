@@ -55,7 +55,8 @@ class Security:
             return None
 
         def check(call: Call) -> None:
-            call.caller = caller = tokens.identify(call.head.metadata, role)
+            call.caller = caller = tokens.identify(call.head.metadata)
+            caller.check(role)
             if call.method is not None and not call.method.counts_images:
                 caller.take(1)
 

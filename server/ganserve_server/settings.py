@@ -25,7 +25,8 @@ class SettingsError(Exception):
 class ServerSettings(BaseModel):
     """What the server is told. Unknown keys and values are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A file's `workers = 2` is as good as the flag's text.
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     models: Annotated[Path, Field(description="Model repository: MODELS/NAME/VERSION/model.onnx.")] = BUNDLED_MODELS
     versions: Annotated[
@@ -142,7 +143,9 @@ def read_config(file: str) -> dict[str, Any]:
         if key not in ServerSettings.model_fields:
             raise SettingsError(f"{file} has the key {key!r}, which is no setting{nearest(key, _names())}")
         if isinstance(value, dict | list | bool):
-            raise SettingsError(f"{file}: {key} is a table, an array or a boolean; it must be a number or a text")
+            raise SettingsError(
+                f'{file}: {key} is a table, an array or a boolean; it must be a number or a text, such as "off"'
+            )
     return content
 
 

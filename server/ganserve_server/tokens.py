@@ -101,6 +101,15 @@ class Caller:
         self._buckets = buckets
         self._bucket = buckets.place(token)
 
+    def check(self, role: Role) -> None:
+        """Let pass who has a role.
+
+        Raises:
+            PermissionDenied: the token has it not.
+        """
+        if role not in self.roles:
+            raise PermissionDenied(f"token {self.name!r} has not the role {role!r}, which this call needs")
+
     def take(self, images: int) -> None:
         """Count images that are asked for.
 
@@ -149,12 +158,11 @@ class Tokens:
             return self._explain(error)
         return None
 
-    def identify(self, metadata: Mapping[bytes, bytes], role: Role) -> Caller:
+    def identify(self, metadata: Mapping[bytes, bytes]) -> Caller:
         """Return whose token a call has.
 
         Raises:
             Unauthenticated: it has none, or one that is not in the file.
-            PermissionDenied: the token has not this role.
         """
         authorization = metadata.get(b"authorization")
         if authorization is None:
@@ -167,8 +175,6 @@ class Tokens:
             raise Unauthenticated(
                 "the token is none of this server's" if bearer else "authorization must be 'Bearer TOKEN'"
             )
-        if role not in caller.roles:
-            raise PermissionDenied(f"token {caller.name!r} has not the role {role!r}, which this call needs")
         return caller
 
     def _load(self) -> dict[bytes, tuple[bytes, Caller]]:

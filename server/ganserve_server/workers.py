@@ -34,7 +34,7 @@ from ganserve_server.tokens import BUCKETS_BYTES
 _log = logging.getLogger(__name__)
 
 WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
-_CELL, _CELLS = 8, 3  # bytes; of one worker: its connections, its running batches, its running calls
+_CELL, _CELLS = 8, 4  # bytes; of one worker: its connections, its running batches, its running calls, its models
 _ABSENT = 1 << 60  # connections of a worker that cannot take any
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
@@ -61,15 +61,20 @@ class Board:
         """Say how many calls this worker answers."""
         self._cells[self._mine * _CELLS + 2] = calls
 
+    def set_models(self, count: int) -> None:
+        """Say how many models this worker serves."""
+        self._cells[self._mine * _CELLS + 3] = count
+
     def load(self) -> tuple[int, int]:
         """Add up the connections and the calls of all workers that are there."""
         cells = self._cells
         there = [one for one in range(0, self.workers * _CELLS, _CELLS) if cells[one] != _ABSENT]
         return sum(cells[one] for one in there), sum(cells[one + 2] for one in there)
 
-    def present(self) -> int:
-        """Count the workers that are there."""
-        return sum(self._cells[one] != _ABSENT for one in range(0, self.workers * _CELLS, _CELLS))
+    def serving(self) -> int:
+        """Count the workers that are there and have a model."""
+        cells = self._cells
+        return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
 
     def may_accept(self) -> bool:
         """Tell whether no other worker has fewer connections."""
@@ -83,7 +88,8 @@ class Board:
     def absent(self, worker: int) -> None:
         """Take note that a worker is not there; the supervisor's to say."""
         self._cells[worker * _CELLS] = _ABSENT
-        self._cells[worker * _CELLS + 1] = self._cells[worker * _CELLS + 2] = 0
+        for cell in range(1, _CELLS):
+            self._cells[worker * _CELLS + cell] = 0
 
 
 class Parent:
@@ -179,8 +185,8 @@ class Supervisor:
 
     @property
     def serves(self) -> bool:
-        """Whether there is a worker that takes calls."""
-        return self._board.present() > 0
+        """Whether there is a worker that has a model."""
+        return self._board.serving() > 0
 
     async def start(self) -> dict[str, Any]:
         """Start all workers; return what the first says of itself.

@@ -50,6 +50,12 @@ def test_the_text_has_percentiles_and_a_histogram_of_every_call(server: RunningS
     assert "p99.9 of 50 calls is the slowest" in done.stdout
 
 
+def test_one_call_is_measured_too(server: RunningServer) -> None:
+    done = ganserve("bench", "cdcgan-mnist", "--rate", "1", "--duration", "1", address=server.address)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^ +[\d.]+ ms +1 ", done.stdout, re.MULTILINE)
+
+
 def test_an_open_loop_counts_from_when_a_call_was_meant_to_be_sent(
     start_server: Callable[..., RunningServer],
 ) -> None:

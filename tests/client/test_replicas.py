@@ -1,9 +1,12 @@
 """What is asked of every replica, and not just of the next."""
 
+import contextlib
 import json
+import re
 import shutil
 import socket
 import threading
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,28 @@ def test_each_replica_says_whether_it_serves_a_version(twin: Twin, two: list[tup
     found = ask(twin, addresses(two), "replicas")
     assert [replica.serving for replica in found] == [True, False]
     assert isinstance(found[1].error, UnavailableError)
+
+
+def test_a_replica_that_lacks_a_version_or_a_model_gets_no_more_calls_than_the_others(
+    two: list[tuple[RunningServer, Path]],
+) -> None:
+    """What the SDK asks to explain an error must not take the turn of those that would answer."""
+    with Client(addresses(two)) as client:
+        newest = set[int]()
+        while len(newest) < 2:  # until both are connected
+            newest.add(client.generate(MODEL).version)
+        for arguments in ({"version": 2}, {"model": "mlp-mnits"}):
+            before = [calls_of(server) for server, _ in two]
+            for _ in range(20):
+                with contextlib.suppress(ModelNotFoundError):
+                    client.generate(**({"model": MODEL} | arguments))  # type: ignore[arg-type]
+            assert [calls_of(server) - made for (server, _), made in zip(two, before, strict=True)] == [10, 10]
+
+
+def calls_of(server: RunningServer) -> float:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
+        found = re.findall(r"^ganserve_requests_total\S* (\S+)", page.read().decode(), re.MULTILINE)
+    return sum(map(float, found))
 
 
 @both

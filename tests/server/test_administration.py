@@ -9,7 +9,7 @@ import grpc
 import pytest
 import tritonclient.grpc as triton
 from tests.conftest import RunningServer
-from tests.server.test_start_and_drain import scrape
+from tests.server.test_start_and_drain import http_get, scrape
 
 from ganserve import Client, ModelNotFoundError
 from ganserve.v1 import administration_pb2 as pb
@@ -109,3 +109,23 @@ def test_the_public_address_does_not_administer(running: RunningServer) -> None:
 
 def test_there_is_no_administration_unless_asked_for(server: RunningServer) -> None:
     assert server.admin_address == ""
+
+
+def test_a_server_whose_models_are_all_unloaded_is_not_ready_and_says_who_did_it(
+    running: RunningServer, repository: Path
+) -> None:
+    with administration(running) as stub:
+        for model in sorted(path.name for path in repository.iterdir()):
+            assert http_get(running.metrics_address, "/readyz") == (200, "ok\n")
+            stub.UnloadModel(pb.UnloadModelRequest(model=model))
+        assert http_get(running.metrics_address, "/readyz") == (503, "no model is served\n")
+        states = stub.ReloadModels(pb.ReloadModelsRequest()).versions
+        assert {state.reason for state in states} == {"it was unloaded by an operator, until LoadModel"}
+        stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist"))
+        assert http_get(running.metrics_address, "/readyz") == (200, "ok\n")
+    assert running.stop() == 0
+    events = [running.events.get_nowait() for _ in range(running.events.qsize())]
+    told = [event for event in events if event.get("event") == "admin call"]
+    assert [event["method"] for event in told][-3:] == ["UnloadModel", "ReloadModels", "LoadModel"]
+    assert told[-1]["model"] == "mlp-mnist"
+    assert told[-1]["peer"].startswith("127.0.0.1:")

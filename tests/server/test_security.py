@@ -310,6 +310,9 @@ def test_only_tokens_of_the_file_may_call_and_only_in_their_roles(
     assert running.stop() == 0
     events = [running.events.get_nowait() for _ in range(running.events.qsize())]
     assert [event["caller"] for event in events if event.get("caller")].count("shop") >= 2
+    denied = [event for event in events if event.get("code") == "PERMISSION_DENIED"]
+    assert {(event["event"], event["caller"]) for event in denied} == {("call", "ops"), ("admin call", "shop")}
+    assert all(event["peer"].startswith("127.0.0.1:") for event in denied)
     log = json.dumps(events)
     assert "UNAUTHENTICATED" in log
     for secret in (shop, ops, shop[:-1], "gs_wrong", "x" * 100):
@@ -506,7 +509,7 @@ def test_a_file_that_changes_while_the_server_starts_is_read_again(
 
     def name_of(token: str) -> str:
         assert guard.tokens is not None
-        return guard.tokens.identify({b"authorization": f"Bearer {token}".encode()}, "generate").name
+        return guard.tokens.identify({b"authorization": f"Bearer {token}".encode()}).name
 
     assert name_of(old) == "somebody"
     guard.refresh()

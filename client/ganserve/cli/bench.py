@@ -280,7 +280,7 @@ def histogram(values_ms: NDArray[np.float64]) -> list[str]:
     """Return lines of a histogram of values [n]: bars between edges that grow by a factor, as latencies spread."""
     low, high = max(values_ms.min(), 1e-3), max(values_ms.max(), 2e-3)
     edges = np.geomspace(low, max(high, low * 1.01), _BARS + 1)
-    edges[0], edges[-1] = values_ms.min(), values_ms.max() + 1e-9
+    edges[0], edges[-1] = min(values_ms.min(), edges[0]), max(values_ms.max() + 1e-9, edges[-1])
     counts, _ = np.histogram(values_ms, edges)
     marks = np.percentile(values_ms, PERCENTILES, method="higher")
     lines = []
