@@ -596,10 +596,18 @@ def test_a_server_that_refuses_what_it_has_itself_is_asked_twice_at_most(twin: T
 
 
 @both
-def test_a_server_that_cannot_tell_its_models_leaves_the_error_as_it_is(twin: Twin) -> None:
+def test_a_server_that_does_not_know_a_model_is_asked_nothing_more(twin: Twin) -> None:
     with serving(fails_first(grpc.StatusCode.NOT_FOUND, 10**6)) as (address, servicer):
         with pytest.raises(ModelNotFoundError, match=r"^what was wrong$"):
             ask(twin, address, "generate", "any")
+        assert len(servicer.requests) == 1
+
+
+@both
+def test_a_server_that_cannot_tell_its_models_leaves_the_error_of_health_as_it_is(twin: Twin) -> None:
+    with serving(fails_first(grpc.StatusCode.NOT_FOUND, 10**6)) as (address, servicer):
+        with pytest.raises(ModelNotFoundError, match=r"^what was wrong$"):
+            ask(twin, address, "health", "any")
         assert len(servicer.requests) == 2
 
 
