@@ -596,19 +596,12 @@ def test_a_server_that_refuses_what_it_has_itself_is_asked_twice_at_most(twin: T
 
 
 @both
-def test_a_server_that_does_not_know_a_model_is_asked_nothing_more(twin: Twin) -> None:
+@pytest.mark.parametrize(("method", "asked"), [("generate", 1), ("health", 2)])  # health's own error tells no names
+def test_a_server_that_does_not_know_a_model_leaves_the_error_as_it_is(twin: Twin, method: str, asked: int) -> None:
     with serving(fails_first(grpc.StatusCode.NOT_FOUND, 10**6)) as (address, servicer):
         with pytest.raises(ModelNotFoundError, match=r"^what was wrong$"):
-            ask(twin, address, "generate", "any")
-        assert len(servicer.requests) == 1
-
-
-@both
-def test_a_server_that_cannot_tell_its_models_leaves_the_error_of_health_as_it_is(twin: Twin) -> None:
-    with serving(fails_first(grpc.StatusCode.NOT_FOUND, 10**6)) as (address, servicer):
-        with pytest.raises(ModelNotFoundError, match=r"^what was wrong$"):
-            ask(twin, address, "health", "any")
-        assert len(servicer.requests) == 2
+            ask(twin, address, method, "any")
+        assert len(servicer.requests) == asked
 
 
 # HTTP/2 without gRPC's rules, frame by frame.
