@@ -47,13 +47,12 @@ class Certificates:
         self._client_ca = settings.tls_client_ca_file
         self._metrics = metrics
         self.asks_callers = bool(self._client_ca)
+        self.context: ssl.SSLContext
         if not (self._certificate and self._key):
             raise StartError("TLS needs both --tls-certificate-file and --tls-key-file")
         self.files = tuple(Path(file) for file in (self._certificate, self._key, self._client_ca) if file)
-        try:
-            self.context = self._load()
-        except (OSError, ValueError) as error:
-            raise StartError(self._explain(error)) from error
+        if wrong := self.reload():
+            raise StartError(wrong)
 
     def reload(self) -> str | None:
         """Read the files again; return what is wrong with them, if it is: then the old certificates stay."""

@@ -145,10 +145,9 @@ class Tokens:
     def __init__(self, file: str, buckets: Buckets) -> None:
         self.files = (Path(file),)
         self._buckets = buckets
-        try:
-            self._callers = self._load()
-        except (OSError, ValueError) as error:
-            raise StartError(self._explain(error)) from error
+        self._callers: dict[bytes, tuple[bytes, Caller]] = {}
+        if wrong := self.reload():
+            raise StartError(wrong)
 
     def reload(self) -> str | None:
         """Read the file again; return what is wrong with it, if it is: then the old tokens stay."""

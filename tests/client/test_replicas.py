@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import re
 import shutil
 import socket
 import threading
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import trustme
 from tests.client.program import ganserve
 from tests.client.servers import WAIT_S, Twin, answer, ask, both, serving, serving_status
 from tests.conftest import RunningServer
+from tests.server.test_start_and_drain import scrape
 
 from ganserve import (
     AsyncClient,
@@ -91,9 +90,7 @@ def test_a_replica_that_lacks_a_version_or_a_model_gets_no_more_calls_than_the_o
 
 
 def calls_of(server: RunningServer) -> float:
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
-        found = re.findall(r"^ganserve_requests_total\S* (\S+)", page.read().decode(), re.MULTILINE)
-    return sum(map(float, found))
+    return sum(count for name, count in scrape(server).items() if name.startswith("ganserve_requests_total"))
 
 
 @both
