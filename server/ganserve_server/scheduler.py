@@ -18,6 +18,9 @@ from ganserve_server.workers import Board
 
 # A batch shorter than this is made where the calls are read: the way to a thread and back costs 50 to 100 µs.
 _INLINE_S = 0.0003
+# Of two calls that come at random, the second would wait for a batch that takes all cores: so many in a row must have
+# been alone for the next to be taken for a lone caller's.
+_LONE_BATCHES = 8
 
 
 @dataclass(slots=True)
@@ -45,6 +48,7 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._ready: OrderedDict[Batcher, None] = OrderedDict()
         self._woken = False
+        self._alone_in_a_row = 0  # batches while which no other call came
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"engine-{number}", daemon=True) for number in range(cores)
@@ -55,6 +59,8 @@ class Scheduler:
     def wake(self, batcher: Batcher) -> None:
         """Look at a queue in this turn of the loop, once all calls that came with this one are in it."""
         self._ready[batcher] = None
+        if self._places < 2 * self.cores:
+            self._alone_in_a_row = 0
         if not self._woken and self._places:
             self._woken = True
             self._loop.call_soon(self._dispatch)
@@ -83,8 +89,8 @@ class Scheduler:
                 continue
             alone = free == self.cores and not self._ready
             spread = max(LEAST_BATCH, math.ceil(waiting / (free or 1)))
-            idle = alone and (self._board is None or self._board.others_idle())
-            wide = idle and waiting <= spread and engine.wide_is_faster
+            lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
+            wide = lone and engine.wide_is_faster and (self._board is None or self._board.others_idle())
             batch = batcher.next_batch(min(spread, batcher.batch_size()))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others
@@ -150,6 +156,7 @@ class Scheduler:
         seconds: float,
     ) -> None:
         self._take_places(work, 1)
+        self._alone_in_a_row += 1
         batcher = work.batcher
         batcher.returned(work.parts)
         if self._ready and not self._woken:

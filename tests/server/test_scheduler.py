@@ -32,6 +32,7 @@ class HeldEngine:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.wide: list[bool] = []  # of each of them
         self.started = threading.Semaphore(0)
         self.released = threading.Semaphore(0)
         self.fail_on: int | None = None
@@ -50,6 +51,7 @@ class HeldEngine:
     def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
         seeds = feeds["latent"]
         self.batches.append(seeds.tolist())
+        self.wide.append(wide)
         self.started.release()
         assert self.released.acquire(timeout=WAIT_S)
         if self.fail_on in seeds:
@@ -436,3 +438,26 @@ async def test_a_batch_of_a_gpu_is_never_made_where_calls_are_read(engine: HeldE
     await engine.wait_for_batch()
     engine.released.release()
     assert (await task).pixels.ravel().tolist() == [5]
+
+
+async def test_a_lone_caller_has_all_cores_and_loses_them_when_calls_meet(engine: HeldEngine) -> None:
+    engine.wide_is_faster = True
+    scheduler = Scheduler(2)
+    batcher = queue_of(engine, scheduler)
+
+    async def lone_calls(count: int) -> None:
+        for seed in range(count):
+            engine.released.release()
+            await make(batcher, draw(seed))
+
+    await lone_calls(10)
+    assert engine.wide == [False] * 8 + [True] * 2
+    met = [begin(batcher, 0)]
+    await settle()
+    met.append(begin(batcher, 1))
+    await settle()
+    engine.released.release(2)
+    await asyncio.gather(*met)
+    await lone_calls(1)
+    assert engine.wide[10:] == [True, False, False]
+    await asyncio.to_thread(scheduler.close)
