@@ -1,6 +1,5 @@
 """Between the SDK's types and the wire's messages: the only place of the SDK that knows both."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,14 +123,16 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
     """
     shape = (response.count, response.height, response.width, response.channels)
     pixels: NDArray[np.uint8] = np.frombuffer(response.pixels, np.uint8)
-    if pixels.size != math.prod(shape) or not pixels.size:
+    if pixels.size != shape[0] * shape[1] * shape[2] * shape[3] or not pixels.size:
         raise ServerError(f"the server's answer has {pixels.size} bytes of pixels, but says it is {shape}")
     if response.encoding > pb.ENCODING_RAW:
         raise ServerError(f"the server's answer is in encoding {response.encoding}; this client asked for raw pixels")
-    seeds, labels = tuple(response.seeds) or None, tuple(response.labels) or None
-    for what, number in (("images", shape[0]), ("seeds", len(seeds or ())), ("labels", len(labels or ()))):
-        if number != count and (number or what == "images"):
-            raise ServerError(f"the server's answer has {number} {what}, for {count} images")
+    # A list of all is read in one step, a repeated field number by number.
+    seeds, labels = tuple(response.seeds[:]) or None, tuple(response.labels[:]) or None
+    if shape[0] != count or (seeds and len(seeds) != count) or (labels and len(labels) != count):
+        told = f"{shape[0]} images, {len(seeds or ())} seeds and {len(labels or ())} labels"
+        raise ServerError(f"the server's answer has {told}, for {count} images")
+    queued, computed = response.queue_time, response.compute_time
     return ImageBatch(
         pixels=pixels.reshape(shape),
         seeds=seeds,
@@ -141,8 +142,8 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
         digest=response.digest,
         provider=response.provider,
         truncation=response.truncation,
-        queue_s=response.queue_time.seconds + response.queue_time.nanos / 1e9,
-        compute_s=response.compute_time.seconds + response.compute_time.nanos / 1e9,
+        queue_s=queued.seconds + queued.nanos / 1e9,
+        compute_s=computed.seconds + computed.nanos / 1e9,
     )
 
 
