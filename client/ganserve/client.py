@@ -283,7 +283,7 @@ class Client(_Twin):
     ) -> Generator[GeneratedImage, None, None]:
         """Make any number of images, and yield them one by one, in order, as they come.
 
-        The server makes no more than a batch ahead of the reader, and memory holds no more. Closing the iterator
+        The server makes no more than a message ahead of the reader, and memory holds no more. Closing the iterator
         cancels what is left. A stream that breaks is resumed with the next image, of the same version.
 
         >>> for image in client.stream("mlp-mnist", count=3, seed=1):

@@ -113,14 +113,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         call.server.spawn(call, self._stream(call, batcher, checked, tally))
 
     async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest, tally: Tally) -> None:
-        size = self._settings.max_batch_size
-        starts = iter(range(0, request.count, size))
+        stop = 0
 
         def begin(*, accepted: bool) -> "asyncio.Task[bytes] | None":
-            start = next(starts, None)
-            if start is None:
+            nonlocal stop
+            if stop == request.count:
                 return None
-            stop = min(start + size, request.count)
+            # The first images come as soon as their batch is done.
+            size = batcher.chunk_size() if stop and request.encoding == pb.ENCODING_RAW else batcher.max_batch_size
+            start, stop = stop, min(stop + size, request.count)
             return asyncio.create_task(self._make(batcher, request, start, stop, call, tally, accepted=accepted))
 
         with batcher.held():

@@ -461,3 +461,19 @@ async def test_a_lone_caller_has_all_cores_and_loses_them_when_calls_meet(engine
     await lone_calls(1)
     assert engine.wide[10:] == [True, False, False]
     await asyncio.to_thread(scheduler.close)
+
+
+@pytest.mark.parametrize(
+    ("image_s", "side", "batches"),
+    [(1.0, 28, 1), (50e-6, 28, 1), (25e-6, 28, 3), (10e-6, 28, 4), (10e-6, 64, 4), (10e-6, 128, 1)],
+)
+async def test_a_message_of_a_stream_has_several_batches_of_a_fast_model_up_to_a_mebibyte(
+    engine: HeldEngine, image_s: float, side: int, batches: int
+) -> None:
+    engine.image_s = image_s
+    card = pb.ModelCard(height=side, width=side, channels=1)
+    model = ModelVersion("held", 1, "sha256:0", card, engine, b"")  # type: ignore[arg-type]
+    scheduler = Scheduler(1)
+    batcher = Batcher(model, 64, max_queue_images=20, metrics=Metrics(), scheduler=scheduler)
+    assert batcher.chunk_size() == 64 * batches
+    await asyncio.to_thread(scheduler.close)
