@@ -2,8 +2,10 @@
 
 One replica has its core to itself: the load generator (h2load, Debian: nghttp2-client) and Envoy then run on the other.
 Two replicas share both cores with them; "images a core-second", by the CPU that the replicas had, leaves that out.
+With --share each replica gets so much of its core at most, as by a limit of Kubernetes, and the rest is left to them
+however many replicas there are (as root, by the cgroup's cpu controller).
 
-    python benchmarks/replicas.py [--model dcgan64] [--counts 1,16] [--rounds 3] [--seconds 5]
+    python benchmarks/replicas.py [--model dcgan64] [--counts 1,16] [--rounds 3] [--seconds 5] [--share 0.6]
 """
 
 import argparse
@@ -105,16 +107,44 @@ def _address(host: str, port: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def pinned(core: int, *flags: str) -> Iterator[Running]:
-    """Start a server on one core: what is started inherits this program's."""
+def pinned(core: int, share: float, *flags: str) -> Iterator[Running]:
+    """Start a server on one core, or a share of it: what is started inherits this program's core and group."""
     everywhere = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
+        group = stack.enter_context(_limited(core, share)) if share < 1 else None
         os.sched_setaffinity(0, {core})
         try:
+            if group is not None:
+                _move_to(group)
             running = stack.enter_context(serving("--threads=1", *flags))
         finally:
+            if group is not None:
+                _move_to(group.parent)
             os.sched_setaffinity(0, everywhere)
         yield running
+
+
+@contextlib.contextmanager
+def _limited(core: int, share: float) -> Iterator[Path]:
+    """Make a group of processes that have a share of a core."""
+    v1 = Path("/sys/fs/cgroup/cpu")
+    group = (v1 if v1.exists() else v1.parent) / f"ganserve-replica-{core}"
+    period = 10_000  # µs: with the usual 100,000 the calls would wait for the next period 40 ms long
+    group.mkdir()
+    try:
+        if v1.exists():
+            (group / "cpu.cfs_period_us").write_text(str(period))
+            (group / "cpu.cfs_quota_us").write_text(str(round(share * period)))
+        else:
+            (group.parent / "cgroup.subtree_control").write_text("+cpu")
+            (group / "cpu.max").write_text(f"{round(share * period)} {period}")
+        yield group
+    finally:
+        group.rmdir()
+
+
+def _move_to(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 @contextlib.contextmanager
@@ -156,6 +186,7 @@ def main() -> None:
     parser.add_argument("--counts", default="1,16", help="images a call")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--share", type=float, default=1.0, help="of its core, for each replica")
     options = parser.parse_args()
     beside = Path(sys.executable).with_name("envoy")
     program = str(beside) if beside.exists() else shutil.which("envoy")
@@ -175,7 +206,7 @@ def main() -> None:
             from reference_models import publish  # needs the extra "trainer"
 
             publish(repository)
-        replicas = [stack.enter_context(pinned(core, f"--models={repository}")) for core in CORES]
+        replicas = [stack.enter_context(pinned(core, options.share, f"--models={repository}")) for core in CORES]
         addresses, pids = [one.address for one in replicas], [one.process.pid for one in replicas]
         ways: dict[str, tuple[str, list[int], list[int]]] = {"one": (addresses[0], pids[:1], [])}
         for title, number in {"one behind Envoy": 1, "two behind Envoy": 2}.items():

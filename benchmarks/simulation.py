@@ -11,8 +11,9 @@ LEAST_REQUEST); least-request (of all). Unless there is one alone, each balancer
 A simulated replica has one thread that reads and answers calls, and two cores that compute. The thread takes all
 calls that wait, in `turn_s` and `call_s` for each; then they wait for a core. A core that is free takes its share of
 what waits, at most a batch, in `batch_s` and `image_s` for each image. While both compute, the thread's time comes
-out of theirs. A call of 64 images is made in parts. Calls come at random (Poisson) and never again. There is no
-network, no garbage collector, no neighbour, no batch on several cores and none made by the thread itself.
+out of theirs. Whoever was idle takes longer for the first thing (caches, clock): `cold_turn_s`, `cold_batch_s` more
+after 2 ms, less after less. A call of 64 images is made in parts. Calls come at random (Poisson) and never again.
+There is no network, no garbage collector, no neighbour, no batch on several cores and none made by the thread itself.
 """
 
 import argparse
@@ -49,6 +50,7 @@ WAYS = (
 SIZES = (1, 4, 16, 64)
 FAST = "cdcgan-mnist"
 BALANCER_US, BALANCER_US_PER_KB = 35.0, 3.0  # of a core, for a call through Envoy, as benchmarks/replicas.py prints
+COLD_AFTER_S = 0.002  # idle
 LONGEST_BATCH_S = 0.02  # what a batch may take of a core, if it has more than one image
 
 
@@ -62,6 +64,8 @@ class Times:
     call_s: float  # and for each call
     batch_s: float  # a core, each batch
     image_s: float  # and for each image
+    cold_turn_s: float  # more, after it was idle
+    cold_batch_s: float  # more, of a core that was idle
     bytes_per_call: float
     cores: int = 2
 
@@ -108,14 +112,20 @@ def calibrate(repository: Path, models: list[str], seconds: float) -> list[Times
             image_s = float(np.polyfit(SIZES, took, 1, w=1 / took)[0])  # small batches count as much as large ones
             return max(0.0, _computing(one, model) - image_s), image_s
 
+        def cold(model: str) -> float:
+            """Return what one call more takes of a server that is idle between two."""
+            return max(0.0, call(model, 1, "--clients=1", "--rps=100")[0] - call(model, 1, "--clients=1")[0])
+
         batch_s, image_s = batches(FAST)
         alone, (busy, turn) = call(FAST, 1, "--clients=1")[0], call(FAST, 1, "--clients=8", "-m8")
+        cold_turn_s = cold(FAST)  # it computes little
         turn_s = (alone - busy) / (1 - 1 / turn) - batch_s
         call_s = alone - turn_s - batch_s - image_s
         return [
-            Times(model, count, turn_s, call_s, *found, _bytes_per_call(one, model, count))
+            Times(model, count, turn_s, call_s, *found, cold_turn_s, cold_batch_s, _bytes_per_call(one, model, count))
             for model in models
             for found in [(batch_s, image_s) if model == FAST else batches(model)]
+            for cold_batch_s in [0.0 if model == FAST else max(0.0, cold(model) - cold_turn_s)]
             for count in (1, 64)
         ]
 
@@ -156,15 +166,17 @@ Call = list[Any]  # when it arrived, how many parts are not made yet, and whose 
 
 
 class Replica:
-    """What waits for a replica's thread and its cores, and how many cores are free."""
+    """What waits for a replica's thread and its cores, how many cores are free, and since when all of them are."""
 
-    __slots__ = ("free", "queue", "slow", "stolen", "thread_free", "unread")
+    __slots__ = ("free", "idle_since", "queue", "slow", "stolen", "thread_free", "thread_idle_since", "unread")
 
     def __init__(self, cores: int, slow: float) -> None:
         self.unread: list[Call] = []
         self.thread_free = True
         self.queue: deque[Call] = deque()  # its parts
         self.free = cores
+        self.thread_idle_since = 0.0
+        self.idle_since = [0.0] * cores  # of those that are free; the last is the first to compute
         self.stolen = 0.0  # by the thread of cores that computed, and not yet paid
         self.slow = slow
 
@@ -211,7 +223,8 @@ def simulate(
         nonlocal serial
         one = fleet[number]
         taken, one.unread, one.thread_free = one.unread, [], False
-        took = (times.turn_s + times.call_s * len(taken)) * one.slow
+        cold_s = times.cold_turn_s * min(1.0, (now - one.thread_idle_since) / COLD_AFTER_S)
+        took = (times.turn_s + cold_s + times.call_s * len(taken)) * one.slow
         if not one.free:
             one.stolen += took
         one.stolen += client_s * len(taken)
@@ -226,7 +239,8 @@ def simulate(
         while one.free and queue:
             batch = [queue.popleft() for _ in range(min(most, -(-len(queue) // one.free)))]
             one.free -= 1
-            took = (times.batch_s + part_s * len(batch)) * one.slow
+            cold_s = times.cold_batch_s * min(1.0, (now - one.idle_since.pop()) / COLD_AFTER_S)
+            took = (times.batch_s + cold_s + part_s * len(batch)) * one.slow
             if not one.free:
                 took, one.stolen = took + one.stolen, 0.0
             else:
@@ -242,6 +256,7 @@ def simulate(
                 number = ~number
                 one = fleet[number]
                 one.queue.extend(calls if parts == 1 else [call for call in calls for _ in range(parts)])
+                one.thread_idle_since = now
                 if one.unread:
                     read(number, now)
                 else:
@@ -249,6 +264,7 @@ def simulate(
             else:
                 one = fleet[number]
                 one.free += 1
+                one.idle_since.append(now)
                 for call in calls:
                     call[1] -= 1
                     if not call[1]:
@@ -501,10 +517,12 @@ def main() -> None:
                 (repository / model).symlink_to(BUNDLED_MODELS / model)
         measured = calibrate(repository, models, seconds)
         print("Measured, in µs of a core")
-        _row("model", "calls", "turn", "call", "batch", "image", "most in a batch", "calls/s at most", "bytes a call")
-        _row(*["---"] * 9)
+        titles = ["turn", "call", "batch", "image", "turn after idling", "batch after idling"]
+        _row("model", "calls", *titles, "most in a batch", "calls/s at most", "bytes a call")
+        _row(*["---"] * 11)
         for one in measured:
-            times = [f"{1e6 * value:.0f}" for value in (one.turn_s, one.call_s, one.batch_s, one.image_s)]
+            more = one.turn_s + one.cold_turn_s, one.batch_s + one.cold_batch_s
+            times = [f"{1e6 * value:.0f}" for value in (one.turn_s, one.call_s, one.batch_s, one.image_s, *more)]
             _row(
                 one.model, _calls(one), *times, one.largest_batch, f"{one.capacity:,.0f}", f"{one.bytes_per_call:,.0f}"
             )
