@@ -258,6 +258,7 @@ class Batcher:
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
+        self.small = max(1, max_batch_size // _SMALL_PART)  # images of a request that is never cut
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
         self._small, self._large, self._bulk = (_Lane(max_batch_size) for _ in range(3))
@@ -311,7 +312,7 @@ class Batcher:
             DeadlineExceeded: it would be so even if nothing waited.
         """
         count, waiting = draw.count, self.waiting
-        lane = self._small if count * _SMALL_PART <= self.max_batch_size else self._large
+        lane = self._small if count <= self.small else self._large
         if bulk:
             lane = self._bulk
         # An empty queue takes any request: one that is larger than the bound would else be refused for ever.

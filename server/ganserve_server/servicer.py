@@ -1,15 +1,13 @@
 """GenerationService: finds the model, has the request checked, the images made, and the answer written."""
 
 import asyncio
-import functools
 import time
 from collections import deque
-from collections.abc import Callable
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.batcher import Batcher, Job, Made, Tally
-from ganserve_server.engine import Draw
+from ganserve_server.engine import Draw, concatenated
 from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink, read_message
 from ganserve_server.lifecycle import ModelTable
@@ -45,11 +43,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def _generate_images(self, call: Call, content: bytes) -> None:
         """Make all images, then answer. No task: one costs as much as a small model's image."""
-        request = read_message(pb.GenerateImagesRequest.FromString, content)
-        batcher = self._find(request, call)
-        checked = self._check(request, batcher)
-        if call.caller is not None:
-            call.caller.take(checked.count)
+        batcher, checked = self.check(read_message(pb.GenerateImagesRequest.FromString, content), call)
         draw = checked.draw(0, checked.count)
 
         def done(made: Made | ServingError) -> None:
@@ -61,7 +55,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 call.server.spawn(call, encode(made))
 
         async def encode(made: Made) -> None:
-            call.reply(await self._encoded(checked, draw, made, call))
+            call.reply(await self.encoded(checked, draw, made, call))
 
         call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=call.deadline, bulk=checked.bulk)
         call.on_cancel = job.cancel
@@ -70,37 +64,18 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         """Answer each request of a stream, in order."""
         return EachRequest(self, call).sink
 
-    def begin_one(
-        self, call: Call, tally: Tally, request: pb.GenerateImagesRequest, done: Callable[[bytes | ServingError], None]
-    ) -> Job:
-        """Make the images of one request of many; `done` gets the serialised response, or the error.
+    def check(self, request: pb.GenerateImagesRequest, call: Call) -> tuple[Batcher, GenerationRequest]:
+        """Find the model, and check the request and its caller's rate.
 
         Raises:
-            ServingError: at once.
+            ServingError: it cannot be answered.
         """
         batcher = self._find(request, call)
-        checked = self._check(request, batcher)
+        most = self._settings.max_images_per_request
+        checked = parse(request, batcher.model, images_limit(batcher.model, most), most)
         if call.caller is not None:
             call.caller.take(checked.count)
-        draw = checked.draw(0, checked.count)
-
-        async def encode(made: Made) -> None:
-            done(await self._encoded(checked, draw, made, call))
-
-        def made_or_not(made: Made | ServingError) -> None:
-            if isinstance(made, ServingError):
-                done(made)
-                return
-            tally.compute_s += made.compute_s
-            if checked.encoding == pb.ENCODING_RAW:
-                done(respond(checked, draw, made))
-            else:
-                call.server.spawn(call, encode(made), cancel=call.on_cancel)
-
-        job = batcher.submit(draw, made_or_not, caller=call.turn_of, deadline=call.deadline, bulk=checked.bulk)
-        tally.count += draw.count
-        tally.queued(job)
-        return job
+        return batcher, checked
 
     def _stream_images(self, call: Call, content: bytes) -> None:
         """Make the next chunk while the last one is being sent; never more, so that a slow reader costs no memory."""
@@ -155,10 +130,6 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         call.version = batcher.model.version
         return batcher
 
-    def _check(self, request: pb.GenerateImagesRequest, batcher: Batcher) -> GenerationRequest:
-        most = self._settings.max_images_per_request
-        return parse(request, batcher.model, images_limit(batcher.model, most), most)
-
     async def _make(
         self,
         batcher: Batcher,
@@ -177,9 +148,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         made = await batcher.make(
             draw, caller=call.turn_of, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally
         )
-        return await self._encoded(request, draw, made, call)
+        return await self.encoded(request, draw, made, call)
 
-    async def _encoded(self, request: GenerationRequest, draw: Draw, made: Made, call: Call) -> bytes:
+    async def encoded(self, request: GenerationRequest, draw: Draw, made: Made, call: Call) -> bytes:
+        """Write the images as the request asks."""
         if request.encoding == pb.ENCODING_RAW:
             return respond(request, draw, made)
         started = time.perf_counter()
@@ -195,27 +167,56 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
 
 class EachRequest:
-    """A stream of requests: each is answered, or refused, in its turn, and none ends the stream."""
+    """A stream of requests: each is answered, or refused, in its turn, and none ends the stream.
+
+    Requests that came together and are alike go through the queue as one.
+    """
 
     def __init__(self, servicer: GenerationServicer, call: Call) -> None:
         self._servicer, self._call = servicer, call
         self._unread: deque[bytes] = deque()
         self._running: deque[_Turn] = deque()
-        self._ended = self._waits = False
+        self._woken = self._ended = self._waits = False
         call.on_cancel = self._cancel
         call.work = self._tally = Tally()
         self.sink: RequestSink = (self._on_request, self._on_end)
 
     def _on_request(self, content: bytes) -> None:
         self._unread.append(content)
-        self._begin()
+        if not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._wake)
 
     def _on_end(self) -> None:
         self._ended = True
-        self._answer()
+        self._go_on()
 
-    def _begin(self) -> None:
+    def _wake(self) -> None:
+        self._woken = False
+        try:
+            self._go_on()
+        except Exception as error:
+            self._call.fail(error)
+
+    def _go_on(self) -> None:
+        """Send the answers whose turn it is, and begin what their going makes room for."""
+        call, running = self._call, self._running
+        while True:
+            while running and (answer := running[0].answer) is not None:
+                running.popleft()
+                call.send(answer)
+            if call.pending_bytes > _EACH_PENDING_BYTES and not self._waits:
+                self._waits = True
+                call.server.spawn(call, self._go_on_once_sent(), cancel=self._cancel)
+            if not self._begin():
+                break
+        if self._ended and not self._unread and not running:
+            call.finish()
+
+    def _begin(self) -> bool:
+        """Take requests while there is room; tell whether there was one."""
         taken = taken_bytes = 0
+        alike: list[_Turn] = []
         while self._unread and len(self._running) < _EACH_RUNNING and not self._waits:
             content = self._unread.popleft()
             taken, taken_bytes = taken + 1, taken_bytes + len(content)
@@ -223,39 +224,64 @@ class EachRequest:
             self._running.append(turn)
             try:
                 request = read_message(pb.GenerateEachRequest.FromString, content).generate
-                turn.job = self._servicer.begin_one(
-                    self._call, self._tally, request, functools.partial(self._done, turn)
-                )
+                turn.batcher, turn.request = self._servicer.check(request, self._call)
             except ServingError as error:
-                self._done(turn, error)
+                _refuse([turn], error)
+                continue
+            if alike and not turn.joins(alike):
+                self._submit(alike)
+                alike = []
+            alike.append(turn)
+        if alike:
+            self._submit(alike)
         if taken:
             self._call.consumed(taken_bytes, taken)
+        return taken > 0
 
-    def _done(self, turn: "_Turn", outcome: bytes | ServingError) -> None:
-        if isinstance(outcome, bytes):
-            turn.answer = _RESPONSE_TAG + varint(len(outcome)) + outcome
-        else:
-            error = pb.Error(code=outcome.code.value[0], reason=outcome.reason, message=str(outcome))
-            turn.answer = pb.GenerateEachResponse(error=error).SerializeToString()
-        self._answer()
+    def _submit(self, turns: "list[_Turn]") -> None:
+        for turn in turns:
+            turn.draw = turn.request.draw(0, turn.request.count)
+        draw = turns[0].draw if len(turns) == 1 else concatenated([turn.draw for turn in turns])
 
-    def _answer(self) -> None:
-        """Send the answers whose turn it is, then begin what their going makes room for."""
-        while self._running and (answer := self._running[0].answer) is not None:
-            self._running.popleft()
-            self._call.send(answer)
-        if self._call.pending_bytes > _EACH_PENDING_BYTES and not self._waits:
-            self._waits = True
-            self._call.server.spawn(self._call, self._go_on_once_sent(), cancel=self._cancel)
-        if self._unread:
-            self._begin()
-        elif self._ended and not self._running:
-            self._call.finish()
+        def done(made: Made | ServingError) -> None:
+            if isinstance(made, ServingError):
+                _refuse(turns, made)
+            else:
+                self._made(turns, made)
+            self._go_on()
+
+        call = self._call
+        try:
+            job = turns[0].batcher.submit(
+                draw, done, caller=call.turn_of, deadline=call.deadline, bulk=turns[0].request.bulk
+            )
+        except ServingError as error:
+            _refuse(turns, error)
+            return
+        self._tally.count += draw.count
+        self._tally.queued(job)
+        for turn in turns:
+            turn.job = job
+
+    def _made(self, turns: "list[_Turn]", made: Made) -> None:
+        self._tally.compute_s += made.compute_s
+        stop = 0
+        for turn in turns:
+            start, stop = stop, stop + turn.draw.count
+            of_turn = Made(made.pixels[start:stop], made.queue_s, made.compute_s)
+            if turn.request.encoding == pb.ENCODING_RAW:
+                turn.answer = _answer_with(respond(turn.request, turn.draw, of_turn))
+            else:
+                self._call.server.spawn(self._call, self._encode(turn, of_turn), cancel=self._call.on_cancel)
+
+    async def _encode(self, turn: "_Turn", made: Made) -> None:
+        turn.answer = _answer_with(await self._servicer.encoded(turn.request, turn.draw, made, self._call))
+        self._go_on()
 
     async def _go_on_once_sent(self) -> None:
         await self._call.drained()
         self._waits = False
-        self._answer()
+        self._go_on()
 
     def _cancel(self) -> None:
         self._unread.clear()
@@ -265,11 +291,37 @@ class EachRequest:
         self._running.clear()
 
 
+def _answer_with(response: bytes) -> bytes:
+    return _RESPONSE_TAG + varint(len(response)) + response
+
+
+def _refuse(turns: "list[_Turn]", error: ServingError) -> None:
+    told = pb.Error(code=error.code.value[0], reason=error.reason, message=str(error))
+    answer = pb.GenerateEachResponse(error=told).SerializeToString()
+    for turn in turns:
+        turn.answer = answer
+
+
 class _Turn:
     """One request of a stream, and its answer once it is there."""
 
-    __slots__ = ("answer", "job")
+    __slots__ = ("answer", "batcher", "draw", "job", "request")
+
+    batcher: Batcher
+    request: GenerationRequest
+    draw: Draw
 
     def __init__(self) -> None:
         self.job: Job | None = None
         self.answer: bytes | None = None
+
+    def joins(self, others: "list[_Turn]") -> bool:
+        """Tell whether it can be made with others, which are alike, and they together be small."""
+        one, first = self.request, others[0].request
+        return (
+            self.batcher is others[0].batcher
+            and one.truncation == first.truncation
+            and (one.latents is None) == (first.latents is None)
+            and one.bulk == first.bulk
+            and sum(turn.request.count for turn in others) + one.count <= self.batcher.small
+        )
