@@ -4,6 +4,7 @@ Then kill a replica, see the alert in Alertmanager, start it again, and see the 
 """
 
 import contextlib
+import http
 import json
 import re
 import shutil
@@ -37,12 +38,14 @@ GPU_ALONE = ("DCGM_FI_", 'gpu="1"', 'asked=~"cuda|tensorrt"')
 # May fire, since "for" is a second here: the flood fills the queues, and a busy machine may miss a scrape.
 OF_LOAD = {
     "GanserveSettingsKeptOut",  # mended just before
+    "GanserveCallerLimited",
     "GanserveCallersUnknown",
     "GanserveLatencyHigh",
     "GanserveQueueNearlyFull",
     "GanserveQueueSlow",
     "GanserveReplicaDown",
     "GanserveSaturated",
+    "GanserveTlsFailing",
 }
 _SELECTOR = re.compile(r"(?<![\w:\"])((?:ganserve|process|job|job_model|job_instance_model)[_:][\w:]+|up)(\{[^}]*\})?")
 
@@ -183,6 +186,7 @@ class Guarded:
         certificate.private_key_pem.write_to_path(folder / "tls.key")
         self._authority = authority.cert_pem.bytes()
         self._token = self.add("caller")
+        self.slow_token = self.add("slow", "--images-per-s=20")
         self.flags = (
             f"--tls-certificate-file={folder / 'tls.crt'}",
             f"--tls-key-file={folder / 'tls.key'}",
@@ -190,9 +194,9 @@ class Guarded:
             "--max-connection-age-s=3",
         )
 
-    def add(self, name: str) -> str:
+    def add(self, name: str, *flags: str) -> str:
         """Add a token, and return it."""
-        command = [PROGRAM, "token", name, f"--file={self._tokens}"]
+        command = [PROGRAM, "token", "add", name, f"--file={self._tokens}", *flags]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     @contextlib.contextmanager
@@ -225,6 +229,8 @@ class Prometheus:
         try:
             found = self.get("query", query=query)["result"]
         except urllib.error.HTTPError as error:
+            if error.code == http.HTTPStatus.SERVICE_UNAVAILABLE:  # it starts
+                return []
             sys.exit(f"FAILED: Prometheus does not take the query {query}\n{error.read().decode()}")
         return [one for one in found if one["value"][1] != "NaN"]
 
@@ -310,6 +316,7 @@ def main() -> None:
             load = Load(
                 [
                     ("with TLS", lambda: guarded.channel(address)),
+                    ("with a low rate", lambda: guarded.channel(address, guarded.slow_token)),
                     ("without a valid token", lambda: guarded.channel(address, "gs_nobody")),
                     ("in plain text where there is TLS", lambda: grpc.insecure_channel(address, OPTIONS)),
                     ("in plain text", lambda: grpc.insecure_channel(other, OPTIONS)),

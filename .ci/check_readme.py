@@ -15,7 +15,7 @@ for line in lines:
     if not words or not Path(words[0]).name.startswith("ganserve"):
         continue
     program = Path(sys.executable).with_name(Path(words[0]).name)
-    command = [word for word in words[1:2] if not word.startswith("-")]
+    command = itertools.takewhile(lambda word: not word.startswith("-"), words[1:])  # and its arguments
     done = subprocess.run(
         [program, *command, "--help"], capture_output=True, text=True, check=False, env={"COLUMNS": "200", "PATH": ""}
     )

@@ -296,6 +296,12 @@ ROWS = {
             {"{{caller}}": rate("ganserve_caller_images_total", "caller", REPLICAS)},
             "A second, by the name of the token.",
         ),
+        Panel(
+            "Callers held at their rate",
+            "reqps",
+            {"{{caller}} {{outcome}}": rate("ganserve_caller_limited_total", "caller, outcome", REPLICAS)},
+            "Requests refused, and waits of streams, by the name of the token.",
+        ),
     ],
     "GPU (NVIDIA's DCGM exporter)": [
         Panel("GPU busy", "percent", {"{{Hostname}} {{gpu}}": "DCGM_FI_DEV_GPU_UTIL"}),

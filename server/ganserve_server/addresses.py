@@ -1,6 +1,7 @@
 """Where the server listens: HOST:PORT as a user gives it, to sockets."""
 
 import socket
+from typing import Any
 
 
 class StartError(Exception):
@@ -13,12 +14,10 @@ def bind(address: str, flag: str) -> list[socket.socket]:
     Raises:
         StartError: it is no address, or not one of this machine, or taken.
     """
-    host, port = split(address, flag)
+    _, port = split(address, flag)
     sockets: list[socket.socket] = []
     try:
-        for family, _, _, _, place in socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
+        for family, place in places(address, flag):
             # A port of the system's choice is one port.
             if port == 0 and sockets:
                 break
@@ -33,6 +32,21 @@ def bind(address: str, flag: str) -> list[socket.socket]:
     except OSError as error:
         raise refused(address, flag, error) from error
     return sockets
+
+
+def places(address: str, flag: str) -> list[tuple[socket.AddressFamily, Any]]:
+    """Return what an address stands for, as sockets take it.
+
+    Raises:
+        StartError: it is no address.
+        OSError: its name is not known.
+    """
+    host, port = split(address, flag)
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # of a name that DNS cannot have
+        raise StartError(f"cannot listen on {address}: {error} ({flag})") from error
+    return [(family, place) for family, _, _, _, place in found]
 
 
 def refused(address: str, flag: str, error: OSError) -> StartError:

@@ -31,9 +31,11 @@ from ganserve_server.inference_protocol import InferenceServicer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
 from ganserve_server.machine import cores, nvidia_driver
 from ganserve_server.metrics import Load, Metrics
+from ganserve_server.repository import check_repository
 from ganserve_server.security import Security
 from ganserve_server.servicer import SERVICE, GenerationServicer
 from ganserve_server.settings import ServerSettings
+from ganserve_server.systemd import notify, reloading
 from ganserve_server.tokens import Buckets
 from ganserve_server.tracing import start_tracing
 from ganserve_server.workers import WORKER_VARIABLE, Parent, Supervisor
@@ -78,6 +80,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
                 **facts,
             },
         )
+        notify("READY=1")
 
     if metrics is not None:
         endpoint = Endpoint(settings.metrics_address, metrics.registry)
@@ -109,7 +112,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
                 asyncio.create_task(security.watch()),
             ]
             await stop.wait()
-            _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
+            _tell_draining(settings)
             for task in tasks:
                 task.cancel()
             await admin.stop()
@@ -191,7 +194,7 @@ async def _serve_models(
         on_serving(facts, lifecycle)
     await stop.wait()
     if not parent:
-        _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
+        _tell_draining(settings)
     await health_servicer.enter_graceful_shutdown()
     for task in tasks:
         task.cancel()
@@ -245,6 +248,11 @@ class _AdminServer:
             await self._server.drain(self._settings.drain_timeout_s)
 
 
+def _tell_draining(settings: ServerSettings) -> None:
+    notify("STOPPING=1")
+    _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
+
+
 def _tell_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
     """Log every one: who did what to the models."""
     told = {
@@ -274,13 +282,13 @@ async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, securi
     while True:
         await reload.wait()
         reload.clear()
-        security.refresh()
-        supervisor.signal(signal.SIGHUP)
+        with reloading():
+            security.refresh()
+            supervisor.signal(signal.SIGHUP)
 
 
 async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable) -> None:
-    if not settings.models.is_dir():
-        raise StartError(f"the model repository {settings.models} is not a folder; give one by --models")
+    check_repository(settings.models)
     try:
         await lifecycle.refresh(starting=True)
     except ProviderUnavailable as error:
@@ -288,10 +296,7 @@ async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: Mo
     except OSError as error:
         raise StartError(f"the model repository {settings.models} cannot be listed: {error.strerror}") from error
     if not table.names:
-        raise StartError(
-            f"{settings.models} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
-            "as `ganserve-trainer export` writes it"
-        )
+        raise StartError(f"{settings.models} has no model that can be served: the log has the reason of each")
 
 
 def _reflected() -> DescriptorPool:
@@ -312,8 +317,9 @@ async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle, security: Sec
     while True:
         await reload.wait()
         reload.clear()
-        security.refresh()
-        await lifecycle.refresh()
+        with reloading():
+            security.refresh()
+            await lifecycle.refresh()
 
 
 def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:

@@ -78,6 +78,9 @@ class CallRecorder:
                 "queue_s": round(work.queue_s, 6),
                 "compute_s": round(work.compute_s, 6),
             }
+        if call.throttled_s:
+            to_come = max(0.0, call.throttled_until - time.monotonic())  # of a call that ended meanwhile
+            told["throttled_s"] = round(call.throttled_s - to_come, 6)
         if call.caller is not None:
             told["caller"] = call.caller.name
         told["peer"] = call.peer

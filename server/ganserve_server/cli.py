@@ -1,6 +1,7 @@
 """The `ganserve-server` program: its flags are the fields of ServerSettings."""
 
 import asyncio
+import contextlib
 import http.client
 import inspect
 import json
@@ -8,6 +9,7 @@ import logging
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +23,12 @@ from ganserve_server.settings import (
     ENVIRONMENT_PREFIX,
     ServerSettings,
     SettingsError,
+    check_config,
     check_environment,
     read_config,
 )
+
+_log = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 4.0
 
@@ -35,23 +40,26 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     environment variable, that before the file of --config. SIGTERM drains and exits with status 0.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    values: dict[str, Any] = given
     try:
+        if config:
+            in_file = read_config(config)
+            values = in_file | given
+            check_config(in_file, config)
         check_environment()
-        values = (read_config(config) if config else {}) | given
-        settings = ServerSettings(**values)
-    except SettingsError as error:
-        print(f"ganserve-server: {error}", file=sys.stderr)
+        context.obj = settings = ServerSettings(**values)
+    except (SettingsError, ValidationError) as error:
+        problems = [str(error)] if isinstance(error, SettingsError) else _explain(error, given, config)
+        if context.invoked_subcommand:
+            _tell(problems)
+        else:
+            _configure_logs(values.get("log_format", "auto"))
+            for problem in problems:
+                _log.error("cannot start", extra={"reason": problem})
         raise typer.Exit(2) from error
-    except ValidationError as error:
-        for problem in error.errors():
-            name = str(problem["loc"][0])
-            place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
-            print(f"ganserve-server: {place} is {problem['input']!r}: {problem['msg']}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    context.obj = settings
     if context.invoked_subcommand:
         return
-    _configure_logs(settings)
+    _configure_logs(settings.log_format)
     # Imported late: --help and a wrong flag should not wait for onnxruntime.
     from ganserve_server import app
     from ganserve_server.addresses import StartError
@@ -64,8 +72,23 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     try:
         asyncio.run(run())
     except StartError as error:
-        logging.getLogger(__name__).error("cannot start", extra={"reason": str(error)})
+        _log.error("cannot start", extra={"reason": str(error)})
         raise typer.Exit(1) from error
+
+
+def _explain(error: ValidationError, given: Collection[str], config: str | None) -> list[str]:
+    """Say of each setting that is wrong where it stands."""
+    told = []
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
+        told.append(f"{place} is {problem['input']!r}: {problem['msg']}")
+    return told
+
+
+def _tell(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"ganserve-server: {problem}", file=sys.stderr)
 
 
 def _doctor(
@@ -108,14 +131,28 @@ def _health(context: typer.Context) -> None:
     print("ready")
 
 
-def _config(context: typer.Context) -> None:
+def _config(
+    context: typer.Context,
+    check: Annotated[bool, typer.Option("--check", help="Say instead whether a server could start with them.")] = False,
+) -> None:
     """Print the settings as a server would have them, each with where it comes from: TOML that --config reads.
 
     There are no secrets among them: keys and tokens stay in their files, of which the settings have the names.
+
+    With --check the files that they name are read and the addresses tried, as by a server that starts, but that an
+    address may be in use, as by the server that runs. Each problem is a line; exit status 1 if there is one.
     """
     parent = context.parent
     assert parent is not None
     settings: ServerSettings = context.obj
+    if check:
+        from ganserve_server.checks import problems_of
+
+        if problems := problems_of(settings):
+            _tell(problems)
+            raise typer.Exit(1)
+        print("ok")
+        return
     file = parent.params["config"]
     in_file = read_config(file) if file else {}
     for name, value in settings.model_dump(mode="json").items():
@@ -134,9 +171,13 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").encode("utf-8", "backslashreplace").decode()
 
 
-def _token(
+_TokensFile = Annotated[Path | None, typer.Option(help="The tokens file.", show_default="that of --tokens-file")]
+
+
+def _add_token(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="Whose it is: letters, digits, '.', '_' and '-'.")],
-    file: Annotated[Path, typer.Option(help="The tokens file; made if it is not there.")],
+    file: _TokensFile = None,
     role: Annotated[
         list[str] | None,
         typer.Option(
@@ -148,7 +189,7 @@ def _token(
         float | None, typer.Option(help="How many at once.", show_default="those of a second")
     ] = None,
 ) -> None:
-    """Make a token, add its hash to a tokens file, and print the token: it is kept nowhere."""
+    """Make a token, add its hash to a tokens file, new or not, and print the token: it is kept nowhere."""
     from ganserve_server import tokens
 
     token, digest = tokens.new_token()
@@ -159,12 +200,63 @@ def _token(
         "images_per_s": images_per_s,
         "burst_images": burst_images,
     }
-    try:
+    with _refusing(file := _tokens_file(context, file)):
         tokens.add(file, {key: value for key, value in entry.items() if value is not None})
-    except (OSError, ValueError) as error:
-        print(f"ganserve-server: {error}; nothing was changed", file=sys.stderr)
-        raise typer.Exit(2) from error
     print(token)
+
+
+def _list_tokens(
+    context: typer.Context,
+    file: _TokensFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON array of objects.")] = False,
+) -> None:
+    """Print whose tokens a file has, with roles and rates. The tokens themselves are kept nowhere."""
+    from ganserve_server import tokens
+
+    with _refusing(file := _tokens_file(context, file)):
+        entries = [token.model_dump(mode="json", exclude={"sha256"}) for token in tokens.read_tokens(file)]
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    rows = [("NAME", "ROLES", "IMAGES_PER_S", "BURST_IMAGES")]
+    for entry in entries:
+        rates = ("" if entry[key] is None else f"{entry[key]:g}" for key in ("images_per_s", "burst_images"))
+        rows.append((entry["name"], ",".join(entry["roles"]), *rates))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _withdraw_token(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    file: _TokensFile = None,
+) -> None:
+    """Take a token out of a tokens file; servers that run read the file again, and no longer let it in."""
+    from ganserve_server import tokens
+
+    with _refusing(file := _tokens_file(context, file)):
+        tokens.withdraw(file, name)
+
+
+def _tokens_file(context: typer.Context, file: Path | None) -> Path:
+    settings: ServerSettings = context.obj
+    if file is None and not settings.tokens_file:
+        raise typer.BadParameter("which file? The settings have no --tokens-file", param_hint="--file")
+    return file or Path(settings.tokens_file)
+
+
+@contextlib.contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Tell what is wrong with a tokens file, and end."""
+    try:
+        yield
+    except OSError as error:
+        _tell([f"{file}: {error.strerror}"])
+        raise typer.Exit(2) from error
+    except ValueError as error:
+        _tell([f"{file}: {error}; nothing was changed"])
+        raise typer.Exit(2) from error
 
 
 def _flag(name: str) -> str:
@@ -188,12 +280,16 @@ def _parameters() -> list[inspect.Parameter]:
     )
     parameters = [context, config]
     for name, field in ServerSettings.model_fields.items():
-        # Left to ServerSettings to fill in and check: only it knows the environment.
-        kind = field.annotation if field.annotation in (int, float) else str
+        # Texts, left to ServerSettings to fill in and check: what is wrong is told in one way, wherever it stands.
+        kind = "<int>" if field.annotation is int else "<float>" if field.annotation is float else None
         help_ = typer.Option(
-            _flag(name), help=field.description, envvar=_variable(name), show_default=_default(field.default)
+            _flag(name),
+            metavar=kind,
+            help=field.description,
+            envvar=_variable(name),
+            show_default=_default(field.default),
         )
-        option = Annotated[kind | None, help_]  # type: ignore[valid-type]
+        option = Annotated[str | None, help_]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
     return parameters
 
@@ -202,9 +298,9 @@ def _default(value: object) -> str:
     return "the bundled models" if value == BUNDLED_MODELS else str(value)
 
 
-def _configure_logs(settings: ServerSettings) -> None:
+def _configure_logs(log_format: str) -> None:
     """Send every log record, ours and the libraries', to standard error: as JSON lines, or coloured on a terminal."""
-    console = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+    console = log_format == "console" or (log_format != "json" and sys.stderr.isatty())
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -231,9 +327,18 @@ _serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-def
 def main() -> None:
     """Run the program."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.callback(invoke_without_command=True)(_serve)
-    app.command("config")(_config)
-    app.command("health")(_health)
-    app.command("doctor")(_doctor)
-    app.command("token")(_token)
+    app.callback(invoke_without_command=True, help=_help(_serve))(_serve)
+    commands: dict[str, Callable[..., None]] = {"config": _config, "health": _health, "doctor": _doctor}
+    for name, command in commands.items():
+        app.command(name, help=_help(command))(command)
+    token = typer.Typer(help="Make, list and withdraw the tokens of a file.", no_args_is_help=True)
+    commands = {"add": _add_token, "list": _list_tokens, "withdraw": _withdraw_token}
+    for name, command in commands.items():
+        token.command(name, help=_help(command))(command)
+    app.add_typer(token, name="token")
     app()
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Return a docstring with each paragraph on one line: the terminal's width is where lines end."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n"))

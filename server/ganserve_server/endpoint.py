@@ -2,7 +2,6 @@
 
 import http.server
 import logging
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import MetricsHandler
 
-from ganserve_server.addresses import StartError, split
+from ganserve_server.addresses import StartError, name, places
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ class Endpoint:
         self._server: _Server | None = None
         if address == "off":
             return
-        host, port = split(address, "--metrics-address")
         endpoint = self
 
         class Handler(MetricsHandler):
@@ -71,12 +69,12 @@ class Endpoint:
 
         Handler.registry = registry
         try:
-            family, *_, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+            family, place = places(address, "--metrics-address")[0]
             kind = type("_OfFamily", (_Server,), {"address_family": family})
             self._server = kind(place[:2], Handler)
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
             raise StartError(f"cannot listen on {address}: {error} (--metrics-address, 'off' for none)") from error
-        self.address = f"{host}:{self._server.server_port}"
+        self.address = name(self._server.socket, address)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 

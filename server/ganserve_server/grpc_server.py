@@ -156,8 +156,8 @@ class Caller(Protocol):
             ServingError: they are too many now.
         """
 
-    async def wait_for(self, images: int) -> None:
-        """Count images once they are not too many."""
+    def must_wait_s(self, images: int) -> float:
+        """Count images and return 0, or if they are too many now the seconds until they may not be."""
 
 
 class Call(Stream):
@@ -185,6 +185,8 @@ class Call(Stream):
         "request_id",
         "server",
         "started",
+        "throttled_s",
+        "throttled_until",
         "version",
         "work",
     )
@@ -202,6 +204,8 @@ class Call(Stream):
         self.version: int | None = None
         self.work: Work | None = None
         self.encode_s = 0.0
+        self.throttled_s = 0.0  # by its caller's rate, up to `throttled_until`, by time.monotonic
+        self.throttled_until = 0.0
         self.over = False
         self.on_cancel: Callable[[], object] | None = None  # called if nobody waits for the answer any more
         self.deadline: float | None = None  # by time.monotonic

@@ -5,7 +5,6 @@ file that breaks a rule stays out, once in the log, and what was served before g
 """
 
 import asyncio
-import difflib
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -23,11 +22,10 @@ from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
 from ganserve_server.scheduler import Scheduler
-from ganserve_server.settings import ServerSettings
+from ganserve_server.settings import ServerSettings, nearest
 from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
-_LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
 _STATUS = health_pb2.HealthCheckResponse
 
 Stamp = tuple[int, int, int] | None  # of a file's content, as far as its folder tells; None: there is none
@@ -75,20 +73,12 @@ class ModelTable:
         versions = self._batchers.get(name)
         if versions is None:
             served = ", ".join(self.names) or "none at all"
-            raise ModelNotFound(f"there is no model {name!r}; there are {served}{self._like(name)}")
+            raise ModelNotFound(f"there is no model {name!r}; there are {served}{nearest(name, self.names)}")
         batcher = versions.get(max(versions) if version is None else version)
         if batcher is None:
             served = ", ".join(str(number) for number in sorted(versions))
             raise ModelNotFound(f"model {name} has no version {version}; it has {served}")
         return batcher
-
-    def _like(self, name: str) -> str:
-        """Return a hint at the model that was probably meant, or nothing."""
-        if not 1 <= len(name) <= _LONGEST_GUESSED_AT:
-            return ""
-        folded = name.casefold()
-        near = difflib.get_close_matches(folded, self.names, 1) or [one for one in self.names if folded in one]
-        return f"; did you mean {near[0]!r}?" if near else ""
 
     def describe(self, name: str, version: int | None) -> pb.Model:
         """Describe a version.

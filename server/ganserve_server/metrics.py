@@ -106,6 +106,12 @@ class Metrics:
             ["caller"],
             registry=registry,
         )
+        self.caller_limited = Counter(
+            "ganserve_caller_limited",
+            "Requests refused and waits of streams, for a token's rate, by its name and outcome (refused, delayed).",
+            ["caller", "outcome"],
+            registry=registry,
+        )
         self.tls_failures = Counter(
             "ganserve_tls_failures",
             "Connections that ended in the TLS handshake, by reason.",

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.addresses import StartError
 from ganserve_server.engine import Draw, Engine, Provider, SessionRefused
 from ganserve_server.gpu import GpuOptions
 
@@ -70,6 +71,25 @@ def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
         versions = (folder / name for name in names if _VERSION.fullmatch(name))
         for path in sorted(versions, key=lambda path: int(path.name)):
             yield folder.name, int(path.name), path / MODEL_FILE_NAME
+
+
+def check_repository(repository: Path) -> None:
+    """See that there is something to load.
+
+    Raises:
+        StartError: it is no folder, cannot be listed, or has no version at all.
+    """
+    if not repository.is_dir():
+        raise StartError(f"the model repository {repository} is not a folder; give one by --models")
+    try:
+        found = any(path.is_file() for _, _, path in find_versions(repository))
+    except OSError as error:
+        raise StartError(f"the model repository {repository} cannot be listed: {error.strerror}") from error
+    if not found:
+        raise StartError(
+            f"{repository} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
+            "as `ganserve-trainer export` writes it"
+        )
 
 
 def load_version(

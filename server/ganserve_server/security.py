@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from socket import AF_INET6, socket
 
+from ganserve_server.addresses import StartError
 from ganserve_server.grpc_server import Call
 from ganserve_server.metrics import Metrics
 from ganserve_server.settings import ServerSettings
@@ -37,9 +38,10 @@ class Security:
         }
         # Before they are read: what changes meanwhile is read again.
         self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
-        self.certificates = Certificates(settings, metrics) if self._files["certificates"] else None
-        self.tokens = Tokens(settings.tokens_file, buckets) if self._files["tokens"] else None
+        self.certificates = certificates_of(settings, metrics)
+        self.tokens = tokens_of(settings, metrics, buckets)
         self._metrics = metrics
+        self._tell_expired()
         self._parts = {"certificates": self.certificates, "tokens": self.tokens}
 
     @property
@@ -70,14 +72,22 @@ class Security:
             if (state := _state(self._files[kind])) == seen:
                 continue
             self._seen[kind] = state
-            wrong = part.reload()
-            if wrong is None:
-                _log.info("read again", extra={"kind": kind})
+            try:
+                facts, kept_out = part.reload(), False
+            except StartError as error:
+                kept_out = True
+                _log.error("what was read before stays in use", extra={"kind": kind, "reason": str(error)})
             else:
-                _log.error("what was read before stays in use", extra={"kind": kind, "reason": wrong})
+                _log.info("read again", extra={"kind": kind} | facts)
+                if kind == "certificates":
+                    self._tell_expired()
             if self._metrics is not None:
-                self._metrics.file_reloads.labels(kind, "loaded" if wrong is None else "kept_out").inc()
-                self._metrics.files_kept_out.labels(kind).set(wrong is not None)
+                self._metrics.file_reloads.labels(kind, "kept_out" if kept_out else "loaded").inc()
+                self._metrics.files_kept_out.labels(kind).set(kept_out)
+
+    def _tell_expired(self) -> None:
+        for kind, end in (self.certificates.expired if self.certificates else {}).items():
+            _log.error("a certificate has expired", extra={"certificate": kind, "since": end.isoformat()})
 
     async def watch(self) -> None:
         """Refresh every two seconds: of mounted secrets, which are links, not every kernel tells that they change."""
@@ -96,6 +106,27 @@ class Security:
             )
         elif self.certificates is None:
             _log.warning("tokens come in plain text: there is no --tls-certificate-file", extra={"flag": flag})
+
+
+def certificates_of(settings: ServerSettings, metrics: Metrics | None) -> Certificates | None:
+    """Read the certificates, if the settings name any.
+
+    Raises:
+        StartError: they cannot be used.
+    """
+    named = settings.tls_certificate_file or settings.tls_key_file or settings.tls_client_ca_file
+    return Certificates(settings, metrics) if named else None
+
+
+def tokens_of(settings: ServerSettings, metrics: Metrics | None, buckets: Buckets) -> Tokens | None:
+    """Read the tokens, if the settings name a file.
+
+    Raises:
+        StartError: it cannot be used.
+    """
+    if not settings.tokens_file:
+        return None
+    return Tokens(settings.tokens_file, buckets, None if metrics is None else metrics.caller_limited)
 
 
 def _named(*files: str) -> tuple[Path, ...]:

@@ -143,7 +143,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     ) -> bytes:
         """Make images start to stop of a request, and write them as it asks."""
         if call.caller is not None:
-            await call.caller.wait_for(stop - start)
+            while wait_s := call.caller.must_wait_s(stop - start):
+                call.throttled_s += wait_s
+                call.throttled_until = time.monotonic() + wait_s
+                await asyncio.sleep(wait_s)  # only time makes room: there is no event to wait for
         draw = request.draw(start, stop)
         made = await batcher.make(
             draw, caller=call.turn_of, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally

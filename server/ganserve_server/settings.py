@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 AccessLog = Literal["off", "errors", "all"]
 ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
 # What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
+_PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
+_LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
 _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
 
 
@@ -126,12 +128,19 @@ class ServerSettings(BaseModel):
         Field(description="Which calls to log: off, errors (not those whose caller left) or all."),
     ] = "errors"
 
+    @field_validator(*_PATHS)
+    @classmethod
+    def _absolute(cls, path: str | Path) -> str | Path:
+        """Mean the same file wherever the value is shown or written to."""
+        absolute = Path(path).absolute()
+        return absolute if isinstance(path, Path) else path and str(absolute)
+
 
 def read_config(file: str) -> dict[str, Any]:
-    """Read a TOML file of settings.
+    """Read a TOML file; its paths are relative to the file's folder.
 
     Raises:
-        SettingsError: it cannot be read, or has a key that is no setting.
+        SettingsError: it cannot be read.
     """
     try:
         content = tomllib.loads(Path(file).read_text("utf-8"))
@@ -139,6 +148,19 @@ def read_config(file: str) -> dict[str, Any]:
         raise SettingsError(f"{file} (--config) cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{file} (--config) is not TOML: {error}") from error
+    here = Path(file).absolute().parent
+    return {
+        key: str(here / value) if key in _PATHS and value and isinstance(value, str) else value
+        for key, value in content.items()
+    }
+
+
+def check_config(content: Mapping[str, Any], file: str) -> None:
+    """Look for what is no setting in what was read of a file.
+
+    Raises:
+        SettingsError: there is one.
+    """
     for key, value in content.items():
         if key not in ServerSettings.model_fields:
             raise SettingsError(f"{file} has the key {key!r}, which is no setting{nearest(key, _names())}")
@@ -146,7 +168,6 @@ def read_config(file: str) -> dict[str, Any]:
             raise SettingsError(
                 f'{file}: {key} is a table, an array or a boolean; it must be a number or a text, such as "off"'
             )
-    return content
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
@@ -164,9 +185,13 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at what was meant, or nothing."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return a hint at what was probably meant, whatever its case, or nothing."""
+    if not 1 <= len(name) <= _LONGEST_GUESSED_AT:
+        return ""
+    by_folded = {one.casefold(): one for one in known}
+    wanted = name.casefold()
+    near = difflib.get_close_matches(wanted, by_folded, 1) or [one for one in by_folded if wanted in one]
+    return f"; did you mean {by_folded[near[0]]!r}?" if near else ""
 
 
 def _names() -> list[str]:

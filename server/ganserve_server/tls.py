@@ -2,16 +2,14 @@
 
 import asyncio.sslproto
 import datetime
-import logging
 import os
 import ssl
 from pathlib import Path
+from typing import Any
 
 from ganserve_server.addresses import StartError
 from ganserve_server.metrics import Metrics
 from ganserve_server.settings import ServerSettings
-
-_log = logging.getLogger(__name__)
 
 # TLS 1.2 as HTTP/2 allows it (RFC 9113, 9.2.2): forward secrecy and authenticated encryption. 1.3 has nothing else.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -48,19 +46,32 @@ class Certificates:
         self._metrics = metrics
         self.asks_callers = bool(self._client_ca)
         self.context: ssl.SSLContext
+        self.expired: dict[str, datetime.datetime]  # which of them, and since when
         if not (self._certificate and self._key):
             raise StartError("TLS needs both --tls-certificate-file and --tls-key-file")
-        self.files = tuple(Path(file) for file in (self._certificate, self._key, self._client_ca) if file)
-        if wrong := self.reload():
-            raise StartError(wrong)
+        self._files = tuple(Path(file) for file in (self._certificate, self._key, self._client_ca) if file)
+        self.reload()
 
-    def reload(self) -> str | None:
-        """Read the files again; return what is wrong with them, if it is: then the old certificates stay."""
+    def reload(self) -> dict[str, Any]:
+        """Read the files again; return for the log which certificate there is now, and when it ends.
+
+        Raises:
+            StartError: they cannot be used; the old certificates stay.
+        """
         try:
-            self.context = self._load()
+            context, server = self._load(), _certificates(self._certificate)
+            ends = {"server": min(end for _, end in server)}
+            if self._client_ca:
+                ends["client_ca"] = min(end for _, end in _certificates(self._client_ca))
         except (OSError, ValueError) as error:
-            return self._explain(error)
-        return None
+            raise StartError(self._explain(error)) from error
+        self.context = context
+        self.expired = {kind: end for kind, end in ends.items() if end < datetime.datetime.now(datetime.UTC)}
+        if self._metrics is not None:
+            for kind, end in ends.items():
+                self._metrics.certificate_expiry.labels(kind).set(end.timestamp())
+        serial, _ = server[0]
+        return {"serial": serial} | {f"{kind}_ends": end.isoformat() for kind, end in ends.items()}
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -76,48 +87,42 @@ class Certificates:
             # OpenSSL keeps sessions, too, which Python cannot forbid.
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.num_tickets = 0
-        ends = {"server": first_to_end(self._certificate)}
-        if self._client_ca:
-            ends["client_ca"] = first_to_end(self._client_ca)
-        for kind, end in ends.items():
-            if self._metrics is not None:
-                self._metrics.certificate_expiry.labels(kind).set(end.timestamp())
-            if end < datetime.datetime.now(datetime.UTC):
-                _log.error("a certificate has expired", extra={"certificate": kind, "since": end.isoformat()})
         return context
 
     def _explain(self, error: Exception) -> str:
-        files = ", ".join(str(file) for file in self.files)
+        files = ", ".join(str(file) for file in self._files)
         if isinstance(error, FileNotFoundError | PermissionError):
-            missing = [str(file) for file in self.files if not os.access(file, os.R_OK)]
+            missing = [str(file) for file in self._files if not os.access(file, os.R_OK)]
             return f"{' and '.join(missing) or files} cannot be read: {error.strerror}"
         if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
             return f"{self._key} is not the key of {self._certificate}"
         return f"{files}: not certificates and key in PEM ({getattr(error, 'reason', None) or error})"
 
 
-def first_to_end(file: str) -> datetime.datetime:
-    """Return when the first of a file's certificates ends.
+def _certificates(file: str) -> list[tuple[str, datetime.datetime]]:
+    """Return the serial number of each of a file's certificates, in hexadecimal as openssl has it, and its end.
 
     Raises:
         ValueError: the file has no certificate.
     """
-    ends = []
+    found = []
     for part in Path(file).read_text("ascii", "replace").split(_PEM_BEGIN)[1:]:
         pem = _PEM_BEGIN + part.partition(_PEM_END)[0] + _PEM_END
-        ends.append(_end(ssl.PEM_cert_to_DER_cert(pem)))
-    if not ends:
+        found.append(_serial_and_end(ssl.PEM_cert_to_DER_cert(pem)))
+    if not found:
         raise ValueError(f"{file} has no certificate")
-    return min(ends)
+    return found
 
 
-def _end(der: bytes) -> datetime.datetime:
-    """Read when a certificate ends (RFC 5280, 4.1): Python's ssl tells it only of a peer's."""
+def _serial_and_end(der: bytes) -> tuple[str, datetime.datetime]:
+    """Read a certificate (RFC 5280, 4.1): Python's ssl tells this only of a peer's."""
     _, start, _ = _element(der, 0)  # Certificate
     _, position, _ = _element(der, start)  # TBSCertificate
     tag, _, end = _element(der, position)
     position = end if tag == _VERSION else position
-    for _ in ("serial number", "signature's algorithm", "issuer"):
+    _, start, position = _element(der, position)
+    serial = der[start:position].lstrip(b"\0").hex().upper()
+    for _ in ("signature's algorithm", "issuer"):
         _, _, position = _element(der, position)
     tag, position, _ = _element(der, position)  # Validity
     if tag != _SEQUENCE:
@@ -127,7 +132,7 @@ def _end(der: bytes) -> datetime.datetime:
     text = der[start:end].decode("ascii")
     if tag == _UTC_TIME:
         text = ("19" if text >= "50" else "20") + text
-    return datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=datetime.UTC)
+    return serial, datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=datetime.UTC)
 
 
 def _element(der: bytes, position: int) -> tuple[int, int, int]:

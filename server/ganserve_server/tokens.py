@@ -1,6 +1,5 @@
 """Who may call: bearer tokens, of which the server knows the hashes alone, with a role and a rate for each."""
 
-import asyncio
 import fcntl
 import hashlib
 import hmac
@@ -11,10 +10,11 @@ import re
 import secrets
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ganserve_server.addresses import StartError
@@ -24,6 +24,7 @@ from ganserve_server.settings import nearest
 Role = Literal["generate", "admin"]
 MAX_TOKENS = 1000
 _AUTHORIZATION = re.compile(rb"bearer +([\x21-\x7e]{1,4096}) *", re.IGNORECASE)
+_TABLE = re.compile(r"^(?=[ \t]*\[\[[ \t]*tokens[ \t]*\]\])", re.MULTILINE)
 _TOKEN_BYTES = 32
 _TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets can know one
 _CELL = 8  # bytes
@@ -92,14 +93,19 @@ class Buckets:
 class Caller:
     """Whose token a call has."""
 
-    __slots__ = ("_bucket", "_buckets", "_burst", "_rate", "name", "roles")
+    __slots__ = ("_bucket", "_buckets", "_burst", "_delayed", "_rate", "_refused", "name", "roles")
 
-    def __init__(self, token: Token, buckets: Buckets) -> None:
+    def __init__(self, token: Token, buckets: Buckets, limited: Counter | None = None) -> None:
         self.name, self.roles = token.name, token.roles
         self._rate = token.images_per_s
         self._burst = token.burst_images or max(1.0, token.images_per_s or 0.0)
         self._buckets = buckets
         self._bucket = buckets.place(token)
+        # Made at once: Prometheus misses the first of what is counted in a series that was not there before.
+        counted = None if self._rate is None else limited
+        self._refused, self._delayed = (
+            None if counted is None else counted.labels(self.name, outcome) for outcome in ("refused", "delayed")
+        )
 
     def check(self, role: Role) -> None:
         """Let pass who has a role.
@@ -116,19 +122,22 @@ class Caller:
         Raises:
             RateLimited: they are more than the token's rate allows now.
         """
-        if self._rate is not None and (wait_s := self._buckets.take(self._bucket, images, self._rate, self._burst)):
+        if wait_s := self._wait_s(images, self._refused):
             raise RateLimited(
                 f"token {self.name!r} may ask for {self._rate:g} images a second ({self._burst:g} at once); "
                 "wait as told, ask for fewer, or stream them",
                 wait_s,
             )
 
-    async def wait_for(self, images: int) -> None:
-        """Count images once the token's rate allows them."""
-        rate = self._rate
-        # Only time makes room: there is no event to wait for.
-        while rate is not None and (wait_s := self._buckets.take(self._bucket, images, rate, self._burst)):  # noqa: ASYNC110
-            await asyncio.sleep(wait_s)
+    def must_wait_s(self, images: int) -> float:
+        """Count images and return 0, or if the token's rate does not allow them now the seconds until it may."""
+        return self._wait_s(images, self._delayed)
+
+    def _wait_s(self, images: int, limited: Counter | None) -> float:
+        wait_s = 0.0 if self._rate is None else self._buckets.take(self._bucket, images, self._rate, self._burst)
+        if wait_s and limited is not None:
+            limited.inc()
+        return wait_s
 
 
 class Tokens:
@@ -137,25 +146,41 @@ class Tokens:
     Args:
         file: as `ganserve-server token` writes it: TOML, a table `[[tokens]]` for each.
         buckets: of their rates.
+        limited: counts what their rates refuse and delay, by name and outcome; None: nobody asks.
 
     Raises:
         StartError: it cannot be read, or breaks a rule.
     """
 
-    def __init__(self, file: str, buckets: Buckets) -> None:
-        self.files = (Path(file),)
-        self._buckets = buckets
+    def __init__(self, file: str, buckets: Buckets, limited: Counter | None = None) -> None:
+        self._file = Path(file)
+        self._buckets, self._limited = buckets, limited
+        self._tokens: dict[str, Token] = {}
         self._callers: dict[bytes, tuple[bytes, Caller]] = {}
-        if wrong := self.reload():
-            raise StartError(wrong)
+        self.reload()
 
-    def reload(self) -> str | None:
-        """Read the file again; return what is wrong with it, if it is: then the old tokens stay."""
+    def reload(self) -> dict[str, Any]:
+        """Read the file again; return for the log how many tokens it has, and the names of those that differ.
+
+        Raises:
+            StartError: it cannot be used; the old tokens stay.
+        """
         try:
-            self._callers = self._load()
+            tokens = {token.name: token for token in read_tokens(self._file)}
         except (OSError, ValueError) as error:
-            return self._explain(error)
-        return None
+            text = error.strerror if isinstance(error, OSError) else str(error)
+            raise StartError(f"the tokens file {self._file} cannot be used: {text}") from error
+        before, self._tokens = self._tokens, tokens
+        self._callers = {}
+        for token in tokens.values():
+            digest = bytes.fromhex(token.sha256)
+            self._callers[digest[:16]] = (digest[16:], Caller(token, self._buckets, self._limited))
+        differ = {
+            "added": sorted(tokens.keys() - before.keys()),
+            "removed": sorted(before.keys() - tokens.keys()),
+            "changed": sorted(name for name in tokens.keys() & before.keys() if tokens[name] != before[name]),
+        }
+        return {"tokens": len(tokens)} | {how: names for how, names in differ.items() if names}
 
     def identify(self, metadata: Mapping[bytes, bytes]) -> Caller:
         """Return whose token a call has.
@@ -175,14 +200,6 @@ class Tokens:
                 "the token is none of this server's" if bearer else "authorization must be 'Bearer TOKEN'"
             )
         return caller
-
-    def _load(self) -> dict[bytes, tuple[bytes, Caller]]:
-        tokens = [(bytes.fromhex(token.sha256), token) for token in read_tokens(self.files[0])]
-        return {digest[:16]: (digest[16:], Caller(token, self._buckets)) for digest, token in tokens}
-
-    def _explain(self, error: Exception) -> str:
-        text = error.strerror if isinstance(error, OSError) else str(error)
-        return f"the tokens file {self.files[0]} cannot be used: {text}"
 
 
 def read_tokens(file: Path) -> list[Token]:
@@ -224,20 +241,58 @@ def _parse(text: str) -> list[Token]:
 
 
 def add(file: Path, entry: Mapping[str, object]) -> None:
-    """Add a token to a file, as a whole or not at all; its comments, its owner and its mode stay.
+    """Add a token to a file, which is made if it is not there.
 
     Raises:
         OSError: it cannot be read or written.
         ValueError: the file, with it, breaks a rule.
     """
+    table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items())
+    _rewrite(file, lambda content: f"{content.rstrip()}\n\n[[tokens]]\n{table}".lstrip(), make=True)
+
+
+def withdraw(file: Path, name: str) -> None:
+    """Take a token out of a file.
+
+    Raises:
+        OSError: it cannot be read or written.
+        ValueError: the token is not there, or is the only one, or the file is not a table [[tokens]] for each.
+    """
+
+    def without(content: str) -> str:
+        before = _parse(content)
+        names = [token.name for token in before]
+        if name not in names:
+            raise ValueError(f"there is no token {name!r}{nearest(name, names)}")
+        if len(names) == 1:
+            raise ValueError(f"{name!r} is the only token, and a server takes no file without one; add another first")
+        start, *tables = _TABLE.split(content)
+        # A comment after a table's last key may be about the next one: it stays.
+        left = start + "".join(
+            _after_the_last_key(table) if number == names.index(name) else table for number, table in enumerate(tables)
+        )
+        if len(tables) != len(names) or _parse(left) != [token for token in before if token.name != name]:
+            raise ValueError(f"the file is not a table [[tokens]] for each: take {name!r} out by hand")
+        return left
+
+    _rewrite(file, without)
+
+
+def _after_the_last_key(table: str) -> str:
+    """Return the comments at the end of a table."""
+    lines = table.splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#"))
+    return "".join(lines[last + 1 :]).lstrip("\n")
+
+
+def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) -> None:
+    """Change a file, as a whole or not at all; its comments, its owner and its mode stay."""
     file = file.resolve()  # a link goes on leading to it
     folder = os.open(file.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # of two that add at a time, one would be lost
-        before = file.stat() if file.exists() else None
-        content = file.read_text("utf-8") if before else ""
-        table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items())
-        text = f"{content.rstrip()}\n\n[[tokens]]\n{table}".lstrip()
+        fcntl.flock(folder, fcntl.LOCK_EX)  # of two that change it at a time, one would be lost
+        before = file.stat() if file.exists() or not make else None
+        text = change(file.read_text("utf-8") if before else "")
         _parse(text)
         beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         try:

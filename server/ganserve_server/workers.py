@@ -29,6 +29,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ganserve_server.addresses import StartError
 from ganserve_server.metrics import Load
+from ganserve_server.systemd import SOCKET_VARIABLE
 from ganserve_server.tokens import BUCKETS_BYTES
 
 _log = logging.getLogger(__name__)
@@ -241,12 +242,18 @@ class Supervisor:
             "channel": theirs.fileno(),
             "unloaded": sorted(self.unloaded),
         }
+        environment = {
+            **os.environ,
+            WORKER_VARIABLE: json.dumps(variable),
+            "PROMETHEUS_MULTIPROC_DIR": str(self._folder),
+        }
+        environment.pop(SOCKET_VARIABLE, None)  # systemd hears the supervisor alone
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "ganserve_server",
             *sys.argv[1:],
-            env={**os.environ, WORKER_VARIABLE: json.dumps(variable), "PROMETHEUS_MULTIPROC_DIR": str(self._folder)},
+            env=environment,
             pass_fds=(*descriptors, self._memory, self._buckets, theirs.fileno()),
             process_group=0,  # a terminal's Ctrl-C is the supervisor's to pass on
         )

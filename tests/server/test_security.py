@@ -5,8 +5,11 @@ import concurrent.futures
 import datetime
 import json
 import os
+import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +23,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import RunningServer
-from tests.server.test_start_and_drain import failing_start, scrape, wait_for_sample
+from tests.server.test_start_and_drain import calls_logged, failing_start, scrape, wait_for_sample
 from tests.wire import (
     GENERATE,
     GOAWAY,
@@ -213,6 +216,10 @@ def test_a_new_certificate_is_taken_without_a_restart_and_a_bad_one_is_not(
         wait_for_sample(running, loaded, lambda count: count >= int(workers))
         after = serial_of(running.address, ca_file)
         assert after != before
+        told = running.wait_for("read again")
+        assert (told["kind"], told["serial"]) == ("certificates", after)
+        end = scrape(running)['ganserve_certificate_expiry_timestamp_seconds{certificate="server"}']
+        assert datetime.datetime.fromisoformat(told["server_ends"]).timestamp() == end
         kept_before = scrape(running).get(kept_out, 0)
         write_certificate(tmp_path / "third")[1].replace(tmp_path / "server" / "tls.key")
         wait_for_sample(running, kept_out, lambda count: count >= kept_before + int(workers))
@@ -225,8 +232,9 @@ def test_a_new_certificate_is_taken_without_a_restart_and_a_bad_one_is_not(
 @pytest.mark.parametrize("year", [2031, 2049, 2050, 2080])
 def test_the_end_of_a_certificate_is_read(authority: trustme.CA, year: int, tmp_path: Path) -> None:
     end = datetime.datetime(year, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
-    chain, _ = write_certificate(tmp_path / "some", authority, not_after=end)
-    assert tls.first_to_end(str(chain)) == end
+    chain, key = write_certificate(tmp_path / "some", authority, not_after=end)
+    settings = ServerSettings(tls_certificate_file=str(chain), tls_key_file=str(key))
+    assert tls.Certificates(settings, None).reload()["server_ends"] == end.isoformat()
 
 
 @pytest.mark.parametrize("cut", [200, 400, 600])
@@ -321,7 +329,7 @@ def test_only_tokens_of_the_file_may_call_and_only_in_their_roles(
 
 def test_tokens_come_and_go_without_a_restart(start_server: Start, tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
-    (first,) = write_tokens(file, {"name": "first"})
+    first, *_ = write_tokens(file, {"name": "first"}, {"name": "other"}, {"name": "third"})
     running = start_server("--tokens-file", file)
     loaded = 'ganserve_file_reloads_total{kind="tokens",outcome="loaded"}'
     with Client(running.address, token=first) as client:
@@ -330,9 +338,12 @@ def test_tokens_come_and_go_without_a_restart(start_server: Start, tmp_path: Pat
         wait_for_sample(running, loaded.replace("loaded", "kept_out"), lambda count: count == 1)
         client.generate("mlp-mnist")
         assert scrape(running)['ganserve_files_kept_out{kind="tokens"}'] == 1
-        assert "did you mean sha256?" in running.wait_for("what was read before stays in use")["reason"]
-        (second,) = write_tokens(file, {"name": "second"})
+        assert "did you mean 'sha256'?" in running.wait_for("what was read before stays in use")["reason"]
+        second, *_ = write_tokens(file, {"name": "second"}, {"name": "other"})
         wait_for_sample(running, loaded, lambda count: count == 1)
+        told = running.wait_for("read again")
+        differ = {key: told[key] for key in ("tokens", "added", "removed", "changed")}
+        assert differ == {"tokens": 2, "added": ["second"], "removed": ["first", "third"], "changed": ["other"]}
         assert scrape(running)['ganserve_files_kept_out{kind="tokens"}'] == 0
         with pytest.raises(AuthenticationError):
             client.generate("mlp-mnist")
@@ -389,7 +400,7 @@ def test_a_rate_is_kept_on_all_connections_and_workers_together(
 ) -> None:
     file = tmp_path / "tokens.toml"
     slow, free = write_tokens(file, {"name": "slow", "images_per_s": 100.0, "burst_images": 50.0}, {"name": "free"})
-    running = start_server("--tokens-file", file, "--workers", workers)
+    running = start_server("--tokens-file", file, "--workers", workers, "--access-log", "all")
     made = [0, 0, 0, 0]
     refused: list[OverloadedError] = []
     began = time.monotonic()
@@ -423,6 +434,23 @@ def test_a_rate_is_kept_on_all_connections_and_workers_together(
         with pytest.raises(grpc.RpcError) as caught:
             each_answer(running.address, slow, count=50)
         assert "rate_limited" in str(caught.value)
+    samples = scrape(running)
+    assert samples['ganserve_caller_limited_total{caller="slow",outcome="refused"}'] > len(refused)
+    assert samples['ganserve_caller_limited_total{caller="slow",outcome="delayed"}'] >= 2
+    assert not [name for name in samples if "limited" in name and "free" in name]
+    throttled = [call for call in calls_logged(running) if "throttled_s" in call]
+    assert [call["method"] for call in throttled] == ["StreamImages"]
+    assert (200 - 50 - 64) / 100 < float(str(throttled[0]["throttled_s"])) < float(str(throttled[0]["seconds"]))
+
+
+def test_how_long_a_rate_held_up_a_stream_is_told_of_one_that_it_made_late(start_server: Start, tmp_path: Path) -> None:
+    (token,) = write_tokens(file := tmp_path / "tokens.toml", {"images_per_s": 1.0})
+    running = start_server("--tokens-file", file)
+    with Client(running.address, token=token) as client, pytest.raises(GanserveError):
+        list(client.stream("mlp-mnist", count=128, timeout_s=1))
+    (call,) = calls_logged(running)
+    assert call["code"] == "DEADLINE_EXCEEDED"
+    assert 0.3 < float(str(call["throttled_s"])) < float(str(call["seconds"])) < 10  # the second chunk has 64 s to wait
 
 
 def each_answer(address: str, token: str, count: int) -> None:
@@ -460,7 +488,7 @@ async def test_two_tokens_on_one_connection_take_turns(start_server: Start, tmp_
     [
         ("", "1 to 1000 tables"),
         ("tokens = 3", "1 to 1000 tables"),
-        ("[[token]]", "did you mean tokens?"),
+        ("[[token]]", "did you mean 'tokens'?"),
         ("[[tokens]]\nname = 'a'", "token 'a', sha256: Field required"),
         (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['root']", "'generate' or 'admin'"),
         (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = []", "roles"),
@@ -546,6 +574,75 @@ def test_a_token_is_added_where_a_link_leads_and_owner_and_mode_stay(tmp_path: P
     with pytest.raises(ValueError, match="'second' is there twice"):
         add(link, "second")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["real.toml", "tokens.toml"]
+
+
+HEAD = "# Who may call.\n\n# asked for by Ann\n"
+FIRST = f'[[tokens]]\nname = "first"\nsha256 = "{"1" * 64}"\n# no more\nroles = ["generate"]  # nor less\n'
+BETWEEN = '# until May\n\n# [[tokens]]\n# name = "nobody"\n\n'
+SECOND = f'[[ tokens ]]\nname = "second"\nsha256 = "{"2" * 64}"\nimages_per_s = 2.5\nroles = ["admin", "generate"]\n'
+END = "\n# the end\n"
+
+
+def token_told(*words: str | Path, status: int = 0) -> str:
+    command = [Path(sys.executable).with_name("ganserve-server"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
+
+
+def test_tokens_are_listed_without_their_hashes(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    token = token_told("token", "add", "shop", "--file", file, "--images-per-s", "2.5").strip()
+    token_told("--tokens-file", file, "token", "add", "ops", "--role", "admin")
+    told = token_told("--tokens-file", file, "token", "list")
+    assert [line.split() for line in told.splitlines()[1:]] == [["shop", "generate", "2.5"], ["ops", "admin"]]
+    as_json = token_told("token", "list", "--file", file, "--json")
+    assert json.loads(as_json) == [
+        {"name": "shop", "roles": ["generate"], "images_per_s": 2.5, "burst_images": None},
+        {"name": "ops", "roles": ["admin"], "images_per_s": None, "burst_images": None},
+    ]
+    digests = re.findall(r"[0-9a-f]{64}", file.read_text())
+    assert len(digests) == 2
+    for secret in (token, *digests):
+        assert secret not in told + as_json
+    assert "--file" in token_told("token", "list", status=2)
+    assert "nothing.toml: No such file" in token_told("token", "list", "--file", tmp_path / "nothing.toml", status=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("first", (HEAD, BETWEEN, SECOND, END)), ("second", (HEAD, FIRST, BETWEEN, END))]
+)
+def test_a_withdrawn_token_is_gone_and_comments_stay(name: str, left: tuple[str, ...], tmp_path: Path) -> None:
+    (file := tmp_path / "tokens.toml").write_text(HEAD + FIRST + BETWEEN + SECOND + END)
+    file.chmod(0o640)
+    token_told("token", "withdraw", name, "--file", file)
+    assert file.read_text().split() == "".join(left).split()
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_cannot_be_withdrawn_is_told_and_the_file_stays(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    entries = [f'{{name = "t{number}", sha256 = "{f"{number}" * 64}", roles = ["admin"]}}' for number in range(2)]
+    for content, name, text in (
+        (FIRST + SECOND, "secnod", "no token 'secnod'; did you mean 'second'?"),
+        (f"tokens = [{', '.join(entries)}]", "t1", "take 't1' out by hand"),
+        (f"tokens = [{entries[0]}]", "t0", "'t0' is the only token"),
+    ):
+        file.write_text(content)
+        assert text in token_told("token", "withdraw", name, "--file", file, status=2)
+        assert file.read_text() == content
+    assert "No such file" in token_told("token", "withdraw", "a", "--file", tmp_path / "nothing.toml", status=2)
+
+
+def test_a_withdrawn_token_is_no_longer_let_in(start_server: Start, tmp_path: Path) -> None:
+    (old, _) = write_tokens(file := tmp_path / "tokens.toml", {"name": "old"}, {"name": "new"})
+    running = start_server("--tokens-file", file)
+    with Client(running.address, token=old) as client:
+        client.generate("mlp-mnist")
+        token_told("token", "withdraw", "old", "--file", file)
+        assert running.wait_for("read again")["removed"] == ["old"]
+        with pytest.raises(AuthenticationError):
+            client.generate("mlp-mnist")
 
 
 def test_the_greatest_debt_and_the_longest_burst_are_counted() -> None:

@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import datetime
+import itertools
+import json
 import shutil
 import signal
 import socket
@@ -18,6 +21,7 @@ from pathlib import Path
 import grpc
 import hpack
 import pytest
+import trustme
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -393,6 +397,22 @@ def test_settings_of_any_characters_are_told_as_they_are_read(name: str, tmp_pat
     assert (read["models"], read["max_batch_size"]) == (str(tmp_path / name), 8)
 
 
+def test_paths_in_a_file_are_relative_to_it_and_others_to_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (etc := tmp_path / "etc").mkdir()
+    paths = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
+    (etc / "server.toml").write_text("".join(f'{name} = "some/{name}"\n' for name in paths))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GANSERVE_SERVER_TOKENS_FILE", "tokens.toml")
+    read = tomllib.loads(settings_told("--config", "etc/server.toml", "--tls-key-file", "tls.key", "--models", "/m"))
+    of_others = {"models": "/m", "tls_key_file": f"{tmp_path}/tls.key", "tokens_file": f"{tmp_path}/tokens.toml"}
+    assert {name: read[name] for name in paths} == {name: f"{etc}/some/{name}" for name in paths} | of_others
+    (etc / "server.toml").write_text('models = "/absolute"\ntls_key_file = ""\n')
+    read = tomllib.loads(settings_told("--config", "etc/server.toml"))
+    assert (read["models"], read["tls_key_file"]) == ("/absolute", "")
+
+
 def settings_told(*flags: str | Path) -> str:
     command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config"]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -401,7 +421,7 @@ def settings_told(*flags: str | Path) -> str:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("max_batchsize = 5", "'max_batchsize', which is no setting; did you mean max_batch_size?"),
+        ("max_batchsize = 5", "'max_batchsize', which is no setting; did you mean 'max_batch_size'?"),
         ("max_batch_size = 'many'", "max_batch_size in "),
         ("max_batch_size = 0", "greater than or equal to 1"),
         ("[server]\naddress = ''", "'server', which is no setting"),
@@ -427,7 +447,125 @@ def test_an_unknown_variable_of_the_server_is_told(monkeypatch: pytest.MonkeyPat
     # Of another service, whose name begins as the server's.
     monkeypatch.setenv("GANSERVE_SERVER_ADMIN_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("GANSERVE_SERVER_ADMIN_PORT_50052_TCP_ADDR", "10.0.0.1")
-    assert "did you mean GANSERVE_SERVER_MAX_BATCH_SIZE?" in failing_start(code=2)
+    assert "did you mean 'GANSERVE_SERVER_MAX_BATCH_SIZE'?" in failing_start(code=2)
+
+
+def cannot_start(*flags: str | Path) -> list[str]:
+    """Start a server that cannot; return the lines it writes."""
+    command = [Path(sys.executable).with_name("ganserve-server"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode in (1, 2)
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    "wrong", ["a flag", "a value in the file", "a key in the file", "a variable", "a file's place"]
+)
+def test_why_a_server_cannot_start_is_told_in_the_format_of_the_log(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether the settings are wrong or what they name: who collects the log reads both."""
+    content, flags = "log_format = 'console'\n", ["--config", tmp_path / "server.toml"]
+    if wrong == "a flag":
+        flags += ["--max-batch-size", "many", "--workers", "no"]
+    elif wrong == "a value in the file":
+        content += "max_batch_size = 'many'\nworkers = 'no'\n"
+    elif wrong == "a key in the file":
+        content += "max_batchsize = 5\n"
+    elif wrong == "a variable":
+        monkeypatch.setenv("GANSERVE_SERVER_MAX_BATCHSIZE", "5")
+    else:
+        flags += ["--models", tmp_path / "nothing"]
+    (tmp_path / "server.toml").write_text(content)
+    (line, *more) = cannot_start(*flags)
+    assert "cannot start" in line
+    assert not line.startswith("{")
+    assert len(more) == (wrong in ("a flag", "a value in the file"))
+    monkeypatch.setenv("GANSERVE_SERVER_LOG_FORMAT", "json")
+    events = [json.loads(line) for line in cannot_start(*flags)]
+    assert [(event["event"], event["level"]) for event in events] == [("cannot start", "error")] * (1 + len(more))
+    assert all(event["reason"] for event in events)
+
+
+def test_a_check_of_sound_settings_says_so_while_a_server_runs_with_them(server: RunningServer) -> None:
+    """Nothing of it is in the way of a server, and a server not in its own."""
+    flags = ("--address", server.address, "--metrics-address", server.metrics_address)
+    assert check_told(*flags, code=0) == ["ok"]
+    assert check_told("--metrics-address", "off", code=0) == ["ok"]
+    assert check_told("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", code=0) == ["ok"]
+
+
+def test_a_check_tells_every_problem_on_a_line(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    models, tls, tokens, port, host, same = check_told(
+        *("--models", nothing, "--tls-certificate-file", nothing, "--tls-key-file", nothing, "--tokens-file", nothing),
+        *("--address", "0.0.0.0:99999", "--metrics-address", "127.0.0.1:50052", "--admin-address", "[::]:50052"),
+        code=1,
+    ) + check_told("--address", "192.0.2.1:50051", code=1)
+    assert "is not a folder" in models
+    assert "cannot be read: No such file" in tls
+    assert "cannot be used: No such file" in tokens
+    assert "HOST:PORT" in port
+    assert "--metrics-address 127.0.0.1:50052 and --admin-address [::]:50052 are in each other's way" in host
+    assert "cannot listen on 192.0.2.1:50051" in same
+    (tmp_path / "empty").mkdir()
+    (told,) = check_told("--models", tmp_path / "empty", code=1)
+    assert "has no model" in told
+
+
+def test_a_check_tells_a_certificate_that_has_expired(tmp_path: Path) -> None:
+    ended = datetime.datetime(2020, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    issued = trustme.CA().issue_cert("127.0.0.1", not_before=ended - datetime.timedelta(days=1), not_after=ended)
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
+    issued.private_key_pem.write_to_path(tmp_path / "tls.key")
+    (told,) = check_told("--tls-certificate-file", tmp_path / "tls.crt", "--tls-key-file", tmp_path / "tls.key", code=1)
+    assert f"{tmp_path / 'tls.crt'} has expired, on 2020-02-03 at 04:05 UTC" in told
+
+
+def check_told(*flags: str | Path, code: int) -> list[str]:
+    """Check settings; return the lines that are told."""
+    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code, done.stderr
+    return (done.stderr + done.stdout).splitlines()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_is_told_when_the_server_is_ready_reloads_and_stops(
+    kind: str, workers: str, start_server: Start, monkeypatch: pytest.MonkeyPatch, open_folder: Path
+) -> None:
+    place = f"@{open_folder}/notify" if kind == "abstract" else f"{open_folder}/notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", place)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(START_TIMEOUT_S)
+        systemd.bind(place.replace("@", "\0"))
+        running = start_server("--workers", workers)
+        told = [systemd.recv(4096)]
+        running.process.send_signal(signal.SIGHUP)
+        told += [systemd.recv(4096), systemd.recv(4096)]
+        assert running.stop() == 0
+        told.append(systemd.recv(4096))
+        systemd.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            systemd.recv(4096)
+    assert [state.partition(b"\n")[0] for state in told] == [b"READY=1", b"RELOADING=1", b"READY=1", b"STOPPING=1"]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_a_paragraph_of_help_is_as_wide_as_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for command in ([], ["config"], ["doctor"], ["health"], ["token"], *(["token", one] for one in ("add", "list"))):
+        told = subprocess.run(
+            [Path(sys.executable).with_name("ganserve-server"), *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        lines = [line.strip() for line in told.partition("╭")[0].splitlines()]
+        for line, following in itertools.pairwise(lines):
+            if line and following:  # the next word had no room
+                assert len(line) + 1 + len(following.split()[0]) > int(columns) - 2, line
 
 
 def http_get(address: str, path: str) -> tuple[int, str]:
