@@ -286,7 +286,7 @@ class Lifecycle:
         labels = (model.name, str(model.version), model.digest, model.engine.provider)
         self._metrics.model_info.labels(*labels).set(0)  # in the file that workers share, it cannot be removed
         self._metrics.model_info.remove(*labels)
-        task = asyncio.create_task(batcher.retire())
+        task = asyncio.create_task(_let_go(batcher))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
@@ -298,6 +298,12 @@ class Lifecycle:
         self._reported = known
         if self._board is not None:
             self._board.set_models(len(self._table.names))
+
+
+async def _let_go(batcher: Batcher) -> None:
+    await batcher.retire()
+    del batcher  # and with it, once past calls are forgotten, the model
+    await asyncio.to_thread(give_back_memory)
 
 
 def _stamps(repository: Path) -> dict[tuple[str, int], Stamp]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import mmap
@@ -55,7 +56,11 @@ def memory_limit() -> int | None:
 
 
 def give_back_memory() -> None:
-    """Have the C library return what it keeps free: reading a model takes several times its size for a moment."""
+    """Let go of what past calls still hold, and have the C library return what it keeps free.
+
+    Reading a model takes several times its size for a moment.
+    """
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc's own
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -129,6 +129,7 @@ class Scheduler:
             result = self._compute(work)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 self._loop.call_soon_threadsafe(self._done, work, *result)
+            del work, result  # while it waits for the next, their model may be retired
 
     @staticmethod
     def _compute(work: _Work) -> tuple[NDArray[np.uint8] | Exception | None, list[Part], float, float]:

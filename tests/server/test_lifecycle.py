@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,3 +176,27 @@ def test_sighup_loads_where_nothing_is_watched_and_health_follows(start_server: 
         assert client.generate("digits", seed=1).version == 7
         assert status(server.address, "") == serving
     assert server.stop() == 0
+
+
+def test_the_memory_of_models_that_are_gone_is_given_back(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    for number in range(10):
+        publish(tmp_path, 1, name=f"other-{number}")
+    server = start_server("--models", tmp_path)
+
+    def resident_mib() -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) >> 10
+
+    with Client(server.address) as client:
+        for number in range(10):
+            client.generate(f"other-{number}", count=100, seed=1)
+        before = resident_mib()
+        for number in range(10):
+            shutil.rmtree(tmp_path / f"other-{number}")
+        for _ in range(10):
+            server.wait_for("model unloaded")
+        # Each has its 6 MB of weights in one session or two. A call would have garbage collected.
+        deadline = time.monotonic() + 10
+        while (after := resident_mib()) > before - 50:
+            assert time.monotonic() < deadline, f"{before} MiB before, {after} after"
