@@ -260,7 +260,7 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     elif kind is OverloadedError and not answered:
         text = f"the server at {address} has too much to do ({text})"
     elif kind is AuthenticationError:
-        text = text if answered else f"the server at {address} refused the call ({text})"
+        text = f"the server at {address} refused the call ({text})"
         advice = "the token is {token} or GANSERVE_TOKEN"
     elif kind is ServerError:
         told = f"tell its operator the request id, {request_id}" if answered else "there is no request id"

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ganserve.errors import GanserveError, InvalidRequestError, UnavailableError
+from ganserve.errors import DeadlineExceededError, GanserveError, InvalidRequestError, UnavailableError
 from ganserve.transport import HOST_PORT
 
 
@@ -65,9 +65,17 @@ def awaited(address: str, model: str | None, version: int | None) -> str:
     return f"{what} at each address of {address}"
 
 
+def silent(replicas: Sequence[Replica]) -> bool:
+    """Say whether none of them answered."""
+    return all(isinstance(replica.error, UnavailableError | DeadlineExceededError) for replica in replicas)
+
+
 def not_everywhere(replicas: Sequence[Replica]) -> UnavailableError | None:
     """Return an error that says which replicas do not serve, or None if all do."""
     missing = [str(replica) for replica in replicas if not replica.serving]
     if not missing:
         return None
-    return UnavailableError(f"{len(missing)} of {len(replicas)} do not serve it: {'; '.join(missing)}")
+    return UnavailableError(
+        f"{len(missing)} of {len(replicas)} do not serve it: {'; '.join(missing)}",
+        reason="unreachable" if silent(replicas) else None,
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tests.client.program import TIMEOUT_S, command, environment, ganserve, read_terminal
 from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
@@ -189,6 +190,65 @@ def test_health_waits_for_a_server(start_server: Callable[..., RunningServer]) -
     assert (done.returncode, done.stdout) == (3, "")
 
 
+def test_what_is_waited_for_in_vain_has_the_exit_status_of_what_is_so(
+    server: RunningServer, start_server: Callable[..., RunningServer]
+) -> None:
+    draining = start_server("--drain-delay-s", "60")
+    draining.process.terminate()
+    draining.wait_for("draining")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+    attempts: list[tuple[tuple[str, ...], str, int]] = [
+        (("cdcgan-mnist", "--version", "9"), server.address, 1),
+        (("nothing",), server.address, 1),
+        ((), draining.address, 1),
+        (("--every-address",), draining.address, 1),
+        (("--every-address",), f"{server.address},{nobody}", 1),
+        (("--every-address",), nobody, 3),
+        (("cdcgan-mnist", "--version", "9"), nobody, 3),
+        ((), nobody, 3),
+    ]
+    for arguments, address, status in attempts:
+        done = ganserve("health", *arguments, "--wait", "1", address=address)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1), (arguments, done.stderr)
+        assert "was not ready within 1 s" in done.stderr
+        assert address.split(",")[-1] in done.stderr
+
+
+def test_an_error_names_the_server_and_the_request_as_the_servers_log_does(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text('[[tokens]]\nname = "a"\nsha256 = "' + "0" * 64 + '"\nroles = ["generate"]\n')
+    guarded = start_server("--tokens-file", tokens)
+    for arguments in (("models",), ("health", "cdcgan-mnist", "--version", "1", "--every-address")):
+        done = ganserve(*arguments, "--token", "wrong", address=guarded.address)
+        request_id = guarded.wait_for("call")["request_id"]
+        assert done.returncode == 1
+        assert f"the server at {guarded.address} refused the call" in done.stderr
+        assert done.stderr.endswith(f" (request id {request_id})\n")
+    done = ganserve("models", "nothing", "--token", "wrong", address="127.0.0.1:1")
+    assert "request id" not in done.stderr  # nobody gave one
+
+
+def test_errors_in_json_have_the_request_id(server: RunningServer, tmp_path: Path) -> None:
+    done = ganserve("health", "cdcgan-mnist", "--version", "9", "--json", address=server.address)
+    (replica,) = json.loads(done.stdout)["replicas"]
+    assert re.fullmatch(r"\w{32}", replica["request_id"])
+    picture = tmp_path / "picture.png"
+    ganserve("generate", "mlp-mnist", "-o", picture, address=server.address)
+    content = Image.open(picture)
+    origin = json.loads(content.info["ganserve"])
+    noted = PngInfo()
+    noted.add_text("ganserve", json.dumps({**origin, "version": 9}))
+    content.save(picture, pnginfo=noted)
+    done = ganserve("reproduce", picture, "--json", address=server.address)
+    told = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert "no version 9" in told["error"]
+    assert told["request_id"] in done.stderr
+
+
 def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, tmp_path: Path) -> None:
     locked = tmp_path / "file"
     locked.touch()
@@ -213,7 +273,7 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["modles"], 2, "modles"),
         (["bench", "mlp-mnist", "--rate", "1", "--concurrency", "1"], 2, "--rate"),
         (["interpolate", "mlp-mnist", "1", "2", "-o", "walk.png"], 2, ".gif"),
-        (["models", "--html", "card.html"], 2, "NAME"),
+        (["models", "--html", "card.html"], 2, "MODEL"),
         (["generate", "mlp-mnist", "--out", "/proc/nowhere.png"], 4, "nowhere"),
         (["generate", "mlp-mnist", "--out", "/dev/full", "--format", "png"], 4, "/dev/full: No space left"),
         (["generate", "mlp-mnist", "--out", locked / "x.png"], 4, "file"),
@@ -250,7 +310,7 @@ def test_a_wrong_name_gets_a_suggestion(
 ) -> None:
     done = ganserve(*arguments, address=server.address)
     assert done.returncode == status
-    assert done.stderr.endswith(f"; did you mean {meant}?\n")
+    assert re.search(rf"; did you mean {re.escape(meant)}\?( \(request id \w+\))?\n$", done.stderr)
 
 
 def test_what_grpc_logs_stays_out_and_advice_names_flags(server: RunningServer) -> None:

@@ -13,7 +13,12 @@ from ganserve.cli.waiting import told
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
 
-app = typer.Typer(help=__doc__, epilog=_EPILOG, add_completion=False, context_settings={"max_content_width": 120})
+app = typer.Typer(
+    help=__doc__,
+    epilog=_EPILOG,
+    add_completion=False,
+    context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]},
+)
 for _command in (
     generating.generate,
     generating.interpolate,

@@ -29,7 +29,9 @@ _WIDEST_PICTURE = 32  # characters: three pictures abreast in most terminals
 def models(
     name: Annotated[
         str | None,
-        typer.Argument(help="Show this model's card, and its golden images.", show_default="all, a line each"),
+        typer.Argument(
+            metavar="MODEL", help="Show this model's card, and its golden images.", show_default="all, a line each"
+        ),
     ] = None,
     version: Annotated[int | None, typer.Option(min=1, help="Of the model.", show_default="the newest")] = None,
     html_file: Annotated[
@@ -45,7 +47,7 @@ def models(
     """
     if name is None:
         if version is not None or html_file is not None:
-            raise typer.BadParameter("--version and --html are of one model: give its NAME")
+            raise typer.BadParameter("--version and --html are of one model: give MODEL, too")
         with connection.client() as client:
             listed = client.models()
         if as_json:

@@ -13,7 +13,7 @@ from ganserve.cli.output import STDOUT, check_stdout_takes_bytes, encoded, print
 from ganserve.conversion import Label
 from ganserve.images import ImageBatch
 
-ModelName = Annotated[str, typer.Argument(help="The model's name, as `ganserve models` lists it.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ganserve models` lists it.")]
 Version = Annotated[int | None, typer.Option(min=1, help="Of the model.", show_default="the newest")]
 Truncation = Annotated[float, typer.Option(help="0 to 2; below 1: more typical, less varied images.")]
 Labels = Annotated[
@@ -96,7 +96,7 @@ def interpolate(
             "--out",
             "-o",
             help="The animation to write, .gif or .webp; '-' is standard output.",
-            show_default="MODEL-SEED_A-SEED_B.gif",
+            show_default="MODEL-A-B.gif",
         ),
     ] = "",
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Images, both ends included.")] = 16,

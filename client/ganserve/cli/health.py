@@ -8,12 +8,14 @@ from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.outcome import ExitStatus
 from ganserve.cli.output import print_json
 from ganserve.client import Client
-from ganserve.errors import DeadlineExceededError, UnavailableError
+from ganserve.replicas import silent
 
 
 @with_connection
 def health(
-    model: Annotated[str | None, typer.Argument(help="Ask for this model.", show_default="the server")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Ask for this model.", show_default="the server")
+    ] = None,
     version: Annotated[
         int | None,
         typer.Option(min=1, help="Ask every address for this version of the model.", show_default="any"),
@@ -35,7 +37,7 @@ def health(
     Example: ganserve health cdcgan-mnist --version 2 --every-address --wait 60
     """
     if version is not None and model is None:
-        raise typer.BadParameter("--version is of one model: give its NAME")
+        raise typer.BadParameter("--version is of one model: give MODEL, too")
     if every_address or version is not None:
         with connection.client() as client:
             _every_address(client, model, version, wait_s, as_json=as_json)
@@ -63,6 +65,7 @@ def _every_address(
                 "address": replica.address,
                 "serving": replica.serving,
                 "error": None if replica.error is None else replica.error.text,
+                "request_id": None if replica.error is None else replica.error.request_id,
             }
             for replica in found
         ]
@@ -71,5 +74,4 @@ def _every_address(
     else:
         print("\n".join(map(str, found)))
     if not serving:
-        silent = all(isinstance(replica.error, UnavailableError | DeadlineExceededError) for replica in found)
-        raise typer.Exit(ExitStatus.NO_ANSWER if silent else ExitStatus.NO)
+        raise typer.Exit(ExitStatus.NO_ANSWER if silent(found) else ExitStatus.NO)

@@ -64,28 +64,37 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
     if isinstance(error, EndedError) and error.__cause__ is not None:
         return outcome(error.__cause__)
     if isinstance(error, CommandLineError):
-        return ExitStatus.COMMAND_LINE, _one_line(error.format_message())  # type: ignore[attr-defined]
+        return ExitStatus.COMMAND_LINE, one_line(error.format_message())  # type: ignore[attr-defined]
     if isinstance(error, UnavailableError | DeadlineExceededError):
-        return ExitStatus.NO_ANSWER, _one_line(error)
+        return ExitStatus.NO if _answered(error) else ExitStatus.NO_ANSWER, one_line(error)
     if isinstance(error, GanserveError):
         # Whether the SDK refused or the server did; one that is not ready for what would be right is another matter.
         wrong = isinstance(error, InvalidRequestError) and error.code is not grpc.StatusCode.FAILED_PRECONDITION
-        return ExitStatus.COMMAND_LINE if wrong else ExitStatus.NO, _one_line(error)
+        return ExitStatus.COMMAND_LINE if wrong else ExitStatus.NO, one_line(error)
     if isinstance(error, BrokenPipeError):
         return ExitStatus.PIPE_CLOSED, ""
     if isinstance(error, OSError):
         told = error.filename is not None and error.strerror is not None
-        return ExitStatus.FILE, _one_line(f"{error.filename}: {error.strerror}" if told else error.strerror or error)
+        return ExitStatus.FILE, one_line(f"{error.filename}: {error.strerror}" if told else error.strerror or error)
     if isinstance(error, ValueError):
-        return ExitStatus.COMMAND_LINE, _one_line(error)
+        return ExitStatus.COMMAND_LINE, one_line(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return ExitStatus.INTERRUPTED, _one_line("interrupted", error)
+        return ExitStatus.INTERRUPTED, one_line("interrupted", error)
     raise error
 
 
-def _one_line(text: object, error: BaseException | None = None) -> str:
-    """Return a text, or an error's, and what was noted on the error, in a line."""
+def _answered(error: GanserveError) -> bool:
+    """Say whether a server answered while it was waited for: it is there, and what was asked about is not so."""
+    last = error.__cause__
+    unreachable = isinstance(last, GanserveError) and last.reason == "unreachable"
+    return error.reason == "not_ready" and not unreachable and not isinstance(last, DeadlineExceededError)
+
+
+def one_line(text: object, error: BaseException | None = None) -> str:
+    """Return a text, or an error's, with what was noted on the error and the id of its request, in a line."""
     error = text if isinstance(text, BaseException) else error
     told = text.told(FLAGS) if isinstance(text, GanserveError) else str(text)
     notes: list[str] = getattr(error, "__notes__", [])
-    return " ".join("; ".join([told, *notes]).split())
+    line = " ".join("; ".join([told, *notes]).split())
+    request_id: str | None = getattr(error, "request_id", None)
+    return line if request_id is None or request_id in line else f"{line} (request id {request_id})"

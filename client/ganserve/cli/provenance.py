@@ -124,7 +124,7 @@ def reproduce(
                 return _compare_archive(client, Archive(file), found, count)
             return _compare(client, found, file.read())
         except InvalidRequestError as error:
-            raise NoProvenanceError(f"the server can't make it: {error.text}") from error
+            raise NoProvenanceError(f"the server can't make it: {error.text}", request_id=error.request_id) from error
 
     def tell(file: Path, compared: _Comparison) -> bool:
         agreement, digest = compared.agreement, compared.found.provenance.digest
@@ -176,7 +176,7 @@ def _each(
             text = text if text.startswith(str(file)) else f"{file}: {text}"
             print(f"ganserve: {text}", file=sys.stderr)
             if as_json:
-                print_json({"picture": str(file), "error": text})
+                print_json({"picture": str(file), "error": text, "request_id": getattr(error, "request_id", None)})
         else:
             status = ExitStatus.OK if tell(file, found) else ExitStatus.NO
         worst = max(worst, status)
