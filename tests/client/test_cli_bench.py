@@ -76,13 +76,36 @@ def test_an_open_loop_counts_from_when_a_call_was_meant_to_be_sent(
     assert any("this program was itself" in warning for warning in figures["warnings"])
 
 
-def test_refused_calls_are_counted_and_not_made_again(start_server: Callable[..., RunningServer]) -> None:
+def test_refused_calls_are_counted_by_reason_and_not_made_again(start_server: Callable[..., RunningServer]) -> None:
     server = start_server("--max-queue-images", "64")
     arguments = ("bench", "mlp-mnist", "--concurrency", "16", "--count", "60", "--duration", "0.5")
     figures = json.loads(ganserve(*arguments, "--json", address=server.address).stdout)
-    assert figures["errors"]["OverloadedError"] > 0
-    assert set(figures["errors"]) == {"OverloadedError"}
+    assert figures["errors"]["queue_full"] > 0
+    assert set(figures["errors"]) == set(figures["first_errors"]) == {"queue_full"}
+    assert "no room for 60 more" in figures["first_errors"]["queue_full"]
+    shown = ganserve(*arguments, address=server.address).stdout
+    assert re.search(r"^ +[\d,]+ queue_full: the queue of model mlp-mnist .*\(request id \w+\)$", shown, re.MULTILINE)
     assert "the latencies are those of the calls that succeeded" in figures["warnings"]
+
+
+@pytest.mark.parametrize("loop", [("--concurrency", "4"), ("--rate", "100")])
+def test_ctrl_c_ends_a_bench_at_once_with_the_figures_so_far(
+    start_server: Callable[..., RunningServer], loop: tuple[str, str]
+) -> None:
+    server = start_server()
+    arguments = command("bench", "mlp-mnist", *loop, "--duration", "60", address=server.address)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while images_made(server) < 20:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        try:
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (130, "ganserve: interrupted\n")
+    counted = re.findall(r"^ +[\d.]+ ms +(\d+) ?.*$", out, re.MULTILINE)
+    assert sum(map(int, counted)) >= 10
+    assert " calls failed" not in out
 
 
 @contextmanager

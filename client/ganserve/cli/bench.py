@@ -7,6 +7,7 @@ omitted, in step with the server: "coordinated omission", G. Tene, 2013).
 """
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.generating import Labels, ModelName, Version, labels_in_turn
-from ganserve.cli.outcome import ExitStatus
+from ganserve.cli.outcome import ExitStatus, one_line
 from ganserve.cli.output import print_json
 from ganserve.client import AsyncClient
 from ganserve.conversion import Label
@@ -56,7 +57,8 @@ class _Record:
     lags_s: list[float] = field(default_factory=list)
     queue_s: float = 0.0
     compute_s: float = 0.0
-    errors: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)  # by reason
+    first_errors: dict[str, str] = field(default_factory=dict)  # what the first of each reason said
     wall_s: float = 0.0
     process_cpu_s: float = 0.0
     busy_s: float = 0.0  # when the one thread that answers all calls had something to do
@@ -93,30 +95,35 @@ def bench(
         # Not measured; it also finds out what the server refuses.
         client.generate(model, count=count, seed=0, label=labels, version=described.version)
     load = _Load(model, described.version, count, labels, duration_s)
-    record = asyncio.run(_measure(connection, load, concurrency, rate))
-    figures = _figures(record, load, concurrency, rate)
-    if as_json:
-        print_json(figures)
-    else:
-        print(_report(figures, np.array(record.latencies_s)))
+    record = _Record()
+    try:
+        asyncio.run(_measure(connection, load, concurrency, rate, record))
+    finally:
+        # Whoever stops it by Ctrl-C has seen enough, and wants to read it.
+        if record.wall_s:
+            figures = _figures(record, load, concurrency, rate)
+            if as_json:
+                print_json(figures)
+            else:
+                print(_report(figures, np.array(record.latencies_s)))
     if not record.latencies_s:
         raise typer.Exit(ExitStatus.NO)
 
 
-async def _measure(connection: Connection, load: _Load, concurrency: int, rate: float | None) -> _Record:
-    record = _Record()
+async def _measure(connection: Connection, load: _Load, concurrency: int, rate: float | None, record: _Record) -> None:
     # Without retries: a call that was refused is one that failed.
     async with connection.async_client(retries=False) as client:
         await client.models()  # connects
         begin, busy_s, process_cpu_s = time.perf_counter(), _thread_busy_s(), time.process_time()
-        if rate is None:
-            await _closed_loop(client, load, concurrency, record)
-        else:
-            await _open_loop(client, load, rate, record)
-        record.wall_s = time.perf_counter() - begin
-        record.busy_s = _thread_busy_s() - busy_s
-        record.process_cpu_s = time.process_time() - process_cpu_s
-    return record
+        try:
+            if rate is None:
+                await _closed_loop(client, load, concurrency, record)
+            else:
+                await _open_loop(client, load, rate, record)
+        finally:
+            record.wall_s = time.perf_counter() - begin
+            record.busy_s = _thread_busy_s() - busy_s
+            record.process_cpu_s = time.process_time() - process_cpu_s
 
 
 def _thread_busy_s() -> float:
@@ -130,7 +137,7 @@ def _thread_busy_s() -> float:
 
 async def _closed_loop(client: AsyncClient, load: _Load, concurrency: int, record: _Record) -> None:
     loop = asyncio.get_running_loop()
-    until = time.perf_counter() + load.duration_s
+    until, stopped = time.perf_counter() + load.duration_s, threading.Event()
     numbers = iter(range(_SEED_LIMIT))
 
     async def caller() -> None:
@@ -141,32 +148,42 @@ async def _closed_loop(client: AsyncClient, load: _Load, concurrency: int, recor
         # What a call's answer waits for this program's attention, a thread can tell that has none.
         while (now := time.perf_counter()) < until:
             loop.call_soon_threadsafe(lambda: record.lags_s.append(time.perf_counter() - now))
-            time.sleep(_PROBE_EVERY_S)
+            if stopped.wait(_PROBE_EVERY_S):
+                return
 
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(asyncio.to_thread(probe))
         for _ in range(concurrency):
             tasks.create_task(caller())
+        try:
+            await asyncio.to_thread(probe)
+        finally:
+            stopped.set()  # else the program would go on with its thread
 
 
 async def _open_loop(client: AsyncClient, load: _Load, rate: float, record: _Record) -> None:
     loop = asyncio.get_running_loop()
-    begin = time.perf_counter()
+    begin, stopped = time.perf_counter(), threading.Event()
 
     async with asyncio.TaskGroup() as calls:
 
         def send(number: int, intended: float) -> None:
+            if stopped.is_set():
+                return
             record.lags_s.append(time.perf_counter() - intended)
             calls.create_task(_call(client, load, number, intended, record))
 
         def keep_time() -> None:
-            # A thread's sleep is right to some 0.1 ms; the event loop's waits are rounded up to whole milliseconds.
+            # A thread's wait is right to some 0.1 ms; the event loop's are rounded up to whole milliseconds.
             for number in range(max(1, round(rate * load.duration_s))):
                 intended = begin + number / rate
-                time.sleep(max(0.0, intended - time.perf_counter()))
+                if stopped.wait(max(0.0, intended - time.perf_counter())):
+                    return
                 loop.call_soon_threadsafe(send, number, intended)
 
-        await asyncio.to_thread(keep_time)
+        try:
+            await asyncio.to_thread(keep_time)
+        finally:
+            stopped.set()
 
 
 async def _call(client: AsyncClient, load: _Load, number: int, intended: float, record: _Record) -> None:
@@ -179,7 +196,8 @@ async def _call(client: AsyncClient, load: _Load, number: int, intended: float, 
             version=load.version,
         )
     except GanserveError as error:
-        record.errors[type(error).__name__] += 1
+        record.errors[error.reason] += 1
+        record.first_errors.setdefault(error.reason, one_line(error))
         return
     record.latencies_s.append(time.perf_counter() - intended)
     record.queue_s += batch.queue_s
@@ -196,7 +214,8 @@ def _figures(record: _Record, load: _Load, concurrency: int, rate: float | None)
         "images_per_call": load.count,
         "seconds": record.wall_s,
         "calls": done,
-        "errors": dict(record.errors),
+        "errors": dict(record.errors.most_common()),
+        "first_errors": record.first_errors,
         "calls_per_second": done / record.wall_s,
         "images_per_second": done * load.count / record.wall_s,
         "latency_ms": _in_ms(record.latencies_s),
@@ -259,8 +278,10 @@ def _report(figures: dict[str, Any], latencies_s: NDArray[np.float64]) -> str:
         f"this program used {figures['client_cpu_cores']:.2f} cores",
     ]
     if figures["errors"]:
-        failed = ", ".join(f"{number} {name}" for name, number in sorted(figures["errors"].items()))
-        lines.append(f"{sum(figures['errors'].values())} calls failed: {failed}")
+        lines.append(f"{sum(figures['errors'].values()):,} calls failed; by reason, with what the first one said:")
+        lines += [
+            f"{number:>9,} {reason}: {figures['first_errors'][reason]}" for reason, number in figures["errors"].items()
+        ]
     if figures["latency_ms"]:
         lines += ["", _row("", figures["latency_ms"]), _row("latency, ms", figures["latency_ms"], values=True)]
         lines.append(_row("client lag, ms", figures["client_lag_ms"], values=True))
