@@ -81,7 +81,7 @@ def write(image: Image.Image, path: Path, provenance: Provenance | None) -> None
 
 def lay_out(images: Sequence[Image.Image], columns: int, row_names: Sequence[str], scale: int) -> Image.Image:
     """Put images of one size and mode into one, row by row, on black; see ImageBatch.sheet."""
-    width, height = images[0].width * scale, images[0].height * scale
+    width, height, columns = images[0].width * scale, images[0].height * scale, min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(max(10, min(height // 2, 24)))
     margin = math.ceil(max((font.getlength(name) for name in row_names), default=-8)) + 8

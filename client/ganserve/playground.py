@@ -9,6 +9,7 @@ import base64
 import html
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -97,11 +98,12 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
     Raises:
         OSError: the host and port cannot be had.
     """
+    shown = f"[{host}]" if ":" in host else host
     page = build(client)
     page.queue(default_concurrency_limit=16)
     try:
         page.launch(
-            server_name=host,
+            server_name=shown,
             server_port=port,
             inbrowser=open_browser,
             share=False,
@@ -114,9 +116,16 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
         )
     except OSError as error:
         raise OSError(
-            f"no page at {host}:{port}: the port is taken, or the host is not this machine; --port takes another"
+            f"no page at {shown}:{port}: the port is taken, or the host is not this machine; --port takes another"
         ) from error
-    print(f"the models of {client.address}, to try: http://{host}:{port}", flush=True)
+    everywhere = host in ("0.0.0.0", "::")
+    url = f"http://{'127.0.0.1' if everywhere else shown}:{port}"
+    others = ", and on this machine's other addresses" if everywhere else ""
+    print(f"the models of {client.address}, to try: {url}{others}; Ctrl-C ends it", flush=True)
+    try:
+        client.models(timeout_s=_LOOK_EVERY_S)
+    except GanserveError as error:
+        print(f"ganserve: {error.told(FLAGS)}; the page asks again and again", file=sys.stderr, flush=True)
     try:
         threading.Event().wait()  # for Ctrl-C
     finally:

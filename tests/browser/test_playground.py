@@ -45,7 +45,7 @@ WAIT_MS = 30_000
 
 
 @contextmanager
-def run_playground(address: str) -> Iterator[str]:
+def run_playground(address: str, *, server_is_there: bool = True) -> Iterator[str]:
     """Run the program; yield the page's URL. It may ask nobody but this machine."""
     port = free_port()
     command = [sys.executable, "-c", WATCHED, "playground", "--address", address, "--port", str(port), "--no-browser"]
@@ -55,9 +55,12 @@ def run_playground(address: str) -> Iterator[str]:
     ) as process:
         try:
             assert process.stdout is not None
+            assert process.stderr is not None
             url = f"http://127.0.0.1:{port}"
             printed = process.stdout.readline()
-            assert url in printed, printed or process.communicate()[1]
+            assert f"{url}; Ctrl-C ends it\n" in printed, printed or process.communicate()[1]
+            if not server_is_there:
+                assert f"no answer from {address}" in process.stderr.readline()
             yield url
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) == 130  # as the help says
@@ -230,7 +233,7 @@ def test_a_server_that_does_not_answer_is_told_and_found_again(
     browser: Browser, start_server: Callable[..., RunningServer]
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
-    with run_playground(address) as url, opened(browser, url) as page:
+    with run_playground(address, server_is_there=False) as url, opened(browser, url) as page:
         alert = page.get_by_role("alert")
         expect(alert).to_contain_text(f"no answer from {address}")
         for _ in range(2):

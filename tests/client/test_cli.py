@@ -136,6 +136,23 @@ def test_models_shows_a_card_and_draws_its_golden_images(server: RunningServer, 
     assert card == json.loads(json.dumps(model.card))
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_gets_fewer_columns_of_the_table_but_whole_figures(
+    server: RunningServer, client: Client, width: int
+) -> None:
+    controller, terminal = os.openpty()
+    environ = environment(TERM="xterm", COLUMNS=str(width))
+    with subprocess.Popen(command("models", address=server.address), stdout=terminal, env=environ) as process:
+        os.close(terminal)
+        lines = re.sub(r"\x1b\[[\d;]*m", "", read_terminal(controller).decode()).splitlines()
+        assert process.wait(TIMEOUT_S) == 0
+    assert max(map(len, lines)) <= width
+    assert ("classes" in lines[0]) == (width == 120)
+    for model in client.models():
+        fid = next(metric.value for metric in model.metrics if metric.name == "fid")
+        assert any(line.startswith(f"{model.name} ") and f" {fid:.4g} " in line for line in lines)
+
+
 def test_a_card_in_a_terminal_has_colours(server: RunningServer) -> None:
     controller, terminal = os.openpty()
     environ = environment(TERM="xterm-256color", COLORTERM="truecolor", COLUMNS="100")
@@ -274,6 +291,8 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["bench", "mlp-mnist", "--rate", "1", "--concurrency", "1"], 2, "--rate"),
         (["interpolate", "mlp-mnist", "1", "2", "-o", "walk.png"], 2, ".gif"),
         (["models", "--html", "card.html"], 2, "MODEL"),
+        (["generate", "mlp-mnist", "--count", "1000", "--scale", "64"], 2, "would be 61312x61312 pixels"),
+        (["generate", "mlp-mnist", "--count", "600", "--columns", "1", "-o", "x.webp", "--scale", "1"], 2, "WEBP"),
         (["generate", "mlp-mnist", "--out", "/proc/nowhere.png"], 4, "nowhere"),
         (["generate", "mlp-mnist", "--out", "/dev/full", "--format", "png"], 4, "/dev/full: No space left"),
         (["generate", "mlp-mnist", "--out", locked / "x.png"], 4, "file"),
@@ -353,13 +372,13 @@ def test_a_terminal_shows_what_is_waited_for_and_takes_it_away() -> None:
         controller, terminal = os.openpty()
         arguments = command("models", address=address)
         with subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm")
+            arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm", COLUMNS="45")
         ) as process:
             os.close(terminal)
             shown = read_terminal(controller)
             process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0
-    assert b"the queue is full; trying again for up to " in shown
+    assert "the queue is full; trying again for up to …".encode() in shown  # in one line
     assert shown.endswith(b"\x1b[2K")  # the last line is erased
 
 
@@ -428,6 +447,7 @@ def test_where_the_server_is_can_come_from_the_environment(server: RunningServer
 def test_help_has_an_example_and_the_exit_statuses() -> None:
     assert ganserve("--version").stdout == f"ganserve {sdk.__version__}\n"
     names = ("generate", "interpolate", "stream", "inspect", "reproduce", "models", "health", "bench")
+    assert ganserve("bench", "-h").stdout == ganserve("bench", "--help").stdout
     for name in names:
         shown = ganserve(name, "--help", env=environment(COLUMNS="200")).stdout
         assert f"Example: ganserve {name}" in shown

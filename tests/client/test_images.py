@@ -69,6 +69,7 @@ def test_a_sheet_lays_images_out_row_by_row() -> None:
 
 
 def test_a_sheet_names_its_rows_beside_the_images() -> None:
+    assert batch(4).sheet(columns=9).size == batch(4).sheet(columns=4).size
     plain, named = batch(4).sheet(2, scale=8), batch(4).sheet(2, row_names=["one", "two"], scale=8)
     assert named.height == plain.height
     margin = named.width - plain.width

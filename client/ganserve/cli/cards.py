@@ -16,12 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ganserve.cli.connection import Connection, with_connection
-from ganserve.cli.output import print_json, show, write_file
+from ganserve.cli.output import console_on_stdout, print_json, show, write_file
 from ganserve.cli.terminal_pictures import TerminalPicture
 from ganserve.models import Model
 
 # The figures that the table has a column for.
 _TABLE_METRICS = {"label_accuracy": "accuracy", "fid": "FID", "precision": "precision", "recall": "recall"}
+# In this order they are left out where a terminal is too narrow for all: cut figures would be wrong ones.
+_LEFT_OUT_FIRST = ("classes", "data set", "images", "recall", "precision")
+_NARROWEST_CLASSES = 24  # characters; they are folded
+_GAP = 2
 _WIDEST_PICTURE = 32  # characters: three pictures abreast in most terminals
 
 
@@ -53,7 +57,7 @@ def models(
         if as_json:
             print_json([_described(model) for model in listed])
         else:
-            show(_table(listed))
+            show(_table(listed, console_on_stdout().width))
         return
     with connection.client() as client:
         model = client.model(name, version)
@@ -73,22 +77,31 @@ def _described(model: Model) -> dict[str, Any]:
     return described
 
 
-def _table(listed: list[Model]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("model", "versions", "images", "data set", *_TABLE_METRICS.values(), "classes"):
-        table.add_column(column, no_wrap=column != "classes", overflow="fold")
+def _table(listed: list[Model], width: int) -> Table:
+    rows = []
     for model in listed:
         figures = {metric.name: f"{metric.value:.4g}" for metric in model.metrics}
+        cells = {
+            "model": model.name,
+            "versions": ", ".join(map(str, model.versions)),
+            "images": _size(model),
+            "data set": model.dataset,
+            **{title: figures.get(metric, "") for metric, title in _TABLE_METRICS.items()},
+            "classes": ", ".join(model.class_names),
+        }
         # Names come from model files: as Text, brackets in them are no markup.
-        cells: list[str] = [
-            model.name,
-            ", ".join(map(str, model.versions)),
-            _size(model),
-            model.dataset,
-            *(figures.get(metric, "") for metric in _TABLE_METRICS),
-            ", ".join(model.class_names),
-        ]
-        table.add_row(*map(_plain, cells))
+        rows.append({title: _plain(text) for title, text in cells.items()})
+    titles = ["model", "versions", "images", "data set", *_TABLE_METRICS.values(), "classes"]
+    widths = {title: max(len(title), *(row[title].cell_len for row in rows), 0) + _GAP for title in titles}
+    widths["classes"] = min(widths["classes"], _NARROWEST_CLASSES)
+    for title in _LEFT_OUT_FIRST:
+        if sum(widths.values()) - _GAP > width:
+            del widths[title]
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for title in widths:
+        table.add_column(title, no_wrap=title != "classes", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[title] for title in widths))
     return table
 
 

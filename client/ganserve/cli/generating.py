@@ -22,6 +22,9 @@ Labels = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")]
 
+_MOST_PIXELS = 178_956_970  # of a picture: programs that read by Pillow, as `ganserve inspect` does, refuse more
+_LONGEST_SIDE = {"WEBP": 16_383, "JPEG": 65_500, "GIF": 65_535}  # pixels that the format can say
+
 
 @with_connection
 def generate(
@@ -36,7 +39,7 @@ def generate(
             show_default="MODEL.png",
         ),
     ] = "",
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="How many images; `ganserve stream` makes more.")] = 16,
     seed: Annotated[int | None, typer.Option(help="Of the first image.", show_default="drawn by the server")] = None,
     label: Labels = None,
     truncation: Truncation = 1.0,
@@ -69,6 +72,7 @@ def generate(
     if "{" in out:
         files = [str(path) for path in batch.save(out)]
     else:
+        check_size(batch.sheet(columns).size, scale, pillow_format)
         content = encoded(batch.sheet(columns, scale=scale), pillow_format)
         write_picture(out, content)
         files = [out]
@@ -156,6 +160,23 @@ def format_of(out: str, named: str | None) -> str:
         return pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def check_size(size: tuple[int, int], scale: int, pillow_format: str) -> None:
+    """Refuse a picture of this size, so many times enlarged, that could not be written or read again.
+
+    Raises:
+        CommandLineError: it is too large.
+    """
+    width, height = size[0] * scale, size[1] * scale
+    limit = _LONGEST_SIDE.get(pillow_format)
+    too_long = limit is not None and max(width, height) > limit
+    if too_long or width * height > _MOST_PIXELS:
+        most = f"a {pillow_format} has {limit} a side" if too_long else f"{_MOST_PIXELS} in all"
+        raise typer.BadParameter(
+            f"the picture would be {width}x{height} pixels, and {most} at most; "
+            "give a smaller --scale or --count, or --out '{index}.png' for a file each"
+        )
 
 
 def check_out(out: str, as_json: bool) -> None:

@@ -78,6 +78,8 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
         return ExitStatus.FILE, one_line(f"{error.filename}: {error.strerror}" if told else error.strerror or error)
     if isinstance(error, ValueError):
         return ExitStatus.COMMAND_LINE, one_line(error)
+    if isinstance(error, MemoryError):
+        return ExitStatus.COMMAND_LINE, "this takes more memory than there is; ask for less at a time"
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return ExitStatus.INTERRUPTED, one_line("interrupted", error)
     raise error

@@ -21,9 +21,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value))
 
 
+def console_on_stdout(piped_width: int = 1000) -> Console:
+    """Return how standard output is written to: in colour on a terminal, else plain and of that width."""
+    return Console(width=None if sys.stdout and sys.stdout.isatty() else piped_width, highlight=False)
+
+
 def show(renderable: RenderableType, *, piped_width: int = 1000) -> None:
-    """Write a table or the like to standard output: in colour on a terminal, else plain and of that width."""
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else piped_width, highlight=False)
+    """Write a table or the like to standard output."""
+    console = console_on_stdout(piped_width)
     # Not by the console itself: where a pipe is closed it would end the program in a way of its own.
     with console.capture() as capture:
         console.print(renderable)

@@ -45,11 +45,13 @@ class _Teller(logging.Handler):
             self._status = None
 
     def _show(self, text: str) -> None:
-        shown = Text(text, no_wrap=True, overflow="ellipsis")
+        console = Console(stderr=True)
+        shown = Text(text)
+        shown.truncate(console.width - 2, overflow="ellipsis")  # beside the spinner, on one line
         if not text:
             self.clear()
         elif self._status is None:
-            self._status = Status(shown, console=Console(stderr=True))
+            self._status = Status(shown, console=console)
             self._status.start()
         else:
             self._status.update(shown)
