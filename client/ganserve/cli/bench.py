@@ -278,7 +278,8 @@ def _report(figures: dict[str, Any], latencies_s: NDArray[np.float64]) -> str:
         f"this program used {figures['client_cpu_cores']:.2f} cores",
     ]
     if figures["errors"]:
-        lines.append(f"{sum(figures['errors'].values()):,} calls failed; by reason, with what the first one said:")
+        failed = sum(figures["errors"].values())
+        lines.append(f"{failed:,} call{'s' * (failed > 1)} failed; by reason, with what the first one said:")
         lines += [
             f"{number:>9,} {reason}: {figures['first_errors'][reason]}" for reason, number in figures["errors"].items()
         ]
