@@ -56,6 +56,8 @@ _BUDGET = 1000.0  # retries: the calls on a lost connection all fail at once, 50
 _BUDGET_A_SECOND = 10.0
 _BUDGET_A_CALL = 0.2
 
+_LEAST_PROBE_S = 0.05  # one with less would only say that it had no time, and not what is wrong
+
 _log = logging.getLogger("ganserve")
 
 
@@ -334,7 +336,7 @@ class Readiness:
         delay_s = full_jitter_s(self._tries)
         now = time.monotonic()
         why = "it is there, but is not serving" if error is None else error.text
-        if now + delay_s < self._deadline:
+        if now + delay_s + _LEAST_PROBE_S < self._deadline:
             left_s = self._deadline - now
             tell_waiting(
                 f"{self._what} is not ready: {why}; asking again for up to {left_s:.0f} s",

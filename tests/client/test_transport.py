@@ -24,10 +24,12 @@ from ganserve import (
     AsyncClient,
     AuthenticationError,
     Client,
+    DeadlineExceededError,
     InvalidRequestError,
     UnavailableError,
     transport,
 )
+from ganserve.transport import Readiness
 from ganserve.v1 import generation_pb2 as pb
 
 
@@ -451,3 +453,10 @@ def test_a_client_survives_a_fork_or_says_that_it_does_not(server: RunningServer
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     wanted = [child, "0", "(6,)"] + ["(7,)"] * (case == "connected")
     assert done.stdout.splitlines() == wanted, done.stderr
+
+
+def test_a_wait_ends_with_what_was_wrong_rather_than_a_probe_without_time() -> None:
+    wrong = UnavailableError("no server answers")
+    Readiness(10, "x").delay_s(wrong)
+    with pytest.raises(DeadlineExceededError, match="no server answers"):
+        Readiness(0.04, "x").delay_s(wrong)
