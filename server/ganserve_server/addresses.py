@@ -17,7 +17,8 @@ def bind(address: str, flag: str) -> list[socket.socket]:
     _, port = split(address, flag)
     sockets: list[socket.socket] = []
     try:
-        for family, place in places(address, flag):
+        found = places(address, flag)
+        for family, place in found:
             # A port of the system's choice is one port.
             if port == 0 and sockets:
                 break
@@ -26,8 +27,8 @@ def bind(address: str, flag: str) -> list[socket.socket]:
             sockets.append(bound)
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
-                # "::" is every address of both kinds, as servers in containers expect.
-                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, place[0] != "::")
+                # "::" is every address of both kinds, as servers in containers expect; of "*", it is one of two.
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, place[0] != "::" or len(found) > 1)
             bound.bind(place)
     except OSError as error:
         raise refused(address, flag, error) from error

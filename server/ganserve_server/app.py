@@ -273,9 +273,10 @@ def _count_workers(settings: ServerSettings) -> int:
         return int(settings.workers)
     if settings.provider != "cpu" and nvidia_driver():
         return 1  # each would keep every model on the GPU
-    # On two cores one process makes as many images as two, and a lone caller's sooner: it uses both cores. With more
-    # cores its one thread that reads and writes calls becomes the limit; a quarter of the cores is a guess.
-    return max(1, (settings.threads or cores().usable) // 4)
+    # On two cores one process makes more images of a large model than two, and fewer of a small one by single calls, in
+    # half the memory. With more cores its one thread that reads and writes becomes the limit; a quarter is a guess.
+    usable = cores().usable
+    return max(1, min(settings.threads or usable, usable) // 4)
 
 
 async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, security: Security) -> None:

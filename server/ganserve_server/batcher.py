@@ -79,7 +79,8 @@ class Job:
         counted: bool,
         done: Callable[[Made | ServingError], None],
     ) -> None:
-        self._batcher, self.lane, self._done = batcher, lane, done
+        self._batcher, self.lane = batcher, lane
+        self._done: Callable[[Made | ServingError], None] | None = done  # until it is over
         self.draw, self.count, self.caller, self.deadline, self.counted = draw, draw.count, caller, deadline, counted
         self.accepted = time.monotonic()
         self.taken = self.arrived = 0
@@ -121,14 +122,16 @@ class Job:
             self._answer(Made(self.pixels, self.queue_s, self.compute_s))
 
     def _answer(self, outcome: Made | ServingError) -> None:
+        done = self._done
+        assert done is not None
         self._end()
         try:
-            self._done(outcome)
+            done(outcome)
         except Exception:
             # Of one caller: the others of the batch must have their answers.
             _log.exception("an answer could not be written")
             try:
-                self._done(EngineFailed("internal error"))
+                done(EngineFailed("internal error"))
             except Exception:
                 _log.exception("an error could not be told")
 
@@ -136,7 +139,8 @@ class Job:
         self.over = True
         if self.taken < self.count:
             self._batcher.drop(self)
-        self.pixels = None
+        # Whoever waited may keep the job: each would keep the other, and the answer, until garbage is collected.
+        self.pixels = self._done = None
         self._batcher.release()
 
 

@@ -149,6 +149,10 @@ class Caller(Protocol):
 
     name: str
 
+    @property
+    def burst(self) -> float:
+        """How many images may be asked for at once, where the rate is to be kept; without one, any number."""
+
     def take(self, images: int) -> None:
         """Count images that are asked for.
 

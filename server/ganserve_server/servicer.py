@@ -24,6 +24,7 @@ _RESPONSE_TAG = bytes((pb.GenerateEachResponse.RESPONSE_FIELD_NUMBER << 3 | _LEN
 # Of one stream of requests: more wait unread, so that neither they nor their answers fill the memory.
 _EACH_RUNNING = 256
 _EACH_PENDING_BYTES = 1 << 20
+_LITTLE_UNREAD = 16 << 20  # bytes of answers: beyond it streams are not read as fast as they are made
 
 
 class GenerationServicer(pb_grpc.GenerationServiceServicer):
@@ -95,7 +96,11 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             if stop == request.count:
                 return None
             # The first images come as soon as their batch is done.
-            size = batcher.chunk_size() if stop and request.encoding == pb.ENCODING_RAW else batcher.max_batch_size
+            size = batcher.max_batch_size
+            if stop and request.encoding == pb.ENCODING_RAW and call.server.backlog.bytes < _LITTLE_UNREAD:
+                # Not more at a time than its caller's rate lets pass at once: the debt would keep him waiting.
+                most = batcher.chunk_size() if call.caller is None else min(batcher.chunk_size(), call.caller.burst)
+                size = max(size, int(most))
             start, stop = stop, min(stop + size, request.count)
             return asyncio.create_task(self._make(batcher, request, start, stop, call, tally, accepted=accepted))
 
@@ -259,7 +264,11 @@ class EachRequest:
                 draw, done, caller=call.turn_of, deadline=call.deadline, bulk=turns[0].request.bulk
             )
         except ServingError as error:
-            _refuse(turns, error)
+            if len(turns) == 1:
+                _refuse(turns, error)
+            else:  # there may be room, or time, for some of them
+                for turn in turns:
+                    self._submit([turn])
             return
         self._tally.count += draw.count
         self._tally.queued(job)

@@ -4,10 +4,12 @@ import fcntl
 import hashlib
 import hmac
 import json
+import math
 import mmap
 import os
 import re
 import secrets
+import stat
 import time
 import tomllib
 from collections.abc import Callable, Mapping
@@ -106,6 +108,11 @@ class Caller:
         self._refused, self._delayed = (
             None if counted is None else counted.labels(self.name, outcome) for outcome in ("refused", "delayed")
         )
+
+    @property
+    def burst(self) -> float:
+        """How many images may be asked for at once, where the rate is to be kept; without one, any number."""
+        return math.inf if self._rate is None else self._burst
 
     def check(self, role: Role) -> None:
         """Let pass who has a role.
@@ -287,11 +294,13 @@ def _after_the_last_key(table: str) -> str:
 
 def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) -> None:
     """Change a file, as a whole or not at all; its comments, its owner and its mode stay."""
-    file = file.resolve()  # a link goes on leading to it
+    file = Path(os.path.realpath(file))  # a link goes on leading to it
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # of two that change it at a time, one would be lost
-        before = file.stat() if file.exists() or not make else None
+        before = file.stat() if os.path.lexists(file) or not make else None
+        if before and not stat.S_ISREG(before.st_mode):
+            raise ValueError("it is no regular file, and would be replaced by one")
         text = change(file.read_text("utf-8") if before else "")
         _parse(text)
         beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")

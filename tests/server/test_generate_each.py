@@ -106,25 +106,51 @@ async def test_a_stream_that_is_left_leaves_nothing_in_the_queue(start_server: S
 
 async def test_a_reader_that_does_not_read_fills_no_memory(start_server: Start) -> None:
     running = start_server("--max-queue-images", "100000")
-
-    def resident() -> int:
-        status = Path(f"/proc/{running.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) >> 10
-
     async with grpc.aio.insecure_channel(running.address) as channel:
         call = pb_grpc.GenerationServiceStub(channel).GenerateEach()
         await call.write(request(model="mlp-mnist", seed=0))
         await call.read()
-        before = resident()
+        before = resident_mib(running)
         writing = asyncio.create_task(write_all(call))
         # 20,000 answers of 10 images would be 157 MB: the server stops reading requests long before.
         await asyncio.wait({writing}, timeout=3)
-        assert resident() - before < 60
+        assert resident_mib(running) - before < 60
         answers = 0
         while answers < 20_000 and (await call.read()) is not grpc.aio.EOF:
             answers += 1
         assert answers == 20_000
         await writing
+
+
+async def test_answers_that_were_sent_fill_no_memory(start_server: Start) -> None:
+    """Of 16 MB each: what only the collection of garbage would free was 700 MB."""
+    running = start_server("--max-images-per-request", "20000")
+    async with grpc.aio.insecure_channel(running.address, [("grpc.max_receive_message_length", -1)]) as channel:
+        call = pb_grpc.GenerationServiceStub(channel).GenerateEach()
+        resident: list[int] = []
+        for seed in range(40):
+            await call.write(request(model="mlp-mnist", seed=seed, count=20_000))
+            assert (await call.read()).response.seeds[0] == seed
+            resident.append(resident_mib(running))
+    assert max(resident) - resident[0] < 200
+
+
+async def test_what_a_full_queue_has_no_room_for_is_told_of_each_request_alone(start_server: Start) -> None:
+    running = start_server("--max-queue-images", "20")
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        large = request(model="cdcgan-mnist", seed=0, count=1000)
+        answers = [
+            answer async for answer in stub.GenerateEach([large, *[request(model="cdcgan-mnist", seed=1)] * 200])
+        ]
+    refused = [answer.error for answer in answers if answer.HasField("error")]
+    assert {error.reason for error in refused} == {"queue_full"}
+    assert all("no room for 1 more" in error.message for error in refused)
+
+
+def resident_mib(running: RunningServer) -> int:
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) >> 10
 
 
 async def write_all(call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]

@@ -896,6 +896,19 @@ def test_compressed_messages_that_nobody_takes_yet_are_bounded_too(start_server:
         assert peer.answer(stream).status == RESOURCE_EXHAUSTED
 
 
+def test_messages_of_streams_stay_small_where_much_is_unread(start_server: Start) -> None:
+    """A thousand streams of a connection that each kept 256 images, rather than 64, were refused in part."""
+    running = start_server("--max-queue-images", "100000")
+    asked = pb.StreamImagesRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=600)).SerializeToString()
+    with Peer(running.address, {INITIAL_WINDOW_SIZE: 0}) as peer:
+        # A caller's own go in order: the last one's first images are made when the others' are kept.
+        stream = [peer.start(asked, head(STREAM)) for _ in range(400)][-1]
+        granted(peer, 0, 1 << 24)
+        granted(peer, stream, 1 << 24)
+        messages = [pb.StreamImagesResponse.FromString(content) for content in peer.answer(stream).messages]
+    assert [message.chunk.count for message in messages] == [64] * 9 + [24]
+
+
 def test_a_connection_too_many_is_told_so(start_server: Start) -> None:
     running = start_server("--max-connections", "2")
     with Peer(running.address) as first, Peer(running.address) as second:

@@ -453,6 +453,21 @@ def test_how_long_a_rate_held_up_a_stream_is_told_of_one_that_it_made_late(start
     assert 0.3 < float(str(call["throttled_s"])) < float(str(call["seconds"])) < 10  # the second chunk has 64 s to wait
 
 
+async def test_a_stream_gets_at_a_time_what_its_rate_lets_pass_at_once(start_server: Start, tmp_path: Path) -> None:
+    """A small model's messages are of 256 images for others: here they would come every 2.5 s."""
+    (token,) = write_tokens(file := tmp_path / "tokens.toml", {"images_per_s": 100.0})
+    running = start_server("--tokens-file", file)
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        asked = pb.StreamImagesRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=364, seed=0))
+        metadata = (("authorization", f"Bearer {token}"),)
+        chunks = [
+            answer.chunk
+            async for answer in pb_grpc.GenerationServiceStub(channel).StreamImages(asked, metadata=metadata)
+        ]
+    assert [seed for chunk in chunks for seed in chunk.seeds] == list(range(364))
+    assert max(chunk.count for chunk in chunks) <= 100
+
+
 def each_answer(address: str, token: str, count: int) -> None:
     """Ask by GenerateEach until a request is refused."""
     with grpc.insecure_channel(address) as channel:
@@ -574,6 +589,19 @@ def test_a_token_is_added_where_a_link_leads_and_owner_and_mode_stay(tmp_path: P
     with pytest.raises(ValueError, match="'second' is there twice"):
         add(link, "second")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["real.toml", "tokens.toml"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop"])
+def test_a_token_is_not_written_in_place_of_what_is_no_file(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(place)
+    before = place.lstat()
+    text = "Too many levels" if kind == "loop" else "no regular file"
+    assert text in token_told("token", "add", "shop", "--file", place, status=2)
+    assert place.lstat().st_ino == before.st_ino
 
 
 HEAD = "# Who may call.\n\n# asked for by Ann\n"

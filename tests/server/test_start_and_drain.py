@@ -320,6 +320,16 @@ def test_a_taken_address_is_refused(server: RunningServer) -> None:
         assert address in failing_start("--metrics-address", address, code=1)
 
 
+def test_every_address_may_be_a_star(start_server: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    running = start_server("--address", f"*:{port}")
+    for host in ("127.0.0.1", "[::1]"):
+        with Client(f"{host}:{port}") as client:
+            assert len(client.generate("mlp-mnist", count=2)) == 2
+    assert running.stop() == 0
+
+
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":", "127.0.0.1:"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     assert "HOST:PORT" in failing_start("--address", address, code=1)

@@ -17,6 +17,7 @@ from tests.server.test_start_and_drain import failing_start, scrape
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.machine import cores
 from ganserve_server.settings import BUNDLED_MODELS
 
 Start = Callable[..., RunningServer]
@@ -158,3 +159,8 @@ def test_what_keeps_a_worker_from_starting_keeps_the_server(server: RunningServe
 @pytest.mark.parametrize("workers", ["0", "many", "-1"])
 def test_a_number_of_workers_that_is_none_is_refused(workers: str) -> None:
     assert "--workers" in failing_start("--workers", workers, code=2)
+
+
+def test_more_threads_than_cores_are_no_more_workers(start_server: Start) -> None:
+    running = start_server("--threads", str(16 * cores().usable))
+    assert len(workers_of(running)) in (0, cores().usable // 4)
