@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.batcher import Batcher, Made
-from ganserve_server.engine import Draw
+from ganserve_server.engine import Draw, Engine
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.gpu import Feeds
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
 from ganserve_server.scheduler import Scheduler
+from ganserve_server.settings import BUNDLED_MODELS
 
 WAIT_S = 30
 
@@ -477,3 +478,10 @@ async def test_a_message_of_a_stream_has_several_batches_of_a_fast_model_up_to_a
     batcher = Batcher(model, 64, max_queue_images=20, metrics=Metrics(), scheduler=scheduler)
     assert batcher.chunk_size() == 64 * batches
     await asyncio.to_thread(scheduler.close)
+
+
+def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core() -> None:
+    model = (BUNDLED_MODELS / "mlp-mnist" / "1" / "model.onnx").read_bytes()
+    engine = Engine(model, 100, "cpu", threads=2)
+    engine.measure(None)
+    assert not engine.wide_is_faster
