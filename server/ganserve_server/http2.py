@@ -706,6 +706,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _send_pending(self) -> None:
         """Send what the windows let pass, a frame of each stream in turn."""
+        written = 0
         while self._ready and self._writable and self._send_window > 0:
             _, stream = self._ready.popitem(last=False)
             assert stream.pending
@@ -729,9 +730,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                 stream.sent()
             elif stream.send_window > 0:
                 self._ready[stream.id] = stream
-            # The transport says whether it can take more only once it has been written to.
-            if len(self._out) > 32:
+            # The transport says whether it can take more only once it has been written to. What is far beyond that is
+            # taken for answers that the peer asks for and does not read.
+            written += size
+            if written > _HIGH_WATER or len(self._out) > 32:
                 self._flush_now()
+                written = 0
 
     # Ends.
 

@@ -1044,14 +1044,15 @@ async def test_a_peer_that_neither_reads_nor_closes_is_not_kept(
     await asyncio.to_thread(stay, await connect())
 
 
+class Kept(http2.Stream):
+    def on_reset(self) -> None:
+        pass
+
+
 async def test_a_flood_of_calls_on_one_connection_lets_the_others_have_turns(
     connect: Callable[..., Awaitable[str]],
 ) -> None:
     opened: asyncio.Queue[object] = asyncio.Queue()
-
-    class Kept(http2.Stream):
-        def on_reset(self) -> None:
-            pass
 
     def open_stream(connection: object, stream_id: int, _: object) -> http2.Stream:
         opened.put_nowait(connection)
@@ -1069,6 +1070,29 @@ async def test_a_flood_of_calls_on_one_connection_lets_the_others_have_turns(
         other.head(head())
         order = [await opened.get() for _ in range(501)]
     assert order.index(other_connection) <= 2 * 64
+
+
+async def test_answers_that_are_on_their_way_are_not_taken_for_a_flood(
+    connect: Callable[..., Awaitable[str]],
+) -> None:
+    """A client's PING that came in the midst of 16 MB of answers ended the connection."""
+    opened: asyncio.Queue[tuple[http2.Connection[object], http2.Stream]] = asyncio.Queue()
+
+    def open_stream(connection: http2.Connection[object], stream_id: int, _: object) -> http2.Stream:
+        stream = Kept(stream_id)
+        opened.put_nowait((connection, stream))
+        return stream
+
+    address = await connect(open_stream=open_stream)
+    with Peer(address, {INITIAL_WINDOW_SIZE: 1 << 28, MAX_FRAME_SIZE: 1 << 16}, receive_buffer=1 << 16) as peer:
+        granted(peer, 0, 1 << 28)
+        peer.head(head())
+        connection, stream = await opened.get()
+        # Until the kernel takes no more, and the transport one part more.
+        while connection.transport.get_write_buffer_size() < 200 << 10:
+            connection.send(stream, None, bytes(32 << 10), None)
+        connection.send(stream, None, bytes(16 << 20), None)
+        await asyncio.to_thread(peer.ping)
 
 
 def scrape(running: RunningServer) -> dict[str, float]:
