@@ -251,14 +251,18 @@ class EachRequest:
             turn.draw = turn.request.draw(0, turn.request.count)
         draw = turns[0].draw if len(turns) == 1 else concatenated([turn.draw for turn in turns])
 
-        def done(made: Made | ServingError) -> None:
-            if isinstance(made, ServingError):
-                _refuse(turns, made)
-            else:
-                self._made(turns, made)
-            self._go_on()
-
         call = self._call
+
+        def done(made: Made | ServingError) -> None:
+            try:
+                if isinstance(made, ServingError):
+                    _refuse(turns, made)
+                else:
+                    self._made(turns, made)
+                self._go_on()
+            except Exception as error:
+                call.fail(error)
+
         try:
             job = turns[0].batcher.submit(
                 draw, done, caller=call.turn_of, deadline=call.deadline, bulk=turns[0].request.bulk
