@@ -82,7 +82,7 @@ def _explain(error: ValidationError, given: Collection[str], config: str | None)
     for problem in error.errors():
         name = str(problem["loc"][0])
         place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
-        told.append(f"{place} is {problem['input']!r}: {problem['msg']}")
+        told.append(f"{place} is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
     return told
 
 
@@ -123,7 +123,7 @@ def _health(context: typer.Context) -> None:
             told = response.read().decode().strip()
     except urllib.error.HTTPError as error:
         told = error.read().decode().strip()
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
         told = f"no answer from {settings.metrics_address}: {getattr(error, 'reason', error)}"
     if told != "ok":
         print(f"not ready: {told}", file=sys.stderr)

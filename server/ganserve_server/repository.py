@@ -79,9 +79,9 @@ def check_repository(repository: Path) -> None:
     Raises:
         StartError: it is no folder, cannot be listed, or has no version at all.
     """
-    if not repository.is_dir():
-        raise StartError(f"the model repository {repository} is not a folder; give one by --models")
     try:
+        if not repository.is_dir():
+            raise StartError(f"the model repository {repository} is not a folder; give one by --models")
         found = any(path.is_file() for _, _, path in find_versions(repository))
     except OSError as error:
         raise StartError(f"the model repository {repository} cannot be listed: {error.strerror}") from error

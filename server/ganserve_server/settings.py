@@ -16,6 +16,7 @@ CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
 # What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
 _PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
+_MOST_MODEL_MIB = 2048  # protobuf reads no larger message
 _LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
 _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
 
@@ -80,7 +81,7 @@ class ServerSettings(BaseModel):
     ] = "auto"
     gpu_device: Annotated[int, Field(ge=0, le=1023, description="Which GPU, by CUDA's number.")] = 0
     gpu_mem_limit_mib: Annotated[
-        int, Field(ge=0, description="Memory that one model version may take on the GPU; 0: no limit.")
+        int, Field(ge=0, le=1 << 24, description="Memory that one model version may take on the GPU; 0: no limit.")
     ] = 0
     tensorrt_cache: Annotated[
         str,
@@ -111,7 +112,9 @@ class ServerSettings(BaseModel):
             description="Age, give or take a tenth, at which a connection takes no more calls and ends; 0: never.",
         ),
     ] = 0.0
-    max_model_mib: Annotated[int, Field(ge=1, description="Size of a model file; a larger one is not loaded.")] = 512
+    max_model_mib: Annotated[
+        int, Field(ge=1, le=_MOST_MODEL_MIB, description="Size of a model file; a larger one is not loaded.")
+    ] = 512
     drain_delay_s: Annotated[
         float,
         Field(ge=0, le=3600, description="After SIGTERM: report NOT_SERVING and serve on this long, then refuse."),
@@ -132,6 +135,8 @@ class ServerSettings(BaseModel):
     @classmethod
     def _absolute(cls, path: str | Path) -> str | Path:
         """Mean the same file wherever the value is shown or written to."""
+        if "\0" in str(path):
+            raise ValueError("a path has no NUL character")
         absolute = Path(path).absolute()
         return absolute if isinstance(path, Path) else path and str(absolute)
 

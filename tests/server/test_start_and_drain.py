@@ -439,6 +439,8 @@ def settings_told(*flags: str | Path) -> str:
         ("max_batch_size", "is not TOML"),
         (f"max_batch_size = {'1' * 5000}", "is not TOML"),
         (f"max_batch_size = {'[' * 5000}", "is not TOML"),
+        (r'tokens_file = "a\u0000b"', "a path has no NUL character"),
+        (f"max_model_mib = {10**30}", "less than or equal to 2048"),
     ],
 )
 def test_a_wrong_file_of_settings_is_told(content: str, text: str, tmp_path: Path) -> None:
@@ -521,6 +523,9 @@ def test_a_check_tells_every_problem_on_a_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (told,) = check_told("--models", tmp_path / "empty", code=1)
     assert "has no model" in told
+    models, port = check_told("--models", tmp_path / ("x" * 300), "--address", f"127.0.0.1:{'9' * 5000}", code=1)
+    assert "File name too long" in models
+    assert "HOST:PORT" in port
 
 
 def test_a_check_tells_a_certificate_that_has_expired(tmp_path: Path) -> None:
@@ -633,6 +638,8 @@ def test_the_program_itself_tells_whether_a_server_of_its_settings_is_ready(star
     assert "Connection refused" in told
     assert health_told("--metrics-address", "off")[0] == 2
     assert health_told("--metrics-address", "nowhere:port")[0] == 1
+    status, told = health_told("--metrics-address", f"127.0.0.1:{'9' * 30}")
+    assert (status, told.count("\n")) == (1, 0)
 
 
 def test_a_server_that_loads_is_alive_and_not_ready() -> None:
