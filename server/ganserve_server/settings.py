@@ -16,6 +16,7 @@ CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
 # What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
 _PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
+_MOST_THREADS = 64  # where there are not more cores
 _MOST_MODEL_MIB = 2048  # protobuf reads no larger message
 _LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
 _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
@@ -89,9 +90,7 @@ class ServerSettings(BaseModel):
             description="Folder where TensorRT keeps the engines it builds; without one it builds them at every start."
         ),
     ] = ""
-    threads: Annotated[
-        int, Field(ge=0, le=1024, description="Threads a model computes with on the CPU; 0: one a core.")
-    ] = 0
+    threads: Annotated[int, Field(ge=0, description="Threads a model computes with on the CPU; 0: one a core.")] = 0
     max_batch_size: Annotated[int, Field(ge=1, le=4096, description="Images an engine makes at once, at most.")] = 64
     max_queue_images: Annotated[
         int, Field(ge=1, description="Images that may wait for one model; a request beyond is refused.")
@@ -130,6 +129,15 @@ class ServerSettings(BaseModel):
         AccessLog,
         Field(description="Which calls to log: off, errors (not those whose caller left) or all."),
     ] = "errors"
+
+    @field_validator("threads")
+    @classmethod
+    def _bounded(cls, threads: int) -> int:
+        """Keep from a machine what it could not run: while a model is loaded there are twice as many."""
+        machine = os.cpu_count() or 1
+        if threads > (most := max(_MOST_THREADS, machine)):
+            raise ValueError(f"this machine has {machine} cores, a server at most {most} threads; 0 takes one a core")
+        return threads
 
     @field_validator(*_PATHS)
     @classmethod

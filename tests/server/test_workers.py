@@ -162,5 +162,11 @@ def test_a_number_of_workers_that_is_none_is_refused(workers: str) -> None:
 
 
 def test_more_threads_than_cores_are_no_more_workers(start_server: Start) -> None:
-    running = start_server("--threads", str(16 * cores().usable))
+    running = start_server("--threads", str(max(64, cores().machine)))
     assert len(workers_of(running)) in (0, cores().usable // 4)
+
+
+def test_far_more_threads_than_cores_are_refused() -> None:
+    most = max(64, cores().machine)
+    told = failing_start("--threads", str(most + 1), code=2)
+    assert f"is '{most + 1}': this machine has {cores().machine} cores, a server at most {most} threads" in told
