@@ -254,8 +254,13 @@ def add(file: Path, entry: Mapping[str, object]) -> None:
         OSError: it cannot be read or written.
         ValueError: the file, with it, breaks a rule.
     """
-    table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items())
-    _rewrite(file, lambda content: f"{content.rstrip()}\n\n[[tokens]]\n{table}".lstrip(), make=True)
+    lines = ["", "[[tokens]]", *(f"{key} = {json.dumps(value)}" for key, value in entry.items()), ""]
+
+    def with_table(content: str) -> str:
+        newline = "\r\n" if "\r\n" in content else "\n"
+        return f"{content.rstrip()}{newline}{newline.join(lines)}".lstrip()
+
+    _rewrite(file, with_table, make=True)
 
 
 def withdraw(file: Path, name: str) -> None:
@@ -287,13 +292,13 @@ def withdraw(file: Path, name: str) -> None:
 
 def _after_the_last_key(table: str) -> str:
     """Return the comments at the end of a table."""
-    lines = table.splitlines(keepends=True)
+    lines = re.findall(r".*\n|.+$", table)  # not splitlines: it parts a comment at what TOML takes for a letter
     last = max(number for number, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#"))
-    return "".join(lines[last + 1 :]).lstrip("\n")
+    return "".join(lines[last + 1 :]).lstrip("\r\n")
 
 
 def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) -> None:
-    """Change a file, as a whole or not at all; its comments, its owner and its mode stay."""
+    """Change a file, as a whole or not at all; its comments, the ends of its lines, its owner and its mode stay."""
     file = Path(os.path.realpath(file))  # a link goes on leading to it
     folder = os.open(file.parent, os.O_RDONLY)
     try:
@@ -301,12 +306,12 @@ def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) ->
         before = file.stat() if os.path.lexists(file) or not make else None
         if before and not stat.S_ISREG(before.st_mode):
             raise ValueError("it is no regular file, and would be replaced by one")
-        text = change(file.read_text("utf-8") if before else "")
+        text = change(file.read_bytes().decode("utf-8") if before else "")
         _parse(text)
         beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as new:
-                new.write(text)
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new:
+                new.write(text.encode("utf-8"))
                 if before is not None:
                     os.fchown(new.fileno(), before.st_uid, before.st_gid)
                     os.fchmod(new.fileno(), before.st_mode & 0o777)

@@ -648,6 +648,18 @@ def test_a_withdrawn_token_is_gone_and_comments_stay(name: str, left: tuple[str,
     assert file.stat().st_mode & 0o777 == 0o640
 
 
+def test_each_line_that_is_not_withdrawn_stays_byte_for_byte(tmp_path: Path) -> None:
+    ends = "# written elsewhere\r\n# and here\n# Zoë\u2028sha256 = 1\r\n"
+    before = (HEAD + FIRST).replace("\n", "\r\n") + ends + SECOND
+    (file := tmp_path / "tokens.toml").write_bytes(before.encode())
+    token_told("token", "withdraw", "first", "--file", file)
+    assert file.read_bytes() == (HEAD.replace("\n", "\r\n") + ends + SECOND).encode()
+    file.write_bytes(before.encode())
+    token_told("token", "add", "third", "--file", file)
+    assert file.read_bytes().startswith(before.rstrip().encode())
+    assert file.read_bytes().count(b"\r\n") > before.count("\r\n")
+
+
 def test_what_cannot_be_withdrawn_is_told_and_the_file_stays(tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     entries = [f'{{name = "t{number}", sha256 = "{f"{number}" * 64}", roles = ["admin"]}}' for number in range(2)]
