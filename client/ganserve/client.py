@@ -31,6 +31,7 @@ from ganserve.conversion import (
     to_request,
 )
 from ganserve.errors import (
+    AuthenticationError,
     DeadlineExceededError,
     GanserveError,
     InvalidRequestError,
@@ -45,7 +46,7 @@ from ganserve.images import GeneratedImage, ImageBatch, concatenate
 from ganserve.latents import WAYS, between, uint32
 from ganserve.models import Model
 from ganserve.provenance import Interpolation
-from ganserve.replicas import Replica, awaited, not_everywhere, targets
+from ganserve.replicas import Replica, awaited, not_everywhere, refusal, targets
 from ganserve.transport import (
     DEFAULT_ADDRESS,
     Attempts,
@@ -72,6 +73,8 @@ _SHEET_ROWS_UNCONDITIONAL = 4
 _SHORTEST_TIMEOUT_S = 0.001
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
 _NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)
+# What is so of one replica, and says nothing of the others.
+_OF_ONE_REPLICA = (*_NOT_READY_YET, AuthenticationError, ServerError)
 _REPLICAS_AT_ONCE = 16
 _REPLICA_TIMEOUT_S = 5.0  # for one of them, where all are waited for
 
@@ -484,7 +487,6 @@ class Client(_Twin):
         Raises:
             InvalidRequestError: an argument makes no sense, or the address is of a kind that has no list.
             UnavailableError: DNS does not know the name.
-            AuthenticationError: the token, or a certificate, is not accepted.
         """
         health, request = to_health_request(model), None if version is None else to_model_request(model, version)
         timeout_s = self._timeout_s(timeout_s)
@@ -496,7 +498,7 @@ class Client(_Twin):
                     serving = to_health(one._call("health", health, timeout_s, once=True))
                     if request is not None:
                         one._call("get_model", request, timeout_s, once=True)
-                except _NOT_READY_YET as error:
+                except _OF_ONE_REPLICA as error:
                     return Replica(one.address, False, error)
                 return Replica(one.address, serving)
 
@@ -519,13 +521,15 @@ class Client(_Twin):
         Raises:
             DeadlineExceededError: it took longer than `timeout_s`; the text says which replicas lack it, and why.
             InvalidRequestError: as `replicas` does.
-            AuthenticationError: the token, or a certificate, is not accepted.
+            AuthenticationError: a replica does not accept the token, or a certificate is not accepted.
         """
         readiness = Readiness(self._timeout_s(timeout_s), awaited(self.address, model, version))
         while True:
             last: GanserveError | None
             try:
                 found = self.replicas(model, version, timeout_s=min(_REPLICA_TIMEOUT_S, readiness.remaining_s()))
+                if (hopeless := refusal(found)) is not None:
+                    raise hopeless
                 if (last := not_everywhere(found)) is None:
                     readiness.over()
                     return found
@@ -868,7 +872,7 @@ class AsyncClient(_Twin):
                     serving = to_health(await one._call("health", health, timeout_s, once=True))
                     if request is not None:
                         await one._call("get_model", request, timeout_s, once=True)
-                except _NOT_READY_YET as error:
+                except _OF_ONE_REPLICA as error:
                     return Replica(one.address, False, error)
                 return Replica(one.address, serving)
 
@@ -891,6 +895,8 @@ class AsyncClient(_Twin):
             last: GanserveError | None
             try:
                 found = await self.replicas(model, version, timeout_s=min(_REPLICA_TIMEOUT_S, readiness.remaining_s()))
+                if (hopeless := refusal(found)) is not None:
+                    raise hopeless
                 if (last := not_everywhere(found)) is None:
                     readiness.over()
                     return found

@@ -4,7 +4,14 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ganserve.errors import DeadlineExceededError, GanserveError, InvalidRequestError, UnavailableError
+from ganserve.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    GanserveError,
+    InvalidRequestError,
+    ServerError,
+    UnavailableError,
+)
 from ganserve.transport import HOST_PORT
 
 
@@ -68,6 +75,12 @@ def awaited(address: str, model: str | None, version: int | None) -> str:
 def silent(replicas: Sequence[Replica]) -> bool:
     """Say whether none of them answered."""
     return all(isinstance(replica.error, UnavailableError | DeadlineExceededError) for replica in replicas)
+
+
+def refusal(replicas: Sequence[Replica]) -> GanserveError | None:
+    """Return the error of a replica that no waiting mends, or None if there is none."""
+    errors = (replica.error for replica in replicas)
+    return next((error for error in errors if isinstance(error, AuthenticationError | ServerError)), None)
 
 
 def not_everywhere(replicas: Sequence[Replica]) -> UnavailableError | None:

@@ -149,20 +149,34 @@ def test_the_certificate_of_each_replica_is_for_the_name_they_share(twin: Twin, 
         options = {"ca_file": tmp_path / "ca.pem", "token": "secret"}
         found = ask(twin, f"{first}, {second}", "replicas", "any", 1, options=options)
         assert [(replica.address, replica.serving) for replica in found] == [(first, True), (second, True)]
-        with pytest.raises(AuthenticationError):
-            ask(twin, second, "replicas", options=options)
+        (found,) = ask(twin, second, "replicas", options=options)
+        assert isinstance(found.error, AuthenticationError)
     assert {sent["authorization"] for sent in one.metadata + other.metadata} == {"Bearer secret"}
+
+
+def refuse(number: int, request: Any, context: Any) -> Any:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+
+
+@both
+def test_a_replica_that_refuses_the_token_is_told_among_the_others(twin: Twin) -> None:
+    with serving(refuse) as (first, _), serving(healthy) as (second, _):
+        found = ask(twin, f"{first},{second}", "replicas", "any", 1)
+        assert [(replica.address, replica.serving) for replica in found] == [(first, False), (second, True)]
+        assert isinstance(found[0].error, AuthenticationError)
+        with pytest.raises(AuthenticationError):  # no waiting mends it
+            ask(twin, f"{first},{second}", "wait_for_version", "any", 1)
+        advice = "the token is --token or GANSERVE_TOKEN"
+        for flags in ((), ("--wait", "60")):
+            done = ganserve("health", "any", "--every-address", *flags, address=f"{first},{second}")
+            told, serves = done.stdout.splitlines()
+            assert (done.returncode, serves) == (1, f"{second} SERVING"), done.stderr
+            assert told == f"{first} NOT SERVING (the server at {first} refused the call (no token))"
+            assert done.stderr == f"ganserve: the server at {first} refused the call (no token); {advice}\n"
 
 
 @both
 def test_what_is_wrong_for_all_replicas_is_an_error(twin: Twin) -> None:
-    def refuse(number: int, request: Any, context: Any) -> Any:
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
-
-    with serving(refuse) as (address, _):
-        for method, arguments in (("replicas", ()), ("wait_for_version", ("any", 1))):
-            with pytest.raises(AuthenticationError):
-                ask(twin, address, method, *arguments)
     for target in ("xds:///here", "dns://127.0.0.1:53/here:50051", "dns:///here"):
         with pytest.raises(InvalidRequestError, match="one by one"):
             ask(twin, target, "replicas")

@@ -8,7 +8,8 @@ from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.outcome import ExitStatus
 from ganserve.cli.output import print_json
 from ganserve.client import Client
-from ganserve.replicas import silent
+from ganserve.errors import AuthenticationError, ServerError
+from ganserve.replicas import refusal, silent
 
 
 @with_connection
@@ -57,7 +58,10 @@ def health(
 def _every_address(
     client: Client, model: str | None, version: int | None, wait_s: float | None, *, as_json: bool
 ) -> None:
-    found = client.replicas(model, version) if wait_s is None else client.wait_for_version(model, version, wait_s)
+    try:
+        found = client.replicas(model, version) if wait_s is None else client.wait_for_version(model, version, wait_s)
+    except (AuthenticationError, ServerError):  # of one of them, and no use in waiting
+        found = client.replicas(model, version)
     serving = all(replica.serving for replica in found)
     if as_json:
         replicas = [
@@ -73,5 +77,7 @@ def _every_address(
         print_json({**told, "replicas": replicas})
     else:
         print("\n".join(map(str, found)))
+    if (error := refusal(found)) is not None:
+        raise error  # told with what to do, and the id of the request
     if not serving:
         raise typer.Exit(ExitStatus.NO_ANSWER if silent(found) else ExitStatus.NO)
