@@ -214,6 +214,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._peer_stream_window = _DEFAULT_WINDOW
         self._peer_frame_size = _FRAME_SIZE
         self._out: list[bytes | memoryview] = []
+        self._out_bytes = 0
         self._flushing = False
         self._writable = True
         # Streams with something pending that their own windows let pass, next one first. The others are not looked at:
@@ -341,9 +342,6 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             stream.send_window -= size
             self._send_window -= size
             self._write_data(stream.id, data)
-            if size >= _FRAME_SIZE:
-                # Only the transport knows whether the peer reads: of many such answers, the later ones have to wait.
-                self._flush_now()
         if trailers is not None:
             self._write(frame(HEADERS, END_HEADERS | END_STREAM, stream.id, trailers))
             self._finish(stream)
@@ -654,11 +652,18 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     # Writing.
 
     def _write(self, data: bytes | memoryview) -> None:
-        """Write once for all that is written in this turn of the loop."""
+        """Write once for all that is written in this turn of the loop, but for what is more than may be on its way.
+
+        Only the transport knows whether the peer reads. What is far beyond what it takes is taken for answers that the
+        peer asks for and does not read.
+        """
         if self._closing:
             return
         self._out.append(data)
-        if not self._flushing:
+        self._out_bytes += len(data)
+        if self._out_bytes > _HIGH_WATER:
+            self._flush_now()
+        elif not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
 
@@ -679,6 +684,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if self._out:
             data = b"".join(self._out)
             self._out.clear()
+            self._out_bytes = 0
             if not self.transport.is_closing():
                 self.transport.write(data)
 
@@ -706,7 +712,6 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _send_pending(self) -> None:
         """Send what the windows let pass, a frame of each stream in turn."""
-        written = 0
         while self._ready and self._writable and self._send_window > 0:
             _, stream = self._ready.popitem(last=False)
             assert stream.pending
@@ -730,12 +735,6 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                 stream.sent()
             elif stream.send_window > 0:
                 self._ready[stream.id] = stream
-            # The transport says whether it can take more only once it has been written to. What is far beyond that is
-            # taken for answers that the peer asks for and does not read.
-            written += size
-            if written > _HIGH_WATER or len(self._out) > 32:
-                self._flush_now()
-                written = 0
 
     # Ends.
 

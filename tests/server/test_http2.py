@@ -1095,6 +1095,29 @@ async def test_answers_that_are_on_their_way_are_not_taken_for_a_flood(
         await asyncio.to_thread(peer.ping)
 
 
+async def test_many_small_answers_of_one_turn_are_not_taken_for_a_flood(connect: Callable[..., Awaitable[str]]) -> None:
+    """A client's PING that came after 130 answers of 12 KiB, as two batches make, ended the connection."""
+    opened: asyncio.Queue[tuple[http2.Connection[object], http2.Stream]] = asyncio.Queue()
+
+    def open_stream(connection: http2.Connection[object], stream_id: int, _: object) -> http2.Stream:
+        stream = Kept(stream_id)
+        opened.put_nowait((connection, stream))
+        return stream
+
+    address = await connect(open_stream=open_stream, max_streams=131)
+    with Peer(address, {INITIAL_WINDOW_SIZE: 1 << 28}, receive_buffer=1 << 16) as peer:
+        granted(peer, 0, 1 << 28)
+        for _ in range(131):
+            peer.head(head())
+        (connection, first), *others = [await opened.get() for _ in range(131)]
+        # Until the kernel takes no more, and the transport one part more.
+        while connection.transport.get_write_buffer_size() < 200 << 10:
+            connection.send(first, None, bytes(32 << 10), None)
+        for _, stream in others:
+            connection.send(stream, None, bytes(12 << 10), None)
+        await asyncio.to_thread(peer.ping)
+
+
 def scrape(running: RunningServer) -> dict[str, float]:
     with urllib.request.urlopen(f"http://{running.metrics_address}/metrics") as response:
         lines = response.read().decode().splitlines()
