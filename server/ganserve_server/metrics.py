@@ -68,7 +68,7 @@ class Metrics:
         )
         self.queue_seconds = Histogram(
             "ganserve_queue_seconds",
-            "From acceptance until the request's (or the stream's chunk's) first batch starts.",
+            "From acceptance until the first batch of a request (a stream's chunk, a group of GenerateEach) starts.",
             ["model"],
             buckets=_SECONDS,
             registry=registry,

@@ -7,6 +7,8 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import RunningServer
+from tests.server.test_start_and_drain import scrape
+from tests.wire import EACH, Peer, head, message
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
@@ -88,6 +90,18 @@ async def test_files_are_answered_too(stub: pb_grpc.GenerationServiceStub) -> No
     requests = [request(model="mlp-mnist", seed=seed, count=20, encoding=pb.ENCODING_PNG) for seed in range(5)]
     answers = [answer async for answer in stub.GenerateEach(requests)]
     assert [len(answer.response.files) for answer in answers] == [20] * 5
+
+
+def test_alike_requests_that_came_together_wait_as_one(start_server: Start) -> None:
+    running = start_server()
+    contents = (request(model="mlp-mnist", truncation=0.5 + seed // 4 / 4, seed=seed) for seed in range(8))
+    with Peer(running.address) as peer:
+        stream = peer.head(head(EACH))
+        peer.body(stream, b"".join(message(content.SerializeToString()) for content in contents))
+        assert len(peer.answer(stream).messages) == 8
+    samples = scrape(running)
+    assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 8
+    assert samples['ganserve_queue_seconds_count{model="mlp-mnist"}'] == 2
 
 
 async def test_a_stream_that_is_left_leaves_nothing_in_the_queue(start_server: Start) -> None:
