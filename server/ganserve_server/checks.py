@@ -6,14 +6,17 @@ import itertools
 from collections.abc import Iterator
 
 from ganserve_server.addresses import StartError, bind, places
-from ganserve_server.repository import check_repository
+from ganserve_server.repository import ModelRejected, check_repository, find_versions, load_version
 from ganserve_server.security import certificates_of, tokens_of
 from ganserve_server.settings import ServerSettings
 from ganserve_server.tokens import Buckets
 
 
 def problems_of(settings: ServerSettings) -> list[str]:
-    """Do what a server does when it starts, up to loading the models; return what is wrong."""
+    """Do what a server does when it starts, up to listening; return what is wrong.
+
+    Models are loaded on the CPU, one after the other and by one thread: the server that runs goes on.
+    """
     found: list[str] = []
 
     @contextlib.contextmanager
@@ -25,6 +28,7 @@ def problems_of(settings: ServerSettings) -> list[str]:
 
     with collecting():
         check_repository(settings.models)
+        found += _kept_out(settings)
     with collecting():
         certificates = certificates_of(settings, None)
         files = {"server": settings.tls_certificate_file, "client_ca": settings.tls_client_ca_file}
@@ -47,6 +51,23 @@ def problems_of(settings: ServerSettings) -> list[str]:
         if any(_overlap(*pair) for pair in itertools.product(sound[one], sound[other])):
             found.append(f"{one} {addresses[one]} and {other} {addresses[other]} are in each other's way")
     return found
+
+
+def _kept_out(settings: ServerSettings) -> Iterator[str]:
+    """Tell of each file that a server would not serve, and why."""
+    versions = find_versions(settings.models)
+    for name, of_model in itertools.groupby(versions, key=lambda version: version[0]):
+        served = 0
+        for _, number, path in reversed(list(of_model)):
+            if served == settings.most_versions:
+                break
+            try:
+                load_version(name, number, path, max_model_mib=settings.max_model_mib, provider="cpu", threads=1)
+                served += 1
+            except ModelRejected as error:
+                yield f"{path} would be kept out: {error}"
+            except Exception as error:  # a file from outside, whatever the libraries make of it
+                yield f"{path} would be kept out: the file could not be read ({error})"
 
 
 def _try(address: str, flag: str) -> None:

@@ -139,8 +139,9 @@ def _config(
 
     There are no secrets among them: keys and tokens stay in their files, of which the settings have the names.
 
-    With --check the files that they name are read and the addresses tried, as by a server that starts, but that an
-    address may be in use, as by the server that runs. Each problem is a line; exit status 1 if there is one.
+    With --check the files that they name are read, the models loaded and the addresses tried, as by a server that
+    starts, but on the CPU (`doctor` tells of the GPU), and an address may be in use, as by the server that runs. Each
+    problem is a line, each model file that would be kept out, too; exit status 1 if there is one.
     """
     parent = context.parent
     assert parent is not None

@@ -115,9 +115,6 @@ class Lifecycle:
         self._metrics = metrics
         self._table = table
         self._health = health_servicer
-        self._most = (
-            {"all": None, "latest": 1}[settings.versions] if settings.versions.isalpha() else int(settings.versions)
-        )
         self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
         self._reasons: dict[tuple[str, int], str] = {}  # why it was kept out
         self._reported: set[str] = set()
@@ -230,7 +227,7 @@ class Lifecycle:
         """Serve as many of these versions, newest first, as the settings ask for and the rules allow."""
         chosen: set[tuple[str, int]] = set()
         for number in versions:
-            if len(chosen) == self._most:
+            if len(chosen) == self._settings.most_versions:
                 break
             key = (name, number)
             changed = key not in self._stamps or self._stamps[key] != found[key]

@@ -14,11 +14,11 @@ AccessLog = Literal["off", "errors", "all"]
 ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
-# What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
 _PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
 _MOST_THREADS = 64  # where there are not more cores
 _MOST_MODEL_MIB = 2048  # protobuf reads no larger message
 _LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
+# What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
 _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
 
 
@@ -129,6 +129,11 @@ class ServerSettings(BaseModel):
         AccessLog,
         Field(description="Which calls to log: off, errors (not those whose caller left) or all."),
     ] = "errors"
+
+    @property
+    def most_versions(self) -> int | None:
+        """How many versions of a model to serve, the newest of those that can be; None: all."""
+        return {"all": None, "latest": 1}[self.versions] if self.versions.isalpha() else int(self.versions)
 
     @field_validator("threads")
     @classmethod

@@ -528,6 +528,22 @@ def test_a_check_tells_every_problem_on_a_line(tmp_path: Path) -> None:
     assert "HOST:PORT" in port
 
 
+def test_a_check_tells_every_model_file_that_would_be_kept_out(tmp_path: Path) -> None:
+    for version in ("1", "2", "3"):
+        shutil.copytree(BUNDLED_MODELS / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / version)
+    whole = (tmp_path / "mlp-mnist/3/model.onnx").read_bytes()
+    (tmp_path / "mlp-mnist/1/model.onnx").write_bytes(b"no model")
+    (tmp_path / "mlp-mnist/3/model.onnx").write_bytes(whole[:-1000])
+    newest, oldest = check_told("--models", tmp_path, code=1)
+    assert newest.endswith(
+        f"{tmp_path}/mlp-mnist/3/model.onnx would be kept out: the file is not ONNX, or is truncated"
+    )
+    assert f"{tmp_path}/mlp-mnist/1/model.onnx would be kept out: " in oldest
+    assert check_told("--models", tmp_path, "--versions", "latest", code=1) == [newest]
+    (tmp_path / "mlp-mnist/3/model.onnx").write_bytes(whole)
+    assert check_told("--models", tmp_path, "--versions", "latest", code=0) == ["ok"]
+
+
 def test_a_check_tells_a_certificate_that_has_expired(tmp_path: Path) -> None:
     ended = datetime.datetime(2020, 2, 3, 4, 5, tzinfo=datetime.UTC)
     issued = trustme.CA().issue_cert("127.0.0.1", not_before=ended - datetime.timedelta(days=1), not_after=ended)
