@@ -4,7 +4,7 @@ Then kill a replica, see the alert in Alertmanager, start it again, and see the 
 """
 
 import contextlib
-import http
+import http.server
 import json
 import re
 import shutil
@@ -36,8 +36,13 @@ PROGRAM = Path(sys.executable).with_name("ganserve-server")
 LIMIT_S = 60.0
 OK, INTERNAL = grpc.StatusCode.OK, grpc.StatusCode.INTERNAL
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-# What this machine cannot show is asked for its syntax alone.
-GPU_ALONE = ("DCGM_FI_", 'gpu="1"', 'asked=~"cuda|tensorrt"')
+# What NVIDIA's exporter would answer, for want of a GPU.
+DCGM_SAMPLE = Path(".ci/dcgm-exporter.txt")
+# Asked for their syntax alone: they find servers that leave a GPU unused which is there, or was asked for.
+WITHOUT_DATA = {
+    'ganserve_provider_info{asked="auto",gpu="1",running="CPUExecutionProvider"}',
+    'ganserve_provider_info{asked=~"cuda|tensorrt",running="CPUExecutionProvider"}',
+}
 # May fire, since "for" is a second here: the flood fills the queues, and a busy machine may miss a scrape.
 OF_LOAD = {
     "GanserveSettingsKeptOut",  # mended just before
@@ -269,11 +274,11 @@ def publish_fragile(models: Path) -> None:
     onnx.save(model, models / "fragile/1/model.onnx")
 
 
-def configure(scratch: Path, replicas: list[str], alertmanager: str) -> None:
+def configure(scratch: Path, replicas: list[str], alertmanager: str, exporter: str) -> None:
     """Copy Prometheus' files, with our addresses, a second where they say minutes, and nothing else changed."""
     shutil.copytree(DEPLOY / "prometheus", scratch / "prometheus")
-    (scratch / "prometheus/targets/ganserve.yml").write_text(json.dumps([{"targets": replicas}]))
-    (scratch / "prometheus/targets/alertmanager.yml").write_text(json.dumps([{"targets": [alertmanager]}]))
+    for name, targets in (("ganserve", replicas), ("alertmanager", [alertmanager]), ("dcgm", [exporter])):
+        (scratch / f"prometheus/targets/{name}.yml").write_text(json.dumps([{"targets": targets}]))
     for name, pattern in (("prometheus.yml", r"(?<=_interval: )15s"), ("rules.yml", r"(?<= for: )\d+m")):
         file = scratch / "prometheus" / name
         changed, count = re.subn(pattern, "1s", file.read_text())
@@ -281,12 +286,38 @@ def configure(scratch: Path, replicas: list[str], alertmanager: str) -> None:
         file.write_text(changed)
 
 
-def dashboard_queries() -> list[str]:
+@contextlib.contextmanager
+def answering(page: str) -> Iterator[str]:
+    """Answer a page to whoever asks; yield the address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(http.HTTPStatus.OK)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def dashboard_queries() -> dict[str, set[str]]:
+    """Return the labels that the legend of each query names."""
     panels = json.loads((DEPLOY / "grafana/dashboards/ganserve.json").read_text())["panels"]
-    queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     values = {"$__rate_interval": "30s", "$job": "ganserve", "$instance": ".*", "$model": ".*"}
-    for name, value in values.items():
-        queries = [query.replace(name, value) for query in queries]
+    queries: dict[str, set[str]] = {}
+    for target in (target for panel in panels for target in panel.get("targets", [])):
+        query = target["expr"]
+        for name, value in values.items():
+            query = query.replace(name, value)
+        queries.setdefault(query, set()).update(re.findall(r"{{(\w+)}}", target["legendFormat"]))
     if left := [query for query in queries if "$" in query]:
         sys.exit(f"FAILED: variables that nobody set: {left}")
     return queries
@@ -325,7 +356,7 @@ def main() -> None:
         publish_fragile(models)
         addresses = [free_address(), free_address()]
         prometheus, alertmanager = free_address(), free_address()
-        configure(scratch, addresses, alertmanager)
+        configure(scratch, addresses, alertmanager, stack.enter_context(answering(DCGM_SAMPLE.read_text())))
         flags = ["--max-queue-images=2048"]
         (scratch / "guarded").mkdir()
         guarded = Guarded(scratch / "guarded")
@@ -366,10 +397,10 @@ def main() -> None:
             wait_until("it is an alert", lambda: kept_out in firing(alertmanager))
 
         wait_until("the rules are there", lambda: asked.get("rules")["groups"])
-        places = {"dashboard": dashboard_queries(), "rules": rule_queries(asked), "runbook": runbook_queries()}
+        legends = dashboard_queries()
+        places = {"dashboard": list(legends), "rules": rule_queries(asked), "runbook": runbook_queries()}
         for whose, queries in places.items():
-            syntax = [query for query in queries if any(mark in query for mark in GPU_ALONE)]
-            wanted = set(queries) - set(syntax)
+            wanted = set(queries) - WITHOUT_DATA
             with step(f"the {len(wanted)} queries of the {whose} find data"):
                 ended = time.monotonic() + LIMIT_S
                 while wanted and time.monotonic() < ended:
@@ -377,11 +408,22 @@ def main() -> None:
                     time.sleep(0.3)
                 if wanted:
                     sys.exit("FAILED: no data for\n" + "\n".join(sorted(wanted)))
-            for query in syntax:
+            if sampled := [query for query in queries if "DCGM_" in query]:
+                print(
+                    f"   {len(sampled)} of them in {DCGM_SAMPLE}, in the form that dcgm-exporter writes, not on a GPU:"
+                )
+                print("".join(f"     {query}\n" for query in sampled), end="")
+        with step(f"{len(WITHOUT_DATA)} more have the right syntax"):
+            for query in WITHOUT_DATA:
+                if query not in places["rules"]:
+                    sys.exit(f"FAILED: no rule has the selector {query}")
                 asked.ask(query)
-            print(f"   {len(syntax)} more have the right syntax; this machine has no data for them:")
-            for query in syntax:
-                print(f"     {query}")
+        print("   without a GPU there is no data for them:")
+        print("".join(f"     {query}\n" for query in sorted(WITHOUT_DATA)), end="")
+        with step("the data of the dashboard have the labels that its legends name"):
+            for query, labels in legends.items():
+                if missing := labels - {label for one in asked.ask(query) for label in one["metric"]}:
+                    sys.exit(f"FAILED: {query} has no {missing}")
 
         wait_until("the fragile model's callers see both", lambda: {OK, INTERNAL} <= load.codes)
         foreseen = {("GanserveErrorBudgetBurnsFast", ""), *(("GanserveModelKeptOut", one) for one in addresses)}
