@@ -88,7 +88,11 @@ def main() -> None:
         for folder in BUNDLED_MODELS.iterdir():
             (repository / folder.name).symlink_to(folder)
         stubs = {}
-        for name, flags in {"": (), "2 workers": ("--workers=2",), "1 thread": ("--threads=1",)}.items():
+        for name, flags in {
+            "": ("--workers=1",),
+            "2 workers": ("--workers=2",),
+            "1 thread": ("--workers=1", "--threads=1"),
+        }.items():
             running = stack.enter_context(serving(f"--models={repository}", *flags))
             options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
             stubs[name] = Stub(stack.enter_context(grpc.insecure_channel(running.address, options)))

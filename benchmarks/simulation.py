@@ -500,7 +500,7 @@ def _row(*cells: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=f"{FAST},dcgan64")
-    parser.add_argument("--server", default="", help="more flags for the real server that is compared")
+    parser.add_argument("--server", default="--workers=1", help="more flags for the real server that is compared")
     parser.add_argument("--quick", action="store_true", help="one model, less of everything: seconds")
     options = parser.parse_args()
     models = [FAST] if options.quick else options.models.split(",")

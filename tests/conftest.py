@@ -83,9 +83,9 @@ def client(server: RunningServer) -> Iterator[Client]:
 
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., RunningServer]]:
-    """Start servers of a test's own, by flags; they end with the test."""
+    """Start servers of a test's own, by flags, of one process if those don't say otherwise; they end with the test."""
     with ExitStack() as servers:
-        yield lambda *flags: servers.enter_context(run_server(*flags))
+        yield lambda *flags: servers.enter_context(run_server("--workers=1", *flags))
 
 
 @pytest.fixture(scope="session")

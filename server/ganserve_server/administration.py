@@ -4,10 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import grpc
+
 from ganserve.v1 import administration_pb2 as pb
 from ganserve.v1 import administration_pb2_grpc as pb_grpc
-from ganserve_server.errors import ModelNotFound, ModelNotLoaded, ServingError
-from ganserve_server.grpc_server import Call
+from ganserve_server.errors import InvalidRequest, ModelNotFound, ModelNotLoaded, ServingError
+from ganserve_server.grpc_server import Call, GrpcServer
+from ganserve_server.inference import grpc_service_pb2 as inference_pb
 from ganserve_server.workers import Supervisor
 
 SERVICE = pb.DESCRIPTOR.services_by_name["AdministrationService"].full_name
@@ -69,6 +72,63 @@ class AdministrationServicer(pb_grpc.AdministrationServiceServicer):
     ) -> pb.ReloadModelsResponse:
         """Look for changes."""
         return pb.ReloadModelsResponse(versions=_states(await self._administration.reload()))
+
+
+class RepositoryServicer:
+    """The two calls of the Open Inference Protocol that load and unload models, as Triton's clients make them."""
+
+    def __init__(self, administration: Administration) -> None:
+        self._administration = administration
+
+    def add_to(self, server: GrpcServer) -> None:
+        """Answer both."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "RepositoryModelLoad": grpc.unary_unary_rpc_method_handler(
+                self._load,
+                inference_pb.RepositoryModelLoadRequest.FromString,
+                inference_pb.RepositoryModelLoadResponse.SerializeToString,
+            ),
+            "RepositoryModelUnload": grpc.unary_unary_rpc_method_handler(
+                self._unload,
+                inference_pb.RepositoryModelUnloadRequest.FromString,
+                inference_pb.RepositoryModelUnloadResponse.SerializeToString,
+            ),
+        }
+        service = inference_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+        server.add_registered_method_handlers(service, handlers)
+
+    async def _load(
+        self, request: inference_pb.RepositoryModelLoadRequest, context: Call
+    ) -> inference_pb.RepositoryModelLoadResponse:
+        context.model = request.model_name
+        check_repository(request.repository_name)
+        if request.parameters:
+            raise InvalidRequest(
+                "parameters",
+                f"there is no parameter {min(request.parameters)!r}: a model is loaded as its folder has it",
+            )
+        await self._administration.load(request.model_name)
+        return inference_pb.RepositoryModelLoadResponse()
+
+    async def _unload(
+        self, request: inference_pb.RepositoryModelUnloadRequest, context: Call
+    ) -> inference_pb.RepositoryModelUnloadResponse:
+        context.model = request.model_name
+        check_repository(request.repository_name)
+        await self._administration.unload(request.model_name)
+        return inference_pb.RepositoryModelUnloadResponse()
+
+
+def check_repository(name: str) -> None:
+    """Refuse a repository's name: a server has one.
+
+    Raises:
+        InvalidRequest: there is a name.
+    """
+    if name:
+        raise InvalidRequest(
+            "repository_name", f"there is no repository {name!r}; a server has one, leave its name out"
+        )
 
 
 def _states(states: list[VersionState]) -> list[pb.VersionState]:

@@ -559,7 +559,7 @@ class GrpcServer:
         on_refused: called before it with the error, for those that end with one.
         max_connections: at a time; one more is told so and closed.
         max_streams: calls at a time on one connection; a client keeps more waiting on its side.
-        max_request_bytes: in one message.
+        max_request_bytes: in one message; as given, a thousand latents of a thousand values.
         unawaited_services: whose calls are not for metrics, and are cut off by a drain.
         max_buffered_bytes: of requests that are not complete, all connections together.
         max_backlog_bytes: of answers that are not read, all connections together: large ones beyond it are refused.
@@ -580,7 +580,7 @@ class GrpcServer:
         on_refused: Callable[[Call, ServingError], None],
         max_connections: int,
         max_streams: int,
-        max_request_bytes: int,
+        max_request_bytes: int = 4 << 20,
         unawaited_services: Collection[str] = (),
         max_buffered_bytes: int = 256 << 20,
         max_backlog_bytes: int = 1 << 30,

@@ -17,7 +17,7 @@ from google.protobuf import message_factory
 from grpc_health.v1 import health, health_pb2
 from numpy.typing import NDArray
 
-from ganserve_server.administration import Administration
+from ganserve_server.administration import check_repository
 from ganserve_server.batcher import Batcher, Made
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
@@ -48,9 +48,10 @@ _SEEDS = {
     "INT64": ("<i8", "int64_contents"),
 }
 _INPUTS = {"latent": _FLOATS, "seed": _SEEDS, "label": _LABELS}
-
-
-_ADMINISTRATION = ("RepositoryModelLoad", "RepositoryModelUnload")
+_NOT_HERE = (
+    "models are not loaded or unloaded by calls to this address, but to the server's --admin-address; "
+    "or add a version to the repository's folder, or remove it"
+)
 
 
 class InferenceServicer:
@@ -60,25 +61,18 @@ class InferenceServicer:
         models: which are served.
         settings: the server's.
         health_servicer: says whether the server is ready.
-        administer: loads and unloads models; None where callers may not.
     """
 
     def __init__(
-        self,
-        models: ModelTable,
-        settings: ServerSettings,
-        health_servicer: health.aio.HealthServicer,
-        administer: Administration | None = None,
+        self, models: ModelTable, settings: ServerSettings, health_servicer: health.aio.HealthServicer
     ) -> None:
         self._models = models
         self._settings = settings
         self._health = health_servicer
-        self._administer = administer
 
-    def add_to(self, server: GrpcServer, *, administration_alone: bool = False) -> None:
-        """Answer the service's calls, or those alone that load and unload models."""
-        if not administration_alone:
-            server.add_method(f"/{SERVICE}/ModelInfer", Method(start=self._model_infer, counts_images=True))
+    def add_to(self, server: GrpcServer) -> None:
+        """Answer the service's calls."""
+        server.add_method(f"/{SERVICE}/ModelInfer", Method(start=self._model_infer, counts_images=True))
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 getattr(self, method.name),
@@ -86,7 +80,7 @@ class InferenceServicer:
                 response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
             )
             for method in _DESCRIPTOR.methods
-            if method.name != "ModelInfer" and (not administration_alone or method.name in _ADMINISTRATION)
+            if method.name != "ModelInfer"
         }
         server.add_registered_method_handlers(SERVICE, handlers)
 
@@ -157,7 +151,7 @@ class InferenceServicer:
         self, request: pb.RepositoryIndexRequest, context: Call
     ) -> pb.RepositoryIndexResponse:
         """List every version that is served."""
-        _check_repository(request.repository_name)
+        check_repository(request.repository_name)
         return pb.RepositoryIndexResponse(
             models=[
                 {"name": name, "version": str(number), "state": "READY"}
@@ -168,33 +162,16 @@ class InferenceServicer:
     async def RepositoryModelLoad(  # noqa: N802
         self, request: pb.RepositoryModelLoadRequest, context: Call
     ) -> pb.RepositoryModelLoadResponse:
-        """Load a model, where callers may."""
-        administer = self._administration(request.repository_name, request.model_name, context)
-        if request.parameters:
-            raise InvalidRequest(
-                "parameters",
-                f"there is no parameter {min(request.parameters)!r}: a model is loaded as its folder has it",
-            )
-        await administer.load(request.model_name)
-        return pb.RepositoryModelLoadResponse()
+        """Refuse: `RepositoryServicer` loads models."""
+        self._name(request.model_name, context)
+        raise PermissionDenied(_NOT_HERE)
 
     async def RepositoryModelUnload(  # noqa: N802
         self, request: pb.RepositoryModelUnloadRequest, context: Call
     ) -> pb.RepositoryModelUnloadResponse:
-        """Unload a model, where callers may."""
-        administer = self._administration(request.repository_name, request.model_name, context)
-        await administer.unload(request.model_name)
-        return pb.RepositoryModelUnloadResponse()
-
-    def _administration(self, repository: str, model: str, call: Call) -> Administration:
-        self._name(model, call)
-        if self._administer is None:
-            raise PermissionDenied(
-                "models are not loaded or unloaded by calls to this address, but to the server's --admin-address; "
-                "or add a version to the repository's folder, or remove it"
-            )
-        _check_repository(repository)
-        return self._administer
+        """Refuse: `RepositoryServicer` unloads models."""
+        self._name(request.model_name, context)
+        raise PermissionDenied(_NOT_HERE)
 
     def _name(self, model: str, call: Call) -> None:
         call.model = model if model in self._models else OTHER
@@ -328,13 +305,6 @@ def _check_no_parameters(name: str, parameters: Mapping[str, pb.InferParameter])
             name,
             f"{name} has parameter {min(parameters)!r}; tensors have none here: no shared memory is read or written, "
             "send the values in the message",
-        )
-
-
-def _check_repository(name: str) -> None:
-    if name:
-        raise InvalidRequest(
-            "repository_name", f"there is no repository {name!r}; a server has one, leave its name out"
         )
 
 

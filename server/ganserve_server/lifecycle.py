@@ -5,6 +5,7 @@ file that breaks a rule stays out, once in the log, and what was served before g
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -130,7 +131,8 @@ class Lifecycle:
             ProviderUnavailable: CUDA or TensorRT was asked for and is missing; only when starting.
             OSError: the repository cannot be listed; only when starting.
         """
-        async with self._refreshing:
+        # One worker at a time: how long models take is measured, and the others' callers want cores, too.
+        async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
             try:
                 found = await asyncio.to_thread(_stamps, self._settings.models)
             except OSError as error:
@@ -217,8 +219,7 @@ class Lifecycle:
         """Return what shares the cores, or the GPU, among the models."""
         on_cpu = model.engine.on_cpu
         if on_cpu not in self._schedulers:
-            workers = self._board.workers if self._board else 1
-            self._schedulers[on_cpu] = Scheduler(max(1, self._threads // workers) if on_cpu else 1, self._board)
+            self._schedulers[on_cpu] = Scheduler(self._threads, self._board) if on_cpu else Scheduler(1)
         return self._schedulers[on_cpu]
 
     async def _choose(

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import gc
-import importlib
+import importlib.util
 import io
 import mmap
 import os
@@ -11,11 +11,11 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime
-
 _DRIVER = "libcuda.so.1"
 _CGROUP = Path("/sys/fs/cgroup")
-_CUDA_PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+# Not by importing it: that takes long, and a supervisor does without.
+_ONNXRUNTIME = Path(importlib.util.find_spec("onnxruntime").submodule_search_locations[0])  # type: ignore[union-attr,index]
+_CUDA_PROVIDER = _ONNXRUNTIME / "capi" / "libonnxruntime_providers_cuda.so"
 _TENSORRT_PROVIDER = _CUDA_PROVIDER.with_name("libonnxruntime_providers_tensorrt.so")
 # Of the ELF format: a section's type, an entry's tag, and what is said of each section.
 _DYNAMIC, _NEEDED = 6, 1
@@ -72,6 +72,8 @@ def nvidia_driver() -> bool:
 
 def load_cuda_libraries() -> None:
     """Load CUDA's and TensorRT's libraries out of Python packages (nvidia-cublas, …): the providers find them then."""
+    import onnxruntime
+
     with contextlib.redirect_stdout(io.StringIO()):  # where onnxruntime says what it misses; `why_no_cuda` says it too
         onnxruntime.preload_dlls()
     with contextlib.suppress(ImportError, OSError):

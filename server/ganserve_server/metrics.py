@@ -4,7 +4,6 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
 
-import onnxruntime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -169,6 +168,8 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
+        import onnxruntime  # late: a supervisor, which has no metrics of its own, does without
+
         Gauge(
             "ganserve_build_info",
             "1, with versions.",

@@ -23,6 +23,15 @@ _INLINE_S = 0.0003
 _LONE_BATCHES = 8
 
 
+class _Threads:
+    """Threads that compute, and how many batches they have: each runs one, and another may stand ready behind it."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.taken = 0
+        self.work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+
+
 @dataclass(slots=True)
 class _Work:
     """A batch on its way through a thread."""
@@ -31,6 +40,7 @@ class _Work:
     parts: list[Part]
     feeds: Feeds
     wide: bool
+    threads: _Threads
 
 
 class Scheduler:
@@ -39,19 +49,26 @@ class Scheduler:
     Two ways to use the cores: one batch on each, which makes the most images, and one batch on all of them, which makes
     a lone caller's soonest. Behind each batch that runs another may stand ready, so that no core waits for the calls'
     own work; latents are drawn here, for the threads that compute would wait for Python's lock at each.
+
+    Args:
+        cores: how many there are.
+        board: of the workers that share them, if there are several; each has its part of the cores, and those of the
+            others while they compute nothing.
     """
 
     def __init__(self, cores: int, board: Board | None = None) -> None:
         self.cores = cores
-        self._places = 2 * cores  # for batches, to run or to stand ready
+        own = cores if board is None else max(1, cores // board.workers)
+        self._own, self._others = _Threads(own), _Threads(cores - own)
         self._board = board
         self._loop = asyncio.get_running_loop()
         self._ready: OrderedDict[Batcher, None] = OrderedDict()
         self._woken = False
         self._alone_in_a_row = 0  # batches while which no other call came
-        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, name=f"engine-{number}", daemon=True) for number in range(cores)
+            threading.Thread(target=self._run, args=(kind.work,), name=f"engine-{number}", daemon=True)
+            for kind in (self._own, self._others)
+            for number in range(kind.count)
         ]
         for thread in self._threads:
             thread.start()
@@ -59,7 +76,7 @@ class Scheduler:
     def wake(self, batcher: Batcher) -> None:
         """Look at a queue in this turn of the loop, once all calls that came with this one are in it."""
         self._ready[batcher] = None
-        if self._places < 2 * self.cores:
+        if not self._idle:
             self._alone_in_a_row = 0
         if not self._woken and self._places:
             self._woken = True
@@ -67,14 +84,40 @@ class Scheduler:
 
     def close(self) -> None:
         """End the threads; nothing waits."""
-        for _ in self._threads:
-            self._work.put(None)
+        for kind in (self._own, self._others):
+            for _ in range(kind.count):
+                kind.work.put(None)
         for thread in self._threads:
             thread.join()
 
     @property
+    def _idle(self) -> bool:
+        return not (self._own.taken or self._others.taken)
+
+    @property
+    def _lent(self) -> int:
+        """How many of the others' cores have nothing to compute for them."""
+        if self._board is None or not self._others.count:
+            return 0
+        return max(0, self._others.count - self._board.others_running())
+
+    @property
     def _free(self) -> int:
-        return max(0, self._places - self.cores)
+        """How many more batches would run at once."""
+        own, others = self._own, self._others
+        return max(0, own.count - own.taken) + max(0, self._lent - others.taken)
+
+    @property
+    def _places(self) -> int:
+        """How many more batches would run at once, or stand ready."""
+        own, others = self._own, self._others
+        return max(0, 2 * own.count - own.taken) + max(0, 2 * self._lent - others.taken)
+
+    def _next_place(self) -> _Threads:
+        own, others = self._own, self._others
+        if own.taken >= own.count and (others.taken < self._lent or own.taken >= 2 * own.count):
+            return others
+        return own
 
     def _dispatch(self) -> None:
         self._woken = False
@@ -87,10 +130,10 @@ class Scheduler:
             if not free and waiting < batcher.least_ahead() and not batcher.overtaken:
                 too_few.append(batcher)
                 continue
-            alone = free == self.cores and not self._ready
+            alone = self._idle and not self._ready
             spread = max(LEAST_BATCH, math.ceil(waiting / (free or 1)))
             lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
-            wide = lone and engine.wide_is_faster and (self._board is None or self._board.others_idle())
+            wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
             batch = batcher.next_batch(min(spread, batcher.batch_size()))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others
@@ -102,8 +145,8 @@ class Scheduler:
                 batcher.returned(batch)
                 batcher.failed(batch, error)
                 continue
-            work = _Work(batcher, batch, feeds, wide)
-            self._take_places(work, -1)
+            work = _Work(batcher, batch, feeds, wide, self._next_place())
+            self._count(work, 1)
             batcher.overtaken = False
             for other in too_few:
                 other.overtaken = True  # once is enough: its few images are next
@@ -111,7 +154,7 @@ class Scheduler:
             if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
                 self._done(work, *self._compute(work))
             else:
-                self._work.put(work)
+                work.threads.work.put(work)
         for batcher in reversed(too_few):
             self._ready[batcher] = None
             self._ready.move_to_end(batcher, last=False)
@@ -119,13 +162,18 @@ class Scheduler:
             for batcher in self._ready:
                 batcher.saturated()
 
-    def _take_places(self, work: _Work, sign: int) -> None:
-        self._places += sign * (2 * self.cores if work.wide else 1)
+    def _count(self, work: _Work, change: int) -> None:
+        """Take note that a batch is begun, or is done."""
+        if work.wide:
+            for kind in (self._own, self._others):
+                kind.taken += change * 2 * kind.count
+        else:
+            work.threads.taken += change
         if self._board is not None:
-            self._board.set_running(self.cores - self._free)
+            self._board.set_running(sum(min(kind.taken, kind.count) for kind in (self._own, self._others)))
 
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+    def _run(self, queued: "queue.SimpleQueue[_Work | None]") -> None:
+        while (work := queued.get()) is not None:
             result = self._compute(work)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 self._loop.call_soon_threadsafe(self._done, work, *result)
@@ -156,7 +204,7 @@ class Scheduler:
         started: float,
         seconds: float,
     ) -> None:
-        self._take_places(work, 1)
+        self._count(work, -1)
         self._alone_in_a_row += 1
         batcher = work.batcher
         batcher.returned(work.parts)

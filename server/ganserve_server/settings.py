@@ -71,7 +71,8 @@ class ServerSettings(BaseModel):
         str,
         Field(
             pattern="^(auto|[1-9][0-9]{0,2})$",
-            description="Processes that answer calls: so many, or auto (a quarter of the cores; one on a GPU).",
+            description="Processes that answer calls: so many, or auto: two, or a quarter of the cores if that is more;"
+            " one on a GPU, on one core, or where memory is short.",
         ),
     ] = "auto"
     provider: Annotated[
@@ -93,7 +94,7 @@ class ServerSettings(BaseModel):
     threads: Annotated[int, Field(ge=0, description="Threads a model computes with on the CPU; 0: one a core.")] = 0
     max_batch_size: Annotated[int, Field(ge=1, le=4096, description="Images an engine makes at once, at most.")] = 64
     max_queue_images: Annotated[
-        int, Field(ge=1, description="Images that may wait for one model; a request beyond is refused.")
+        int, Field(ge=1, description="Images that may wait for one model in each worker; a request beyond is refused.")
     ] = 4096
     max_images_per_request: Annotated[int, Field(ge=1, description="Images in one GenerateImages call.")] = 1024
     max_images_per_stream: Annotated[int, Field(ge=1, description="Images in one StreamImages call.")] = 10_000_000

@@ -6,6 +6,7 @@ are true sums over all workers, dead ones too: prometheus-client keeps them in f
 """
 
 import asyncio
+import fcntl
 import functools
 import json
 import logging
@@ -17,8 +18,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Board:
     """Memory that all workers see: how busy each is. A worker writes its own cells alone."""
 
     def __init__(self, descriptor: int, workers: int, mine: int) -> None:
+        self._descriptor = descriptor
         self._cells = memoryview(mmap.mmap(descriptor, workers * _CELLS * _CELL)).cast("q")
         self._mine = mine
         self.workers = workers
@@ -82,9 +84,18 @@ class Board:
         mine = self._cells[self._mine * _CELLS]
         return all(self._cells[other * _CELLS] >= mine for other in self._others)
 
-    def others_idle(self) -> bool:
-        """Tell whether no other worker computes anything."""
-        return not any(self._cells[other * _CELLS + 1] for other in self._others)
+    def others_running(self) -> int:
+        """Count the batches that the other workers compute."""
+        return sum(self._cells[other * _CELLS + 1] for other in self._others)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Wait until no other worker does what one is to do at a time."""
+        await asyncio.to_thread(fcntl.lockf, self._descriptor, fcntl.LOCK_EX)  # it ends with its process
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
     def absent(self, worker: int) -> None:
         """Take note that a worker is not there; the supervisor's to say."""
@@ -103,6 +114,7 @@ class Parent:
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
         self.buckets: int = given["buckets"]  # memory of the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
+        self.tells: bool = given["tells"]  # what keeps it from starting: of those that start together, one does
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
 
@@ -193,12 +205,16 @@ class Supervisor:
         """Start all workers; return what the first says of itself.
 
         Raises:
-            StartError: the first cannot start; it has logged why.
+            SystemExit: the first cannot start; it has logged why.
+            StartError: it was ended.
         """
-        first = await self._start(0)
+        # Together: the first to serve would take all connections until the others do.
+        first, *_ = await asyncio.gather(*(self._start(number, tells=number == 0) for number in range(self._count)))
         if first is None:
-            raise StartError("the worker cannot start")
-        await asyncio.gather(*(self._start(number) for number in range(1, self._count)))
+            status = await self._workers[0].process.wait()
+            if status == 1:
+                raise SystemExit(1)
+            raise StartError(f"a worker ended with status {status} before it served")
         self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._count)]
         return first
 
@@ -229,7 +245,7 @@ class Supervisor:
         self.signal(signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _start(self, number: int) -> dict[str, Any] | None:
+    async def _start(self, number: int, *, tells: bool = True) -> dict[str, Any] | None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         descriptors = [bound.fileno() for bound in self._sockets]
@@ -241,6 +257,7 @@ class Supervisor:
             "buckets": self._buckets,
             "channel": theirs.fileno(),
             "unloaded": sorted(self.unloaded),
+            "tells": tells,
         }
         environment = {
             **os.environ,

@@ -29,6 +29,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.administration import RepositoryServicer
 from ganserve_server.batcher import Made
 from ganserve_server.errors import ModelNotFound
 from ganserve_server.grpc_server import GrpcServer
@@ -392,14 +393,13 @@ class RecordingAdministration:
 
 
 @asynccontextmanager
-async def serving(servicer: InferenceServicer) -> AsyncIterator[triton_aio.InferenceServerClient]:
+async def serving(servicer: InferenceServicer | RepositoryServicer) -> AsyncIterator[triton_aio.InferenceServerClient]:
     """Serve one servicer from this process, which has Triton's definitions of the protocol too."""
     server = GrpcServer(
         on_finished=lambda *_: None,
         on_refused=lambda *_: None,
         max_connections=9,
         max_streams=9,
-        max_request_bytes=1 << 20,
     )
     servicer.add_to(server)
     listening = socket.create_server(("127.0.0.1", 0))
@@ -411,8 +411,7 @@ async def serving(servicer: InferenceServicer) -> AsyncIterator[triton_aio.Infer
 
 async def test_where_callers_may_they_load_and_unload_models() -> None:
     administration = RecordingAdministration()
-    servicer = InferenceServicer(ModelTable(), ServerSettings(), health.aio.HealthServicer(), administration)
-    async with serving(servicer) as connected:
+    async with serving(RepositoryServicer(administration)) as connected:
         await connected.load_model("digits")
         await connected.unload_model("digits")
         assert administration.calls == [("load", "digits"), ("unload", "digits")]

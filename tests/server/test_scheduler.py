@@ -1,6 +1,7 @@
 """The queue and its batches, over an engine that waits for the test's word."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +21,7 @@ from ganserve_server.metrics import Metrics
 from ganserve_server.repository import ModelVersion
 from ganserve_server.scheduler import Scheduler
 from ganserve_server.settings import BUNDLED_MODELS
+from ganserve_server.workers import Board
 
 WAIT_S = 30
 
@@ -419,6 +421,31 @@ async def test_two_cores_make_the_parts_of_a_request_at_a_time_and_they_come_bac
     engine.released.release()
     assert (await large).pixels.ravel().tolist() == [*range(16)]
     await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_worker_has_the_cores_of_the_others_while_they_compute_nothing(engine: HeldEngine) -> None:
+    memory = os.memfd_create("board")
+    os.ftruncate(memory, 4096)
+    mine, other = Board(memory, workers=2, mine=0), Board(memory, workers=2, mine=1)
+    scheduler = Scheduler(2, mine)
+    batcher = queue_of(engine, scheduler)
+    for seed, running, at_once in ((0, 0, 2), (16, 1, 1), (32, 0, 2)):
+        other.set_running(running)
+        large = begin(batcher, seed, 16)
+        for _ in range(at_once):
+            await engine.wait_for_batch()
+        assert (other.others_running(), scheduler._own.taken, scheduler._others.taken) == (
+            at_once,
+            3 - at_once,
+            at_once - 1,
+        )
+        engine.released.release(2)
+        assert (await large).pixels.ravel().tolist() == [*range(seed, seed + 16)]
+        if at_once == 1:
+            await engine.wait_for_batch()
+        assert other.others_running() == 0
+    await asyncio.to_thread(scheduler.close)
+    os.close(memory)
 
 
 async def test_images_that_fill_a_bucket_up_are_counted(engine: HeldEngine) -> None:

@@ -155,7 +155,7 @@ def test_a_collector_that_does_not_answer_holds_up_neither_calls_nor_the_end(
 WITHOUT = """
 import sys
 sys.modules[{missing!r}] = None
-sys.argv[1:] = ["--address", "127.0.0.1:0", "--metrics-address", "off", "--log-format", "json"]
+sys.argv[1:] = ["--address", "127.0.0.1:0", "--metrics-address", "off", "--log-format", "json", "--workers", "1"]
 import logging
 class Tell(logging.Handler):
     def emit(self, record):

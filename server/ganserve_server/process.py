@@ -1,0 +1,156 @@
+"""One process's work: its models, their queues, and the calls it answers."""
+
+import asyncio
+import functools
+import gc
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from ganserve.v1 import generation_pb2
+from ganserve_server import administration, inference_protocol
+from ganserve_server.addresses import StartError, refused
+from ganserve_server.calls import CallRecorder
+from ganserve_server.engine import ProviderUnavailable
+from ganserve_server.grpc_server import GrpcServer
+from ganserve_server.inference import grpc_service_pb2
+from ganserve_server.inference_protocol import InferenceServicer
+from ganserve_server.lifecycle import Lifecycle, ModelTable
+from ganserve_server.machine import nvidia_driver
+from ganserve_server.metrics import Load, Metrics
+from ganserve_server.repository import check_repository
+from ganserve_server.security import Security
+from ganserve_server.servicer import SERVICE, GenerationServicer
+from ganserve_server.settings import ServerSettings
+from ganserve_server.systemd import reloading
+from ganserve_server.tracing import start_tracing
+from ganserve_server.workers import Parent
+
+_log = logging.getLogger(__name__)
+
+
+async def serve_models(
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    reload: asyncio.Event,
+    sockets: list[socket.socket],
+    metrics: Metrics,
+    security: Security,
+    parent: Parent | None = None,
+    on_serving: Callable[[Mapping[str, Any], Lifecycle], None] = lambda *_: None,
+    on_draining: Callable[[], None] = lambda: None,
+) -> None:
+    """Do all of a server's work that is one process's, until `stop` is set; then drain.
+
+    Raises:
+        StartError: no model can be served, or the address is taken.
+    """
+    board = parent.board if parent else None
+    table, health_servicer = ModelTable(), health.aio.HealthServicer()
+    lifecycle = Lifecycle(settings, metrics, table, health_servicer, board, parent.unloaded if parent else ())
+    await _load_models(lifecycle, settings, table)
+    if stop.is_set():
+        return
+    tracing = start_tracing(tell=parent is None or parent.number == 0)
+    recorder = CallRecorder(metrics, settings.access_log, tracing)
+    server = GrpcServer(
+        on_finished=recorder.finished,
+        on_refused=recorder.refused,
+        on_tls_failure=recorder.tls_failed,
+        on_aged=metrics.connections_aged.inc,
+        guard=security.guard("generate"),
+        unguarded_services=(health.SERVICE_NAME,),
+        tls=security.context,
+        max_connection_age_s=settings.max_connection_age_s,
+        max_connections=settings.max_connections,
+        max_streams=settings.max_calls_per_connection,
+        # Their watchers would stay for ever.
+        unawaited_services=(health.SERVICE_NAME, reflection.SERVICE_NAME),
+        board=board,
+    )
+    if parent is None:
+        metrics.registry.register(Load(lambda: server.load))
+    GenerationServicer(table, settings, metrics).add_to(server)
+    InferenceServicer(table, settings, health_servicer).add_to(server)
+    grpcs: Any = server
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpcs)
+    ours = (SERVICE, inference_protocol.SERVICE)
+    if settings.reflection == "on":
+        names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+        add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
+    for service in ours:
+        await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        server.start(sockets)
+    except OSError as error:
+        raise refused(settings.address, "--address", error) from error
+    tasks = [asyncio.create_task(_refresh_on(reload, lifecycle, security)), asyncio.create_task(security.watch())]
+    if settings.reload == "watch":
+        tasks.append(asyncio.create_task(lifecycle.watch(stop)))
+        await asyncio.sleep(0)  # it watches from here on
+        await lifecycle.refresh()  # what changed since the models were loaded
+    provider = table.find(table.names[0], None).model.engine.provider
+    metrics.provider_info.labels(settings.provider, provider, int(bool(nvidia_driver()))).set(1)
+    metrics.queue_limit_images.set(settings.max_queue_images)
+    facts = {"models": table.names, "provider": provider}
+    # What is there by now stays. To look through it again and again took a fifth of the time of a call.
+    gc.collect()
+    gc.freeze()
+    if parent:
+        parent.tell(facts)
+        tasks.append(asyncio.create_task(parent.follow(stop, functools.partial(administration.answer, lifecycle))))
+    else:
+        on_serving(facts, lifecycle)
+    await stop.wait()
+    on_draining()
+    await health_servicer.enter_graceful_shutdown()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(settings.drain_delay_s)
+    await server.drain(settings.drain_timeout_s)
+    if tracing is not None:
+        await tracing.close()
+    await lifecycle.close()
+
+
+async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable) -> None:
+    check_repository(settings.models)
+    try:
+        await lifecycle.refresh(starting=True)
+    except ProviderUnavailable as error:
+        raise StartError(str(error)) from error
+    except OSError as error:
+        raise StartError(f"the model repository {settings.models} cannot be listed: {error.strerror}") from error
+    if not table.names:
+        raise StartError(f"{settings.models} has no model that can be served: the log has the reason of each")
+
+
+def _reflected() -> DescriptorPool:
+    """Return the files of all services in one pool; those of the Open Inference Protocol are not in the usual one."""
+    pool: Any = DescriptorPool()
+
+    def add(file: FileDescriptor) -> None:
+        for needed in file.dependencies:
+            add(needed)
+        pool.AddSerializedFile(file.serialized_pb)
+
+    for module in (generation_pb2, grpc_service_pb2, health_pb2, reflection_pb2):
+        add(module.DESCRIPTOR)
+    return cast(DescriptorPool, pool)
+
+
+async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle, security: Security) -> None:
+    while True:
+        await reload.wait()
+        reload.clear()
+        with reloading():
+            security.refresh()
+            await lifecycle.refresh()
