@@ -6,10 +6,12 @@ import copy
 import os
 import threading
 import time
+import uuid
 import weakref
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -19,6 +21,7 @@ from grpc_health.v1 import health_pb2_grpc
 from numpy.typing import ArrayLike
 
 from ganserve.conversion import (
+    EachProgress,
     Label,
     StreamProgress,
     correct,
@@ -31,6 +34,7 @@ from ganserve.conversion import (
     to_request,
 )
 from ganserve.errors import (
+    REQUEST_ID_KEY,
     AuthenticationError,
     DeadlineExceededError,
     GanserveError,
@@ -40,6 +44,7 @@ from ganserve.errors import (
     RequestCancelledError,
     ServerError,
     UnavailableError,
+    too_late,
     translate,
 )
 from ganserve.images import GeneratedImage, ImageBatch, concatenate
@@ -77,6 +82,7 @@ _NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, Mode
 _OF_ONE_REPLICA = (*_NOT_READY_YET, AuthenticationError, ServerError)
 _REPLICAS_AT_ONCE = 16
 _REPLICA_TIMEOUT_S = 5.0  # for one of them, where all are waited for
+_GENERATE_EACH = f"/{pb.DESCRIPTOR.services_by_name['GenerationService'].full_name}/GenerateEach"
 
 FilePath = str | os.PathLike[str]
 
@@ -89,6 +95,10 @@ class _Stubs:
         service = pb_grpc.GenerationServiceStub(channel)
         self.generate_images = service.GenerateImages
         self.stream_images = service.StreamImages
+        # Requests that are alike are serialised by who makes them.
+        self.generate_each = channel.stream_stream(
+            _GENERATE_EACH, response_deserializer=pb.GenerateEachResponse.FromString
+        )
         self.list_models = service.ListModels
         self.get_model = service.GetModel
         self.health = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
@@ -186,6 +196,23 @@ class _Twin:
 
     def _translated(self, error: grpc.RpcError) -> GanserveError:
         return translate(error, self.address, closed=self._closing.is_set())
+
+    def _each_progress(
+        self,
+        model: str,
+        labels: Label | Iterable[Label] | None,
+        truncation: float,
+        version: int | None,
+        timeout_s: float | None,
+    ) -> EachProgress:
+        request = to_request(
+            model, count=None, seed=None, latents=None, label=None, truncation=truncation, version=version
+        )
+        return EachProgress(request, labels, self._timeout_s(timeout_s), self.address)
+
+    def _named(self, request_id: str) -> tuple[tuple[str, str], ...]:
+        """Return the metadata of a call that is to have this id."""
+        return (*(self._metadata or ()), (REQUEST_ID_KEY, request_id))
 
     @staticmethod
     def _sheet_rows(
@@ -322,6 +349,47 @@ class Client(_Twin):
             model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
         )
         return self._stream(request, self._timeout_s(timeout_s, request.count))
+
+    def generate_each(
+        self,
+        model: str,
+        seeds: Iterable[int],
+        *,
+        labels: Label | Iterable[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Generator[GeneratedImage, None, None]:
+        """Make the image of each of these seeds, which need not follow one another, and yield them in their order.
+
+        One call for all of them, where a loop of `generate` makes one for each: several times as many images a second.
+        Seeds are read as they are needed, at most 256 ahead of the images, and may be endless. Closing the iterator
+        cancels what is left. A call that breaks is made again for what has not come, of the same version.
+
+        >>> for image in client.generate_each("cdcgan-mnist", [3, 99, 17], labels=[7, 7, 1]):
+        ...     print(image.seed, image.label)
+        3 7
+        99 7
+        17 1
+
+        Args:
+            model: the model's name.
+            seeds: any iterable of integers from 0 to 2^32-1.
+            labels: for conditional models: an index or a class name, for all images, or an iterable with one for each
+                seed. None gives the image of seed s class s modulo the number of classes.
+            truncation: as for `generate`.
+            version: as for `generate`.
+            timeout_s: for the next image, from when it is waited for, with its retries; None gives 30 s. What the
+                reader takes, and the seeds, is not counted.
+
+        Raises:
+            InvalidRequestError: an argument is wrong, or a seed or a label, after the images of those before; or there
+                are more of one than of the other.
+            GanserveError: as `generate` does.
+            Exception: what `seeds` or `labels` raises, after the images of those before.
+        """
+        progress = self._each_progress(model, labels, truncation, version, timeout_s)
+        return self._each(progress, _iterator(seeds))
 
     def interpolate(
         self,
@@ -658,6 +726,66 @@ class Client(_Twin):
                 self._pause(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
 
+    def _each(self, progress: EachProgress, seeds: Iterator[int]) -> Generator[GeneratedImage, None, None]:
+        progress.read(seeds)
+        attempts, call, over = None, None, threading.Event()
+
+        def watch() -> None:
+            """End a call whose next answer takes too long: gRPC's own deadlines are for a whole call."""
+            while not over.wait(progress.patience_s()):
+                if progress.late and call is not None:
+                    call.cancel()
+
+        watching = threading.Thread(target=watch, name="ganserve-watch", daemon=True)
+        try:
+            while not progress.complete:
+                if watching.ident is None:
+                    watching.start()
+                stubs = self._connected()
+                requests: SimpleQueue[bytes | None] = SimpleQueue()
+                request_id, failure = uuid.uuid4().hex, None
+                progress.wait()
+                try:
+                    call = stubs.generate_each(iter(requests.get, None), metadata=self._named(request_id))
+                    enter_call(call)
+                    progress.begin(requests.put, request_id)
+                    for answer in call:
+                        if progress.take(answer):
+                            self._policy.succeeded()
+                            if attempts is not None:
+                                attempts.over()
+                                attempts = None
+                            while (image := progress.next_image()) is not None:
+                                yield image
+                        progress.read(seeds)
+                        progress.wait()
+                        if (failure := progress.failure) is not None or (progress.complete and progress.error):
+                            break
+                    else:
+                        progress.check_end()
+                except grpc.RpcError as error:
+                    failure = too_late(self.address) if progress.late else self._translated(error)
+                except ValueError:
+                    if not self._closing.is_set():
+                        raise
+                    raise self._closed_meanwhile() from None
+                finally:
+                    requests.put(None)
+                    if call is not None:
+                        call.cancel()
+                        leave_call(call)
+                if failure is None or progress.complete:
+                    break
+                if (corrected := self._corrected(failure, progress.request, progress.deadline)) is not None:
+                    progress.correct(corrected)
+                else:
+                    attempts = attempts or Attempts(self._policy, progress.deadline)
+                    self._pause(attempts.delay_s(failure))
+        finally:
+            over.set()  # nobody waits for the thread: where the program ends before the iterator, it is no more
+        if progress.error is not None:
+            raise progress.error
+
     @staticmethod
     def _flattened(batches: Generator[ImageBatch, None, None]) -> Generator[GeneratedImage, None, None]:
         with contextlib.closing(batches):
@@ -750,6 +878,24 @@ class AsyncClient(_Twin):
             model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
         )
         return self._stream(request, self._timeout_s(timeout_s, request.count))
+
+    def generate_each(
+        self,
+        model: str,
+        seeds: Iterable[int] | AsyncIterable[int],
+        *,
+        labels: Label | Iterable[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[GeneratedImage, None]:
+        """Yield the image of each seed, as Client.generate_each does; the seeds may be an async iterable.
+
+        >>> async for image in client.generate_each("cdcgan-mnist", [3, 99, 17]):
+        ...     print(image.seed)
+        """
+        progress = self._each_progress(model, labels, truncation, version, timeout_s)
+        return self._each(progress, aiter(seeds) if isinstance(seeds, AsyncIterable) else _iterator(seeds))
 
     async def interpolate(
         self,
@@ -1011,6 +1157,102 @@ class AsyncClient(_Twin):
                 await asyncio.sleep(attempts.delay_s(failure))
             timeout_s = deadline - time.monotonic()
 
+    async def _each(
+        self, progress: EachProgress, seeds: Iterator[int] | AsyncIterator[int]
+    ) -> AsyncGenerator[GeneratedImage, None]:
+        attempts, call, feeding, timer = None, None, None, None
+        fed, room, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+
+        async def feed(seeds: AsyncIterator[int]) -> None:
+            """Read on while there is room: no answer waits for a seed, and no call's end reaches who makes them."""
+            try:
+                async for seed in seeds:
+                    if not progress.add(seed):
+                        return
+                    progress.ask()
+                    fed.set()
+                    while progress.full:
+                        room.clear()
+                        await room.wait()
+                progress.end()
+            except (Exception, asyncio.CancelledError) as error:
+                progress.end(error)
+                raise
+            finally:
+                progress.ask()
+                fed.set()
+
+        async def read() -> None:
+            if isinstance(seeds, Iterator):
+                progress.read(seeds)
+                return
+            if progress.hungry:
+                room.set()
+            while progress.idle:
+                fed.clear()
+                await fed.wait()
+
+        def watch() -> None:
+            """End a call whose next answer takes too long: gRPC's own deadlines are for a whole call."""
+            nonlocal timer
+            if progress.late and call is not None:
+                call.cancel()
+            timer = loop.call_later(progress.patience_s(), watch)
+
+        try:
+            watch()
+            if not isinstance(seeds, Iterator):
+                feeding = asyncio.create_task(feed(seeds))
+            await read()
+            while not progress.complete:
+                stubs = self._connected()
+                requests: asyncio.Queue[bytes | None] = asyncio.Queue()
+                request_id, failure = uuid.uuid4().hex, None
+                progress.wait()
+                try:
+                    call = stubs.generate_each(_until_none(requests), metadata=self._named(request_id))
+                    progress.begin(requests.put_nowait, request_id)
+                    async for answer in call:
+                        if progress.take(self._read(answer)):
+                            self._policy.succeeded()
+                            if attempts is not None:
+                                attempts.over()
+                                attempts = None
+                            while (image := progress.next_image()) is not None:
+                                yield image
+                        await read()
+                        progress.wait()
+                        if (failure := progress.failure) is not None or (progress.complete and progress.error):
+                            break
+                    else:
+                        progress.check_end()
+                except grpc.RpcError as error:
+                    failure = too_late(self.address) if progress.late else self._translated(error)
+                except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+                    self._raise_if_closed(error)
+                    if not progress.late or _cancelled():
+                        raise
+                    failure = too_late(self.address)
+                finally:
+                    requests.put_nowait(None)
+                    if call is not None:
+                        call.cancel()
+                if failure is None or progress.complete:
+                    break
+                if (corrected := await self._corrected(failure, progress.request, progress.deadline)) is not None:
+                    progress.correct(corrected)
+                else:
+                    attempts = attempts or Attempts(self._policy, progress.deadline)
+                    await asyncio.sleep(attempts.delay_s(failure))
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if feeding is not None:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
+        if progress.error is not None:
+            raise progress.error
+
     @staticmethod
     def _read(response: Any) -> Any:
         if response is None:  # so grpc.aio tells of bytes that are no message
@@ -1019,9 +1261,7 @@ class AsyncClient(_Twin):
 
     def _raise_if_closed(self, error: BaseException) -> None:
         """Tell the channel's end, which cancels its calls, from a caller that was cancelled and must see just that."""
-        task = asyncio.current_task()
-        cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
-        if self._closing.is_set() and not cancelled:
+        if self._closing.is_set() and not (isinstance(error, asyncio.CancelledError) and _cancelled()):
             raise self._closed_meanwhile() from None
 
     @staticmethod
@@ -1030,6 +1270,24 @@ class AsyncClient(_Twin):
             async for batch in batches:
                 for image in batch:
                     yield image
+
+
+def _cancelled() -> bool:
+    """Whether somebody has cancelled the task that runs."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _until_none(requests: "asyncio.Queue[bytes | None]") -> AsyncGenerator[bytes, None]:
+    while (request := await requests.get()) is not None:
+        yield request
+
+
+def _iterator(seeds: Iterable[int]) -> Iterator[int]:
+    try:
+        return iter(seeds)
+    except TypeError as error:
+        raise InvalidRequestError(f"seeds is {seeds!r}; it must be an iterable of integers") from error
 
 
 # Of the processes that this one was forked off: closing them would end their connections' calls.

@@ -1,6 +1,10 @@
 """Between the SDK's types and the wire's messages: the only place of the SDK that knows both."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -8,8 +12,16 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike, NDArray
 
-from ganserve.errors import GanserveError, InvalidRequestError, ModelNotFoundError, ServerError
-from ganserve.images import ImageBatch
+from ganserve.errors import (
+    GanserveError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+    translate_answer,
+)
+from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.latents import uint32
 from ganserve.models import Model, QualityMetric
 from ganserve.names import did_you_mean, matching
@@ -18,6 +30,11 @@ from ganserve.v1 import generation_pb2 as pb
 Label = int | str
 
 _UINT32_LIMIT = 1 << 32
+# Of `generate_each`: enough to keep a server busy, which has as many of one stream in its queue.
+_MOST_IN_FLIGHT = 256
+_REFILL_BELOW = 0.75  # of what may be in flight: requests that come together are made together
+_READING_S = 0.005  # for which seeds may be read while an answer may be waiting
+_END: Any = object()
 
 
 def to_request(
@@ -259,6 +276,270 @@ class StreamProgress:
         else:
             return None
         return (seed + self._done) % _UINT32_LIMIT
+
+
+class _Asked:
+    """One image that was asked for, and what came of it: the image, or why there is none yet."""
+
+    __slots__ = ("label", "outcome", "seed")
+
+    def __init__(self, seed: int, label: Label | None) -> None:
+        self.seed, self.label = seed, label
+        self.outcome: ImageBatch | GanserveError | None = None
+
+
+class EachProgress:
+    """What was asked for image by image, and what of it has come: in order, a bounded number at a time.
+
+    Args:
+        request: what all images have in common.
+        labels: of all, or an iterable with one for each; None leaves them to the server.
+        timeout_s: for the next image, from when it is waited for.
+        address: of the server, for the texts of errors.
+    """
+
+    def __init__(self, request: pb.GenerateImagesRequest, labels: Any, timeout_s: float, address: str) -> None:
+        self.error: BaseException | None = None  # why no seeds follow, if not because they are all
+        self._common, self._timeout_s, self._address = request, timeout_s, address
+        self._labelled = labels is not None
+        self._alone = isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
+        self._labels: Iterator[Any] = repeat(self._label(labels)) if self._alone else iter(labels)
+        self._spelled: dict[Label | None, Label] = {}  # names as the model has them
+        self._requests: dict[Label | None, pb.GenerateEachRequest] = {}  # of which only the seed changes
+        self._first: ImageBatch | None = None
+        self._ended = False
+        self._asked: deque[_Asked] = deque()  # all that the reader has not got, of these:
+        self._unsent: deque[_Asked] = deque()
+        self._sent: deque[_Asked] = deque()  # whose answers will come, in this order
+        self._got = 0
+        self._room = 1.0  # in flight: the first alone, for all others are to be of its version
+        self._refused = False
+        self._send: Callable[[bytes | None], object] = _nowhere
+        self._request_id = ""
+        self._deadline = math.inf
+        self._waiting_since = self._last_wait_s = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the reader has got all images that he can get."""
+        return self._ended and not self._asked
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to wait for until another seed has been read."""
+        return not self._asked and not self._ended
+
+    @property
+    def full(self) -> bool:
+        """Whether as many seeds have been read as may be unanswered."""
+        return len(self._sent) + len(self._unsent) >= self._room or len(self._asked) >= _MOST_IN_FLIGHT
+
+    @property
+    def hungry(self) -> bool:
+        """Whether it is time to read on in the seeds."""
+        few = len(self._sent) + len(self._unsent) <= _REFILL_BELOW * self._room
+        return few and not (self._ended or self._refused)
+
+    @property
+    def late(self) -> bool:
+        """Whether the next image has been waited for too long."""
+        return time.monotonic() >= self._deadline
+
+    @property
+    def deadline(self) -> float:
+        """When it will have been, by time.monotonic, should it be waited for from now on."""
+        return min(self._deadline, time.monotonic() + self._timeout_s)
+
+    @property
+    def request(self) -> pb.GenerateImagesRequest:
+        """The next image's."""
+        return self._request(self._asked[0].label).generate if self._asked else self._common
+
+    @property
+    def failure(self) -> GanserveError | None:
+        """Why the next image will not come by this call; None if it may."""
+        outcome = self._asked[0].outcome if self._refused and self._asked else None
+        if not isinstance(outcome, GanserveError):
+            return None
+        # What else is in flight is not wasted on a refusal that need not be the end.
+        return None if self._sent and isinstance(outcome, OverloadedError | UnavailableError) else outcome
+
+    def read(self, seeds: Iterator[int]) -> None:
+        """Read on in the seeds while there is room, and ask for their images.
+
+        It takes no longer than the last answer did: where seeds come slowly, the images of those before do not wait.
+        """
+        if self.hungry:
+            until = time.monotonic() + max(_READING_S, self._last_wait_s)
+            while not self.full:
+                try:
+                    seed = next(seeds)
+                except StopIteration:
+                    self.end()
+                    break
+                except Exception as error:
+                    self.end(error)
+                    break
+                if not self.add(seed) or time.monotonic() > until:
+                    break
+        self.ask()
+
+    def add(self, seed: Any) -> bool:
+        """Take the next seed; tell whether another may follow."""
+        try:
+            if (label := next(self._labels, _END)) is _END:
+                raise _invalid(
+                    "labels", f"labels is shorter than seeds: it has {self._count()}; give one for each seed"
+                )
+            asked = _Asked(uint32("seed", seed), label if self._alone else self._label(label))
+        except Exception as error:
+            self.end(error)
+            return False
+        self._asked.append(asked)
+        self._unsent.append(asked)
+        return True
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note that no seeds follow: they are all, or `error`, which is for the reader once he has what was before."""
+        try:
+            if error is None and not self._alone and next(self._labels, _END) is not _END:
+                text = f"seeds is shorter than labels: it has {self._count()}; give one for each label"
+                error = _invalid("seeds", text)
+        except Exception as of_labels:
+            error = of_labels
+        self._ended, self.error = True, error
+
+    def begin(self, send: Callable[[bytes | None], object], request_id: str) -> None:
+        """Begin a call, with what was asked for and has not come.
+
+        Args:
+            send: takes its requests, and None after the last.
+            request_id: by which the server's log has it.
+        """
+        if self._refused and isinstance(self._asked[0].outcome, OverloadedError):
+            self._room = max(1.0, self._room / 2)
+        self._send, self._request_id, self._refused = send, request_id, False
+        self._sent.clear()
+        self._unsent = deque(asked for asked in self._asked if not isinstance(asked.outcome, ImageBatch))
+        for asked in self._unsent:
+            asked.outcome = None
+        self.ask()
+
+    def ask(self) -> None:
+        """Send what there is room for."""
+        if self._refused or self._send is _nowhere:
+            return
+        while self._unsent and len(self._sent) < self._room:
+            self._sent.append(asked := self._unsent.popleft())
+            request = self._request(asked.label)
+            request.generate.seed = asked.seed
+            self._send(request.SerializeToString())
+        if self._ended and not self._unsent:
+            self._send(None)
+            self._send = _nowhere
+
+    def wait(self) -> None:
+        """Note that the next image is being waited for: its time runs."""
+        self._waiting_since = time.monotonic()
+        if self._deadline == math.inf:
+            self._deadline = self._waiting_since + self._timeout_s
+
+    def patience_s(self) -> float:
+        """Return for how long nothing can be late that is not late yet."""
+        left_s = self._deadline - time.monotonic()
+        return left_s if 0 < left_s < math.inf else self._timeout_s
+
+    def take(self, answer: pb.GenerateEachResponse) -> bool:
+        """Read the next answer; tell whether it has an image.
+
+        Raises:
+            ServerError: it is not what was asked for, or not by the model of those before.
+        """
+        self._last_wait_s = time.monotonic() - self._waiting_since
+        if not self._sent:
+            raise ServerError(f"the server sends more answers than the {self._count()} that it was asked for")
+        asked = self._sent.popleft()
+        if answer.HasField("error"):
+            asked.outcome, self._refused = self._translated(answer.error, asked), True
+            return False
+        batch = to_batch(answer.response, 1)
+        first = self._first
+        if first is None:
+            first = self._first = batch
+            self._common.version = batch.version
+            self._requests.clear()
+            self._room = _MOST_IN_FLIGHT
+        if batch.version != first.version or batch.digest != first.digest:
+            raise ServerError(
+                f"the image of seed {asked.seed} is of version {batch.version} ({batch.digest}), those before of "
+                f"version {first.version} ({first.digest}); ask again for all"
+            )
+        if batch.seeds != (asked.seed,):
+            raise ServerError(f"the server's answer is of seed {batch.seeds}, and not of {asked.seed}")
+        self._room = min(_MOST_IN_FLIGHT, self._room + 1 / self._room)
+        asked.outcome = batch
+        return True
+
+    def next_image(self) -> GeneratedImage | None:
+        """Return the next image for the reader, if it is there; its wait is over."""
+        outcome = self._asked[0].outcome if self._asked else None
+        if not isinstance(outcome, ImageBatch):
+            return None
+        self._asked.popleft()
+        self._got += 1
+        self._deadline = math.inf
+        return GeneratedImage(outcome, 0)
+
+    def check_end(self) -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            ServerError: it is, and the server thinks that all is well.
+        """
+        if not self.complete:
+            raise ServerError(f"the server ended the stream after {self._got} of {self._count()} images")
+
+    def correct(self, request: pb.GenerateImagesRequest) -> None:
+        """Ask for the next image's label, wherever it comes, as this request has it."""
+        label = self._asked[0].label
+        self._spelled[label] = request.label_names[0]
+        self._requests.pop(label)
+
+    def _count(self) -> int:
+        return self._got + len(self._asked)
+
+    def _label(self, label: Any) -> Label | None:
+        if label is None and not self._labelled:
+            return None
+        if isinstance(label, str):
+            try:
+                label.encode()
+            except UnicodeEncodeError as error:
+                raise _invalid("label", f"label is {label!a}; it must be an index, or a name of a class") from error
+            return label
+        return uint32("label", label)
+
+    def _request(self, label: Label | None) -> pb.GenerateEachRequest:
+        request = self._requests.get(label)
+        if request is None:
+            request = self._requests[label] = pb.GenerateEachRequest(generate=self._common)
+            spelled = self._spelled.get(label, label)
+            if isinstance(spelled, str):
+                request.generate.label_names.append(spelled)
+            elif spelled is not None:
+                request.generate.labels.append(spelled)
+        return request
+
+    def _translated(self, error: pb.Error, asked: _Asked) -> GanserveError:
+        failure = translate_answer(error.code, error.reason, error.message, self._address, self._request_id)
+        if isinstance(failure, InvalidRequestError) and isinstance(asked.label, str):
+            # The answer does not say which field is wrong.
+            failure.field = "label_names" if repr(asked.label) in error.message else None
+        return failure
+
+
+def _nowhere(request: bytes | None) -> None:
+    """Stand for a call, while there is none to send requests by."""
 
 
 def to_health(answer: health_pb2.HealthCheckResponse) -> bool:

@@ -27,6 +27,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
+_WRITE_FAILED = "Internal error from Core"
 _SIZES = re.compile(r"(\d+) vs\. (\d+)")
 _CERTIFICATE_SIGNS = ("CERTIFICATE", "in peer certificate", "Verification Check", "verification check", "_ALERT_")
 # How advice names what can be set: as arguments of `Client`, or as the flags of the program `ganserve`.
@@ -197,6 +198,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[GanserveError]] = {
     grpc.StatusCode.ALREADY_EXISTS: ServerError,
     grpc.StatusCode.DATA_LOSS: ServerError,
 }
+_STATUS_OF_NUMBER: dict[int, grpc.StatusCode] = {status.value[0]: status for status in ERROR_OF_STATUS}
 
 
 def translate(error: Any, address: str, *, closed: bool = False) -> GanserveError:
@@ -210,14 +212,37 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     code: grpc.StatusCode = error.code()
     trailer: Sequence[tuple[str, str | bytes]] = tuple(error.trailing_metadata() or ())
     metadata = dict(trailer)
-    text = error.details() or code.name
     request_id = metadata.get(REQUEST_ID_KEY)
     request_id = request_id if isinstance(request_id, str) else None
-    answered = request_id is not None
-    if code is grpc.StatusCode.CANCELLED and not (answered or closed):
+    details = error.details()
+    if code is grpc.StatusCode.CANCELLED and request_id is None and not closed:
         # Not by us: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
+    if code is grpc.StatusCode.INTERNAL and details == _WRITE_FAILED:
+        # So grpc.aio tells of a stream that ended, however it did, while a request was being written (grpc#36066).
+        code, details = grpc.StatusCode.UNAVAILABLE, "the call ended while requests were being sent"
+    translated = _translated(code, details, address, request_id)
+    _read_details(translated, metadata.get(_DETAILS_KEY))
+    return translated
+
+
+def translate_answer(code: int, reason: str, text: str, address: str, request_id: str) -> GanserveError:
+    """Turn what answers one request of a stream into the exception that a call of its own would raise."""
+    translated = _translated(_STATUS_OF_NUMBER.get(code, grpc.StatusCode.UNKNOWN), text, address, request_id)
+    translated.reason = reason or translated.reason
+    if isinstance(translated, OverloadedError):
+        translated.retry_after_s = 0.0  # the answer does not say; what else the stream asks for is made meanwhile
+    return translated
+
+
+def too_late(address: str) -> GanserveError:
+    """Return the exception for an answer that did not come within the timeout, where the SDK watches the clock."""
+    return _translated(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", address, None)
+
+
+def _translated(code: grpc.StatusCode, details: str | None, address: str, request_id: str | None) -> GanserveError:
     kind, reason, advice = ERROR_OF_STATUS[code], None, ""
+    text, answered = details or code.name, request_id is not None
     if not answered:
         _log.debug("gRPC says %s: %s", code.name, text)
         text = in_words(text)
@@ -255,7 +280,7 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
         advice = f"is ganserve-server running there? {wants}{{address}} or GANSERVE_ADDRESS names another address"
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
-    elif code is grpc.StatusCode.NOT_FOUND and not error.details():  # as the health service answers
+    elif code is grpc.StatusCode.NOT_FOUND and not details:  # as the health service answers
         text = f"the server at {address} has no model of this name; `models` lists those it has"
     elif kind is OverloadedError and not answered:
         text = f"the server at {address} has too much to do ({text})"
@@ -268,7 +293,6 @@ def translate(error: Any, address: str, *, closed: bool = False) -> GanserveErro
     translated = kind(text, advice=advice, code=code, reason=reason, request_id=request_id)
     if isinstance(translated, MessageTooLargeError) and (sizes := _SIZES.search(text)):
         translated.size_bytes, translated.limit_bytes = int(sizes[1]), int(sizes[2])
-    _read_details(translated, metadata.get(_DETAILS_KEY))
     return translated
 
 

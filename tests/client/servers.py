@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +14,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ganserve import AsyncClient, Client
+from ganserve import AsyncClient, Client, GeneratedImage
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
@@ -23,6 +23,21 @@ DRAWN_SEED = 1000
 WAIT_S = 20
 
 both = pytest.mark.parametrize("twin", [Client, AsyncClient])
+
+Way = Callable[[Iterable[Any]], Any]
+
+
+async def asynchronously(seeds: Iterable[Any]) -> AsyncIterator[Any]:
+    for seed in seeds:
+        yield seed
+
+
+# Who is given seeds, and how.
+ways = pytest.mark.parametrize(
+    ("twin", "given"),
+    [(Client, iter), (AsyncClient, iter), (AsyncClient, asynchronously)],
+    ids=["Client", "AsyncClient", "AsyncClient-async-iterable"],
+)
 
 
 def answer(request: pb.GenerateImagesRequest, start: int = 0, stop: int | None = None) -> pb.GenerateImagesResponse:
@@ -57,6 +72,20 @@ def chunks(request: pb.GenerateImagesRequest) -> Iterator[pb.StreamImagesRespons
         yield pb.StreamImagesResponse(chunk=answer(request, start, min(start + CHUNK, request.count)))
 
 
+def each_answer(request: pb.GenerateImagesRequest) -> pb.GenerateEachResponse:
+    return pb.GenerateEachResponse(response=answer(request))
+
+
+def each_error(code: grpc.StatusCode, reason: str, text: str) -> pb.GenerateEachResponse:
+    return pb.GenerateEachResponse(error=pb.Error(code=code.value[0], reason=reason, message=text))
+
+
+def _kept(requests: Any, taken: list[pb.GenerateImagesRequest]) -> Iterator[pb.GenerateImagesRequest]:
+    for request in requests:
+        taken.append(request.generate)
+        yield request.generate
+
+
 class Servicer(pb_grpc.GenerationServiceServicer, health_pb2_grpc.HealthServicer):
     """Does what the test says with its nth request, counted from 0; keeps the requests and the metadata."""
 
@@ -78,6 +107,11 @@ class Servicer(pb_grpc.GenerationServiceServicer, health_pb2_grpc.HealthServicer
     def StreamImages(self, request: Any, context: Any) -> Any:  # noqa: N802
         yield from self._behave(self._next(request.generate, context), request.generate, context)
 
+    def GenerateEach(self, requests: Any, context: Any) -> Any:  # noqa: N802
+        """The call's requests are what is kept: those that the test takes, as it takes them."""
+        taken: list[pb.GenerateImagesRequest] = []
+        yield from self._behave(self._next(taken, context), _kept(requests, taken), context)
+
     ListModels = GetModel = Check = GenerateImages
 
 
@@ -87,7 +121,8 @@ def serving(
     address: str = "127.0.0.1:0",
     credentials: grpc.ServerCredentials | None = None,
 ) -> Iterator[tuple[str, Servicer]]:
-    server = grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    threads = futures.ThreadPoolExecutor(8)
+    server = grpc.server(threads, options=[("grpc.so_reuseport", 0)])
     servicer = Servicer(behave)
     pb_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -97,10 +132,15 @@ def serving(
         yield f"{address.rpartition(':')[0]}:{port}", servicer
     finally:
         server.stop(0).wait()
+        threads.shutdown()
 
 
 def honest(number: int, request: Any, context: Any) -> Any:
     return answer(request)
+
+
+def honest_each(number: int, requests: Any, context: Any) -> Any:
+    return map(each_answer, requests)
 
 
 def honest_stream(number: int, request: Any, context: Any) -> Any:
@@ -144,6 +184,28 @@ def ask(twin: Twin, address: str, method: str, *args: Any, options: Any = None, 
             assert not left, "a task is left"
 
     return asyncio.run(ask_in_loop())
+
+
+def until_it_fails(
+    twin: Twin, address: str, *args: Any, **kwargs: Any
+) -> tuple[list[GeneratedImage], BaseException | None]:
+    """Return what `generate_each` yields, and what it raises then."""
+    images: list[GeneratedImage] = []
+
+    async def read() -> None:
+        async with AsyncClient(address) as client:
+            async for image in client.generate_each(*args, **kwargs):
+                images.append(image)  # noqa: PERF401
+
+    try:
+        if twin is AsyncClient:
+            asyncio.run(read())
+        else:
+            with Client(address) as client:
+                images.extend(client.generate_each(*args, **kwargs))
+    except Exception as error:
+        return images, error
+    return images, None
 
 
 class Gate:

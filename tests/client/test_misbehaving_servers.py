@@ -2,10 +2,12 @@
 
 import asyncio
 import gc
+import itertools
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,16 +23,22 @@ from tests.client.servers import (
     WAIT_S,
     Gate,
     Twin,
+    Way,
     abort_overloaded,
     answer,
     ask,
     both,
     chunks,
+    each_answer,
+    each_error,
     gate,
     honest,
+    honest_each,
     honest_stream,
     serving,
     serving_status,
+    until_it_fails,
+    ways,
 )
 from tests.wire import (
     ACK,
@@ -52,6 +60,7 @@ from ganserve import (
     Client,
     DeadlineExceededError,
     GanserveError,
+    GeneratedImage,
     InvalidRequestError,
     MessageTooLargeError,
     ModelNotFoundError,
@@ -301,26 +310,28 @@ def test_a_server_that_says_nothing_is_left(twin: Twin, monkeypatch: pytest.Monk
 
 
 @both
-@pytest.mark.parametrize("method", ["stream", "stream_batches"])
+@pytest.mark.parametrize("method", ["stream", "stream_batches", "generate_each"])
 def test_closing_an_iterator_cancels_the_stream(twin: Twin, method: str) -> None:
     told = threading.Event()
 
     def behave(number: int, request: Any, context: Any) -> Any:
         context.add_callback(told.set)
-        yield from chunks(request)
+        yield from map(each_answer, request) if method == "generate_each" else chunks(request)
         told.wait(WAIT_S)
 
+    endless: Any = {"seeds": itertools.count()} if method == "generate_each" else {"count": 10**6, "seed": 1}
     calls: list[Any] = []  # held, as a traceback or a debugger does: gRPC cancels what nobody holds by itself
 
     def hold(client: Client | AsyncClient) -> None:
         stubs = client._connected()
-        start = stubs.stream_images
-        stubs.stream_images = lambda *given, **named: calls.append(start(*given, **named)) or calls[-1]
+        name = "generate_each" if method == "generate_each" else "stream_images"
+        start = getattr(stubs, name)
+        setattr(stubs, name, lambda *given, **named: calls.append(start(*given, **named)) or calls[-1])
 
     async def use(address: str) -> None:
         async with AsyncClient(address) as client:
             hold(client)
-            images = getattr(client, method)("any", count=10**6, seed=1)
+            images = getattr(client, method)("any", **endless)
             await anext(images)
             await images.aclose()
             assert await asyncio.to_thread(told.wait, WAIT_S)
@@ -331,7 +342,7 @@ def test_closing_an_iterator_cancels_the_stream(twin: Twin, method: str) -> None
             return
         with Client(address) as client:
             hold(client)
-            images = getattr(client, method)("any", count=10**6, seed=1)
+            images = getattr(client, method)("any", **endless)
             next(images)
             images.close()
             assert told.wait(WAIT_S)
@@ -364,36 +375,42 @@ def holds(method: str, came: threading.Event) -> Any:
         context.add_callback(over.set)
         came.set()
         over.wait(WAIT_S)
-        return chunks(request) if method == "stream" else answer(request)
+        return iter(()) if method == "generate_each" else chunks(request) if method == "stream" else answer(request)
 
     return behave
 
 
-@pytest.mark.parametrize("method", ["generate", "stream"])
+@pytest.mark.parametrize("method", ["generate", "stream", "generate_each"])
 def test_closing_the_client_ends_its_calls(method: str) -> None:
     came = threading.Event()
     with serving(holds(method, came)) as (address, _):
         client = Client(address)
+        calls: dict[str, Callable[[], Iterable[GeneratedImage]]] = {
+            "generate": lambda: client.generate("any"),
+            "stream": lambda: client.stream("any", count=1),
+            "generate_each": lambda: client.generate_each("any", [1]),
+        }
         closing = threading.Thread(target=lambda: (came.wait(WAIT_S), client.close()))
         closing.start()
         with pytest.raises(RequestCancelledError, match="closed"):
-            list(client.stream("any", count=1)) if method == "stream" else client.generate("any")
+            list(calls[method]())
         closing.join()
         with pytest.raises(RequestCancelledError, match="closed"):
             client.generate("any")
 
 
-@pytest.mark.parametrize("method", ["generate", "stream"])
+@pytest.mark.parametrize("method", ["generate", "stream", "generate_each"])
 async def test_closing_the_async_client_ends_its_calls(method: str) -> None:
     came = threading.Event()
     with serving(holds(method, came)) as (address, _):
         client = AsyncClient(address)
 
         async def call() -> None:
-            if method == "stream":
-                _ = [image async for image in client.stream("any", count=1)]
-            else:
+            if method == "generate":
                 await client.generate("any")
+            else:
+                images = client.stream("any", count=1) if method == "stream" else client.generate_each("any", [1])
+                _ = [image async for image in images]
 
         task = asyncio.create_task(call())
         assert await asyncio.to_thread(came.wait, WAIT_S)
@@ -492,6 +509,216 @@ def test_a_server_that_was_there_is_waited_for_longer_than_one_that_never_was(
 
             use_blocking() if twin is Client else asyncio.run(use())
             assert door.connections > 4
+
+
+# One image for each seed, over a stream of requests.
+
+
+@both
+@pytest.mark.parametrize("answered", [0, 1, 150])
+def test_images_that_have_not_come_when_a_call_breaks_are_asked_for_again(twin: Twin, answered: int) -> None:
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        for place, request in enumerate(requests):
+            if number < 2 and place == answered:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+            yield each_answer(request)
+
+    seeds, labels = [7 * place for place in range(400)], [place % 10 for place in range(400)]
+    with serving(behave) as (address, servicer):
+        images = ask(twin, address, "generate_each", "any", seeds, labels=labels)
+    assert [image.seed for image in images] == seeds
+    assert [image.label for image in images] == labels
+    first, second, third = servicer.requests
+    assert (second[0].seed, third[0].seed) == (seeds[answered], seeds[2 * answered])
+    assert not first[0].HasField("version")
+    if answered:
+        assert {request.version for request in [*first[1:], *second, *third]} == {3}
+
+
+@both
+@pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
+def test_requests_that_were_sent_away_are_made_again_and_their_images_keep_their_order(
+    twin: Twin, code: grpc.StatusCode
+) -> None:
+    refused: set[int] = set()
+
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        for request in requests:
+            if request.seed % 100 in (50, 51, 53) and request.seed not in refused:
+                refused.add(request.seed)
+                yield each_error(code, "queue_full", "the queue is full")
+            else:
+                yield each_answer(request)
+
+    with serving(behave) as (address, servicer):
+        images = ask(twin, address, "generate_each", "any", range(400))
+    assert [image.seed for image in images] == list(range(400))
+    assert [image.pixels.item() for image in images] == [seed % 256 for seed in range(400)]
+    assert len(refused) == 12
+    asked = [request.seed for requests in servicer.requests for request in requests]
+    assert sorted(asked) == sorted([*range(400), *refused])  # what was answered meanwhile is not asked for again
+
+
+@both
+def test_a_server_that_has_room_for_few_requests_is_sent_fewer(twin: Twin) -> None:
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        for place, request in enumerate(requests):
+            full = each_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full", "the queue is full")
+            yield each_answer(request) if place < 10 else full
+
+    with serving(behave) as (address, servicer):
+        images = ask(twin, address, "generate_each", "any", range(200))
+    assert [image.seed for image in images] == list(range(200))
+    assert sum(len(requests) for requests in servicer.requests) < 1200  # 200, 190, 180, … were 2100
+
+
+@both
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        ((grpc.StatusCode.INVALID_ARGUMENT, "invalid", "it is wrong"), InvalidRequestError, "^it is wrong$"),
+        ((grpc.StatusCode.NOT_FOUND, "not_found", "there is none"), ModelNotFoundError, "^there is none$"),
+        (
+            (grpc.StatusCode.INTERNAL, "engine", "it failed"),
+            ServerError,
+            "INTERNAL: it failed.*request id, [0-9a-f]{32}$",
+        ),
+        ((grpc.StatusCode.DEADLINE_EXCEEDED, "deadline", "it was late"), DeadlineExceededError, "timeout_s"),
+        ((grpc.StatusCode.OK, "none", "what"), ServerError, "what"),
+    ],
+)
+def test_an_error_is_raised_where_its_image_would_be(
+    twin: Twin, error: tuple[grpc.StatusCode, str, str], kind: type[GanserveError], told: str
+) -> None:
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        for request in requests:
+            yield each_error(*error) if request.seed == 70 else each_answer(request)
+
+    with serving(behave) as (address, servicer):
+        images, raised = until_it_fails(twin, address, "any", range(0, 10**6, 10))
+    assert [image.seed for image in images] == list(range(0, 70, 10))
+    assert type(raised) is kind
+    assert re.search(told, str(raised))
+    assert isinstance(raised, GanserveError)
+    assert raised.reason == error[1]
+    assert raised.request_id == servicer.metadata[0]["x-request-id"]
+    assert len(servicer.requests) == 1
+
+
+@both
+@pytest.mark.parametrize("answered", [0, 1, 3])
+def test_a_stream_of_requests_that_ends_before_all_are_answered_is_an_error(twin: Twin, answered: int) -> None:
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        return map(each_answer, itertools.islice(requests, answered))
+
+    with serving(behave) as (address, _), pytest.raises(ServerError, match=f"after {answered} of"):
+        ask(twin, address, "generate_each", "any", range(4))
+
+
+@both
+def test_more_answers_than_requests_are_an_error(twin: Twin) -> None:
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        for request in requests:
+            yield each_answer(request)
+        yield each_answer(request)
+
+    with serving(behave) as (address, _):
+        images, raised = until_it_fails(twin, address, "any", range(4))
+    assert [image.seed for image in images] == [0, 1, 2, 3]
+    assert isinstance(raised, ServerError)
+    assert "more answers than the 4" in str(raised)
+
+
+@both
+@pytest.mark.parametrize("change", [{"version": 9}, {"digest": "sha256:2"}, {"seeds": [1]}, {"seeds": []}])
+def test_images_of_other_models_or_seeds_than_asked_for_are_an_error(twin: Twin, change: dict[str, Any]) -> None:
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        for request in requests:
+            made = answer(request)
+            if request.seed == 20:
+                for field in change:
+                    made.ClearField(field)
+                made.MergeFrom(pb.GenerateImagesResponse(**change))
+            yield pb.GenerateEachResponse(response=made)
+
+    with serving(behave) as (address, _):
+        images, raised = until_it_fails(twin, address, "any", [10, 20, 30])
+    assert [image.seed for image in images] == [10]
+    assert isinstance(raised, ServerError)
+
+
+@both
+@pytest.mark.parametrize("answered", [0, 1, 3])
+def test_an_image_that_does_not_come_is_waited_for_no_longer_than_the_timeout(twin: Twin, answered: int) -> None:
+    told = threading.Event()
+
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        context.add_callback(told.set)
+        yield from map(each_answer, itertools.islice(requests, answered))
+        told.wait(WAIT_S)
+
+    with serving(behave) as (address, servicer):
+        started = time.monotonic()
+        images, raised = until_it_fails(twin, address, "any", itertools.count(), timeout_s=0.5)
+        assert 0.4 < time.monotonic() - started < 5
+        assert told.wait(WAIT_S)
+    assert len(images) == answered
+    assert isinstance(raised, DeadlineExceededError)
+    assert "timeout_s" in str(raised)
+    assert len(servicer.requests) == 1
+
+
+@ways
+def test_the_timeout_is_for_the_next_image_and_not_for_who_reads_them(twin: Twin, given: Way) -> None:
+    """Nor for the seeds: it ends while the reader holds an image, and while the next seed is being thought of."""
+    timeout_s, passed_s = 0.7, 0.9
+
+    def seeds() -> Iterator[int]:
+        for seed in range(2):
+            time.sleep(passed_s)
+            yield seed
+
+    async def read(address: str) -> int:
+        read = 0
+        async with AsyncClient(address) as client:
+            async for _ in client.generate_each("any", given(seeds()), timeout_s=timeout_s):
+                read += 1
+                await asyncio.sleep(passed_s)
+        return read
+
+    with serving(honest_each) as (address, servicer):
+        if twin is AsyncClient:
+            assert asyncio.run(read(address)) == 2
+        else:
+            with Client(address) as client:
+                for _ in client.generate_each("any", seeds(), timeout_s=timeout_s):
+                    time.sleep(passed_s)
+        assert [request.seed for request in servicer.requests[0]] == [0, 1]
+        assert len(servicer.requests) == 1
+
+
+@both
+def test_a_name_of_a_class_is_put_right_once_for_all_its_images(twin: Twin) -> None:
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        if isinstance(requests, pb.GetModelRequest):
+            return pb.GetModelResponse(model=pb.Model(name="any", card=pb.ModelCard(class_names=["Bag", "Coat"])))
+        return (
+            each_error(grpc.StatusCode.INVALID_ARGUMENT, "invalid", f"there is no {request.label_names[0]!r}")
+            if request.label_names[0] not in ("Bag", "Coat")
+            else each_answer(request)
+            for request in requests
+        )
+
+    with serving(behave) as (address, servicer):
+        images = ask(
+            twin, address, "generate_each", "any", range(500), labels=["Coat", "coat", "BAG", "bag", "Bag"] * 100
+        )
+        assert [image.seed for image in images] == list(range(500))
+        assert [isinstance(asked, pb.GetModelRequest) for asked in servicer.requests].count(True) == 3
+        images, raised = until_it_fails(twin, address, "any", range(500), labels=["Bag"] * 300 + ["bga"] * 200)
+    assert len(images) == 300
+    assert str(raised) == "there is no 'bga'; did you mean 'Bag'?"
+    assert getattr(raised, "field", None) == "label_names"
 
 
 # What is told while a server is waited for.
@@ -681,7 +908,11 @@ def test_what_is_no_answer_of_grpc_is_a_typed_error(
 ) -> None:
     monkeypatch.setattr(transport, "_PATIENCE_WITH_STRANGERS_S", 0.5)
     with gate(lambda _, number, connection: _answering(connection, *parts)) as door:
-        for method, options in (("models", {}), ("stream", {"model": "any", "count": 2})):
+        for method, options in (
+            ("models", {}),
+            ("stream", {"model": "any", "count": 2}),
+            ("generate_each", {"model": "any", "seeds": [7, 3]}),
+        ):
             with pytest.raises(kind) as caught:
                 ask(twin, door.address, method, timeout_s=WAIT_S, **options)
             assert caught.value.reason

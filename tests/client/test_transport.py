@@ -402,6 +402,9 @@ if case in ("used", "used by asyncio"):
 if case == "stream":
     images = client.stream("mlp-mnist", count=10**6, seed=1)
     next(images)
+if case == "stream of requests":
+    images = client.generate_each("mlp-mnist", range(10**6))
+    next(images)
 if case == "busy":
     running = threading.Barrier(3)
     def work():
@@ -444,6 +447,7 @@ os._exit(0)
         ("used", "(5,)"),
         ("used by asyncio", "(5,)"),
         ("stream", "forked"),
+        ("stream of requests", "forked"),
         ("busy", "forked"),
         ("connected", "forked"),
     ],
