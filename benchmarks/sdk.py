@@ -4,8 +4,8 @@ latency   one caller, one image a call: the median of `Client` and `AsyncClient`
 calls     one caller, 64 images a call: images a second as a share of the raw stub's (0.90 asked for)
 stream    streams of all the images they can get, by batches and by images, as a share of what the server makes for
           h2load's 8 connections of 64 images a call (0.95 asked for)
-each      64 calls for one image in flight from one program, by raw unary calls and by one GenerateEach stream: whether
-          the SDK should use such a stream under the hood
+each      the image of each of many scattered seeds: images a second by a loop of `generate`, by 64 such loops at once
+          (`AsyncClient`), and by `generate_each`
 
 Raw and SDK alternate, a block of calls each, and the medians of the blocks are printed.
 
@@ -19,8 +19,8 @@ import re
 import statistics
 import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, closing
 
 import grpc
 from running import h2load, serving
@@ -31,7 +31,7 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 CALLS = {1: 300, 64: 60}
 STREAMS = 2
-IN_FLIGHT = 64
+AT_ONCE = 64
 _OPTIONS = [("grpc.max_receive_message_length", -1)]
 
 
@@ -104,50 +104,71 @@ async def asyncio_(address: str, model: str, rounds: int) -> None:
             tell("AsyncClient", count, raw[1:], ours[1:])
 
 
-async def each(address: str, model: str, rounds: int, seconds: float) -> None:
-    async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
-        stub = pb_grpc.GenerationServiceStub(channel)
-        rates: dict[str, list[float]] = {"unary": [], "GenerateEach": []}
+def each(address: str, model: str, rounds: int, seconds: float) -> None:
+    ways: dict[str, Callable[[], float]] = {
+        "Client: a loop of generate": lambda: loop_of_calls(address, model, seconds),
+        "Client.generate_each": lambda: each_blocking(address, model, seconds),
+        "AsyncClient: a loop of generate": lambda: asyncio.run(calls_at_once(address, model, seconds, 1)),
+        f"AsyncClient: {AT_ONCE} loops of generate at once": lambda: asyncio.run(
+            calls_at_once(address, model, seconds, AT_ONCE)
+        ),
+        "AsyncClient.generate_each": lambda: asyncio.run(each_async(address, model, seconds)),
+    }
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, rate in ways.items():
+            found[way].append(rate())
+    for way, rates in found.items():
+        print(f"scattered seeds, {way}: {statistics.median(rates):,.0f} images/s", flush=True)
 
-        async def unary() -> int:
-            calls, end = 0, time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                await stub.GenerateImages(pb.GenerateImagesRequest(model=model, seed=calls), timeout=30)
-                calls += 1
-            return calls
 
-        async def stream() -> int:
-            call = stub.GenerateEach()
-            answers: deque[asyncio.Future[object]] = deque()
-            writing, end = asyncio.Lock(), time.perf_counter() + seconds
+def scattered() -> Iterator[int]:
+    return (count * 2654435761 % 2**32 for count in itertools.count())
 
-            async def read() -> None:
-                async for answer in call:
-                    answers.popleft().set_result(answer)
 
-            async def caller() -> int:
-                calls = 0
-                while time.perf_counter() < end:
-                    answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-                    generate = pb.GenerateImagesRequest(model=model, seed=calls)
-                    async with writing:
-                        answers.append(answer)
-                        await call.write(pb.GenerateEachRequest(generate=generate))
-                    await answer
-                    calls += 1
-                return calls
+def loop_of_calls(address: str, model: str, seconds: float) -> float:
+    with Client(address) as client:
+        return rate_of((client.generate(model, seed=seed) for seed in scattered()), seconds)
 
-            reading = asyncio.create_task(read())
-            made = sum(await asyncio.gather(*(caller() for _ in range(IN_FLIGHT))))
-            await call.done_writing()
-            await reading
-            return made
 
-        for _ in range(rounds):
-            rates["unary"].append(sum(await asyncio.gather(*(unary() for _ in range(IN_FLIGHT)))) / seconds)
-            rates["GenerateEach"].append(await stream() / seconds)
-    told = ", ".join(f"{way} {statistics.median(found):,.0f} images/s" for way, found in rates.items())
-    print(f"{IN_FLIGHT} one-image calls in flight from one program: {told}", flush=True)
+def each_blocking(address: str, model: str, seconds: float) -> float:
+    with Client(address) as client, closing(client.generate_each(model, scattered())) as images:
+        return rate_of(images, seconds)
+
+
+def rate_of(images: Iterator[object], seconds: float) -> float:
+    next(images)  # connects
+    count, begin = 0, time.perf_counter()
+    while (passed := time.perf_counter() - begin) < seconds:
+        next(images)
+        count += 1
+    return count / passed
+
+
+async def calls_at_once(address: str, model: str, seconds: float, callers: int) -> float:
+    async with AsyncClient(address) as client:
+        seeds, count = scattered(), 0
+        await client.generate(model, seed=1)
+        begin = time.perf_counter()
+
+        async def call() -> None:
+            nonlocal count
+            while time.perf_counter() - begin < seconds:
+                await client.generate(model, seed=next(seeds))
+                count += 1
+
+        await asyncio.gather(*(call() for _ in range(callers)))
+        return count / (time.perf_counter() - begin)
+
+
+async def each_async(address: str, model: str, seconds: float) -> float:
+    async with AsyncClient(address) as client, aclosing(client.generate_each(model, scattered())) as images:
+        await anext(images)
+        count, begin = 0, time.perf_counter()
+        while (passed := time.perf_counter() - begin) < seconds:
+            await anext(images)
+            count += 1
+        return count / passed
 
 
 def read_streams(address: str, seconds: float, images: Callable[[Client], Iterator[int]]) -> float:
@@ -210,7 +231,7 @@ def main() -> None:
     with serving() as running:
         threads(running.address, options.model, options.rounds)
         asyncio.run(asyncio_(running.address, options.model, options.rounds))
-        asyncio.run(each(running.address, options.model, max(1, options.rounds // 5), options.seconds))
+        each(running.address, options.model, max(1, options.rounds // 5), options.seconds)
         streams(running.address, options.model, max(1, options.rounds // 5), options.seconds)
 
 
