@@ -6,7 +6,7 @@ import html
 import io
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -315,9 +315,9 @@ class ImageBatch:
         if (way := self.interpolation) is not None:
             facts.append(f"{way.kind} from seed {way.seed_a} to {way.seed_b}")
         else:
-            facts.append("own latents" if self.seeds is None else f"seeds {_list(self.seeds)}")
+            facts.append("own latents" if self.seeds is None else f"seeds {listed(self.seeds)}")
         if self.labels is not None:
-            facts.append(f"labels {_list(self.labels)}")
+            facts.append(f"labels {listed(self.labels)}")
         facts += [
             f"truncation {self.truncation:.4g}",
             f"{self.queue_s * 1e3:.1f} ms queued, {self.compute_s * 1e3:.1f} ms computed by {self.provider}",
@@ -379,6 +379,11 @@ def concatenate(batches: Sequence[ImageBatch]) -> ImageBatch:
     )
 
 
+def gathered(images: Iterable[GeneratedImage]) -> ImageBatch:
+    """Put images of one model together, of whatever seeds."""
+    return concatenate([image._batch[image._index : image._index + 1] for image in images])
+
+
 def _joined(ways: Sequence[Interpolation | None]) -> Interpolation | None:
     """Return the way that all batches are parts of, or None."""
     first = ways[0]
@@ -403,7 +408,7 @@ def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _list(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int]) -> str:
     """Write seeds or labels for people: "7" if all are, "5 to 20", or the first of them."""
     if len(set(numbers)) == 1:
         return str(numbers[0])

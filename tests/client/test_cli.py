@@ -53,6 +53,18 @@ def test_generate_writes_a_file_an_image(server: RunningServer, client: Client, 
         assert np.array_equal(np.asarray(image), client.generate("cdcgan-mnist", seed=9).pixels[0, :, :, 0])
 
 
+def test_generate_takes_seeds_that_do_not_follow_one_another(
+    server: RunningServer, client: Client, tmp_path: Path
+) -> None:
+    out = tmp_path / "some.png"
+    arguments = ("generate", "cdcgan-mnist", "--seeds", "17,3,99", "--label", "1", "--label", "2", "--out", out)
+    done = ganserve(*arguments, address=server.address)
+    assert done.returncode == 0, done.stderr
+    assert "3 images of cdcgan-mnist version 1, seed 17, 3, 99" in done.stdout
+    assert (read_provenance(out).seeds, read_provenance(out).labels) == ((17, 3, 99), (1, 2, 1))
+    assert ganserve("reproduce", out, address=server.address).returncode == 0
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 def test_a_sheet_says_how_it_was_made_and_several_labels_are_taken_in_turn(
     server: RunningServer, tmp_path: Path, ending: str
@@ -277,6 +289,10 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["generate", "mlp-mnist", "--truncation", "3"], 2, "truncation"),
         (["generate", "mlp-mnist", "--seed", "-1"], 2, "seed is -1"),
         (["generate", "mlp-mnist", "--count", "20000000"], 2, "count"),
+        (["generate", "mlp-mnist", "--seeds", "3,4294967296"], 2, "seed is 4294967296"),
+        (["generate", "mlp-mnist", "--seeds", "3,"], 2, "numbers with commas"),
+        (["generate", "mlp-mnist", "--seeds", "3", "--count", "1"], 2, "leave --count and --seed out"),
+        (["generate", "mlp-mnist", "--seeds", "3", "--seed", "0"], 2, "leave --count and --seed out"),
         (["interpolate", "mlp-mnist", "1", "4294967296"], 2, "seed_b is 4294967296"),
         (["stream", "cdcgan-mnist", "--count", "1", "--to", tmp_path / "x", "--label", "ten"], 2, "no class 'ten'"),
         (["stream", "mlp-mnist", "--count", "1", "--to", locked], 2, "must be a folder, or end in .npz"),

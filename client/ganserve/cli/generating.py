@@ -11,7 +11,7 @@ from ganserve import pictures
 from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
 from ganserve.conversion import Label
-from ganserve.images import ImageBatch
+from ganserve.images import ImageBatch, gathered, listed
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ganserve models` lists it.")]
 Version = Annotated[int | None, typer.Option(min=1, help="Of the model.", show_default="the newest")]
@@ -22,6 +22,7 @@ Labels = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")]
 
+_COUNT = 16  # images, unless told
 _MOST_PIXELS = 178_956_970  # of a picture: programs that read by Pillow, as `ganserve inspect` does, refuse more
 _LONGEST_SIDE = {"WEBP": 16_383, "JPEG": 65_500, "GIF": 65_535}  # pixels that the format can say
 
@@ -39,8 +40,16 @@ def generate(
             show_default="MODEL.png",
         ),
     ] = "",
-    count: Annotated[int, typer.Option(min=1, max=100_000, help="How many images; `ganserve stream` makes more.")] = 16,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=100_000, help="How many images; `ganserve stream` makes more.", show_default=str(_COUNT)
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first image.", show_default="drawn by the server")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="SEED,SEED,...", help="Of all images, where they do not follow one another.")
+    ] = None,
     label: Labels = None,
     truncation: Truncation = 1.0,
     version: Version = None,
@@ -60,15 +69,19 @@ def generate(
     out = out or f"{model}.png"
     check_out(out, as_json)
     pillow_format = format_of(out, file_format)
-    with connection.client() as client:
-        batch = client.generate(
-            model,
-            count=count,
-            seed=seed,
-            label=labels_in_turn(label, count),
-            truncation=truncation,
-            version=version,
+    scattered = None if seeds is None else seeds_of(seeds)
+    if scattered is not None and (count is not None or seed is not None):
+        raise typer.BadParameter(
+            "--seeds says how many images there are, and of which seeds; leave --count and --seed out"
         )
+    how: Any = {"truncation": truncation, "version": version}
+    with connection.client() as client:
+        if scattered is not None:
+            labels = labels_in_turn(label, len(scattered))
+            batch = gathered(client.generate_each(model, scattered, labels=labels, **how))
+        else:
+            count = count or _COUNT
+            batch = client.generate(model, count=count, seed=seed, label=labels_in_turn(label, count), **how)
     if "{" in out:
         files = [str(path) for path in batch.save(out)]
     else:
@@ -216,7 +229,15 @@ def summary(batch: ImageBatch) -> str:
     made = f"{len(batch)} image{'s' if len(batch) > 1 else ''} of {batch.model} version {batch.version}"
     if not batch.seeds:
         return made
-    return f"{made}, seed {batch.seeds[0]}{f' to {batch.seeds[-1]}' if len(batch) > 1 else ''}"
+    return f"{made}, seed {listed(batch.seeds)}"
+
+
+def seeds_of(text: str) -> list[int]:
+    """Read seeds as the command line has them."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--seeds is {text!r}; it must be numbers with commas, such as 3,17,99") from error
 
 
 def labels_in_turn(labels: list[str] | None, count: int) -> Label | list[Label] | None:
