@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import os
 import re
 import shutil
 import signal
@@ -32,7 +33,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -172,19 +173,25 @@ class Replica:
         sys.exit(f"the server ended: {''.join(told)}")
 
     def signal(self, number: signal.Signals) -> None:
+        """Signal the server and its workers, as what befalls a container or a host does."""
         assert self.process is not None
-        self.process.send_signal(number)
+        pid = self.process.pid
+        workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for one in (pid, *map(int, workers)):
+            with suppress(ProcessLookupError):
+                os.kill(one, number)
 
     def stop(self) -> None:
         """SIGTERM, and its whole drain."""
-        self.signal(signal.SIGTERM)
         assert self.process is not None
+        self.process.terminate()
         if status := self.process.wait(60):
             sys.exit(f"the server ended with status {status}")
 
     def kill(self) -> None:
         if self.process is not None:
-            self.process.kill()
+            with suppress(FileNotFoundError):  # it has ended
+                self.signal(signal.SIGKILL)
             self.process.wait()
 
     def answered(self) -> float:

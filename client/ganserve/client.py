@@ -1183,7 +1183,7 @@ class AsyncClient(_Twin):
                 fed.set()
 
         async def read() -> None:
-            if isinstance(seeds, Iterator):
+            if not isinstance(seeds, AsyncIterator):
                 progress.read(seeds)
                 return
             if progress.hungry:
@@ -1201,7 +1201,7 @@ class AsyncClient(_Twin):
 
         try:
             watch()
-            if not isinstance(seeds, Iterator):
+            if isinstance(seeds, AsyncIterator):
                 feeding = asyncio.create_task(feed(seeds))
             await read()
             while not progress.complete:

@@ -126,17 +126,18 @@ class GeneratedImage:
         """Write a file; its ending decides the format. Missing folders are made.
 
         Args:
-            path: of the file.
+            path: of the file; {index}, {seed}, {label} and {model} are filled in, as by `ImageBatch.save`.
             provenance: writes how to make the image again, into PNG, JPEG, WebP, GIF and TIFF.
 
         Raises:
-            ValueError: the ending is of no format that can be written.
+            ValueError: the ending is of no format that can be written, or the path asks for what is not there.
             OSError: the file can't be written.
         """
         from ganserve.pictures import write
 
-        write(self.pil(), Path(path), self.provenance if provenance else None)
-        return Path(path)
+        filled = Path(self._batch._file_name(str(path), self._index))
+        write(self.pil(), filled, self.provenance if provenance else None)
+        return filled
 
     def _repr_png_(self) -> bytes:
         return self._batch[self._index : self._index + 1]._picture()
@@ -250,9 +251,7 @@ class ImageBatch:
             )
             raise ValueError(f"{str(pattern)!r} gives two images one name; put {{index}} or {{seed}} into it{sheet}")
         format_of(str(pattern))
-        for image, path in zip(self, paths, strict=True):
-            image.save(path, provenance=provenance)
-        return paths
+        return [image.save(pattern, provenance=provenance) for image in self]
 
     def sheet(self, columns: int | None = None, *, row_names: Sequence[str] = (), scale: int = 1) -> "Sheet":
         """Lay the images out in one picture, row by row: a PIL image, whose `save` writes how to make them again.

@@ -10,6 +10,7 @@ def main() -> None:
     # First of all, and until the loop has its own handler: a container's process 1 ignores SIGTERM without one. Not by
     # an exception: an import that it interrupts makes another of it.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it asks for is what a start does
     try:
         from ganserve_server.cli import main as run
 

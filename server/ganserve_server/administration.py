@@ -148,8 +148,14 @@ class OfAllWorkers:
 
     async def unload(self, name: str) -> None:
         """Unload a model in all workers, and in those that replace them."""
-        await self._ask({"do": "unload", "model": name})
-        self._supervisor.unloaded.add(name)
+        before = name in self._supervisor.unloaded
+        self._supervisor.unloaded.add(name)  # first: for a worker that starts meanwhile, and if the caller leaves
+        try:
+            await self._ask({"do": "unload", "model": name})
+        except ModelNotFound:
+            if not before:
+                self._supervisor.unloaded.discard(name)
+            raise
 
     async def reload(self) -> list[VersionState]:
         """Look for changes in all workers."""

@@ -1,6 +1,7 @@
 """Starts the server, as one process or as several, and takes it down without losing a call."""
 
 import asyncio
+import contextlib
 import importlib
 import importlib.metadata
 import logging
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 # What a worker takes with no model, and with each byte of a model's file; half as much again as was measured.
 _WORKER_BYTES, _BYTES_PER_FILE_BYTE = 140 << 20, 3
+_ALIKE = ("model loaded", "model unloaded", "model kept out")
 
 
 async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
@@ -44,8 +46,10 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         parent = Parent(variable)
         of_worker = Metrics()
         # What all workers see alike is told once: of certificates and tokens by the supervisor, of models by the first.
-        for module in ("security", *(("lifecycle", "repository") if parent.number else ())):
-            logging.getLogger(f"ganserve_server.{module}").setLevel(logging.CRITICAL)
+        logging.getLogger("ganserve_server.security").setLevel(logging.CRITICAL)
+        if parent.number:
+            for module in ("lifecycle", "repository"):
+                logging.getLogger(f"ganserve_server.{module}").addFilter(lambda record: record.msg not in _ALIKE)
         security = Security(settings, of_worker, Buckets(parent.buckets))
         try:
             await serve_models(settings, stop, reload, parent.sockets, of_worker, security, parent)
@@ -144,13 +148,16 @@ def _count_workers(settings: ServerSettings) -> int:
         return int(settings.workers)
     if settings.provider != "cpu" and nvidia_driver():
         return 1  # each would keep every model on the GPU
-    # One process's one thread that reads and writes keeps a second core busy with small models no more than half. On
-    # more than two cores it is a guess.
+    # On two cores one process makes as many images of a large model as two, in less than half the memory. With more
+    # cores its one thread that reads and writes becomes the limit; a quarter is a guess.
     usable = cores().usable
-    usable = min(settings.threads or usable, usable)
-    wanted = max(min(usable, 2), usable // 4)
+    wanted = min(settings.threads or usable, usable) // 4
     # Large models, which one process computes as fast, are not to take several times their memory where it is short.
-    files = sum(file.stat().st_size for file in settings.models.glob("*/*/*.onnx"))
+    files = 0
+    with contextlib.suppress(OSError):  # what cannot be read is told where it is loaded
+        for file in settings.models.glob("*/*/*.onnx"):
+            with contextlib.suppress(OSError):
+                files += file.stat().st_size
     memory = memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fitting = memory * 3 // 4 // (_WORKER_BYTES + _BYTES_PER_FILE_BYTE * files)
     return max(1, min(wanted, fitting))

@@ -282,8 +282,10 @@ class Lifecycle:
     def _retire(self, batcher: Batcher) -> None:
         model = batcher.model
         labels = (model.name, str(model.version), model.digest, model.engine.provider)
-        self._metrics.model_info.labels(*labels).set(0)  # in the file that workers share, it cannot be removed
-        self._metrics.model_info.remove(*labels)
+        if self._board:
+            self._metrics.model_info.labels(*labels).set(0)  # from the files of several workers nothing is removed
+        else:
+            self._metrics.model_info.remove(*labels)
         task = asyncio.create_task(_let_go(batcher))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

@@ -87,6 +87,8 @@ async def serve_models(
         add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
     for service in ours:
         await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    if board is not None:
+        await board.all_loaded()
     try:
         server.start(sockets)
     except OSError as error:
@@ -114,7 +116,8 @@ async def serve_models(
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(settings.drain_delay_s)
+    if parent is None or not parent.gone:  # else the address is to be free at once, for the server that comes instead
+        await asyncio.sleep(settings.drain_delay_s)
     await server.drain(settings.drain_timeout_s)
     if tracing is not None:
         await tracing.close()

@@ -71,8 +71,8 @@ class ServerSettings(BaseModel):
         str,
         Field(
             pattern="^(auto|[1-9][0-9]{0,2})$",
-            description="Processes that answer calls: so many, or auto: two, or a quarter of the cores if that is more;"
-            " one on a GPU, on one core, or where memory is short.",
+            description="Processes that answer calls: so many, or auto: a quarter of the cores; one on a GPU, or"
+            " where memory is short.",
         ),
     ] = "auto"
     provider: Annotated[

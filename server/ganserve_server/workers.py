@@ -40,6 +40,7 @@ _CELL, _CELLS = 8, 4  # bytes; of one worker: its connections, its running batch
 _ABSENT = 1 << 60  # connections of a worker that cannot take any
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
+_LOOK_EVERY_S, _LONGEST_WAIT_S = 0.005, 5.0
 
 
 class Board:
@@ -84,6 +85,13 @@ class Board:
         mine = self._cells[self._mine * _CELLS]
         return all(self._cells[other * _CELLS] >= mine for other in self._others)
 
+    async def all_loaded(self) -> None:
+        """Wait for the others to load their models: the first to serve would get all connections that wait for one."""
+        until = time.monotonic() + _LONGEST_WAIT_S
+        models = [worker * _CELLS + 3 for worker in self._others]
+        while not all(self._cells[cell] for cell in models) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_EVERY_S)  # processes have no Event in common
+
     def others_running(self) -> int:
         """Count the batches that the other workers compute."""
         return sum(self._cells[other * _CELLS + 1] for other in self._others)
@@ -115,6 +123,7 @@ class Parent:
         self.buckets: int = given["buckets"]  # memory of the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
         self.tells: bool = given["tells"]  # what keeps it from starting: of those that start together, one does
+        self.gone = False
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
 
@@ -124,6 +133,7 @@ class Parent:
         with suppress(OSError):
             while line := await reader.readline():
                 self.tell(await answer(json.loads(line)))
+        self.gone = True
         stop.set()
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -147,11 +157,16 @@ class _Worker:
 
     async def ready(self) -> dict[str, Any] | None:
         """Wait until it serves; None if it ended before."""
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
-        return await self._read()
+        async with self._asking:  # what it is asked meanwhile waits
+            self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
+            return await self._read()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Have it do something; None if it ended meanwhile."""
+        # To the end, though who asked may leave: an answer that nobody reads would be the next question's.
+        return await asyncio.shield(self._exchange(request))
+
+    async def _exchange(self, request: dict[str, Any]) -> dict[str, Any] | None:
         async with self._asking:
             self._writer.write(json.dumps(request).encode() + b"\n")
             return await self._read()
@@ -181,7 +196,13 @@ class Supervisor:
         self._board = Board(self._memory, count, mine=0)
         for number in range(count):
             self._board.absent(number)
-        self._folder = Path(tempfile.mkdtemp(prefix="ganserve-metrics-"))
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="ganserve-metrics-"))
+        except OSError as error:
+            raise StartError(
+                f"workers share their metrics by files, and there is no folder for them ({error.strerror}): name one "
+                "by the variable TMPDIR, such as /dev/shm, or use --workers 1"
+            ) from error
         self._workers: dict[int, _Worker] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -202,21 +223,22 @@ class Supervisor:
         return self._board.serving() > 0
 
     async def start(self) -> dict[str, Any]:
-        """Start all workers; return what the first says of itself.
+        """Start all workers; return what one says of itself.
 
         Raises:
-            SystemExit: the first cannot start; it has logged why.
-            StartError: it was ended.
+            SystemExit: none can start; the first has logged why.
+            StartError: the first was ended.
         """
         # Together: the first to serve would take all connections until the others do.
-        first, *_ = await asyncio.gather(*(self._start(number, tells=number == 0) for number in range(self._count)))
-        if first is None:
+        ready = await asyncio.gather(*(self._start(number, tells=number == 0) for number in range(self._count)))
+        facts = next((one for one in ready if one is not None), None)
+        if facts is None:
             status = await self._workers[0].process.wait()
             if status == 1:
                 raise SystemExit(1)
             raise StartError(f"a worker ended with status {status} before it served")
         self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._count)]
-        return first
+        return facts
 
     def signal(self, number: signal.Signals) -> None:
         """Send all workers a signal."""
@@ -295,7 +317,13 @@ class Supervisor:
             delay_s = _RESTART_DELAYS_S[min(quick_ends, len(_RESTART_DELAYS_S) - 1)]
             _log.error("a worker ended; it is replaced", extra={"worker": number, "status": status, "in_s": delay_s})
             await asyncio.sleep(delay_s)
-            if await self._start(number) is not None:
+            try:
+                ready = await self._start(number)
+            except OSError as error:  # no memory, no descriptor, no process to be had: not for ever
+                _log.error("a worker cannot be started", extra={"worker": number, "reason": str(error)})
+                worker.started = time.monotonic()
+                continue
+            if ready is not None:
                 _log.info("worker started", extra={"worker": number, "pid": self._workers[number].process.pid})
 
 

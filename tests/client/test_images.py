@@ -177,6 +177,9 @@ def test_one_image_is_saved_where_it_is_wanted(tmp_path: Path) -> None:
     path = batch(channels=3)[1].save(tmp_path / "new" / "one.webp")
     assert path == tmp_path / "new" / "one.webp"
     assert np.array_equal(np.asarray(Image.open(path)), batch(channels=3).pixels[1])
+    assert batch()[1].save(tmp_path / "{label}" / "{seed}.png") == tmp_path / "1" / "8.png"
+    with pytest.raises(ValueError, match="these images have"):
+        batch(labels=False)[1].save(tmp_path / "{label}.png")
 
 
 def test_an_ending_of_no_picture_is_told_before_a_folder_is_made(tmp_path: Path) -> None:
