@@ -8,7 +8,7 @@ import grpc
 
 from ganserve.v1 import administration_pb2 as pb
 from ganserve.v1 import administration_pb2_grpc as pb_grpc
-from ganserve_server.errors import InvalidRequest, ModelNotFound, ModelNotLoaded, ServingError
+from ganserve_server.errors import InvalidRequest, ModelNotFound, ModelNotLoaded, ServingError, Unavailable
 from ganserve_server.grpc_server import Call, GrpcServer
 from ganserve_server.inference import grpc_service_pb2 as inference_pb
 from ganserve_server.workers import Supervisor
@@ -163,10 +163,12 @@ class OfAllWorkers:
 
     async def _ask(self, request: dict[str, Any]) -> list[VersionState]:
         answers = await self._supervisor.ask_all(request)
+        if not answers:
+            raise Unavailable("no worker is there that could do it; ask again")
         for answer in answers:
             if "reason" in answer:
                 raise _ERRORS[answer["reason"]](answer["text"])
-        return [VersionState(**state) for state in (answers[0]["versions"] if answers else [])]
+        return [VersionState(**state) for state in answers[0]["versions"]]
 
 
 async def answer(administration: Administration, request: dict[str, Any]) -> dict[str, Any]:

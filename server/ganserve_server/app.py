@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from socket import socket
 from typing import TYPE_CHECKING, Any
 
 from ganserve_server.addresses import StartError, bind, name
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+LogServing = Callable[[Mapping[str, Any], str | None, str | None], None]
+
 # What a worker takes with no model, and with each byte of a model's file; half as much again as was measured.
 _WORKER_BYTES, _BYTES_PER_FILE_BYTE = 140 << 20, 3
+_NO_LIMIT = 1 << 60  # of bytes
+_LONGEST_END_S = 5.0  # what a worker may take beside the drain
 _ALIKE = ("model loaded", "model unloaded", "model kept out")
 
 
@@ -41,29 +46,11 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         StartError: no model can be served, or an address is taken.
     """
     if variable := os.environ.get(WORKER_VARIABLE):
-        from ganserve_server.process import serve_models
-
-        parent = Parent(variable)
-        of_worker = Metrics()
-        # What all workers see alike is told once: of certificates and tokens by the supervisor, of models by the first.
-        logging.getLogger("ganserve_server.security").setLevel(logging.CRITICAL)
-        if parent.number:
-            for module in ("lifecycle", "repository"):
-                logging.getLogger(f"ganserve_server.{module}").addFilter(lambda record: record.msg not in _ALIKE)
-        security = Security(settings, of_worker, Buckets(parent.buckets))
-        try:
-            await serve_models(settings, stop, reload, parent.sockets, of_worker, security, parent)
-        except StartError as error:
-            if parent.tells:
-                raise
-            raise SystemExit(1) from error
+        await _work(Parent(variable), settings, stop, reload)
         return
     started = time.perf_counter()
     sockets = bind(settings.address, "--address")
     workers = _count_workers(settings)
-    metrics = Metrics() if workers == 1 else None
-    security = Security(settings, metrics, Buckets())
-    security.warn_if_open(sockets, "--address")
 
     def log_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
         _log.info(
@@ -82,59 +69,107 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         )
         notify("READY=1")
 
+    metrics = Metrics() if workers == 1 else None
+    security = Security(settings, metrics, Buckets())
+    security.warn_if_open(sockets, "--address")
     if metrics is not None:
-        from ganserve_server.process import serve_models
+        await _serve_alone(settings, stop, reload, sockets, metrics, security, log_serving)
+    else:
+        await _supervise(settings, stop, reload, Supervisor(workers, sockets), security, log_serving)
+    _log.info("stopped")
 
-        endpoint = Endpoint(settings.metrics_address, metrics.registry)
+
+async def _work(parent: Parent, settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
+    """Be one of several workers."""
+    from ganserve_server.process import serve_models
+
+    metrics = Metrics()
+    # What all workers see alike is told once: of certificates and tokens by the supervisor, of models by one worker.
+    logging.getLogger("ganserve_server.security").setLevel(logging.CRITICAL)
+    for module in ("lifecycle", "repository"):
+        logging.getLogger(f"ganserve_server.{module}").addFilter(lambda line: line.msg not in _ALIKE or parent.tells)
+    security = Security(settings, metrics, Buckets(parent.buckets))
+    try:
+        await serve_models(settings, stop, reload, parent.sockets, metrics, security, parent)
+    except StartError as error:
+        if parent.tells:
+            raise
+        raise SystemExit(1) from error
+
+
+async def _serve_alone(
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    reload: asyncio.Event,
+    sockets: list[socket],
+    metrics: Metrics,
+    security: Security,
+    log_serving: LogServing,
+) -> None:
+    """Be all there is of the server."""
+    from ganserve_server.process import serve_models
+
+    with contextlib.closing(Endpoint(settings.metrics_address, metrics.registry)) as endpoint:
         admin = AdminServer(settings, security)
 
         def on_serving(facts: Mapping[str, Any], lifecycle: "Lifecycle") -> None:
             log_serving(facts, endpoint.address, admin.start(lifecycle))
-            endpoint.why_not_ready = lambda: (
-                "draining" if stop.is_set() else "" if lifecycle.serves else "no model is served"
-            )
+            endpoint.why_not_ready = lambda: _why_not_ready(stop, lifecycle)
 
-        try:
-            await serve_models(
-                settings,
-                stop,
-                reload,
-                sockets,
-                metrics,
-                security,
-                on_serving=on_serving,
-                on_draining=lambda: _tell_draining(settings),
-            )
-            await admin.stop()
-        finally:
-            endpoint.close()
-    else:
-        supervisor = Supervisor(workers, sockets)
-        endpoint = Endpoint(settings.metrics_address, supervisor.registry)
+        await serve_models(
+            settings,
+            stop,
+            reload,
+            sockets,
+            metrics,
+            security,
+            on_serving=on_serving,
+            on_draining=lambda: _tell_draining(settings),
+        )
+        await admin.stop()
+
+
+async def _supervise(
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    reload: asyncio.Event,
+    supervisor: Supervisor,
+    security: Security,
+    log_serving: LogServing,
+) -> None:
+    """Have several workers serve."""
+    with (
+        contextlib.closing(supervisor),
+        contextlib.closing(Endpoint(settings.metrics_address, supervisor.registry)) as endpoint,
+    ):
         admin = AdminServer(settings, security)
-        try:
-            meanwhile = asyncio.to_thread(importlib.import_module, "ganserve_server.administration")
-            facts, _ = await asyncio.gather(supervisor.start(), meanwhile)
-            from ganserve_server.administration import OfAllWorkers
+        meanwhile = asyncio.to_thread(importlib.import_module, "ganserve_server.administration")
+        starting = asyncio.gather(supervisor.start(), meanwhile)
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return  # nobody was served yet
+        facts, _ = starting.result()
+        if facts is None:
+            raise SystemExit(1)
+        from ganserve_server.administration import OfAllWorkers
 
-            log_serving(facts, endpoint.address, admin.start(OfAllWorkers(supervisor)))
-            endpoint.why_not_ready = lambda: (
-                "draining" if stop.is_set() else "" if supervisor.serves else "no model is served"
-            )
-            tasks = [
-                asyncio.create_task(_forward_reloads(reload, supervisor, security)),
-                asyncio.create_task(security.watch()),
-            ]
-            await stop.wait()
-            _tell_draining(settings)
-            for task in tasks:
-                task.cancel()
-            await admin.stop()
-            await supervisor.stop()
-        finally:
-            endpoint.close()
-            supervisor.close()
-    _log.info("stopped")
+        log_serving(facts, endpoint.address, admin.start(OfAllWorkers(supervisor)))
+        endpoint.why_not_ready = lambda: _why_not_ready(stop, supervisor)
+        tasks = [
+            asyncio.create_task(_forward_reloads(reload, supervisor, security)),
+            asyncio.create_task(security.watch()),
+        ]
+        await stopped
+        _tell_draining(settings)
+        for task in tasks:
+            task.cancel()
+        most_s = settings.drain_delay_s + settings.drain_timeout_s + _LONGEST_END_S
+        await asyncio.gather(admin.stop(), supervisor.stop(most_s))
+
+
+def _why_not_ready(stop: asyncio.Event, server: "Supervisor | Lifecycle") -> str:
+    return "draining" if stop.is_set() else "" if server.serves else "no model is served"
 
 
 def _tell_draining(settings: ServerSettings) -> None:
@@ -158,7 +193,7 @@ def _count_workers(settings: ServerSettings) -> int:
         for file in settings.models.glob("*/*/*.onnx"):
             with contextlib.suppress(OSError):
                 files += file.stat().st_size
-    memory = memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = min(memory_limit() or _NO_LIMIT, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     fitting = memory * 3 // 4 // (_WORKER_BYTES + _BYTES_PER_FILE_BYTE * files)
     return max(1, min(wanted, fitting))
 
@@ -169,7 +204,7 @@ async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, securi
         reload.clear()
         with reloading():
             security.refresh()
-            supervisor.signal(signal.SIGHUP)
+            await supervisor.ask_all({"do": "refresh"})
 
 
 def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:

@@ -51,7 +51,8 @@ _CLOSE_GRACE_S = 1.0
 _AGED_GRACE_S = 2 * GOAWAY_GRACE_S
 _HANDSHAKE_TIMEOUT_S = 10.0
 _BACKLOG = 1024
-_YIELD_S = 0.001  # in which a worker with fewer connections takes the next
+# In which a worker with fewer connections takes the next; if it does not for so long, or so often, it cannot.
+_YIELD_S, _PATIENCE_S = 0.001, 0.05
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
 _KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
 _HOLDS_MUCH = 64 << 10  # bytes of an unfinished request
@@ -611,6 +612,7 @@ class GrpcServer:
         self._listening: list[socket] = []
         self._accepted = 0  # sockets that are not closed yet
         self._board = board
+        self._yielding_since = self._yielded = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
         self._id_prefix = uuid.uuid4().hex[:24]
@@ -737,7 +739,7 @@ class GrpcServer:
     def _accept(self, listening: socket) -> None:
         """Take one connection, if no other worker has fewer: the one that has is woken too."""
         pause_s = 0.0
-        if self._board is not None and not self._board.may_accept():
+        if self._yields():
             pause_s = _YIELD_S
         else:
             try:
@@ -760,6 +762,16 @@ class GrpcServer:
         if pause_s:
             self.loop.remove_reader(listening)
             self.loop.call_later(pause_s, self._accept_again, listening)
+
+    def _yields(self) -> bool:
+        """Tell whether to leave the next connection to a worker that has fewer."""
+        if self._board is None or self._board.may_accept():
+            return False
+        now = self.loop.time()
+        if now - self._yielded > 2 * _PATIENCE_S:
+            self._yielding_since = now
+        self._yielded = now
+        return now - self._yielding_since < _PATIENCE_S
 
     def _accept_again(self, listening: socket) -> None:
         if listening in self._listening:

@@ -8,11 +8,13 @@ import io
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _DRIVER = "libcuda.so.1"
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_NO_LIMIT = 1 << 60  # or more, where cgroups of version 1 have none
 # Not by importing it: that takes long, and a supervisor does without.
 _ONNXRUNTIME = Path(importlib.util.find_spec("onnxruntime").submodule_search_locations[0])  # type: ignore[union-attr,index]
 _CUDA_PROVIDER = _ONNXRUNTIME / "capi" / "libonnxruntime_providers_cuda.so"
@@ -40,19 +42,39 @@ def cores() -> Cores:
     """Count the cores."""
     machine = os.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    try:
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        return Cores(machine, affinity, None if quota == "max" else int(quota) / int(period))
-    except (OSError, ValueError):
-        return Cores(machine, affinity, None)
+    quotas = [quota for group in _cgroups("cpu") if (quota := _quota(group)) is not None]
+    return Cores(machine, affinity, min(quotas, default=None))
 
 
 def memory_limit() -> int | None:
     """Return the cgroup's limit in bytes; None is no limit."""
-    try:
-        return int((_CGROUP / "memory.max").read_text())
-    except (OSError, ValueError):
-        return None
+    limits = [_NO_LIMIT]
+    for group in _cgroups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((group / name).read_text()))
+    return None if (limit := min(limits)) == _NO_LIMIT else limit
+
+
+def _cgroups(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroup and of those above it, which limit it too; of version 2 or 1."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or controller in controllers.split(","):
+                root = _CGROUPS / (controller if controllers else "")
+                own = root / path.lstrip("/")
+                yield from (own, *(above for above in own.parents if above.is_relative_to(root)))
+
+
+def _quota(group: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (group / "cpu.max").read_text().split()
+        return int(quota) / int(period)  # no number is no limit
+    with contextlib.suppress(OSError, ValueError):
+        quota_us, period_us = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota_us / period_us if quota_us > 0 else None
+    return None
 
 
 def give_back_memory() -> None:

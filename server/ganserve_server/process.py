@@ -107,7 +107,7 @@ async def serve_models(
     gc.freeze()
     if parent:
         parent.tell(facts)
-        tasks.append(asyncio.create_task(parent.follow(stop, functools.partial(administration.answer, lifecycle))))
+        tasks.append(asyncio.create_task(parent.follow(stop, functools.partial(_answer, lifecycle, security))))
     else:
         on_serving(facts, lifecycle)
     await stop.wait()
@@ -148,6 +148,13 @@ def _reflected() -> DescriptorPool:
     for module in (generation_pb2, grpc_service_pb2, health_pb2, reflection_pb2):
         add(module.DESCRIPTOR)
     return cast(DescriptorPool, pool)
+
+
+async def _answer(lifecycle: Lifecycle, security: Security, request: dict[str, Any]) -> dict[str, Any]:
+    """Do what the supervisor asks."""
+    if request["do"] == "refresh":  # as on SIGHUP
+        security.refresh()
+    return await administration.answer(lifecycle, request)
 
 
 async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle, security: Security) -> None:

@@ -85,6 +85,17 @@ class Board:
         mine = self._cells[self._mine * _CELLS]
         return all(self._cells[other * _CELLS] >= mine for other in self._others)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this worker is the first of those that are there."""
+        there = (worker for worker in range(self.workers) if self._cells[worker * _CELLS] != _ABSENT)
+        return next(there, None) == self._mine
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this worker takes connections."""
+        return self._cells[self._mine * _CELLS] != _ABSENT
+
     async def all_loaded(self) -> None:
         """Wait for the others to load their models: the first to serve would get all connections that wait for one."""
         until = time.monotonic() + _LONGEST_WAIT_S
@@ -122,10 +133,15 @@ class Parent:
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
         self.buckets: int = given["buckets"]  # memory of the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
-        self.tells: bool = given["tells"]  # what keeps it from starting: of those that start together, one does
+        self._tells_at_start: bool = given["tells"]  # of those that start together, one does
         self.gone = False
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is this worker's to say what all of them see alike."""
+        return self.board.leads if self.board.takes_part else self._tells_at_start
 
     async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
         """Do what the supervisor asks; drain if it is gone."""
@@ -140,7 +156,8 @@ class Parent:
         """Send the supervisor a message."""
         line = json.dumps(message).encode() + b"\n"
         if self._writer is None:
-            self._channel.sendall(line)
+            with suppress(OSError):  # it is gone: `follow` sees that
+                self._channel.sendall(line)
         else:
             self._writer.write(line)
 
@@ -222,11 +239,10 @@ class Supervisor:
         """Whether there is a worker that has a model."""
         return self._board.serving() > 0
 
-    async def start(self) -> dict[str, Any]:
-        """Start all workers; return what one says of itself.
+    async def start(self) -> dict[str, Any] | None:
+        """Start all workers; return what one says of itself, or None if none can start and the first has logged why.
 
         Raises:
-            SystemExit: none can start; the first has logged why.
             StartError: the first was ended.
         """
         # Together: the first to serve would take all connections until the others do.
@@ -235,7 +251,7 @@ class Supervisor:
         if facts is None:
             status = await self._workers[0].process.wait()
             if status == 1:
-                raise SystemExit(1)
+                return None
             raise StartError(f"a worker ended with status {status} before it served")
         self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._count)]
         return facts
@@ -250,14 +266,20 @@ class Supervisor:
         answers = await asyncio.gather(*(worker.ask(request) for worker in self._workers.values()))
         return [answer for answer in answers if answer is not None]
 
-    async def stop(self) -> None:
-        """End all workers, each in its own time, and take nothing more."""
+    async def stop(self, timeout_s: float) -> None:
+        """End all workers, each in its own time but those that take longer than the timeout, and take nothing more."""
         self._stopping = True
         self.signal(signal.SIGTERM)
         # Else the system would go on taking connections that nobody accepts.
         for listening in self._sockets:
             listening.close()
-        await asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
+        ends = asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
+        try:
+            await asyncio.wait_for(asyncio.shield(ends), timeout_s)
+        except TimeoutError:
+            _log.error("workers do not end; they are killed", extra={"timeout_s": timeout_s})
+            self.signal(signal.SIGKILL)
+            await ends
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)

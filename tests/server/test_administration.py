@@ -1,6 +1,10 @@
 """Models loaded and unloaded by an operator's calls, in one process and in several."""
 
+import asyncio
+import contextlib
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +14,7 @@ import pytest
 import tritonclient.grpc as triton
 from tests.conftest import RunningServer
 from tests.server.test_start_and_drain import http_get, scrape
+from tests.server.test_workers import Caller, number_of, workers_of
 
 from ganserve import Client, ModelNotFoundError
 from ganserve.v1 import administration_pb2 as pb
@@ -129,3 +134,38 @@ def test_a_server_whose_models_are_all_unloaded_is_not_ready_and_says_who_did_it
     assert [event["method"] for event in told][-3:] == ["UnloadModel", "ReloadModels", "LoadModel"]
     assert told[-1]["model"] == "mlp-mnist"
     assert told[-1]["peer"].startswith("127.0.0.1:")
+
+
+def test_answers_stay_in_step_though_a_caller_left_before_its_own(start_server: Start, repository: Path) -> None:
+    running = start_server(
+        "--workers=2", "--reload=off", "--models", repository, "--admin-address=127.0.0.1:0", "--access-log=off"
+    )
+    still = workers_of(running)[0]
+    with administration(running) as stub:
+        os.kill(still, signal.SIGSTOP)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.UnloadModel(pb.UnloadModelRequest(model="mlp-mnist"), timeout=0.1)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        os.kill(still, signal.SIGCONT)
+        for _ in range(3):
+            [state] = stub.LoadModel(pb.LoadModelRequest(model="cdcgan-mnist")).versions
+            assert (state.model, state.served) == ("cdcgan-mnist", True)
+            states = stub.ReloadModels(pb.ReloadModelsRequest()).versions
+            assert [(state.model, state.served) for state in states] == [("cdcgan-mnist", True), ("mlp-mnist", False)]
+
+
+async def test_a_worker_that_is_just_being_replaced_does_not_miss_what_is_asked(
+    start_server: Start, repository: Path
+) -> None:
+    running = start_server("--workers=2", "--reload=off", "--models", repository, "--admin-address=127.0.0.1:0")
+    os.kill(workers_of(running)[0], signal.SIGKILL)
+    while len(workers_of(running)) < 2 or None in map(number_of, workers_of(running)):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)  # until it starts
+    with administration(running) as stub:
+        stub.UnloadModel(pb.UnloadModelRequest(model="mlp-mnist"))
+        await asyncio.to_thread(running.wait_for, "worker started")
+        async with contextlib.AsyncExitStack() as stack:
+            callers = [await stack.enter_async_context(Caller(running.address)) for _ in range(4)]
+            made = await asyncio.gather(*(caller.make("mlp-mnist", 1, 1) for caller in callers), return_exceptions=True)
+        assert [isinstance(one, grpc.aio.AioRpcError) and one.code().name for one in made] == ["NOT_FOUND"] * 4
+        assert stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist")).versions[0].served

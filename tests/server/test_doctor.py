@@ -76,10 +76,51 @@ def test_needed_libraries_are_read_from_the_file_as_the_linker_reads_them() -> N
 def test_threads_follow_the_quota_of_the_cgroup(
     content: str, quota: float | None, usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpu.max").write_text(content)
-    (tmp_path / "memory.max").write_text("max" if quota is None else "1048576")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1})
+    lay_out(tmp_path, {"cpu.max": content, "memory.max": "max" if quota is None else "1048576"}, "0::/\n", monkeypatch)
     assert machine.cores().quota == quota
     assert machine.cores().usable == usable
     assert machine.memory_limit() == (None if quota is None else 1 << 20)
+
+
+def test_limits_of_the_groups_above_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "system.slice/cpu.max": "120000 100000",
+        "system.slice/memory.max": "3000000",
+        "system.slice/ganserve.service/cpu.max": "max 100000",
+        "system.slice/ganserve.service/memory.max": "2000000",
+        "other.slice/cpu.max": "10000 100000",
+        "other.slice/memory.max": "1000",
+    }
+    lay_out(tmp_path, files, "0::/system.slice/ganserve.service\n", monkeypatch)
+    assert machine.cores().quota == 1.2
+    assert machine.memory_limit() == 2_000_000
+
+
+@pytest.mark.parametrize("inside", ["/docker/1a2b", "/"])  # as the host names it, and as the container does
+def test_limits_are_read_from_cgroups_of_version_1(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "cpu/cpu.cfs_quota_us": "-1",
+        "cpu/cpu.cfs_period_us": "100000",
+        "memory/memory.limit_in_bytes": "9223372036854771712",
+    }
+    own = f"4:memory:{inside}\n2:cpu,cpuacct:{inside}\n0::/\n"
+    lay_out(tmp_path, files, own, monkeypatch)
+    assert machine.cores().quota is None
+    assert machine.memory_limit() is None
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("150000\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("1048576\n")
+    assert machine.cores().quota == 1.5
+    assert machine.memory_limit() == 1 << 20
+
+
+def lay_out(root: Path, files: dict[str, str], own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a machine's cgroups, and one of them this process's."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    (root / "own").write_text(own)
+    monkeypatch.setattr(machine, "_CGROUPS", root)
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", root / "own")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1})

@@ -2,11 +2,16 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import resource
 import select
 import shutil
 import signal
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -43,9 +48,51 @@ class Caller:
 
 
 def workers_of(running: RunningServer) -> list[int]:
-    pid = running.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return sorted(int(child) for child in children)
+    return sorted(children_of(running.process.pid))
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def number_of(pid: int) -> int | None:
+    """Tell which worker a process is; None if it is none, or not yet."""
+    if b"\0-m\0ganserve_server\0" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        return None
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    given = next(variable for variable in variables if variable.startswith(b"GANSERVE_WORKER="))
+    number: int = json.loads(given.partition(b"=")[2])["number"]
+    return number
+
+
+@contextlib.contextmanager
+def halfway(*flags: str | Path) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
+    """Start a server of two workers, and have both stand still as soon as they are there."""
+    program = Path(sys.executable).with_name("ganserve-server")
+    command = [program, "--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json", "--workers=2"]
+    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as process:
+        pids: dict[int, int] = {}
+        try:
+            while len(pids) < 2:
+                for pid in children_of(process.pid):
+                    if (number := number_of(pid)) is not None and number not in pids:
+                        pids[number] = pid
+                        os.kill(pid, signal.SIGSTOP)
+            yield process, [pids[0], pids[1]]
+        finally:
+            process.kill()
+            for pid in pids.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def read_up_to(process: "subprocess.Popen[str]", event: str) -> list[str]:
+    """Read the log up to an event; return all of them."""
+    assert process.stderr is not None
+    events: list[str] = []
+    while event not in events:
+        events.append(json.loads(process.stderr.readline())["event"])
+    return events
 
 
 def connections_of(pid: int, port: int) -> int:
@@ -156,6 +203,126 @@ def wait_for_end(descriptor: int) -> bool:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     return bool(poller.poll(30_000))
+
+
+def test_sigterm_ends_a_start() -> None:
+    with halfway() as (process, pids):
+        ends = [os.pidfd_open(pid) for pid in pids]
+        process.terminate()
+        assert process.wait(30) == 0
+        for descriptor in ends:
+            assert wait_for_end(descriptor), "a worker lives on"
+
+
+def test_workers_end_whose_supervisor_was_killed_while_they_started() -> None:
+    with halfway("--drain-delay-s=600") as (process, pids):
+        ends = [os.pidfd_open(pid) for pid in pids]
+        process.kill()
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        for descriptor in ends:
+            assert wait_for_end(descriptor), "a worker lives on"
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_sighup_while_the_workers_start_is_obeyed_when_they_serve() -> None:
+    with halfway() as (process, pids):
+        process.send_signal(signal.SIGHUP)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert read_up_to(process, "serving") == ["serving"]
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_a_start_survives_the_end_of_its_first_worker() -> None:
+    with halfway() as (process, pids):
+        os.kill(pids[0], signal.SIGKILL)
+        os.kill(pids[1], signal.SIGCONT)
+        assert "serving" in read_up_to(process, "worker started")
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_a_start_fails_whose_workers_are_all_killed() -> None:
+    with halfway() as (process, pids):
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        _, told = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert "a worker ended with status -9 before it served" in told
+        assert "Traceback" not in told
+
+
+async def test_a_worker_that_stands_still_holds_up_nobody_else(start_server: Start) -> None:
+    running = start_server("--workers", "2", "--drain-timeout-s", "1")
+    os.kill(workers_of(running)[0], signal.SIGSTOP)
+    async with contextlib.AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(Caller(running.address)) for _ in range(8)]
+        await asyncio.gather(*(caller.make("mlp-mnist", 1, 1) for caller in callers))
+    running.process.terminate()
+    killed = await asyncio.to_thread(running.wait_for, "workers do not end; they are killed")
+    assert killed["timeout_s"] == 6
+    assert await asyncio.to_thread(running.process.wait, 30) == 0
+
+
+def test_a_reload_is_done_when_all_workers_have_reloaded(
+    start_server: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(BUNDLED_MODELS / "mlp-mnist", tmp_path / "mlp-mnist")
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@{tmp_path}/notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(30)
+        systemd.bind(f"\0{tmp_path}/notify")
+        running = start_server("--workers", "2", "--models", tmp_path, "--reload", "off")
+        assert systemd.recv(4096) == b"READY=1"
+        last = workers_of(running)[1]
+        os.kill(last, signal.SIGSTOP)
+        shutil.copytree(tmp_path / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / "2")
+        running.process.send_signal(signal.SIGHUP)
+        assert systemd.recv(4096).startswith(b"RELOADING=1")
+        wait_for_sample(running, 'ganserve_model_loads_total{outcome="loaded"}', lambda loads: loads == 3)
+        os.kill(last, signal.SIGCONT)
+        assert systemd.recv(4096) == b"READY=1"
+        assert scrape(running)['ganserve_model_loads_total{outcome="loaded"}'] == 4
+
+
+def test_changes_are_told_once_though_the_first_worker_is_just_being_replaced(
+    start_server: Start, tmp_path: Path
+) -> None:
+    shutil.copytree(BUNDLED_MODELS / "mlp-mnist", tmp_path / "mlp-mnist")
+    running = start_server("--workers", "2", "--models", tmp_path, "--reload", "off")
+    (first,) = (pid for pid in workers_of(running) if number_of(pid) == 0)
+    os.kill(first, signal.SIGKILL)
+    running.wait_for("a worker ended; it is replaced")
+    shutil.copytree(tmp_path / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / "2")
+    running.process.send_signal(signal.SIGHUP)
+    events = {running.events.get(timeout=30)["event"] for _ in range(2)}
+    assert events == {"model loaded", "worker started"}
+    running.stop()
+    assert running.wait_for("draining")
+
+
+def test_a_worker_that_cannot_be_replaced_is_tried_again(start_server: Start) -> None:
+    running = start_server("--workers", "2")
+    pid = running.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    os.kill(workers_of(running)[0], signal.SIGKILL)
+    assert "Too many open files" in running.wait_for("a worker cannot be started")["reason"]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    running.wait_for("worker started")
+    assert len(workers_of(running)) == 2
+
+
+@pytest.mark.parametrize("workers", ["auto", "1", "2"])
+def test_a_link_to_nothing_in_a_models_place_is_kept_out(workers: str, start_server: Start, tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED_MODELS / "mlp-mnist", tmp_path / "mlp-mnist")
+    (tmp_path / "mlp-mnist" / "2").mkdir()
+    (tmp_path / "mlp-mnist" / "2" / "model.onnx").symlink_to(tmp_path / "nothing")
+    running = start_server("--workers", workers, "--models", tmp_path)
+    with Client(running.address) as client:
+        assert client.generate("mlp-mnist", seed=1).version == 1
 
 
 def test_what_keeps_a_worker_from_starting_keeps_the_server(server: RunningServer, tmp_path: Path) -> None:
