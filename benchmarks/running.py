@@ -5,7 +5,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,12 +42,14 @@ def serving(*flags: str) -> Iterator[Running]:
     """Start a server on free ports; end it, and see that it ends with status 0."""
     program = Path(sys.executable).with_name("ganserve-server")
     command = [program, "--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json"]
-    with subprocess.Popen([*command, "--access-log=off", *flags], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
+    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as process:
+        log = process.stderr
+        assert log is not None
         try:
-            told = json.loads(process.stderr.readline())
+            told = json.loads(log.readline())
             if told["event"] != "serving":
                 sys.exit(f"the server says: {told}")
+            threading.Thread(target=lambda: deque(log, maxlen=0), daemon=True).start()  # a full pipe would stop it
             yield Running(process, told["address"], told["metrics_address"])
             process.terminate()
             if status := process.wait(60):

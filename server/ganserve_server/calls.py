@@ -1,8 +1,10 @@
 """What is told of each call: metrics, a line in the log, and a trace."""
 
+import asyncio
 import functools
 import logging
 import time
+from collections import Counter as Tally
 from typing import Any
 
 import grpc
@@ -17,6 +19,10 @@ from ganserve_server.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
+# Lines of one kind in a second. Under overload thousands of calls are refused in each; to log them all took more of the
+# cores than to refuse them.
+_MOST_LINES = 100
+
 
 class CallRecorder:
     """Counts, times, logs and traces the calls of our services; those of health and reflection pass in silence."""
@@ -25,6 +31,8 @@ class CallRecorder:
         self._metrics = metrics
         self._access_log = access_log
         self._tracing = tracing
+        self._failed = _Lines("calls not logged", "code")
+        self._tls_failed = _Lines("TLS failures not logged", "reason")
         # Looking up a metric by its labels costs more than counting; the labels are bounded.
         self._of = functools.cache(self._find)
 
@@ -50,13 +58,14 @@ class CallRecorder:
             return
         # A caller that leaves is no error.
         failed = code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
-        if failed or self._access_log == "all":
+        if self._access_log == "all" or (failed and self._failed.have_room(code.name)):
             self._log(call, code, text, took, trace_id)
 
     def tls_failed(self, error: OSError, peer: str) -> None:
         """Count a connection that ended in the TLS handshake, and log it."""
-        self._metrics.tls_failures.labels(failure(error)).inc()
-        if self._access_log != "off":
+        reason = failure(error)
+        self._metrics.tls_failures.labels(reason).inc()
+        if self._access_log == "all" or (self._access_log == "errors" and self._tls_failed.have_room(reason)):
             tell_tls_failure(error, peer)
 
     def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
@@ -90,6 +99,27 @@ class CallRecorder:
         if text:
             told["reason"] = text
         _log.info("call", extra=told)
+
+
+class _Lines:
+    """Bounds the lines of each kind in a second, and says in one how many more there would have been."""
+
+    def __init__(self, event: str, label: str) -> None:
+        self._event, self._label = event, label
+        self._asked: Tally[str] = Tally()
+
+    def have_room(self, kind: str) -> bool:
+        """Tell whether there may be one more."""
+        if not self._asked:
+            asyncio.get_running_loop().call_later(1.0, self._begin_anew)
+        self._asked[kind] += 1
+        return self._asked[kind] <= _MOST_LINES
+
+    def _begin_anew(self) -> None:
+        for kind, asked in self._asked.items():
+            if asked > _MOST_LINES:
+                _log.warning(self._event, extra={self._label: kind, "count": asked - _MOST_LINES})
+        self._asked.clear()
 
 
 def tell_tls_failure(error: OSError, peer: str) -> None:

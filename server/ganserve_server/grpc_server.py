@@ -421,8 +421,7 @@ class Call(Stream):
             return
         details = b""
         if isinstance(error, ServingError):
-            code, text = error.code, str(error)
-            details = literal(b"grpc-status-details-bin", base64.b64encode(status_details(error)).rstrip(b"="))
+            code, text, details = error.code, str(error), status_details(error)
             self.server.on_refused(self, error)
         elif isinstance(error, _Aborted):
             code, text = error.code, error.text
@@ -432,16 +431,13 @@ class Call(Stream):
                 "internal error", exc_info=error, extra={"request_id": self.request_id, "method": self.head.path}
             )
         self._end(code, text)
-        status = literal(b"grpc-status", str(code.value[0]).encode())
-        if text:
-            status += literal(b"grpc-message", urllib.parse.quote(text, safe=_MESSAGE_SAFE).encode())
-        trailers = self._trailers(status + details)
+        fields = self._trailers(_status(code, text, details))
         if self._headers_sent:
-            self.connection.send(self, None, b"", trailers)
+            self.connection.send(self, None, b"", fields)
         else:
             # Without a message, headers and trailers are one.
             self._headers_sent = True
-            self.connection.send(self, _HEADERS + trailers, b"", b"")
+            self.connection.send(self, _HEADERS + fields, b"", b"")
         self._cancel()
 
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
@@ -503,6 +499,17 @@ class Call(Stream):
 
 
 _MESSAGE_SAFE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+@functools.lru_cache(256)  # under overload the same is said thousands of times a second
+def _status(code: grpc.StatusCode, text: str, details: bytes) -> bytes:
+    """Write the header fields that tell a call's end."""
+    status = literal(b"grpc-status", str(code.value[0]).encode())
+    if text:
+        status += literal(b"grpc-message", urllib.parse.quote(text, safe=_MESSAGE_SAFE).encode())
+    if details:
+        status += literal(b"grpc-status-details-bin", base64.b64encode(details).rstrip(b"="))
+    return status
 
 
 def _address(place: Any) -> str:

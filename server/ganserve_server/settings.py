@@ -128,7 +128,10 @@ class ServerSettings(BaseModel):
     ] = "auto"
     access_log: Annotated[
         AccessLog,
-        Field(description="Which calls to log: off, errors (not those whose caller left) or all."),
+        Field(
+            description="Which calls to log: off, errors (not those whose caller left, and at most 100 of a kind in a "
+            "second) or all."
+        ),
     ] = "errors"
 
     @property

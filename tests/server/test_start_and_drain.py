@@ -15,6 +15,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -702,6 +703,28 @@ def test_a_line_of_the_log_tells_what_a_call_was_and_took(start_server: Start) -
         assert float(str(call["compute_s"])) > 0
         assert call["request_id"]
     assert {"images", "queue_s", "version", "trace_id", "reason"}.isdisjoint(listed)
+
+
+async def test_failed_calls_do_not_flood_the_log(start_server: Start) -> None:
+    running, wanted, seen = start_server(), 2000, Counter[str]()
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        requests = [pb.GenerateImagesRequest(model="nothing")] * wanted
+        requests.append(pb.GenerateImagesRequest(model="mlp-mnist", count=1 << 30))
+        started = time.monotonic()
+        await asyncio.gather(*(stub.GenerateImages(request) for request in requests), return_exceptions=True)
+        seconds = time.monotonic() - started
+    lines = not_logged = 0
+    while lines + not_logged < wanted:
+        line = await asyncio.to_thread(running.events.get, timeout=30)
+        if line["event"] == "calls not logged":
+            assert line["code"] == "NOT_FOUND"
+            not_logged += line["count"]
+        else:
+            seen[line["code"]] += 1
+            lines = seen["NOT_FOUND"]
+    assert lines <= 100 * (seconds + 2)
+    assert seen["INVALID_ARGUMENT"] == 1  # of another kind
 
 
 def test_no_call_is_logged_where_that_is_turned_off(start_server: Start) -> None:
