@@ -215,11 +215,25 @@ def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None
         )
 
 
-def respond(request: GenerationRequest, draw: Draw, made: Made) -> bytes:
+def times(made: Made) -> bytes:
+    """Write what images waited and took: a piece of a GenerateImagesResponse, of all alike that were made at once."""
+    response = pb.GenerateImagesResponse()
+    for duration, seconds in ((response.queue_time, made.queue_s), (response.compute_time, made.compute_s)):
+        duration.seconds, duration.nanos = divmod(round(seconds * 1e9), 10**9)
+    return response.SerializeToString()
+
+
+def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> bytes:
     """Describe the images, and put them in, as pixels or as files: a serialised GenerateImagesResponse.
 
     It is put together of pieces, which protobuf reads as one message: what all answers of a version have in common is
     written once, and the pixels are copied once.
+
+    Args:
+        request: what was asked for.
+        draw: what was made.
+        pixels: the images, [count, height, width, channels].
+        took: as `times` writes it.
     """
     model = request.model
     response = pb.GenerateImagesResponse(
@@ -229,23 +243,21 @@ def respond(request: GenerationRequest, draw: Draw, made: Made) -> bytes:
         labels=None if draw.labels is None else draw.labels.tolist(),
         encoding=request.encoding,
     )
-    for duration, seconds in ((response.queue_time, made.queue_s), (response.compute_time, made.compute_s)):
-        duration.seconds, duration.nanos = divmod(round(seconds * 1e9), 10**9)
     if request.encoding == pb.ENCODING_RAW:
-        pixels = made.pixels.tobytes()
-        return b"".join((model.answer, response.SerializeToString(), _PIXELS_TAG, varint(len(pixels)), pixels))
+        raw = pixels.tobytes()
+        return b"".join((model.answer, took, response.SerializeToString(), _PIXELS_TAG, varint(len(raw)), raw))
     if request.sheet:
         identity: Identity | None = None
         if not request.omit_identity:
             identity = {**_identity(model, draw, 0), "count": draw.count}
             if draw.labels is not None and draw.count <= _MAX_LABELS_TOLD:
                 identity["labels"] = draw.labels.tolist()
-        response.files.append(encode(contact_sheet(made.pixels), request.encoding, identity))
+        response.files.append(encode(contact_sheet(pixels), request.encoding, identity))
     else:
-        for index, pixels_of_one in enumerate(made.pixels):
+        for index, pixels_of_one in enumerate(pixels):
             identity = None if request.omit_identity else _identity(model, draw, index)
             response.files.append(encode(pixels_of_one, request.encoding, identity))
-    return model.answer + response.SerializeToString()
+    return model.answer + took + response.SerializeToString()
 
 
 def varint(value: int) -> bytes:

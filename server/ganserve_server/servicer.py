@@ -4,6 +4,9 @@ import asyncio
 import time
 from collections import deque
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.batcher import Batcher, Job, Made, Tally
@@ -12,7 +15,7 @@ from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink, read_message
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
-from ganserve_server.requests import GenerationRequest, images_limit, parse, respond, varint
+from ganserve_server.requests import GenerationRequest, images_limit, parse, respond, times, varint
 from ganserve_server.settings import ServerSettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -51,12 +54,12 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             if isinstance(made, ServingError):
                 call.fail(made)
             elif checked.encoding == pb.ENCODING_RAW:
-                call.reply(respond(checked, draw, made))
+                call.reply(respond(checked, draw, made.pixels, times(made)))
             else:
                 call.server.spawn(call, encode(made))
 
         async def encode(made: Made) -> None:
-            call.reply(await self.encoded(checked, draw, made, call))
+            call.reply(await self.encoded(checked, draw, made.pixels, times(made), call))
 
         call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=call.deadline, bulk=checked.bulk)
         call.on_cancel = job.cancel
@@ -156,21 +159,23 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         made = await batcher.make(
             draw, caller=call.turn_of, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally
         )
-        return await self.encoded(request, draw, made, call)
+        return await self.encoded(request, draw, made.pixels, times(made), call)
 
-    async def encoded(self, request: GenerationRequest, draw: Draw, made: Made, call: Call) -> bytes:
+    async def encoded(
+        self, request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], took: bytes, call: Call
+    ) -> bytes:
         """Write the images as the request asks."""
         if request.encoding == pb.ENCODING_RAW:
-            return respond(request, draw, made)
+            return respond(request, draw, pixels, took)
         started = time.perf_counter()
-        if made.pixels.nbytes <= _ENCODE_HERE_AT_MOST:
-            response = respond(request, draw, made)
+        if pixels.nbytes <= _ENCODE_HERE_AT_MOST:
+            response = respond(request, draw, pixels, took)
         else:
-            response = await asyncio.to_thread(respond, request, draw, made)
+            response = await asyncio.to_thread(respond, request, draw, pixels, took)
         encoding = pb.Encoding.Name(request.encoding).removeprefix("ENCODING_")
-        took = time.perf_counter() - started
-        call.encode_s += took
-        self._metrics.encode_seconds.labels(encoding).observe(took)
+        seconds = time.perf_counter() - started
+        call.encode_s += seconds
+        self._metrics.encode_seconds.labels(encoding).observe(seconds)
         return response
 
 
@@ -223,7 +228,7 @@ class EachRequest:
 
     def _begin(self) -> bool:
         """Take requests while there is room; tell whether there was one."""
-        taken = taken_bytes = 0
+        taken = taken_bytes = images = 0
         alike: list[_Turn] = []
         while self._unread and len(self._running) < _EACH_RUNNING and not self._waits:
             content = self._unread.popleft()
@@ -236,10 +241,11 @@ class EachRequest:
             except ServingError as error:
                 _refuse([turn], error)
                 continue
-            if alike and not turn.joins(alike):
+            if alike and not turn.joins(alike[0], images):
                 self._submit(alike)
-                alike = []
+                alike, images = [], 0
             alike.append(turn)
+            images += turn.request.count
         if alike:
             self._submit(alike)
         if taken:
@@ -281,17 +287,17 @@ class EachRequest:
 
     def _made(self, turns: "list[_Turn]", made: Made) -> None:
         self._tally.compute_s += made.compute_s
-        stop = 0
+        took, stop = times(made), 0
         for turn in turns:
             start, stop = stop, stop + turn.draw.count
-            of_turn = Made(made.pixels[start:stop], made.queue_s, made.compute_s)
+            pixels = made.pixels[start:stop]
             if turn.request.encoding == pb.ENCODING_RAW:
-                turn.answer = _answer_with(respond(turn.request, turn.draw, of_turn))
+                turn.answer = _answer_with(respond(turn.request, turn.draw, pixels, took))
             else:
-                self._call.server.spawn(self._call, self._encode(turn, of_turn), cancel=self._call.on_cancel)
+                self._call.server.spawn(self._call, self._encode(turn, pixels, took), cancel=self._call.on_cancel)
 
-    async def _encode(self, turn: "_Turn", made: Made) -> None:
-        turn.answer = _answer_with(await self._servicer.encoded(turn.request, turn.draw, made, self._call))
+    async def _encode(self, turn: "_Turn", pixels: NDArray[np.uint8], took: bytes) -> None:
+        turn.answer = _answer_with(await self._servicer.encoded(turn.request, turn.draw, pixels, took, self._call))
         self._go_on()
 
     async def _go_on_once_sent(self) -> None:
@@ -331,13 +337,13 @@ class _Turn:
         self.job: Job | None = None
         self.answer: bytes | None = None
 
-    def joins(self, others: "list[_Turn]") -> bool:
-        """Tell whether it can be made with others, which are alike, and they together be small."""
-        one, first = self.request, others[0].request
+    def joins(self, first_turn: "_Turn", images: int) -> bool:
+        """Tell whether it can be made with so many images of others, which are like the first, and all be small."""
+        one, first = self.request, first_turn.request
         return (
-            self.batcher is others[0].batcher
+            self.batcher is first_turn.batcher
             and one.truncation == first.truncation
             and (one.latents is None) == (first.latents is None)
             and one.bulk == first.bulk
-            and sum(turn.request.count for turn in others) + one.count <= self.batcher.small
+            and images + one.count <= self.batcher.small
         )
