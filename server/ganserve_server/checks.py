@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from ganserve_server.addresses import StartError, bind, places
-from ganserve_server.repository import ModelRejected, check_repository, find_versions, load_version
+from ganserve_server.repository import ModelRejected, check_repository, find_misplaced, find_versions, load_version
 from ganserve_server.security import certificates_of, tokens_of
 from ganserve_server.settings import ServerSettings
 from ganserve_server.tokens import Buckets
@@ -55,6 +55,8 @@ def problems_of(settings: ServerSettings) -> list[str]:
 
 def _kept_out(settings: ServerSettings) -> Iterator[str]:
     """Tell of each file that a server would not serve, and why."""
+    for path, reason in find_misplaced(settings.models):
+        yield f"{path} would be kept out: {reason}"
     versions = find_versions(settings.models)
     for name, of_model in itertools.groupby(versions, key=lambda version: version[0]):
         served = 0

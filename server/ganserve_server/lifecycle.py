@@ -21,7 +21,14 @@ from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.gpu import gpu_options
 from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.metrics import Metrics
-from ganserve_server.repository import MODEL_FILE_NAME, ModelRejected, ModelVersion, find_versions, load_version
+from ganserve_server.repository import (
+    MODEL_FILE_NAME,
+    ModelRejected,
+    ModelVersion,
+    find_misplaced,
+    find_versions,
+    load_version,
+)
 from ganserve_server.scheduler import Scheduler
 from ganserve_server.settings import ServerSettings, nearest
 from ganserve_server.workers import Board
@@ -118,6 +125,7 @@ class Lifecycle:
         self._health = health_servicer
         self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
         self._reasons: dict[tuple[str, int], str] = {}  # why it was kept out
+        self._misplaced: dict[Path, str] = {}  # what was probably meant as a model, and why it is none
         self._reported: set[str] = set()
         self._refreshing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -134,12 +142,16 @@ class Lifecycle:
         # One worker at a time: how long models take is measured, and the others' callers want cores, too.
         async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
             try:
-                found = await asyncio.to_thread(_stamps, self._settings.models)
+                found, misplaced = await asyncio.to_thread(_look, self._settings.models)
             except OSError as error:
                 if starting:
                     raise
                 _log.error("the repository cannot be listed", extra={"reason": str(error)})
                 return
+            for path, reason in misplaced.items():
+                if self._misplaced.get(path) != reason:
+                    _log.warning("model kept out", extra={"path": str(path), "reason": reason})
+            self._misplaced = misplaced
             wanted: set[tuple[str, int]] = set()
             for name in sorted({name for name, _ in found} - self._unloaded):
                 versions = sorted((number for other, number in found if other == name), reverse=True)
@@ -306,8 +318,8 @@ async def _let_go(batcher: Batcher) -> None:
     await asyncio.to_thread(give_back_memory)
 
 
-def _stamps(repository: Path) -> dict[tuple[str, int], Stamp]:
-    """List the repository's versions, each with what changes when its file is replaced."""
+def _look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], dict[Path, str]]:
+    """List the repository's versions, each with what changes when its file is replaced, and what is misplaced in it."""
     found: dict[tuple[str, int], Stamp] = {}
     for name, version, path in find_versions(repository):
         try:
@@ -316,4 +328,4 @@ def _stamps(repository: Path) -> dict[tuple[str, int], Stamp]:
             found[name, version] = None
         else:
             found[name, version] = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found
+    return found, dict(find_misplaced(repository))

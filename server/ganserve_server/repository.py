@@ -4,9 +4,10 @@ A file is data from outside. Its rules: at most so large; ONNX that onnx's check
 weights inside; a model card; inputs and output as the card says; golden images within one grey level.
 """
 
+import contextlib
 import hashlib
 import io
-import logging
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -26,12 +27,11 @@ from ganserve_server.addresses import StartError
 from ganserve_server.engine import Draw, Engine, Provider, SessionRefused
 from ganserve_server.gpu import GpuOptions
 
-_log = logging.getLogger(__name__)
-
 CARD_KEY = "ganserve.model_card"
 MODEL_FILE_NAME = "model.onnx"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_TOLD_AT_START = 3
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 _NEWLINE = "\n"
 
@@ -63,14 +63,70 @@ class ModelVersion:
 def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
     """Yield (model, version, file) of every version in the repository, in order; other files are passed over."""
     for folder in sorted(repository.iterdir()):
-        try:
-            names = os.listdir(folder) if _NAME.fullmatch(folder.name) and folder.is_dir() else []
-        except OSError as error:
-            _log.error("model kept out", extra={"path": str(folder), "reason": f"cannot be read: {error.strerror}"})
-            continue
+        names: list[str] = []
+        if _NAME.fullmatch(folder.name) and os.path.isdir(folder):
+            with contextlib.suppress(OSError):  # `find_misplaced` tells of it
+                names = os.listdir(folder)
         versions = (folder / name for name in names if _VERSION.fullmatch(name))
         for path in sorted(versions, key=lambda path: int(path.name)):
             yield folder.name, int(path.name), path / MODEL_FILE_NAME
+
+
+def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what `find_versions` passes over and was probably meant to be served, in order, each with the reason.
+
+    That is what has an ONNX file where none belongs, and a model's folder that cannot be read. Never meant are names
+    that begin with a dot or end in .tmp, and links to what lies beside them.
+    """
+    wrong_depth = f"expected {repository}/NAME/VERSION/{MODEL_FILE_NAME}"
+    for path in _candidates(repository):
+        if _is_onnx(path):
+            yield path, wrong_depth
+        elif not _NAME.fullmatch(path.name):
+            if _has_onnx(path, levels=2):
+                rule = "1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or a digit"
+                yield path, f"{path.name!r} is no name of a model: {rule}"
+        elif os.path.isdir(path):
+            try:
+                yield from _misplaced_versions(path, wrong_depth)
+            except OSError as error:
+                yield path, f"cannot be read: {error.strerror}"
+
+
+def _misplaced_versions(folder: Path, wrong_depth: str) -> Iterator[tuple[Path, str]]:
+    for path in _candidates(folder):
+        if _is_onnx(path):
+            yield path, wrong_depth
+        elif _VERSION.fullmatch(path.name):
+            continue
+        elif _has_onnx(path, levels=1):
+            yield path, f"{path.name!r} is no version: a whole number from 1 to 999999999, with no 0 before it"
+        elif _has_onnx(path, levels=2):
+            yield path, wrong_depth
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """List what may have been meant as a model, in order."""
+    names = sorted(name for name in os.listdir(folder) if not (name.startswith(".") or name.endswith(".tmp")))
+    return [folder / name for name in names if not _is_alias(folder / name)]
+
+
+def _is_alias(path: Path) -> bool:
+    """Tell whether it is a link to what lies beside it, such as `latest`."""
+    return path.is_symlink() and os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
+
+
+def _has_onnx(folder: Path, levels: int) -> bool:
+    """Tell whether there is an ONNX file in a folder, or so many levels below; not, if it cannot be read."""
+    try:
+        inside = _candidates(folder)
+    except OSError:
+        return False
+    return any(_is_onnx(path) or (levels > 1 and _has_onnx(path, levels - 1)) for path in inside)
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx" and os.path.isfile(path)
 
 
 def check_repository(repository: Path) -> None:
@@ -82,14 +138,19 @@ def check_repository(repository: Path) -> None:
     try:
         if not repository.is_dir():
             raise StartError(f"the model repository {repository} is not a folder; give one by --models")
-        found = any(path.is_file() for _, _, path in find_versions(repository))
+        versions = [path for _, _, path in find_versions(repository)]
     except OSError as error:
         raise StartError(f"the model repository {repository} cannot be listed: {error.strerror}") from error
-    if not found:
-        raise StartError(
-            f"{repository} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
-            "as `ganserve-trainer export` writes it"
-        )
+    if any(map(os.path.isfile, versions)):
+        return
+    missing = ((path, _why_missing(path)) for path in versions)
+    told = [f"{path} ({reason})" for path, reason in itertools.chain(find_misplaced(repository), missing)]
+    if len(told) > _TOLD_AT_START:
+        told[_TOLD_AT_START:] = [f"{len(told) - _TOLD_AT_START} more"]
+    raise StartError(
+        f"{repository} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
+        "as `ganserve-trainer export` writes it" + (f"; kept out are {', '.join(told)}" if told else "")
+    )
 
 
 def load_version(
@@ -132,7 +193,7 @@ def load_version(
 def _read(path: Path, max_model_mib: int) -> bytes:
     try:
         if not path.is_file():
-            raise ModelRejected("the file cannot be read: it is missing, or not a regular file")
+            raise ModelRejected(_why_missing(path))
         with path.open("rb") as file:
             content = file.read((max_model_mib << 20) + 1)
         if len(content) > max_model_mib << 20:
@@ -140,6 +201,14 @@ def _read(path: Path, max_model_mib: int) -> bytes:
         return content
     except OSError as error:
         raise ModelRejected(f"the file cannot be read: {error.strerror}") from error
+
+
+def _why_missing(path: Path) -> str:
+    hint = ""
+    with contextlib.suppress(OSError):
+        if others := [other.name for other in _candidates(path.parent) if _is_onnx(other)]:
+            hint = f"; there is {others[0]}, which must be called {path.name}"
+    return f"the file cannot be read: it is missing, or not a regular file{hint}"
 
 
 def _check_graph(content: bytes) -> pb.ModelCard:

@@ -121,6 +121,30 @@ def test_a_bad_file_stays_out_and_what_was_served_goes_on(start_server: Start, t
     assert loads(server.metrics_address) == {"loaded": 2.0, "rejected": 2.0}
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_misnamed_version_is_told_of_once_each_time_it_comes(
+    workers: str, start_server: Start, tmp_path: Path
+) -> None:
+    publish(tmp_path, 1)
+    server = start_server("--models", tmp_path, "--workers", workers)
+    misnamed = publish(tmp_path, 2).rename(tmp_path / "digits" / "v2")
+    told = server.wait_for("model kept out")
+    assert (told["level"], told["path"]) == ("warning", str(misnamed))
+    assert "'v2' is no version" in told["reason"]
+    misnamed.rename(tmp_path / "digits" / "2")
+    server.wait_for("model loaded")
+    misnamed.mkdir()
+    shutil.copy(GOOD, misnamed)
+    assert server.wait_for("model kept out")["path"] == str(misnamed)
+    publish(tmp_path, 3)  # the server looks again, and has nothing to tell
+    events = []
+    while (event := server.events.get(timeout=60)["event"]) != "stopped":
+        events.append(event)
+        if event == "model loaded":
+            server.process.terminate()
+    assert "model kept out" not in events
+
+
 def test_a_stream_ends_on_the_version_it_began_on(start_server: Start, tmp_path: Path) -> None:
     publish(tmp_path, 1)
     publish(tmp_path, 2)

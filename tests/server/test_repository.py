@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,20 @@ import onnx
 import pytest
 from google.protobuf import json_format
 from onnx import TensorProto, helper, numpy_helper
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, ordinary_user
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server import machine
 from ganserve_server.engine import Engine, ProviderUnavailable
-from ganserve_server.repository import CARD_KEY, ModelRejected, ModelVersion, find_versions, load_version
+from ganserve_server.repository import (
+    CARD_KEY,
+    ModelRejected,
+    ModelVersion,
+    find_misplaced,
+    find_versions,
+    load_version,
+)
 from ganserve_server.settings import BUNDLED_MODELS
 
 GOOD = BUNDLED_MODELS / "cdcgan-mnist" / "1" / "model.onnx"
@@ -155,6 +163,67 @@ def test_versions_are_found_in_numerical_order_and_other_files_passed_over(tmp_p
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a" / "notes.txt").touch()
     assert [(name, version) for name, version, _ in find_versions(tmp_path)] == [("a", 1), ("b", 9), ("b", 10)]
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "reason"),
+    [
+        ("mlp/v3/model.onnx", "mlp/v3", "'v3' is no version: a whole number from 1 "),
+        ("mlp/03/model.onnx", "mlp/03", "'03' is no version: .*no 0 before it"),
+        ("mlp/0/model.onnx", "mlp/0", "'0' is no version"),
+        ("mlp/v3/generator.ONNX", "mlp/v3", "'v3' is no version"),
+        ("MLP/3/model.onnx", "MLP", "'MLP' is no name of a model: 1 to 64 of a-z"),
+        ("my model/model.onnx", "my model", "'my model' is no name of a model"),
+        ("model.onnx", "model.onnx", "expected {repository}/NAME/VERSION/model.onnx"),
+        ("mlp/model.onnx", "mlp/model.onnx", "expected {repository}/NAME/VERSION/model.onnx"),
+        ("team/mlp/3/model.onnx", "team/mlp", "expected {repository}/NAME/VERSION/model.onnx"),
+    ],
+)
+def test_a_model_in_the_wrong_place_or_under_a_wrong_name_is_told_of(
+    file: str, place: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    ((path, told),) = find_misplaced(tmp_path)
+    assert path == tmp_path / place
+    assert re.match(reason.format(repository=re.escape(str(tmp_path))), told)
+
+
+def test_a_folder_that_cannot_be_read_is_told_of_if_its_name_is_a_models(open_folder: Path) -> None:
+    for name in ("mlp", "lost+found"):
+        (open_folder / name).mkdir(mode=0)
+    with ordinary_user():
+        assert list(find_misplaced(open_folder)) == [(open_folder / "mlp", "cannot be read: Permission denied")]
+        assert list(find_versions(open_folder)) == []
+
+
+def test_files_that_nobody_means_to_be_served_are_not_told_of(tmp_path: Path) -> None:
+    for name in (
+        "README.md",
+        ".git/3/model.onnx",
+        ".hidden/model.onnx",
+        "__MACOSX/mlp/3/._model.onnx",
+        "lost+found/x",
+        "Docs/images/a.png",
+        "mlp/config.pbtxt",
+        "mlp/labels.txt",
+        "mlp/.publishing-x/model.onnx",
+        "mlp/4.tmp/model.onnx",
+        "mlp/warmup/latent",
+        "mlp/3/model.onnx",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "mlp" / "latest").symlink_to("3")
+    (tmp_path / "mlp" / "loop").symlink_to("loop")
+    assert list(find_misplaced(tmp_path)) == []
+    assert [(name, version) for name, version, _ in find_versions(tmp_path)] == [("mlp", 3)]
+
+
+def test_a_model_file_of_another_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generator.onnx").touch()
+    with pytest.raises(ModelRejected, match=r"missing.*; there is generator\.onnx, which must be called model\.onnx"):
+        load(tmp_path / "model.onnx")
 
 
 def test_the_server_keeps_a_bad_version_out_and_serves_the_good_ones(

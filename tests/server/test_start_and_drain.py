@@ -341,6 +341,19 @@ def test_a_repository_without_models_is_refused(tmp_path: Path) -> None:
     assert "not a folder" in failing_start("--models", tmp_path / "nothing", code=1)
 
 
+def test_a_repository_whose_models_are_all_misplaced_says_so_of_the_first(tmp_path: Path) -> None:
+    for place in ("a/v1", "b/v1", "c/v1", "d/1", "e"):
+        (tmp_path / place).mkdir(parents=True)
+    for file in ("a/v1/model.onnx", "b/v1/model.onnx", "c/v1/model.onnx", "d/1/other.onnx", "e/model.onnx"):
+        (tmp_path / file).touch()
+    reason = json.loads(failing_start("--models", tmp_path, code=1).splitlines()[-1])["reason"]
+    assert f"{tmp_path}/a/v1 ('v1' is no version" in reason
+    assert reason.endswith(", 2 more")
+    for place in ("a", "b", "c", "e"):
+        shutil.rmtree(tmp_path / place)
+    assert "there is other.onnx, which must be called model.onnx" in failing_start("--models", tmp_path, code=1)
+
+
 def test_cuda_that_is_not_there_is_refused() -> None:
     assert "CUDA was asked for" in failing_start("--provider", "cuda", code=1)
 
@@ -543,6 +556,10 @@ def test_a_check_tells_every_model_file_that_would_be_kept_out(tmp_path: Path) -
     assert check_told("--models", tmp_path, "--versions", "latest", code=1) == [newest]
     (tmp_path / "mlp-mnist/3/model.onnx").write_bytes(whole)
     assert check_told("--models", tmp_path, "--versions", "latest", code=0) == ["ok"]
+    (tmp_path / "mlp-mnist/1").rename(misnamed := tmp_path / "mlp-mnist/v1")
+    (misnamed / "model.onnx").write_bytes(whole)
+    (told,) = check_told("--models", tmp_path, code=1)
+    assert f"{misnamed} would be kept out: 'v1' is no version" in told
 
 
 def test_a_check_tells_a_certificate_that_has_expired(tmp_path: Path) -> None:
