@@ -1,7 +1,15 @@
 """Where the server listens: HOST:PORT as a user gives it, to sockets."""
 
+import errno
 import socket
 from typing import Any
+
+_HINTS = {
+    errno.EADDRINUSE: "another program listens there, or this server by another of its addresses",
+    errno.EADDRNOTAVAIL: "this machine does not have it; 0.0.0.0 is every address it has",
+    errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
+    socket.EAI_NONAME: "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for every one",
+}
 
 
 class StartError(Exception):
@@ -31,6 +39,8 @@ def bind(address: str, flag: str) -> list[socket.socket]:
                 bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, place[0] != "::" or len(found) > 1)
             bound.bind(place)
     except OSError as error:
+        for bound in sockets:
+            bound.close()
         raise refused(address, flag, error) from error
     return sockets
 
@@ -46,15 +56,14 @@ def places(address: str, flag: str) -> list[tuple[socket.AddressFamily, Any]]:
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except UnicodeError as error:  # of a name that DNS cannot have
-        raise StartError(f"cannot listen on {address}: {error} ({flag})") from error
+        raise StartError(f"cannot listen on {address} ({flag}): {error}") from error
     return [(family, place) for family, _, _, _, place in found]
 
 
 def refused(address: str, flag: str, error: OSError) -> StartError:
     """Say that an address cannot be listened on."""
-    return StartError(
-        f"cannot listen on {address}: {error.strerror}; is it in use, or not one of this machine? ({flag})"
-    )
+    hint = f"; {_HINTS[error.errno]}" if error.errno in _HINTS else ""
+    return StartError(f"cannot listen on {address} ({flag}): {error.strerror}{hint}")
 
 
 def name(bound: socket.socket, address: str) -> str:
@@ -69,6 +78,9 @@ def split(address: str, flag: str) -> tuple[str, int]:
         StartError: it is none.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
-        raise StartError(f"{flag} is {address!r}; it must be HOST:PORT, such as 127.0.0.1:50051 or [::]:50051")
-    return host, int(port)
+    bracketed = host.startswith("["), host.endswith("]")
+    number = int(port) if port.isdecimal() and len(port) <= 5 else None
+    if not colon or not host or number is None or number > 65535 or any(bracketed) != all(bracketed):
+        expected = "HOST:PORT, such as 127.0.0.1:50051 or [::]:50051, with a port from 0 to 65535"
+        raise StartError(f"{flag} is {address!r}; it must be {expected}")
+    return host, number

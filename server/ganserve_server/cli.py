@@ -23,6 +23,7 @@ from ganserve_server.settings import (
     ENVIRONMENT_PREFIX,
     ServerSettings,
     SettingsError,
+    allowed,
     check_config,
     check_environment,
     read_config,
@@ -82,7 +83,9 @@ def _explain(error: ValidationError, given: Collection[str], config: str | None)
     for problem in error.errors():
         name = str(problem["loc"][0])
         place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
-        told.append(f"{place} is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+        own = problem["type"] == "value_error"
+        rule = problem["msg"].removeprefix("Value error, ") if own else f"it must be {allowed(name)}"
+        told.append(f"{place} is {problem['input']!r}; {rule}")
     return told
 
 

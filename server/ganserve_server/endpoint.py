@@ -9,7 +9,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import MetricsHandler
 
-from ganserve_server.addresses import StartError, name, places
+from ganserve_server.addresses import name, places, refused
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Endpoint:
             kind = type("_OfFamily", (_Server,), {"address_family": family})
             self._server = kind(place[:2], Handler)
         except OSError as error:
-            raise StartError(f"cannot listen on {address}: {error} (--metrics-address, 'off' for none)") from error
+            raise refused(address, "--metrics-address, 'off' for none", error) from error
         self.address = name(self._server.socket, address)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()

@@ -137,7 +137,8 @@ def check_repository(repository: Path) -> None:
     """
     try:
         if not repository.is_dir():
-            raise StartError(f"the model repository {repository} is not a folder; give one by --models")
+            wrong = "is not a folder" if repository.exists() else "does not exist"
+            raise StartError(f"the model repository {repository} {wrong}; give one by --models")
         versions = [path for _, _, path in find_versions(repository)]
     except OSError as error:
         raise StartError(f"the model repository {repository} cannot be listed: {error.strerror}") from error

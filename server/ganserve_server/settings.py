@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -36,7 +36,6 @@ class ServerSettings(BaseModel):
     versions: Annotated[
         str,
         Field(
-            pattern="^(all|latest|[1-9][0-9]{0,8})$",
             description="Which versions of a model to serve: all, latest, or so many of the newest.",
         ),
     ] = "all"
@@ -70,7 +69,6 @@ class ServerSettings(BaseModel):
     workers: Annotated[
         str,
         Field(
-            pattern="^(auto|[1-9][0-9]{0,2})$",
             description="Processes that answer calls: so many, or auto: a quarter of the cores; one on a GPU, or"
             " where memory is short.",
         ),
@@ -139,6 +137,20 @@ class ServerSettings(BaseModel):
         """How many versions of a model to serve, the newest of those that can be; None: all."""
         return {"all": None, "latest": 1}[self.versions] if self.versions.isalpha() else int(self.versions)
 
+    @field_validator("versions")
+    @classmethod
+    def _all_latest_or_a_number(cls, versions: str) -> str:
+        if not re.fullmatch("all|latest|[1-9][0-9]{0,8}", versions):
+            raise ValueError("it must be all, latest, or a whole number from 1 to 999999999")
+        return versions
+
+    @field_validator("workers")
+    @classmethod
+    def _auto_or_a_number(cls, workers: str) -> str:
+        if not re.fullmatch("auto|[1-9][0-9]{0,2}", workers):
+            raise ValueError("it must be auto, or a whole number from 1 to 999")
+        return workers
+
     @field_validator("threads")
     @classmethod
     def _bounded(cls, threads: int) -> int:
@@ -185,11 +197,11 @@ def check_config(content: Mapping[str, Any], file: str) -> None:
     """
     for key, value in content.items():
         if key not in ServerSettings.model_fields:
-            raise SettingsError(f"{file} has the key {key!r}, which is no setting{nearest(key, _names())}")
-        if isinstance(value, dict | list | bool):
-            raise SettingsError(
-                f'{file}: {key} is a table, an array or a boolean; it must be a number or a text, such as "off"'
-            )
+            hint = "; settings stand in no table" if isinstance(value, dict) else nearest(key, _names())
+            raise SettingsError(f"{file} has the key {key!r}, which is no setting{hint}")
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            kind = {dict: "a table", list: "an array", bool: "a boolean"}.get(type(value), "a date or a time")
+            raise SettingsError(f'{file}: {key} is {kind}; it must be a number or a text in quotes, such as "off"')
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
@@ -204,6 +216,23 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     for name in unknown:
         if not any(_OF_SERVICE_LINKS.fullmatch(name.removeprefix(of)) for of in (ENVIRONMENT_PREFIX, *services)):
             raise SettingsError(f"{name} is no setting{nearest(name, known)}")
+
+
+def allowed(name: str) -> str:
+    """Say which values a setting may have, if it is a number or one of a few words."""
+    field = ServerSettings.model_fields[name]
+    if get_origin(field.annotation) is Literal:
+        *others, last = get_args(field.annotation)
+        return f"{', '.join(others)} or {last}"
+    kind = "a whole number" if field.annotation is int else "a number"
+    kind += " of seconds" if name.endswith("_s") else " of MiB" if name.endswith("_mib") else ""
+    bounds = {
+        bound: value
+        for part in field.metadata
+        for bound in ("ge", "le")
+        if (value := getattr(part, bound, None)) is not None
+    }
+    return f"{kind} from {bounds['ge']} to {bounds['le']}" if "le" in bounds else f"{kind}, {bounds['ge']} or more"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -36,6 +36,12 @@ _BUCKETS = 4 * MAX_TOKENS  # with those that have been removed since the start
 BUCKETS_BYTES = _BUCKETS * 2 * _CELL
 
 
+_PATTERNS = {
+    "name": "it must be 1 to 64 letters, digits, '.', '_' and '-'",
+    "sha256": "it must be 64 hexadecimal digits in lower case",
+}
+
+
 class Token(BaseModel):
     """One entry of the file."""
 
@@ -239,7 +245,8 @@ def _parse(text: str) -> list[Token]:
             problem = min(error.errors(include_input=False), key=lambda one: one["type"] != "extra_forbidden")
             key = ".".join(str(part) for part in problem["loc"]) or "as a whole"
             hint = nearest(key, tuple(Token.model_fields)) if problem["type"] == "extra_forbidden" else ""
-            raise ValueError(f"token {name!r}, {key}: {problem['msg']}{hint}") from None
+            rule = _PATTERNS.get(key) if problem["type"] == "string_pattern_mismatch" else None
+            raise ValueError(f"token {name!r}, {key}: {rule or problem['msg']}{hint}") from None
     for kind in ("name", "sha256"):
         values = [getattr(token, kind) for token in tokens]
         if twice := {value for value in values if values.count(value) > 1}:

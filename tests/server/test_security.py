@@ -507,7 +507,10 @@ async def test_two_tokens_on_one_connection_take_turns(start_server: Start, tmp_
         ("[[tokens]]\nname = 'a'", "token 'a', sha256: Field required"),
         (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['root']", "'generate' or 'admin'"),
         (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = []", "roles"),
-        (f"[[tokens]]\nname = 'a b'\nsha256 = '{'0' * 64}'\nroles = ['admin']", "token 'a b', name"),
+        (
+            f"[[tokens]]\nname = 'a b'\nsha256 = '{'0' * 64}'\nroles = ['admin']",
+            "token 'a b', name: it must be 1 to 64 letters",
+        ),
         (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['admin']\n" * 2, "'a' is there twice"),
         ("[[tokens", "cannot be used"),
         ("tokens = " + "[" * 5000, "nested too deeply"),
@@ -522,7 +525,10 @@ async def test_two_tokens_on_one_connection_take_turns(start_server: Start, tmp_
                 ("burst_images = 1", "burst_images needs images_per_s"),
             )
         ),
-        ("[[tokens]]\nname = 'a'\nsha256 = 'gs_secret-itself'\nroles = ['admin']", "token 'a', sha256"),
+        (
+            "[[tokens]]\nname = 'a'\nsha256 = 'gs_secret-itself'\nroles = ['admin']",
+            "token 'a', sha256: it must be 64 hex",
+        ),
     ],
 )
 def test_a_tokens_file_that_breaks_a_rule_is_told_and_no_secret_with_it(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime
+import encodings.idna  # noqa: F401  what an ordinary user may not read of Python
 import itertools
 import json
 import shutil
@@ -27,11 +28,12 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client import CollectorRegistry
-from tests.conftest import START_TIMEOUT_S, RunningServer
+from tests.conftest import START_TIMEOUT_S, RunningServer, ordinary_user
 
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.addresses import StartError, bind
 from ganserve_server.endpoint import Endpoint
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
@@ -318,7 +320,23 @@ def test_a_taken_address_is_refused(server: RunningServer) -> None:
     assert server.address in failing_start("--address", server.address, code=1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert address in failing_start("--metrics-address", address, code=1)
+        told = json.loads(failing_start("--metrics-address", address, code=1).splitlines()[-1])["reason"]
+        assert told.startswith(
+            f"cannot listen on {address} (--metrics-address, 'off' for none): Address already in use; "
+        )
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("192.0.2.1:50051", "this machine does not have it; 0.0.0.0 is every address it has"),
+        ("nowhere.invalid:50051", "give an address of this machine"),
+        ("127.0.0.1:81", "a port below 1024 needs root"),
+    ],
+)
+def test_an_address_that_cannot_be_listened_on_is_refused_with_a_hint(address: str, told: str) -> None:
+    with ordinary_user(), pytest.raises(StartError, match=rf"{address} \(--address\): .*; {told}"):
+        bind(address, "--address")
 
 
 def test_every_address_may_be_a_star(start_server: Start) -> None:
@@ -331,14 +349,16 @@ def test_every_address_may_be_a_star(start_server: Start) -> None:
     assert running.stop() == 0
 
 
-@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":", "127.0.0.1:"])
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":", "127.0.0.1:", "[::1"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     assert "HOST:PORT" in failing_start("--address", address, code=1)
 
 
 def test_a_repository_without_models_is_refused(tmp_path: Path) -> None:
     assert "ganserve-trainer export" in failing_start("--models", tmp_path, code=1)
-    assert "not a folder" in failing_start("--models", tmp_path / "nothing", code=1)
+    assert "does not exist" in failing_start("--models", tmp_path / "nothing", code=1)
+    (tmp_path / "file").touch()
+    assert "is not a folder" in failing_start("--models", tmp_path / "file", code=1)
 
 
 def test_a_repository_whose_models_are_all_misplaced_says_so_of_the_first(tmp_path: Path) -> None:
@@ -366,13 +386,28 @@ def test_tensorrt_that_is_not_there_is_refused() -> None:
     ("flags", "text"),
     [
         (("--provider", "tpu"), "cuda"),
-        (("--max-batch-size", "0"), "greater than or equal to 1"),
-        (("--max-batch-size", "many"), "integer"),
+        (("--max-batch-size", "0"), "is '0'; it must be a whole number from 1 to 4096"),
+        (("--max-batch-size", "many"), "it must be a whole number from 1 to 4096"),
+        (("--max-queue-images", "0"), "it must be a whole number, 1 or more"),
+        (("--max-model-mib", "2GB"), "it must be a whole number of MiB from 1 to 2048"),
+        (("--drain-timeout-s", "30s"), "it must be a number of seconds from 0 to 3600"),
+        (("--workers", "0"), "it must be auto, or a whole number from 1 to 999"),
+        (("--versions", "newest"), "it must be all, latest, or a whole number from 1 to 999999999"),
+        (("--access-log", "some"), "it must be off, errors or all"),
         (("--nonsense",), "No such option"),
     ],
 )
 def test_a_wrong_flag_says_what_is_allowed(flags: tuple[str, ...], text: str) -> None:
     assert text in failing_start(*flags, code=2)
+
+
+def test_every_setting_that_is_no_free_text_says_what_it_may_be() -> None:
+    free = {name for name in ServerSettings.model_fields if name.endswith(("_file", "address", "_cache"))} | {"models"}
+    names = [name for name in ServerSettings.model_fields if name not in free]
+    told = failing_start(*(f"--{name.replace('_', '-')}=nonsense" for name in names), code=2)
+    reasons = [json.loads(line)["reason"] for line in told.splitlines()]
+    assert len(reasons) == len(names) > 10
+    assert [reason for reason in reasons if "is 'nonsense'; it must be " not in reason] == []
 
 
 def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch, start_server: Start) -> None:
@@ -447,14 +482,16 @@ def settings_told(*flags: str | Path) -> str:
     [
         ("max_batchsize = 5", "'max_batchsize', which is no setting; did you mean 'max_batch_size'?"),
         ("max_batch_size = 'many'", "max_batch_size in "),
-        ("max_batch_size = 0", "greater than or equal to 1"),
-        ("[server]\naddress = ''", "'server', which is no setting"),
-        ("max_batch_size = [1]", "max_batch_size is a table, an array or a boolean"),
+        ("max_batch_size = 0", "is 0; it must be a whole number from 1 to 4096"),
+        ("[server]\naddress = ''", "'server', which is no setting; settings stand in no table"),
+        ("max_batch_size = [1]", "max_batch_size is an array; it must be a number or a text"),
+        ("access_log = true", "access_log is a boolean"),
+        ("drain_timeout_s = 00:00:30", "drain_timeout_s is a date or a time"),
         ("max_batch_size", "is not TOML"),
         (f"max_batch_size = {'1' * 5000}", "is not TOML"),
         (f"max_batch_size = {'[' * 5000}", "is not TOML"),
         (r'tokens_file = "a\u0000b"', "a path has no NUL character"),
-        (f"max_model_mib = {10**30}", "less than or equal to 2048"),
+        (f"max_model_mib = {10**30}", "it must be a whole number of MiB from 1 to 2048"),
     ],
 )
 def test_a_wrong_file_of_settings_is_told(content: str, text: str, tmp_path: Path) -> None:
@@ -528,7 +565,7 @@ def test_a_check_tells_every_problem_on_a_line(tmp_path: Path) -> None:
         *("--address", "0.0.0.0:99999", "--metrics-address", "127.0.0.1:50052", "--admin-address", "[::]:50052"),
         code=1,
     ) + check_told("--address", "192.0.2.1:50051", code=1)
-    assert "is not a folder" in models
+    assert f"{nothing} does not exist" in models
     assert "cannot be read: No such file" in tls
     assert "cannot be used: No such file" in tokens
     assert "HOST:PORT" in port
