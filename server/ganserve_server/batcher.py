@@ -8,6 +8,7 @@ at once, and a batch that fails answers its own callers and nobody else's.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -36,6 +37,7 @@ _BULK_PART = 8
 _BATCH_S = 0.02
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
+_batch_numbers = itertools.count()  # of all models: a call may be of several
 
 
 @dataclass(slots=True)  # not frozen: that doubles what making one costs
@@ -51,6 +53,7 @@ class Job:
     """A draw on its way through the queue: images up to `taken` are in batches, `arrived` of them have come back."""
 
     __slots__ = (
+        "_batch",
         "_batcher",
         "_done",
         "accepted",
@@ -66,6 +69,7 @@ class Job:
         "pixels",
         "queue_s",
         "taken",
+        "tally",
     )
 
     def __init__(
@@ -78,8 +82,10 @@ class Job:
         *,
         counted: bool,
         done: Callable[[Made | ServingError], None],
+        tally: "Tally | None",
     ) -> None:
-        self._batcher, self.lane = batcher, lane
+        self._batcher, self.lane, self.tally = batcher, lane, tally
+        self._batch = -1  # the last that images came back of
         self._done: Callable[[Made | ServingError], None] | None = done  # until it is over
         self.draw, self.count, self.caller, self.deadline, self.counted = draw, draw.count, caller, deadline, counted
         self.accepted = time.monotonic()
@@ -106,9 +112,13 @@ class Job:
         """Say that the deadline passed."""
         self.fail(DeadlineExceeded("the deadline passed before the images were made"))
 
-    def arrive(self, start: int, pixels: NDArray[np.uint8], compute_s: float) -> None:
-        """Take the images from `start` on; answer if they are the last."""
-        self.compute_s += compute_s
+    def arrive(self, start: int, pixels: NDArray[np.uint8], batch: int, compute_s: float) -> None:
+        """Take the images from `start` on, of a batch by its number; answer if they are the last."""
+        if batch != self._batch:  # else of a part before, of the same batch
+            self._batch = batch
+            self.compute_s += compute_s
+            if self.tally is not None:
+                self.tally.computed(batch, compute_s)
         self.arrived += len(pixels)
         if self.over:
             return
@@ -147,17 +157,24 @@ class Job:
 class Tally:
     """What the jobs of one call waited and took, together."""
 
-    __slots__ = ("_first", "compute_s", "count")
+    __slots__ = ("_batch", "_first", "compute_s", "count")
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
         self.compute_s = 0.0
         self._first: Job | None = None
+        self._batch = -1
 
     def queued(self, job: Job) -> None:
         """Take note of a job."""
         if self._first is None:
             self._first = job
+
+    def computed(self, batch: int, compute_s: float) -> None:
+        """Take note of a batch, once however many of the jobs were in it: they come back one after the other."""
+        if batch != self._batch:
+            self._batch = batch
+            self.compute_s += compute_s
 
     @property
     def accepted(self) -> float:
@@ -299,6 +316,7 @@ class Batcher:
         deadline: float | None,
         bulk: bool = False,
         accepted: bool = False,
+        tally: Tally | None = None,
     ) -> Job:
         """Queue a draw; `done` is called with the images, or the error, once.
 
@@ -309,6 +327,7 @@ class Batcher:
             deadline: by time.monotonic; None if there is none.
             bulk: to be made of what others leave.
             accepted: neither held to the queue's bound nor counted in it: the later chunks of a stream that was let in.
+            tally: of the call, where it may have several draws.
 
         Raises:
             QueueFull: too many images wait already.
@@ -346,7 +365,9 @@ class Batcher:
                     f"and the deadline is in {max(0.0, left_s):.2g} s; try again later",
                     retry_after_s=needed_s - left_s,
                 )
-        job = Job(self, lane, draw, caller, deadline, counted=not accepted, done=done)
+        job = Job(self, lane, draw, caller, deadline, counted=not accepted, done=done, tally=tally)
+        if tally is not None:
+            tally.queued(job)
         job.lane.put(job)
         self.hold()
         if job.counted:
@@ -380,13 +401,10 @@ class Batcher:
             else:
                 result.set_exception(made)
 
-        job = self.submit(draw, done, caller=caller, deadline=deadline, bulk=bulk, accepted=accepted)
-        tally = tally or Tally()
-        tally.queued(job)
+        job = self.submit(draw, done, caller=caller, deadline=deadline, bulk=bulk, accepted=accepted, tally=tally)
         try:
             return await result
         finally:
-            tally.compute_s += job.compute_s
             job.cancel()
 
     def drop(self, job: Job) -> None:
@@ -478,13 +496,13 @@ class Batcher:
         if self._saturated_since is not None:
             self._pace_s += weight * ((now - self._saturated_since) / count - self._pace_s)
         self._saturated_since = now if self.waiting or (busy and self._running_images) else None
-        first = 0
+        first, number = 0, next(_batch_numbers)
         for part in batch:
             stop = first + part.draw.count
             if not part.start:
                 part.job.queue_s = started - part.job.accepted
                 self._queue_seconds.observe(part.job.queue_s)
-            part.job.arrive(part.start, pixels[first:stop], seconds)
+            part.job.arrive(part.start, pixels[first:stop], number, seconds)
             first = stop
 
     def failed(self, batch: list[Part], error: Exception) -> None:

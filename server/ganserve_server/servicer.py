@@ -271,7 +271,12 @@ class EachRequest:
 
         try:
             job = turns[0].batcher.submit(
-                draw, done, caller=call.turn_of, deadline=call.deadline, bulk=turns[0].request.bulk
+                draw,
+                done,
+                caller=call.turn_of,
+                deadline=call.deadline,
+                bulk=turns[0].request.bulk,
+                tally=self._tally,
             )
         except ServingError as error:
             if len(turns) == 1:
@@ -281,12 +286,10 @@ class EachRequest:
                     self._submit([turn])
             return
         self._tally.count += draw.count
-        self._tally.queued(job)
         for turn in turns:
             turn.job = job
 
     def _made(self, turns: "list[_Turn]", made: Made) -> None:
-        self._tally.compute_s += made.compute_s
         took, stop = times(made), 0
         for turn in turns:
             start, stop = stop, stop + turn.draw.count

@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import RunningServer
-from tests.server.test_start_and_drain import scrape
+from tests.server.test_start_and_drain import calls_logged, scrape
 from tests.wire import EACH, Peer, head, message
 
 from ganserve.v1 import generation_pb2 as pb
@@ -61,6 +61,25 @@ async def test_thousands_of_wrong_requests_in_a_row_are_answered(stub: pb_grpc.G
     answers = [answer async for answer in stub.GenerateEach([*wrong, request(model="mlp-mnist", seed=7), *wrong])]
     assert [answer.error.reason for answer in answers] == ["invalid"] * 5000 + [""] + ["invalid"] * 5000
     assert answers[5000].response.seeds == [7]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+async def test_the_log_counts_each_batch_once_however_many_requests_were_in_it(
+    alike: bool, start_server: Start
+) -> None:
+    running = start_server("--access-log", "all", "--threads", "1")
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        requests = [
+            request(model="mlp-mnist", seed=seed, truncation=1 - (seed % 2) * (not alike)) for seed in range(500)
+        ]
+        call = pb_grpc.GenerationServiceStub(channel).GenerateEach(requests)
+        answers = [answer.response async for answer in call]
+    computed_s = scrape(running)['ganserve_compute_seconds_sum{model="mlp-mnist"}']
+    (logged,) = calls_logged(running)
+    assert logged["images"] == len(answers) == 500
+    assert logged["compute_s"] == pytest.approx(computed_s, abs=2e-6)
+    assert computed_s < float(str(logged["seconds"]))
+    assert sum(answer.compute_time.ToTimedelta().total_seconds() for answer in answers) > computed_s
 
 
 async def test_an_error_answers_its_own_request_alone(stub: pb_grpc.GenerationServiceStub) -> None:

@@ -410,6 +410,25 @@ async def test_an_answer_that_cannot_be_written_hurts_nobody_else(engine: HeldEn
     assert isinstance(outcomes[1], EngineFailed)
 
 
+async def test_a_batch_that_has_two_parts_of_a_request_takes_its_time_once(engine: HeldEngine) -> None:
+    scheduler, metrics = Scheduler(1), Metrics()
+    batcher = queue_of(engine, scheduler, metrics)
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    small, large = begin(batcher, 50, caller="a"), begin(batcher, 100, 16, caller="b")
+    await settle()
+    for _ in range(4):
+        engine.released.release()
+    made = await large
+    # A batch's second part begins where the turn of the request ends.
+    assert engine.batches == [[0], [50, *range(100, 107)], [*range(107, 115)], [115]]
+    computed_s = metrics.registry.get_sample_value("ganserve_compute_seconds_sum", {"model": "held"})
+    assert computed_s is not None
+    assert (await first).compute_s + made.compute_s == pytest.approx(computed_s)
+    assert (await small).compute_s < made.compute_s
+    await asyncio.to_thread(scheduler.close)
+
+
 async def test_two_cores_make_the_parts_of_a_request_at_a_time_and_they_come_back_in_order(engine: HeldEngine) -> None:
     scheduler = Scheduler(2)
     batcher = queue_of(engine, scheduler)
