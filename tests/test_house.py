@@ -120,6 +120,34 @@ def test_the_page_on_training_has_a_row_for_every_setting() -> None:
             assert row in page, f"docs/training.md lacks: {row}"
 
 
+def _without_code(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", _without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+
+
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", _without_code(page)):
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            wanted = page.parent / file if file else page
+            assert wanted.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in _anchors(wanted), f"{page.name} links to {target}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(([^)#]+)", _without_code(ROOT / "README.md")))
+    for page in PAGES[1:]:
+        assert str(page.relative_to(ROOT)) in linked
+
+
 def _third_party_imports(root: Path) -> set[str]:
     names = set()
     for path in root.rglob("*.py"):
