@@ -14,7 +14,8 @@ from importlib.metadata import version as _version
 if _os.path.basename((_sys.argv or [""])[0]) == "ganserve":
     _os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from ganserve.client import AsyncClient, Client
+from ganserve.async_client import AsyncClient
+from ganserve.client import Client
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,

@@ -87,6 +87,18 @@ def to_request(
     return request
 
 
+def to_seeds(seeds: Iterable[int]) -> Iterator[int]:
+    """Begin to read seeds.
+
+    Raises:
+        InvalidRequestError: they cannot be iterated over.
+    """
+    try:
+        return iter(seeds)
+    except TypeError as error:
+        raise _invalid("seeds", f"seeds is {seeds!r}; it must be an iterable of integers") from error
+
+
 def to_model_request(name: str | None, version: int | None) -> pb.GetModelRequest:
     """Write the message.
 
@@ -363,6 +375,11 @@ class EachProgress:
             return None
         # What else is in flight is not wasted on a refusal that need not be the end.
         return None if self._sent and isinstance(outcome, OverloadedError | UnavailableError) else outcome
+
+    @property
+    def over(self) -> bool:
+        """Whether it is of no use to read on in this call: the next image will not come, or no other follows."""
+        return self.failure is not None or (self.complete and self.error is not None)
 
     def read(self, seeds: Iterator[int]) -> None:
         """Read on in the seeds while there is room, and ask for their images.

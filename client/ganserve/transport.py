@@ -258,26 +258,25 @@ class RetryPolicy:
 
 
 class Attempts:
-    """The failures of one call, in a row. Made with the first: calls that succeed cost nothing.
+    """The failures in a row of what one caller asks for. `policy` is the client's."""
 
-    Args:
-        policy: the client's.
-        deadline: of the call, by time.monotonic.
-    """
-
-    def __init__(self, policy: RetryPolicy, deadline: float) -> None:
-        self._policy, self._deadline = policy, deadline
-        self._since = time.monotonic()
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._policy = policy
         self._failures = 0
+        self._since = 0.0  # the first of them
 
-    def delay_s(self, error: GanserveError) -> float:
+    def delay_s(self, error: GanserveError, deadline: float) -> float:
         """Return how long to wait before the call is made again; raise the error if it should not be.
+
+        The deadline is the call's, by time.monotonic.
 
         Full jitter, as AWS's "Exponential Backoff and Jitter" (2015) found best: from 0 to a bound that doubles. What
         a server asks for comes on top, so that those it sent away do not come back all at once.
         """
-        self._failures += 1
         now = time.monotonic()
+        if not self._failures:
+            self._since = now
+        self._failures += 1
         delay_s = full_jitter_s(self._failures)
         if isinstance(error, OverloadedError) and error.retry_after_s is not None:
             delay_s += error.retry_after_s
@@ -286,7 +285,7 @@ class Attempts:
         if isinstance(error, OverloadedError):
             self._policy.answered = True
         patience_s = _PATIENCE_S if self._policy.answered else _PATIENCE_WITH_STRANGERS_S
-        until = min(self._deadline, self._since + patience_s)
+        until = min(deadline, self._since + patience_s)
         if not self._policy.enabled or now + delay_s >= until or not self._policy.budget.withdraw():
             if self._failures > 1:
                 error.add_text(f", tried {self._failures} times in {now - self._since:.1f} s")
@@ -295,8 +294,11 @@ class Attempts:
         return delay_s
 
     def over(self) -> None:
-        """Tell that a server has answered."""
-        tell_answered(time.monotonic() - self._since)
+        """Note that a server has answered; tell it if that was waited for."""
+        self._policy.answered = True
+        if self._failures:
+            tell_answered(time.monotonic() - self._since)
+            self._failures = 0
 
 
 def tell_waiting(text: str, waiting_s: float) -> None:

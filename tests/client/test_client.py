@@ -30,7 +30,7 @@ from ganserve import (
     linear,
     slerp,
 )
-from ganserve.client import DEFAULT_ADDRESS
+from ganserve.transport import DEFAULT_ADDRESS
 from ganserve.v1 import generation_pb2 as pb
 
 
@@ -337,7 +337,7 @@ def test_the_limits_of_an_answer_and_of_a_stream_are_told_apart(client: Client) 
     with pytest.raises(InvalidRequestError, match="count is 10000001; a stream may ask for 1 to 10000000 images here"):
         client.generate("mlp-mnist", count=10**7 + 1)
     with pytest.raises(grpc.RpcError) as caught:
-        client._connected().generate_images(pb.GenerateImagesRequest(model="mlp-mnist", count=1025))
+        client._calls.connected().generate_images(pb.GenerateImagesRequest(model="mlp-mnist", count=1025))
     assert caught.value.details() == "count is 1025; a call without a stream may ask for 1 to 1024 images here"  # type: ignore[attr-defined]
 
 

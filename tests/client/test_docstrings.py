@@ -17,9 +17,30 @@ import pytest
 from tests.conftest import RunningServer
 
 import ganserve
-from ganserve import AsyncClient, Client, GanserveError, client, errors, images, models, provenance, replicas
+from ganserve import (
+    AsyncClient,
+    Client,
+    GanserveError,
+    async_client,
+    client,
+    errors,
+    images,
+    models,
+    provenance,
+    replicas,
+)
 
-MODULES = (ganserve, client, errors, images, models, provenance, replicas, sys.modules["ganserve.latents"])
+MODULES = (
+    ganserve,
+    client,
+    async_client,
+    errors,
+    images,
+    models,
+    provenance,
+    replicas,
+    sys.modules["ganserve.latents"],
+)
 
 
 def docstring_tests() -> list[doctest.DocTest]:

@@ -323,7 +323,7 @@ def test_closing_an_iterator_cancels_the_stream(twin: Twin, method: str) -> None
     calls: list[Any] = []  # held, as a traceback or a debugger does: gRPC cancels what nobody holds by itself
 
     def hold(client: Client | AsyncClient) -> None:
-        stubs = client._connected()
+        stubs = client._calls.connected()
         name = "generate_each" if method == "generate_each" else "stream_images"
         start = getattr(stubs, name)
         setattr(stubs, name, lambda *given, **named: calls.append(start(*given, **named)) or calls[-1])

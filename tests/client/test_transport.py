@@ -57,7 +57,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_address_is_asked_of_dns_unless_it_is_one_of_ip(address: str, target: str) -> None:
     client = Client(address)
-    assert (client.address, client._endpoint.target) == (address, target)
+    assert (client.address, client._calls.endpoint.target) == (address, target)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_token_leaves_the_machine_only_encrypted_or_on_demand(twin: Twin, addr
 @both
 def test_a_token_is_in_no_text(twin: Twin) -> None:
     client = twin("127.0.0.1:1", token="secret")
-    assert "secret" not in repr(client) + str(client) + repr(client._endpoint)
+    assert "secret" not in repr(client) + str(client) + repr(client._calls.endpoint)
     for token in ("secret\n", "secret secret\n", "geheimnüs"):
         with pytest.raises(InvalidRequestError, match="token") as caught:
             twin("127.0.0.1:1", token=token)

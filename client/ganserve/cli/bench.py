@@ -18,11 +18,11 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from ganserve.async_client import AsyncClient
 from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.generating import Labels, ModelName, Version, labels_in_turn
 from ganserve.cli.outcome import ExitStatus, one_line
 from ganserve.cli.output import print_json
-from ganserve.client import AsyncClient
 from ganserve.conversion import Label
 from ganserve.errors import GanserveError
 

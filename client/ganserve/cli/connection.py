@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ganserve.client import AsyncClient, Client
+from ganserve.async_client import AsyncClient
+from ganserve.client import Client
 
 _PANEL = "Server"
 # The SDK reads the environment: what is given here goes before it.

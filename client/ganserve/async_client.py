@@ -1,0 +1,304 @@
+"""`AsyncClient`: the twin of `Client` for asyncio."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ganserve.calls import AsyncCalls
+from ganserve.conversion import (
+    Label,
+    to_batch,
+    to_health,
+    to_health_request,
+    to_model,
+    to_model_request,
+    to_request,
+    to_seeds,
+)
+from ganserve.errors import GanserveError, ModelNotFoundError, UnavailableError
+from ganserve.images import GeneratedImage, ImageBatch, concatenate
+from ganserve.latents import between
+from ganserve.models import Model
+from ganserve.replicas import Replica, awaited, not_everywhere, refusal, targets
+from ganserve.streams import each_async, one_by_one_async, stream_async
+from ganserve.transport import Readiness
+from ganserve.twin import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
+from ganserve.v1 import generation_pb2 as pb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class AsyncClient(Twin):
+    """A client for asyncio, with the methods of `Client`.
+
+    It belongs to the event loop of its first call, until that is closed.
+
+    >>> async with AsyncClient("127.0.0.1:50051") as client:
+    ...     batch = await client.generate("cdcgan-mnist", count=4, label=7)
+    """
+
+    _calls: AsyncCalls
+    _kind_of_calls = AsyncCalls
+
+    async def generate(
+        self,
+        model: str,
+        *,
+        count: int | None = None,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        latents: ArrayLike | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ImageBatch:
+        """Make images, as Client.generate does.
+
+        >>> batch = await client.generate("cdcgan-mnist", count=2, seed=1)
+        """
+        request = to_request(
+            model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
+        )
+        images = request.count or 1
+        timeout_s = self._timeout_s(timeout_s, images)
+        if images > STREAM_ABOVE:
+            return concatenate([batch async for batch in stream_async(self._calls, request, timeout_s)])
+        return to_batch(await self._calls.unary("generate_images", request, timeout_s), images)
+
+    def stream(
+        self,
+        model: str,
+        *,
+        count: int,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[GeneratedImage, None]:
+        """Yield images one by one, as Client.stream does.
+
+        >>> async for image in client.stream("mlp-mnist", count=3, seed=1):
+        ...     print(image.seed)
+        """
+        batches = self.stream_batches(
+            model, count=count, seed=seed, label=label, truncation=truncation, version=version, timeout_s=timeout_s
+        )
+        return one_by_one_async(batches)
+
+    def stream_batches(
+        self,
+        model: str,
+        *,
+        count: int,
+        seed: int | None = None,
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[ImageBatch, None]:
+        """Yield images in batches, as Client.stream_batches does.
+
+        >>> async for batch in client.stream_batches("mlp-mnist", count=1000):
+        ...     print(len(batch))
+        """
+        request = to_request(
+            model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
+        )
+        return stream_async(self._calls, request, self._timeout_s(timeout_s, request.count))
+
+    def generate_each(
+        self,
+        model: str,
+        seeds: Iterable[int] | AsyncIterable[int],
+        *,
+        labels: Label | Iterable[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[GeneratedImage, None]:
+        """Yield the image of each seed, as Client.generate_each does; the seeds may be an async iterable.
+
+        >>> async for image in client.generate_each("cdcgan-mnist", [3, 99, 17]):
+        ...     print(image.seed)
+        """
+        progress = self._each_progress(model, labels, truncation, version, timeout_s)
+        return each_async(self._calls, progress, aiter(seeds) if isinstance(seeds, AsyncIterable) else to_seeds(seeds))
+
+    async def interpolate(
+        self,
+        model: str,
+        seed_a: int,
+        seed_b: int,
+        steps: int = 16,
+        *,
+        kind: Literal["slerp", "linear"] = "slerp",
+        label: Label | Sequence[Label] | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> ImageBatch:
+        """Make the images between those of two seeds, as Client.interpolate does.
+
+        >>> batch = await client.interpolate("cdcgan-mnist", 1, 2, 8, label=7)
+        """
+        way = self._way(seed_a, seed_b, steps, kind)
+        described = await self.model(model, version, timeout_s=timeout_s)
+        batch = await self.generate(
+            model,
+            latents=between(way.seed_a, way.seed_b, np.linspace(0, 1, steps), kind, described.latent_dim),
+            label=self._nearer_labels(way, described) if label is None else label,
+            truncation=truncation,
+            version=described.version,
+            timeout_s=timeout_s,
+        )
+        return replace(batch, interpolation=way)
+
+    async def contact_sheet(
+        self,
+        model: str,
+        *,
+        columns: int = 10,
+        labels: Sequence[Label] | None = None,
+        seed: int | None = None,
+        truncation: float = 1.0,
+        version: int | None = None,
+        scale: int = 2,
+        timeout_s: float | None = None,
+    ) -> "Image":
+        """Make a picture of many images, as Client.contact_sheet does.
+
+        >>> (await client.contact_sheet("cdcgan-mnist", columns=5)).save("digits.png")
+        """
+        described = await self.model(model, version, timeout_s=timeout_s)
+        count, label, names = self._sheet_rows(described, labels, columns)
+        batch = await self.generate(
+            model,
+            count=count,
+            seed=seed,
+            label=label,
+            truncation=truncation,
+            version=described.version,
+            timeout_s=timeout_s,
+        )
+        return batch.sheet(columns, row_names=names, scale=scale)
+
+    async def models(self, *, timeout_s: float | None = None) -> list[Model]:
+        """List the server's models, as Client.models does.
+
+        >>> names = [model.name for model in await client.models()]
+        """
+        response = await self._calls.unary("list_models", pb.ListModelsRequest(), self._timeout_s(timeout_s))
+        return [to_model(model) for model in response.models]
+
+    async def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
+        """Describe a model, as Client.model does.
+
+        >>> latent_dim = (await client.model("cdcgan-mnist")).latent_dim
+        """
+        request = to_model_request(name, version)
+        return to_model((await self._calls.unary("get_model", request, self._timeout_s(timeout_s))).model)
+
+    async def health(self, model: str | None = None, *, timeout_s: float | None = None) -> bool:
+        """Say whether the server, or one of its models, is serving, as Client.health does.
+
+        >>> serving = await client.health()
+        """
+        request, timeout_s = to_health_request(model), self._timeout_s(timeout_s)
+        try:
+            return to_health(await self._calls.unary("health", request, timeout_s, once=True))
+        except ModelNotFoundError as error:
+            await self._calls.corrected(error, request, time.monotonic() + timeout_s)
+            raise
+
+    async def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
+        """Return as soon as the server, or one of its models, is serving, as Client.wait_until_ready does.
+
+        >>> await client.wait_until_ready(10, model="cdcgan-mnist")
+        """
+        request = to_health_request(model)
+        readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
+        while True:
+            last = None
+            try:
+                if to_health(await self._calls.unary("health", request, readiness.remaining_s(), once=True)):
+                    readiness.over()
+                    return
+            except NOT_READY_YET as error:
+                last = error
+            await asyncio.sleep(readiness.delay_s(last))
+
+    async def replicas(
+        self, model: str | None = None, version: int | None = None, *, timeout_s: float | None = None
+    ) -> list[Replica]:
+        """Ask every address that this client calls in turn whether it serves, as Client.replicas does.
+
+        >>> found = await client.replicas("cdcgan-mnist", 1)
+        """
+        health, request = to_health_request(model), None if version is None else to_model_request(model, version)
+        timeout_s = self._timeout_s(timeout_s)
+        self._calls.check_open()
+        places = asyncio.Semaphore(REPLICAS_AT_ONCE)
+
+        async def ask(target: str) -> Replica:
+            async with places:
+                one = self._calls.alone(target)
+                try:
+                    serving = to_health(await one.unary("health", health, timeout_s, once=True))
+                    if request is not None:
+                        await one.unary("get_model", request, timeout_s, once=True)
+                except OF_ONE_REPLICA as error:
+                    return Replica(one.address, False, error)
+                finally:
+                    await one.close()
+                return Replica(one.address, serving)
+
+        found = await asyncio.to_thread(targets, self._calls.endpoint.target)
+        answers = await asyncio.gather(*(ask(target) for target in found), return_exceptions=True)
+        asked = []
+        for answer in answers:  # all have ended: no task is left behind an error
+            if isinstance(answer, BaseException):
+                raise answer
+            asked.append(answer)
+        return asked
+
+    async def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
+        """Return as soon as every replica serves this version of a model, as Client.wait_for_version does.
+
+        >>> found = await client.wait_for_version("cdcgan-mnist", 1, 10)
+        """
+        readiness = Readiness(self._timeout_s(timeout_s), awaited(self.address, model, version))
+        while True:
+            last: GanserveError | None
+            try:
+                found = await self.replicas(model, version, timeout_s=min(REPLICA_TIMEOUT_S, readiness.remaining_s()))
+                if (hopeless := refusal(found)) is not None:
+                    raise hopeless
+                if (last := not_everywhere(found)) is None:
+                    readiness.over()
+                    return found
+            except UnavailableError as error:
+                last = error
+            await asyncio.sleep(readiness.delay_s(last))
+
+    async def close(self) -> None:
+        """Close the connections; calls that are running end with RequestCancelledError.
+
+        >>> await client.close()
+        """
+        await self._calls.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

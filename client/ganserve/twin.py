@@ -1,0 +1,137 @@
+"""What `Client` and `AsyncClient` share: where to and how long, and how to ask for what takes several calls."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+from ganserve.conversion import EachProgress, Label, to_request
+from ganserve.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+)
+from ganserve.latents import WAYS, uint32
+from ganserve.models import Model
+from ganserve.provenance import Interpolation
+from ganserve.transport import endpoint
+
+DEFAULT_TIMEOUT_S = 30.0
+STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them
+REPLICAS_AT_ONCE = 16
+REPLICA_TIMEOUT_S = 5.0  # for one of them, where all are waited for
+NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)
+# What is so of one replica, and says nothing of the others.
+OF_ONE_REPLICA = (*NOT_READY_YET, AuthenticationError, ServerError)
+_TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
+_LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
+_SHEET_ROWS_UNCONDITIONAL = 4
+
+FilePath = str | os.PathLike[str]
+
+
+class Twin:
+    """A client without its methods."""
+
+    _calls: Any
+    _kind_of_calls: ClassVar[Any]
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        retries: bool = True,
+        token: str | None = None,
+        tls: bool | None = None,
+        ca_file: FilePath | None = None,
+        certificate_file: FilePath | None = None,
+        key_file: FilePath | None = None,
+    ) -> None:
+        """Make a client; it connects with the first call.
+
+        Args:
+            address: HOST:PORT, whose calls go to all replicas that DNS knows under the name, in turn; or several
+                IP:PORT with commas; or a gRPC target such as unix:/run/ganserve.sock. None takes the environment's
+                GANSERVE_ADDRESS, or 127.0.0.1:50051.
+            timeout_s: for each call, with its retries; None gives 30 s, and 0.02 s more for each image.
+            retries: whether to make calls again that no server answered, or that one sent away.
+            token: sent with every call as `authorization: Bearer TOKEN`; None takes GANSERVE_TOKEN. It is sent in plain
+                text only on this machine, or with tls=False.
+            tls: whether to encrypt; None takes GANSERVE_TLS (1 or 0), or encrypts if one of the files is given.
+            ca_file: certificates (PEM) of those who may sign the server's; None takes GANSERVE_CA_FILE, or the
+                system's.
+            certificate_file: this client's certificate (PEM), for servers that want one; None takes
+                GANSERVE_CERTIFICATE_FILE.
+            key_file: its key (PEM); None takes GANSERVE_KEY_FILE.
+
+        Raises:
+            InvalidRequestError: an argument makes no sense, a file cannot be read, or the token would go in plain text.
+        """
+        where = endpoint(
+            address, token=token, tls=tls, ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
+        )
+        self.address = where.address
+        self.timeout_s = timeout_s
+        self._timeout_s(None)
+        self._calls = self._kind_of_calls(where, retries=retries)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}{' closed' if self._calls.closed else ''}>"
+
+    def _timeout_s(self, given: float | None, images: int = 0) -> float:
+        timeout_s = self.timeout_s if given is None else given
+        if timeout_s is None:
+            timeout_s = DEFAULT_TIMEOUT_S + _TIMEOUT_S_PER_IMAGE * images
+        try:
+            if timeout_s > 0:
+                return min(float(timeout_s), _LONGEST_TIMEOUT_S)
+        except (TypeError, ValueError):
+            pass
+        raise InvalidRequestError(f"timeout_s is {timeout_s!r}; it must be a number above 0")
+
+    def _each_progress(
+        self,
+        model: str,
+        labels: Label | Iterable[Label] | None,
+        truncation: float,
+        version: int | None,
+        timeout_s: float | None,
+    ) -> EachProgress:
+        request = to_request(
+            model, count=None, seed=None, latents=None, label=None, truncation=truncation, version=version
+        )
+        return EachProgress(request, labels, self._timeout_s(timeout_s), self.address)
+
+    @staticmethod
+    def _sheet_rows(
+        model: Model, labels: Sequence[Label] | None, columns: int
+    ) -> tuple[int, list[Label] | None, list[str]]:
+        """Return the number of images, the label of each, and the rows' names."""
+        if not isinstance(columns, int) or columns < 1:
+            raise InvalidRequestError(f"columns is {columns!r}; it must be an integer, 1 or more")
+        if not model.conditional:
+            return _SHEET_ROWS_UNCONDITIONAL * columns, None, []
+        rows = [model.label(row) for row in (range(len(model.class_names)) if labels is None else labels)]
+        each: list[Label] = [row for row in rows for _ in range(columns)]
+        return len(each), each, [model.class_names[row] for row in rows]
+
+    @staticmethod
+    def _way(seed_a: int, seed_b: int, steps: int, kind: Literal["slerp", "linear"]) -> Interpolation:
+        """Check the arguments of an interpolation."""
+        if kind not in WAYS:
+            raise InvalidRequestError(f"kind is {kind!r}; it must be slerp or linear")
+        if not isinstance(steps, int) or steps < 2:
+            raise InvalidRequestError(f"steps is {steps!r}; it must be an integer, 2 or more")
+        return Interpolation(kind, uint32("seed_a", seed_a), uint32("seed_b", seed_b), steps, tuple(range(steps)))
+
+    @staticmethod
+    def _nearer_labels(way: Interpolation, model: Model) -> list[Label] | None:
+        """Return for each image the class that the seed of its nearer end has."""
+        if not model.conditional:
+            return None
+        ends: list[Label] = [seed % len(model.class_names) for seed in (way.seed_a, way.seed_b)]
+        return [ends[step >= way.steps - step] for step in range(way.steps)]
