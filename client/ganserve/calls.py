@@ -30,6 +30,7 @@ from ganserve.transport import (
     check_fork,
     enter_call,
     leave_call,
+    leave_to_parent,
     lose_in_fork,
 )
 from ganserve.v1 import generation_pb2 as pb
@@ -95,7 +96,7 @@ class _Calls:
         self._lock = threading.Lock()
         self.policy.after_fork()
         if self._stubs is not None:
-            _channels_of_parents.append(self._stubs.channel)
+            leave_to_parent(self._stubs.channel)
             self._stubs = None
 
     def _translated(self, error: grpc.RpcError, *, late: bool) -> GanserveError:
@@ -312,8 +313,6 @@ def _cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-# Of the processes that this one was forked off: closing them would end their connections' calls.
-_channels_of_parents: list[Any] = []
 _all: "weakref.WeakSet[_Calls]" = weakref.WeakSet()
 
 

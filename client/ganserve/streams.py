@@ -2,6 +2,7 @@
 
 A call that breaks is made again for the images that have not come. What those are, and what is to be sent, `conversion`
 keeps (`StreamProgress`, `EachProgress`), the same for threads and asyncio; here is only the reading and the waiting.
+In a forked child its parent's calls cannot be read: each image is followed by a look at that.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from ganserve.calls import AsyncCalls, Calls, readable
 from ganserve.conversion import EachProgress, StreamProgress
 from ganserve.errors import GanserveError
 from ganserve.images import GeneratedImage, ImageBatch
-from ganserve.transport import Attempts, enter_call, leave_call
+from ganserve.transport import Attempts, check_fork, enter_call, leave_call, leave_to_parent, lost_in_fork
 from ganserve.v1 import generation_pb2 as pb
 
 
@@ -34,6 +35,7 @@ def stream(calls: Calls, request: pb.GenerateImagesRequest, timeout_s: float) ->
                 for response in call:
                     attempts.over()
                     yield progress.take(response.chunk)
+                    check_fork()
             progress.end()
             calls.policy.succeeded()
             return
@@ -60,6 +62,7 @@ async def stream_async(
                 async for response in call:
                     attempts.over()
                     yield progress.take(readable(response).chunk)
+                    check_fork()
             progress.end()
             calls.policy.succeeded()
             return
@@ -105,6 +108,7 @@ def each(calls: Calls, progress: EachProgress, seeds: Iterator[int]) -> Generato
                             attempts.over()
                             while (image := progress.next_image()) is not None:
                                 yield image
+                                check_fork()
                         progress.read(seeds)
                         progress.wait()
                         if progress.over:
@@ -148,6 +152,7 @@ async def each_async(
                                 attempts.over()
                                 while (image := progress.next_image()) is not None:
                                     yield image
+                                    check_fork()
                             await source.read()
                             progress.wait()
                             if progress.over:
@@ -179,9 +184,9 @@ def _held(call: Any) -> Iterator[Any]:
     """Give a call whose answers are read; what is left of it then is cancelled."""
     enter_call(call)
     try:
-        yield call
+        with _held_in_loop(call):
+            yield call
     finally:
-        call.cancel()
         leave_call(call)
 
 
@@ -191,7 +196,7 @@ def _held_in_loop(call: Any) -> Iterator[Any]:
     try:
         yield call
     finally:
-        call.cancel()
+        leave_to_parent(call) if lost_in_fork() else call.cancel()
 
 
 # gRPC's own deadlines are for a whole call, those of GenerateEach for its next answer.
@@ -211,7 +216,10 @@ def _watched(progress: EachProgress, end_call: Callable[[], object]) -> Iterator
     try:
         yield
     finally:
-        over.set()  # nobody waits for the thread: where the program ends before the iterator, it is no more
+        # Nobody waits for the thread: where the program ends before the iterator, it is no more. In a forked child
+        # there is none, and a lock that it held at the fork is never given back.
+        if not lost_in_fork():
+            over.set()
 
 
 @contextlib.contextmanager

@@ -361,6 +361,8 @@ class Readiness:
 # gRPC does not survive a fork while something of the parent is inside it: the child may hang, or crash (1.85).
 _inside: dict[object, None] = {}
 _lost_in_fork: list[str] = []  # what was inside when this process was forked off
+# Of the processes that this one was forked off: their end here would be seen on connections that are not ours.
+_of_parents: list[object] = []
 
 
 def enter_call(call: object) -> None:
@@ -376,6 +378,16 @@ def leave_call(call: object) -> None:
 def lose_in_fork(what: str) -> None:
     """Note, in a child process, that gRPC cannot be used in it."""
     _lost_in_fork.append(what)
+
+
+def lost_in_fork() -> bool:
+    """Say whether gRPC cannot be used in this process, for what its parent had inside."""
+    return bool(_lost_in_fork)
+
+
+def leave_to_parent(mine_no_more: object) -> None:
+    """Keep, in a child process, what must not end here: a channel, or a call."""
+    _of_parents.append(mine_no_more)
 
 
 def check_fork() -> None:

@@ -440,6 +440,42 @@ os._exit(0)
 """
 
 
+FORK_WHILE_READING = """
+import os, signal, sys
+from ganserve import Client, UnavailableError
+address, method, then = sys.argv[1:]
+asks = {"count": 10**6, "seed": 0} if method.startswith("stream") else {"seeds": range(10**6)}
+images = getattr(Client(address), method)("mlp-mnist", **asks)
+next(images)
+if (pid := os.fork()) == 0:
+    signal.alarm(20)
+    try:
+        if then == "read":
+            for _ in range(1000):
+                next(images)
+        elif then == "close":
+            images.close()
+    except UnavailableError as error:
+        print(error.reason, flush=True)
+    del images
+    os._exit(0)
+print(os.waitpid(pid, 0)[1], flush=True)
+print(len([next(images) for _ in range(1000)]), flush=True)
+os._exit(0)
+"""
+
+
+# Not of AsyncClient, whose child gRPC may crash by itself, before a line of it has run.
+@pytest.mark.parametrize(("then", "said"), [("read", ["forked"]), ("close", []), ("forget", [])])
+@pytest.mark.parametrize("method", ["stream", "stream_batches", "generate_each"])
+def test_an_iterator_goes_on_where_it_was_opened_and_not_in_a_forked_child(
+    server: RunningServer, method: str, then: str, said: list[str]
+) -> None:
+    command = [sys.executable, "-c", FORK_WHILE_READING, server.address, method, then]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == [*said, "0", "1000"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("case", "child"),
     [
