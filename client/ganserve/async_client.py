@@ -119,7 +119,7 @@ class AsyncClient(Twin):
         model: str,
         seeds: Iterable[int] | AsyncIterable[int],
         *,
-        labels: Label | Iterable[Label] | None = None,
+        label: Label | Iterable[Label] | None = None,
         truncation: float = 1.0,
         version: int | None = None,
         timeout_s: float | None = None,
@@ -129,7 +129,7 @@ class AsyncClient(Twin):
         >>> async for image in client.generate_each("cdcgan-mnist", [3, 99, 17]):
         ...     print(image.seed)
         """
-        progress = self._each_progress(model, labels, truncation, version, timeout_s)
+        progress = self._each_progress(model, label, truncation, version, timeout_s)
         return each_async(self._calls, progress, aiter(seeds) if isinstance(seeds, AsyncIterable) else to_seeds(seeds))
 
     async def interpolate(
@@ -166,7 +166,7 @@ class AsyncClient(Twin):
         model: str,
         *,
         columns: int = 10,
-        labels: Sequence[Label] | None = None,
+        label: Label | Sequence[Label] | None = None,
         seed: int | None = None,
         truncation: float = 1.0,
         version: int | None = None,
@@ -178,12 +178,12 @@ class AsyncClient(Twin):
         >>> (await client.contact_sheet("cdcgan-mnist", columns=5)).save("digits.png")
         """
         described = await self.model(model, version, timeout_s=timeout_s)
-        count, label, names = self._sheet_rows(described, labels, columns)
+        count, labels, names = self._sheet_rows(described, label, columns)
         batch = await self.generate(
             model,
             count=count,
             seed=seed,
-            label=label,
+            label=labels,
             truncation=truncation,
             version=described.version,
             timeout_s=timeout_s,

@@ -149,7 +149,7 @@ class Client(Twin):
         model: str,
         seeds: Iterable[int],
         *,
-        labels: Label | Iterable[Label] | None = None,
+        label: Label | Iterable[Label] | None = None,
         truncation: float = 1.0,
         version: int | None = None,
         timeout_s: float | None = None,
@@ -160,7 +160,7 @@ class Client(Twin):
         Seeds are read as they are needed, at most 256 ahead of the images, and may be endless. Closing the iterator
         cancels what is left. A call that breaks is made again for what has not come, of the same version.
 
-        >>> for image in client.generate_each("cdcgan-mnist", [3, 99, 17], labels=[7, 7, 1]):
+        >>> for image in client.generate_each("cdcgan-mnist", [3, 99, 17], label=[7, 7, 1]):
         ...     print(image.seed, image.label)
         3 7
         99 7
@@ -169,7 +169,7 @@ class Client(Twin):
         Args:
             model: the model's name.
             seeds: any iterable of integers from 0 to 2^32-1.
-            labels: for conditional models: an index or a class name, for all images, or an iterable with one for each
+            label: for conditional models: an index or a class name, for all images, or an iterable with one for each
                 seed. None gives the image of seed s class s modulo the number of classes.
             truncation: as for `generate`.
             version: as for `generate`.
@@ -180,9 +180,9 @@ class Client(Twin):
             InvalidRequestError: an argument is wrong, or a seed or a label, after the images of those before; or there
                 are more of one than of the other.
             GanserveError: as `generate` does.
-            Exception: what `seeds` or `labels` raises, after the images of those before.
+            Exception: what `seeds` or `label` raises, after the images of those before.
         """
-        progress = self._each_progress(model, labels, truncation, version, timeout_s)
+        progress = self._each_progress(model, label, truncation, version, timeout_s)
         return each(self._calls, progress, to_seeds(seeds))
 
     def interpolate(
@@ -234,7 +234,7 @@ class Client(Twin):
         model: str,
         *,
         columns: int = 10,
-        labels: Sequence[Label] | None = None,
+        label: Label | Sequence[Label] | None = None,
         seed: int | None = None,
         truncation: float = 1.0,
         version: int | None = None,
@@ -248,7 +248,7 @@ class Client(Twin):
         Args:
             model: the model's name.
             columns: images a row; an unconditional model gets four rows.
-            labels: of the rows, by index or name; None takes all classes.
+            label: of the rows: an index or a class name, or a list with one for each row. None takes all classes.
             seed: of the first image, which is at the upper left; row by row.
             truncation: as for `generate`.
             version: as for `generate`.
@@ -259,12 +259,12 @@ class Client(Twin):
             GanserveError: as `generate` does.
         """
         described = self.model(model, version, timeout_s=timeout_s)
-        count, label, names = self._sheet_rows(described, labels, columns)
+        count, labels, names = self._sheet_rows(described, label, columns)
         batch = self.generate(
             model,
             count=count,
             seed=seed,
-            label=label,
+            label=labels,
             truncation=truncation,
             version=described.version,
             timeout_s=timeout_s,

@@ -71,7 +71,7 @@ def to_request(
         request.latents.values.extend(rows.ravel().tolist())
         request.count = len(rows)
     if label is not None:
-        labels = _labels(label)
+        labels = to_labels(label)
         names = [item for item in labels if isinstance(item, str)]
         if not labels or 0 < len(names) < len(labels):
             mixed = "; this list mixes indices and names: write them all as one or the other" if labels else ""
@@ -129,7 +129,8 @@ def _latents(given: ArrayLike) -> NDArray[np.float32]:
     return np.atleast_2d(rows)
 
 
-def _labels(label: Any) -> list[Any]:
+def to_labels(label: Any) -> list[Any]:
+    """Return a list of labels, or of one label alone."""
     alone = isinstance(label, str) or not hasattr(label, "__len__")
     return [label] if alone or getattr(label, "ndim", 1) == 0 else list(label)
 
@@ -305,17 +306,17 @@ class EachProgress:
 
     Args:
         request: what all images have in common.
-        labels: of all, or an iterable with one for each; None leaves them to the server.
+        label: of all, or an iterable with one for each; None leaves them to the server.
         timeout_s: for the next image, from when it is waited for.
         address: of the server, for the texts of errors.
     """
 
-    def __init__(self, request: pb.GenerateImagesRequest, labels: Any, timeout_s: float, address: str) -> None:
+    def __init__(self, request: pb.GenerateImagesRequest, label: Any, timeout_s: float, address: str) -> None:
         self.error: BaseException | None = None  # why no seeds follow, if not because they are all
         self._common, self._timeout_s, self._address = request, timeout_s, address
-        self._labelled = labels is not None
-        self._alone = isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
-        self._labels: Iterator[Any] = repeat(self._label(labels)) if self._alone else iter(labels)
+        self._labelled = label is not None
+        self._alone = isinstance(label, str) or not isinstance(label, Iterable) or getattr(label, "ndim", 1) == 0
+        self._labels: Iterator[Any] = repeat(self._label(label)) if self._alone else iter(label)
         self._spelled: dict[Label | None, Label] = {}  # names as the model has them
         self._requests: dict[Label | None, pb.GenerateEachRequest] = {}  # of which only the seed changes
         self._first: ImageBatch | None = None
@@ -405,9 +406,7 @@ class EachProgress:
         """Take the next seed; tell whether another may follow."""
         try:
             if (label := next(self._labels, _END)) is _END:
-                raise _invalid(
-                    "labels", f"labels is shorter than seeds: it has {self._count()}; give one for each seed"
-                )
+                raise _invalid("label", f"label is shorter than seeds: it has {self._count()}; give one for each seed")
             asked = _Asked(uint32("seed", seed), label if self._alone else self._label(label))
         except Exception as error:
             self.end(error)
@@ -420,7 +419,7 @@ class EachProgress:
         """Note that no seeds follow: they are all, or `error`, which is for the reader once he has what was before."""
         try:
             if error is None and not self._alone and next(self._labels, _END) is not _END:
-                text = f"seeds is shorter than labels: it has {self._count()}; give one for each label"
+                text = f"seeds is shorter than label: it has {self._count()}; give one for each label"
                 error = _invalid("seeds", text)
         except Exception as of_labels:
             error = of_labels

@@ -3,7 +3,7 @@
 import html
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 from ganserve.errors import InvalidRequestError
 from ganserve.names import did_you_mean, matching
@@ -60,7 +60,7 @@ class Model:
         if isinstance(name, str):
             if (known := matching(name, self.class_names)) is not None:
                 return self.class_names.index(known)
-        elif 0 <= name < len(self.class_names):
+        elif isinstance(name, SupportsIndex) and 0 <= operator.index(name) < len(self.class_names):
             return operator.index(name)
         if not self.conditional:
             raise InvalidRequestError(f"model {self.name} is unconditional: it takes no labels")

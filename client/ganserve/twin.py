@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
-from ganserve.conversion import EachProgress, Label, to_request
+from ganserve.conversion import EachProgress, Label, to_labels, to_request
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -96,7 +96,7 @@ class Twin:
     def _each_progress(
         self,
         model: str,
-        labels: Label | Iterable[Label] | None,
+        label: Label | Iterable[Label] | None,
         truncation: float,
         version: int | None,
         timeout_s: float | None,
@@ -104,18 +104,18 @@ class Twin:
         request = to_request(
             model, count=None, seed=None, latents=None, label=None, truncation=truncation, version=version
         )
-        return EachProgress(request, labels, self._timeout_s(timeout_s), self.address)
+        return EachProgress(request, label, self._timeout_s(timeout_s), self.address)
 
     @staticmethod
     def _sheet_rows(
-        model: Model, labels: Sequence[Label] | None, columns: int
+        model: Model, label: Label | Sequence[Label] | None, columns: int
     ) -> tuple[int, list[Label] | None, list[str]]:
         """Return the number of images, the label of each, and the rows' names."""
         if not isinstance(columns, int) or columns < 1:
             raise InvalidRequestError(f"columns is {columns!r}; it must be an integer, 1 or more")
-        if not model.conditional:
+        if not model.conditional and label is None:
             return _SHEET_ROWS_UNCONDITIONAL * columns, None, []
-        rows = [model.label(row) for row in (range(len(model.class_names)) if labels is None else labels)]
+        rows = [model.label(row) for row in (range(len(model.class_names)) if label is None else to_labels(label))]
         each: list[Label] = [row for row in rows for _ in range(columns)]
         return len(each), each, [model.class_names[row] for row in rows]
 

@@ -48,6 +48,12 @@ def test_the_twins_have_the_same_methods() -> None:
     assert public(Client) == public(AsyncClient)
 
 
+def test_what_says_which_classes_is_called_the_same_everywhere() -> None:
+    makers = (Client.generate, Client.stream, Client.generate_each, Client.interpolate, Client.contact_sheet)
+    for method in makers:
+        assert {"label", "labels"} & set(inspect.signature(method).parameters) == {"label"}
+
+
 def test_images_come_with_seeds_labels_and_their_model(client: Client) -> None:
     batch = client.generate("cdcgan-mnist", count=3, seed=2**32 - 2)
     assert batch.pixels.shape == (3, 28, 28, 1)
@@ -184,11 +190,14 @@ def test_a_contact_sheet_has_a_row_a_class(client: Client) -> None:
     sheet = client.contact_sheet("cdcgan-mnist", columns=3, seed=1, scale=1)
     assert sheet.height == 10 * 28 + 9 * 2
     assert client.contact_sheet("mlp-mnist", columns=3, scale=1).width == 3 * 28 + 2 * 2
-    fewer = client.contact_sheet("cdcgan-fashion-mnist", columns=3, labels=["Bag", 9], scale=1)
+    fewer = client.contact_sheet("cdcgan-fashion-mnist", columns=3, label=["Bag", 9], scale=1)
     assert fewer.height == 2 * 28 + 2
-    for label in (10, -1, "Hat"):
+    assert client.contact_sheet("cdcgan-fashion-mnist", columns=3, label="Bag", scale=1).height == 28
+    for label in (10, -1, "Hat", 1.5, None):
         with pytest.raises(InvalidRequestError, match="it has T-shirt"):
-            client.contact_sheet("cdcgan-fashion-mnist", labels=[label])
+            client.contact_sheet("cdcgan-fashion-mnist", label=[label])
+    with pytest.raises(InvalidRequestError, match="unconditional: it takes no labels"):
+        client.contact_sheet("mlp-mnist", label=3)
 
 
 def test_models_are_described(client: Client) -> None:
@@ -236,7 +245,7 @@ def test_errors_are_typed(client: Client) -> None:
         ("generate", {"model": "cdcgan-fashion-mnist", "label": "Snaeker"}, "Sneaker"),
         ("generate", {"model": "cdcgan-fashion-mnist", "label": ["Bag", "boot"]}, "Ankle boot"),
         ("stream_batches", {"model": "cdcgan-fashion-mnist", "count": 5, "label": "Snaeker"}, "Sneaker"),
-        ("contact_sheet", {"model": "cdcgan-fashion-mnist", "labels": ["dres"]}, "Dress"),
+        ("contact_sheet", {"model": "cdcgan-fashion-mnist", "label": ["dres"]}, "Dress"),
     ],
 )
 def test_a_name_that_is_nearly_right_is_told(

@@ -35,7 +35,7 @@ SCATTERED = [seed * 2654435761 % 2**32 for seed in range(1000)]
 def test_every_seed_gets_its_image_in_order(
     server: RunningServer, client: Client, twin: Twin, given: Way, model: str, labels: Any
 ) -> None:
-    images = ask(twin, server.address, "generate_each", model, given(SCATTERED), labels=labels, truncation=0.75)
+    images = ask(twin, server.address, "generate_each", model, given(SCATTERED), label=labels, truncation=0.75)
     assert [image.seed for image in images] == SCATTERED
     for place in range(0, 1000, 37):
         label = labels[place] if isinstance(labels, list) else labels
@@ -45,7 +45,7 @@ def test_every_seed_gets_its_image_in_order(
 
 
 def test_seeds_may_be_numbers_of_numpy(client: Client) -> None:
-    images = client.generate_each("cdcgan-mnist", np.array([5, 2**32 - 1], np.uint32), labels=np.array([1, 2]))
+    images = client.generate_each("cdcgan-mnist", np.array([5, 2**32 - 1], np.uint32), label=np.array([1, 2]))
     assert [(image.seed, image.label) for image in images] == [(5, 1), (2**32 - 1, 2)]
 
 
@@ -172,7 +172,7 @@ def test_what_the_seeds_raise_is_raised_after_the_images_of_those_before(
     assert [image.seed for image in images] == list(range(300))
     assert caught is raised
     assert until_it_fails(twin, "127.0.0.1:1", "mlp-mnist", given(no_seeds())) == ([], raised)
-    images, caught = until_it_fails(twin, server.address, "cdcgan-mnist", given(range(1000)), labels=map(int, "123x"))
+    images, caught = until_it_fails(twin, server.address, "cdcgan-mnist", given(range(1000)), label=map(int, "123x"))
     assert [image.label for image in images] == [1, 2, 3]
     assert type(caught) is ValueError
 
@@ -194,7 +194,7 @@ def test_a_wrong_seed_is_named_after_the_images_of_those_before(
 def test_a_wrong_label_is_named_after_the_images_of_those_before(
     server: RunningServer, twin: Twin, given: Way, wrong: Any
 ) -> None:
-    images, caught = until_it_fails(twin, server.address, "cdcgan-mnist", given([9, 4, 5]), labels=[1, wrong, 2])
+    images, caught = until_it_fails(twin, server.address, "cdcgan-mnist", given([9, 4, 5]), label=[1, wrong, 2])
     assert [image.seed for image in images] == [9]
     assert isinstance(caught, InvalidRequestError)
     assert f"label is {wrong!a}" in str(caught)
@@ -203,11 +203,11 @@ def test_a_wrong_label_is_named_after_the_images_of_those_before(
 @ways
 def test_seeds_and_labels_must_be_equally_many(server: RunningServer, twin: Twin, given: Way) -> None:
     for seeds, labels, told in (
-        ([3, 1, 2], [5, 6], "labels is shorter than seeds: it has 2; give one for each seed"),
-        ([3, 1], iter([5, 6, 7]), "seeds is shorter than labels: it has 2; give one for each label"),
-        ([], [5], "seeds is shorter than labels: it has 0; give one for each label"),
+        ([3, 1, 2], [5, 6], "label is shorter than seeds: it has 2; give one for each seed"),
+        ([3, 1], iter([5, 6, 7]), "seeds is shorter than label: it has 2; give one for each label"),
+        ([], [5], "seeds is shorter than label: it has 0; give one for each label"),
     ):
-        images, caught = until_it_fails(twin, server.address, "cdcgan-mnist", given(seeds), labels=labels)
+        images, caught = until_it_fails(twin, server.address, "cdcgan-mnist", given(seeds), label=labels)
         assert [(image.seed, image.label) for image in images] == list(zip(seeds, [5, 6], strict=False))
         assert isinstance(caught, InvalidRequestError)
         assert str(caught) == told
@@ -234,8 +234,7 @@ def test_the_server_s_errors_are_those_of_a_call_of_their_own(
 ) -> None:
     with pytest.raises(GanserveError) as alone:
         client.generate(model, seed=1, **arguments)
-    named = {{"label": "labels"}.get(name, name): value for name, value in arguments.items()}
-    images, caught = until_it_fails(twin, server.address, model, given([1, 2]), **named)
+    images, caught = until_it_fails(twin, server.address, model, given([1, 2]), **arguments)
     assert images == []
     assert isinstance(caught, GanserveError)
     assert (type(caught), str(caught)) == (type(alone.value), str(alone.value))
@@ -251,9 +250,9 @@ def test_arguments_that_make_no_sense_are_refused_at_once(server: RunningServer,
     for wrong in (
         {"seeds": 5},
         {"seeds": None},
-        {"labels": 1.5},
-        {"labels": True},
-        {"labels": "\ud800"},
+        {"label": 1.5},
+        {"label": True},
+        {"label": "\ud800"},
         {"model": None},
         {"version": -1},
         {"truncation": "much"},

@@ -525,7 +525,7 @@ def test_images_that_have_not_come_when_a_call_breaks_are_asked_for_again(twin: 
 
     seeds, labels = [7 * place for place in range(400)], [place % 10 for place in range(400)]
     with serving(behave) as (address, servicer):
-        images = ask(twin, address, "generate_each", "any", seeds, labels=labels)
+        images = ask(twin, address, "generate_each", "any", seeds, label=labels)
     assert [image.seed for image in images] == seeds
     assert [image.label for image in images] == labels
     first, second, third = servicer.requests
@@ -711,11 +711,11 @@ def test_a_name_of_a_class_is_put_right_once_for_all_its_images(twin: Twin) -> N
 
     with serving(behave) as (address, servicer):
         images = ask(
-            twin, address, "generate_each", "any", range(500), labels=["Coat", "coat", "BAG", "bag", "Bag"] * 100
+            twin, address, "generate_each", "any", range(500), label=["Coat", "coat", "BAG", "bag", "Bag"] * 100
         )
         assert [image.seed for image in images] == list(range(500))
         assert [isinstance(asked, pb.GetModelRequest) for asked in servicer.requests].count(True) == 3
-        images, raised = until_it_fails(twin, address, "any", range(500), labels=["Bag"] * 300 + ["bga"] * 200)
+        images, raised = until_it_fails(twin, address, "any", range(500), label=["Bag"] * 300 + ["bga"] * 200)
     assert len(images) == 300
     assert str(raised) == "there is no 'bga'; did you mean 'Bag'?"
     assert getattr(raised, "field", None) == "label_names"

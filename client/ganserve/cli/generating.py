@@ -78,7 +78,7 @@ def generate(
     with connection.client() as client:
         if scattered is not None:
             labels = labels_in_turn(label, len(scattered))
-            batch = gathered(client.generate_each(model, scattered, labels=labels, **how))
+            batch = gathered(client.generate_each(model, scattered, label=labels, **how))
         else:
             count = count or _COUNT
             batch = client.generate(model, count=count, seed=seed, label=labels_in_turn(label, count), **how)
