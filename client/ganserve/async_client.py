@@ -1,7 +1,6 @@
 """`AsyncClient`: the twin of `Client` for asyncio."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -14,14 +13,13 @@ from ganserve.calls import AsyncCalls
 from ganserve.conversion import (
     Label,
     to_batch,
-    to_health,
     to_health_request,
     to_model,
     to_model_request,
     to_request,
     to_seeds,
 )
-from ganserve.errors import GanserveError, ModelNotFoundError, UnavailableError
+from ganserve.errors import GanserveError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate
 from ganserve.latents import between
 from ganserve.models import Model
@@ -211,12 +209,7 @@ class AsyncClient(Twin):
 
         >>> serving = await client.health()
         """
-        request, timeout_s = to_health_request(model), self._timeout_s(timeout_s)
-        try:
-            return to_health(await self._calls.unary("health", request, timeout_s, once=True))
-        except ModelNotFoundError as error:
-            await self._calls.corrected(error, request, time.monotonic() + timeout_s)
-            raise
+        return await self._calls.serving(to_health_request(model), self._timeout_s(timeout_s))
 
     async def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
         """Return as soon as the server, or one of its models, is serving, as Client.wait_until_ready does.
@@ -228,7 +221,7 @@ class AsyncClient(Twin):
         while True:
             last = None
             try:
-                if to_health(await self._calls.unary("health", request, readiness.remaining_s(), once=True)):
+                if await self._calls.serving(request, readiness.remaining_s()):
                     readiness.over()
                     return
             except NOT_READY_YET as error:
@@ -251,7 +244,7 @@ class AsyncClient(Twin):
             async with places:
                 one = self._calls.alone(target)
                 try:
-                    serving = to_health(await one.unary("health", health, timeout_s, once=True))
+                    serving = await one.serving(health, timeout_s)
                     if request is not None:
                         await one.unary("get_model", request, timeout_s, once=True)
                 except OF_ONE_REPLICA as error:

@@ -11,13 +11,14 @@ import weakref
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ganserve.conversion import correct, question_about
+from ganserve.conversion import correct, question_about, to_health
 from ganserve.errors import (
     REQUEST_ID_KEY,
     GanserveError,
     InvalidRequestError,
+    ModelNotFoundError,
     RequestCancelledError,
     ServerError,
     too_late,
@@ -189,6 +190,15 @@ class Calls(_Calls):
             raise failure from None
         return correct(failure, request, answer)
 
+    def serving(self, request: health_pb2.HealthCheckRequest, timeout_s: float) -> bool:
+        """Ask once for the health of a server or a model; the error for a model that it has not says which it has."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return to_health(self.unary("health", request, timeout_s, once=True))
+        except ModelNotFoundError as error:
+            self.corrected(error, request, deadline)
+            raise
+
     def pause(self, delay_s: float) -> None:
         """Wait for so long, or until no more calls are made."""
         if self._closing.wait(delay_s):
@@ -287,6 +297,15 @@ class AsyncCalls(_Calls):
         except GanserveError:
             raise failure from None
         return correct(failure, request, answer)
+
+    async def serving(self, request: health_pb2.HealthCheckRequest, timeout_s: float) -> bool:
+        """Ask once for the health of a server or a model, as Calls.serving does."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return to_health(await self.unary("health", request, timeout_s, once=True))
+        except ModelNotFoundError as error:
+            await self.corrected(error, request, deadline)
+            raise
 
     async def close(self) -> None:
         """End the calls that are running, and make no more."""

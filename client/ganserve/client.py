@@ -1,6 +1,5 @@
 """`Client`: images by calls that block. `async_client` has its twin for asyncio: every method exists in both."""
 
-import time
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,14 +14,13 @@ from ganserve.calls import Calls
 from ganserve.conversion import (
     Label,
     to_batch,
-    to_health,
     to_health_request,
     to_model,
     to_model_request,
     to_request,
     to_seeds,
 )
-from ganserve.errors import GanserveError, ModelNotFoundError, UnavailableError
+from ganserve.errors import GanserveError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate
 from ganserve.latents import between
 from ganserve.models import Model
@@ -302,12 +300,7 @@ class Client(Twin):
             ModelNotFoundError: the server knows no such model.
             UnavailableError: the server cannot be reached.
         """
-        request, timeout_s = to_health_request(model), self._timeout_s(timeout_s)
-        try:
-            return to_health(self._calls.unary("health", request, timeout_s, once=True))
-        except ModelNotFoundError as error:
-            self._calls.corrected(error, request, time.monotonic() + timeout_s)
-            raise
+        return self._calls.serving(to_health_request(model), self._timeout_s(timeout_s))
 
     def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
         """Return as soon as the server, or one of its models, is serving; it need not be there yet.
@@ -323,7 +316,7 @@ class Client(Twin):
         while True:
             last = None
             try:
-                if to_health(self._calls.unary("health", request, readiness.remaining_s(), once=True)):
+                if self._calls.serving(request, readiness.remaining_s()):
                     readiness.over()
                     return
             except NOT_READY_YET as error:
@@ -357,7 +350,7 @@ class Client(Twin):
         def ask(target: str) -> Replica:
             with closing(self._calls.alone(target)) as one:
                 try:
-                    serving = to_health(one.unary("health", health, timeout_s, once=True))
+                    serving = one.serving(health, timeout_s)
                     if request is not None:
                         one.unary("get_model", request, timeout_s, once=True)
                 except OF_ONE_REPLICA as error:

@@ -198,8 +198,10 @@ def correct(error: GanserveError, request: Any, answer: pb.ListModelsResponse | 
         GanserveError: the error; its text says what was probably meant.
     """
     if isinstance(answer, pb.ListModelsResponse):
-        name = request.service if isinstance(request, health_pb2.HealthCheckRequest) else request.model
-        error.add_text(did_you_mean([name], [model.name for model in answer.models]))
+        name, known = request.service, [model.name for model in answer.models]
+        if name and known and name not in known:
+            error.add_text(f": it has {', '.join(known)}{did_you_mean([name], known)}")
+            error.advice = ""
         raise error
     card = answer.model.card
     if getattr(error, "field", None) == "label_names":

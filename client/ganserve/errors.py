@@ -27,6 +27,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
+_NO_GRPC = "Expected SETTINGS frame as the first frame"  # what gRPC says of HTTP/1, SSH and the like
 _WRITE_FAILED = "Internal error from Core"
 _SIZES = re.compile(r"(\d+) vs\. (\d+)")
 _CERTIFICATE_SIGNS = ("CERTIFICATE", "in peer certificate", "Verification Check", "verification check", "_ALERT_")
@@ -272,6 +273,13 @@ def _translated(code: grpc.StatusCode, details: str | None, address: str, reques
         why = f" ({text})" if text.casefold() != "deadline exceeded" else ""
         text = f"no complete answer from {address} within the timeout{why}"
         advice = "{timeout} allows more"
+    elif code is grpc.StatusCode.UNAVAILABLE and not answered and _NO_GRPC in text:
+        reason = "unreachable"
+        text = f"{address} answers, but not as gRPC does (HTTP/2)"
+        advice = (
+            "is it the port of the server's metrics, or another program's? {address} or GANSERVE_ADDRESS names another "
+            "address"
+        )
     elif code is grpc.StatusCode.UNAVAILABLE and not answered:
         reason = "unreachable"
         # A server that wants TLS, or a client's certificate, closes the connection without a word.
@@ -281,7 +289,8 @@ def _translated(code: grpc.StatusCode, details: str | None, address: str, reques
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
     elif code is grpc.StatusCode.NOT_FOUND and not details:  # as the health service answers
-        text = f"the server at {address} has no model of this name; `models` lists those it has"
+        text = f"the server at {address} has no model of this name"
+        advice = "`models` lists those it has"
     elif kind is OverloadedError and not answered:
         text = f"the server at {address} has too much to do ({text})"
     elif kind is AuthenticationError:

@@ -13,6 +13,7 @@ from ganserve.provenance import EXIF_IMAGE_DESCRIPTION, PNG_KEYWORD, Provenance
 
 _GAP = 2  # pixels between the images of a sheet
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
+WITH_PROVENANCE = ("PNG", "JPEG", "WEBP", "GIF", "TIFF")  # Pillow's names of the formats that have a place for it
 _SHORTEST_FRAME_MS = 20  # browsers take a shorter one for a slip, and show the frame for 100 ms
 
 
@@ -76,7 +77,7 @@ def write(image: Image.Image, path: Path, provenance: Provenance | None) -> None
     """Write one image; the path's ending decides the format. Missing folders are made."""
     pillow_format = format_of(str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pillow_format, **_arguments(path.suffix, None if provenance is None else provenance.to_json()))
+    image.save(path, pillow_format, **_arguments(pillow_format, None if provenance is None else provenance.to_json()))
 
 
 def lay_out(images: Sequence[Image.Image], columns: int, row_names: Sequence[str], scale: int) -> Image.Image:

@@ -169,11 +169,12 @@ def read_provenance(source: str | Path | bytes | BinaryIO) -> Provenance:
         OSError: the file can't be opened.
     """
     if isinstance(source, bytes):
-        return _read(io.BytesIO(source), "the image")
+        return _read(io.BytesIO(source), "this")
     if isinstance(source, str | Path):
         with open(source, "rb") as file:
             return _read(file, str(source))
-    return _read(source, str(getattr(source, "name", "the image")))
+    name = getattr(source, "name", None)  # a number, or None, of a file without one
+    return _read(source, name if isinstance(name, str) else "this")
 
 
 def _read(file: BinaryIO, name: str) -> Provenance:
@@ -184,8 +185,9 @@ def _read(file: BinaryIO, name: str) -> Provenance:
             found = _metadata(image)
     # Pillow's readers raise nearly anything on a broken file; its guard against huge pictures has an error of its own.
     except Exception as error:
-        reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise NoProvenanceError(f"{name} can't be read as an image: {reason}") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        wrong = "is no image of a kind that Pillow knows" if unknown else f"can't be read as an image: {error}"
+        raise NoProvenanceError(f"{name} {wrong}") from error
     if found is None:
         raise NoProvenanceError(
             f"{name} doesn't say how it was made: there is no PNG text chunk {PNG_KEYWORD!r}, no EXIF ImageDescription "

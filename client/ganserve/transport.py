@@ -9,7 +9,8 @@ Every call of the SDK may be repeated: images are functions of their seeds, and 
 answer is right. What bounds the retries: the call's deadline; a patience, short with an address that never answered;
 and a budget of the client, so that retries never make a server's overload much worse.
 
-What is waited for is told to the logger `ganserve`, in level INFO.
+What is waited for is told to the logger `ganserve`: in level INFO at first, and then ever more seldom; in DEBUG each
+try.
 """
 
 import ipaddress
@@ -55,6 +56,8 @@ _PATIENCE_WITH_STRANGERS_S = 3.0  # an address that never answered is most likel
 _BUDGET = 1000.0  # retries: the calls on a lost connection all fail at once, 500 of 200 a second to two replicas
 _BUDGET_A_SECOND = 10.0
 _BUDGET_A_CALL = 0.2
+
+_TELL_AGAIN_S = 5.0  # of waiting; then whenever that has doubled
 
 _LEAST_PROBE_S = 0.05  # one with less would only say that it had no time, and not what is wrong
 
@@ -264,6 +267,7 @@ class Attempts:
         self._policy = policy
         self._failures = 0
         self._since = 0.0  # the first of them
+        self._log = WaitLog()
 
     def delay_s(self, error: GanserveError, deadline: float) -> float:
         """Return how long to wait before the call is made again; raise the error if it should not be.
@@ -290,25 +294,41 @@ class Attempts:
             if self._failures > 1:
                 error.add_text(f", tried {self._failures} times in {now - self._since:.1f} s")
             raise error
-        tell_waiting(f"{error.text}; trying again for up to {until - now:.0f} s", now + delay_s - self._since)
+        waiting_s = now + delay_s - self._since
+        self._log.waiting(f"{error.text}; trying again for up to {until - now:.0f} s", error.reason, waiting_s)
         return delay_s
 
     def over(self) -> None:
         """Note that a server has answered; tell it if that was waited for."""
         self._policy.answered = True
         if self._failures:
-            tell_answered(time.monotonic() - self._since)
+            self._log.answered(time.monotonic() - self._since)
             self._failures = 0
 
 
-def tell_waiting(text: str, waiting_s: float) -> None:
-    """Log what is waited for; `waiting_s` is for how long by the next try."""
-    _log.info(text, extra={"waiting_s": waiting_s})
+class WaitLog:
+    """Logs a wait: each try in DEBUG, but in INFO the first for each reason, and those that keep it in sight."""
 
+    def __init__(self) -> None:
+        self._begin()
 
-def tell_answered(waited_s: float) -> None:
-    """Log that the wait is over."""
-    _log.info("answered after %.1f s", waited_s, extra={"waiting_s": None})
+    def _begin(self) -> None:
+        self._reasons: set[str] = set()
+        self._again_s = _TELL_AGAIN_S
+
+    def waiting(self, text: str, reason: str, waiting_s: float) -> None:
+        """Log what is waited for; `waiting_s` is for how long by the next try."""
+        level = logging.DEBUG
+        if reason not in self._reasons or waiting_s >= self._again_s:
+            level = logging.INFO
+            self._reasons.add(reason)
+            self._again_s = max(_TELL_AGAIN_S, 2 * waiting_s)
+        _log.log(level, text, extra={"waiting_s": waiting_s})
+
+    def answered(self, waited_s: float) -> None:
+        """Log that the wait is over."""
+        _log.info("answered after %.1f s", waited_s, extra={"waiting_s": None})
+        self._begin()
 
 
 def full_jitter_s(failures: int) -> float:
@@ -323,6 +343,7 @@ class Readiness:
         self._timeout_s, self._what = timeout_s, what
         self._deadline = time.monotonic() + timeout_s
         self._tries = 0
+        self._log = WaitLog()
 
     def remaining_s(self) -> float:
         """Return what is left of the timeout, above 0."""
@@ -340,8 +361,9 @@ class Readiness:
         why = "it is there, but is not serving" if error is None else error.text
         if now + delay_s + _LEAST_PROBE_S < self._deadline:
             left_s = self._deadline - now
-            tell_waiting(
+            self._log.waiting(
                 f"{self._what} is not ready: {why}; asking again for up to {left_s:.0f} s",
+                "" if error is None else error.reason,
                 self._timeout_s - left_s + delay_s,
             )
             return delay_s
@@ -355,7 +377,7 @@ class Readiness:
     def over(self) -> None:
         """Tell that it is ready."""
         if self._tries:
-            tell_answered(self._timeout_s - (self._deadline - time.monotonic()))
+            self._log.answered(self._timeout_s - (self._deadline - time.monotonic()))
 
 
 # gRPC does not survive a fork while something of the parent is inside it: the child may hang, or crash (1.85).

@@ -20,7 +20,7 @@ from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
 
 import ganserve as sdk
-from ganserve import Client, read_provenance
+from ganserve import Client, pictures, read_provenance
 from ganserve.cli.outcome import EXIT_STATUSES
 from ganserve.v1 import generation_pb2 as pb
 
@@ -77,6 +77,23 @@ def test_a_sheet_says_how_it_was_made_and_several_labels_are_taken_in_turn(
     assert done.returncode == 0, done.stderr
     provenance = read_provenance(out)
     assert (provenance.seeds, provenance.labels) == ((3, 4, 5, 6, 7), (7, 8, 7, 8, 7))
+
+
+@pytest.mark.parametrize("name", ["digits.bmp", "{seed}.bmp"])
+def test_a_picture_that_cannot_say_how_it_was_made_is_told(server: RunningServer, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    done = ganserve("generate", "mlp-mnist", "--count", "2", "-o", out, address=server.address)
+    text = f"{out} does not say how it was made, for BMP has no place for that; PNG, JPEG, WEBP, GIF, TIFF have"
+    assert (done.returncode, done.stderr) == (0, f"ganserve: {text}\n")
+
+
+def test_every_other_picture_says_how_it_was_made(server: RunningServer, tmp_path: Path) -> None:
+    for ending in (*pictures.ENDINGS, ".jfif", ".apng"):
+        for name in ("digits", "{seed}"):
+            out = tmp_path / f"{name}{ending}"
+            done = ganserve("generate", "mlp-mnist", "--count", "1", "--seed", "5", "-o", out, address=server.address)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert read_provenance(str(out).format(seed=5)).seed == 5
 
 
 @pytest.mark.parametrize(("arguments", "pillow_format"), [((), "PNG"), (("--format", "webp"), "WEBP")])
@@ -283,6 +300,7 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
     locked.touch()
     attempts: list[tuple[list[str | Path], int, str]] = [
         (["generate", "nothing"], 1, "there is no model 'nothing'"),
+        (["health", "nothing"], 1, "no model of this name: it has cdcgan-fashion-mnist, cdcgan-mnist, dcgan-mnist"),
         (["generate", "mlp-mnist", "--version", "7"], 1, "no version 7"),
         (["generate", "cdcgan-mnist", "--label", "eleven"], 2, "no class 'eleven'"),
         (["generate", "cdcgan-fashion-mnist", "--label", "Bag", "--label", "1"], 2, "mixes indices and names"),
@@ -335,6 +353,7 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (("generate", "cdcgan-mnits"), 1, "'cdcgan-mnist'"),
         (("models", "mlp"), 1, "'mlp-mnist'"),
         (("health", "mpl-mnist"), 1, "'mlp-mnist'"),
+        (("health", "mpl-mnist", "--wait", "0.5"), 1, "'mlp-mnist'"),
         (("generate", "cdcgan-fashion-mnist", "--label", "sneeker"), 2, "'Sneaker'"),
         (("generate", "cdcgan-fashion-mnist", "--label", "Bags", "--label", "dres"), 2, "'Bag' and 'Dress'"),
         (("bench", "cdcgan-fashion-mnist", "--label", "dres"), 2, "'Dress'"),
@@ -346,6 +365,14 @@ def test_a_wrong_name_gets_a_suggestion(
     done = ganserve(*arguments, address=server.address)
     assert done.returncode == status
     assert re.search(rf"; did you mean {re.escape(meant)}\?( \(request id \w+\))?\n$", done.stderr)
+
+
+def test_the_port_of_the_metrics_is_told_from_a_server_that_is_not_there(server: RunningServer) -> None:
+    for arguments in (("models",), ("health",), ("health", "--wait", "0.5")):
+        done = ganserve(*arguments, address=server.metrics_address)
+        assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+        assert f"{server.metrics_address} answers, but not as gRPC does" in done.stderr
+        assert "is it the port of the server's metrics" in done.stderr
 
 
 def test_what_grpc_logs_stays_out_and_advice_names_flags(server: RunningServer) -> None:

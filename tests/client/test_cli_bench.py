@@ -79,8 +79,11 @@ def test_an_open_loop_counts_from_when_a_call_was_meant_to_be_sent(
 def test_refused_calls_are_counted_by_reason_and_not_made_again(start_server: Callable[..., RunningServer]) -> None:
     server = start_server("--max-queue-images", "64")
     arguments = ("bench", "mlp-mnist", "--concurrency", "16", "--count", "60", "--duration", "0.5")
-    figures = json.loads(ganserve(*arguments, "--json", address=server.address).stdout)
-    assert figures["errors"]["queue_full"] > 0
+    done = ganserve(*arguments, "--json", address=server.address)
+    figures = json.loads(done.stdout)
+    failed = figures["errors"]["queue_full"]
+    assert (done.returncode, figures["calls"] > 0) == (1, True)
+    assert done.stderr == f"ganserve: {failed:,} of {failed + figures['calls']:,} calls failed (queue_full)\n"
     assert set(figures["errors"]) == set(figures["first_errors"]) == {"queue_full"}
     assert "no room for 60 more" in figures["first_errors"]["queue_full"]
     shown = ganserve(*arguments, address=server.address).stdout

@@ -163,7 +163,7 @@ def test_what_cannot_be_made_again_is_said_in_a_line(server: RunningServer, clie
         (own, "not in the file: latents of the caller's own"),
         (gone, "no version 7"),
         (refused, "the server can't make it: there is no label 77"),
-        (text, "image"),
+        (text, "text.png: this is no image of a kind that Pillow knows"),
     ):
         done = ganserve("reproduce", path, address=server.address)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)

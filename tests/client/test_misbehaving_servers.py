@@ -40,6 +40,7 @@ from tests.client.servers import (
     until_it_fails,
     ways,
 )
+from tests.conftest import RunningServer
 from tests.wire import (
     ACK,
     DATA,
@@ -761,6 +762,28 @@ def test_waiting_until_ready_is_logged(twin: Twin, caplog: pytest.LogCaptureFixt
     assert (waiting, still) == (True, False)
 
 
+@both
+def test_a_long_wait_is_told_ever_more_seldom_and_each_try_in_debug(
+    twin: Twin, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_TELL_AGAIN_S", 0.2)
+    monkeypatch.setattr(transport, "_LONGEST_DELAY_S", 0.02)
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if number % 2:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"what was wrong, {number} times")
+        return serving_status(2)
+
+    with serving(behave) as (address, servicer):
+        with caplog.at_level("DEBUG", "ganserve"), pytest.raises(DeadlineExceededError):
+            ask(twin, address, "wait_until_ready", 2, model="any")
+        tries = [record for record in caplog.records if hasattr(record, "waiting_s")]
+        told = [record.waiting_s for record in tries if record.levelname == "INFO"]
+    assert len(tries) == len(servicer.requests) - 1 > 20
+    assert 2 + 2 <= len(told) <= 2 + 4  # each reason once; then after 0.2 s, 0.4, 0.8 and 1.6
+    assert all(later >= 2 * sooner for sooner, later in itertools.pairwise(told[2:]))
+
+
 # Names that are nearly right.
 
 
@@ -928,7 +951,7 @@ def test_what_is_no_http2_is_unavailable(twin: Twin, said: bytes, monkeypatch: p
         connection.sendall(said)
         _read_until_the_end(connection)
 
-    with gate(handle) as door, pytest.raises(UnavailableError, match=door.address):
+    with gate(handle) as door, pytest.raises(UnavailableError, match=f"{door.address} answers, but not as gRPC"):
         ask(twin, door.address, "models", timeout_s=WAIT_S)
 
 
@@ -1019,11 +1042,25 @@ def test_waiting_until_ready_ends_when_it_is(twin: Twin) -> None:
             context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
         if number == 1:
             context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
-        return serving_status(2 if number == 2 else 1)
+        if number == 2:
+            return pb.ListModelsResponse()
+        return serving_status(2 if number == 3 else 1)
 
     with serving(behave) as (address, servicer):
         ask(twin, address, "wait_until_ready", WAIT_S, model="any")
-    assert [request.service for request in servicer.requests] == ["any"] * 4
+    names = [getattr(request, "service", "which there are") for request in servicer.requests]
+    assert names == ["any", "any", "which there are", "any", "any"]
+
+
+@both
+def test_who_waits_for_a_model_of_another_name_is_told_so_meanwhile(
+    twin: Twin, server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    meant = "it has cdcgan-fashion-mnist, cdcgan-mnist, dcgan-mnist, mlp-mnist; did you mean 'mlp-mnist'?"
+    with caplog.at_level("INFO", "ganserve"), pytest.raises(DeadlineExceededError) as caught:
+        ask(twin, server.address, "wait_until_ready", 0.5, model="mpl-mnist")
+    assert meant in waits(caplog)[0][0]
+    assert str(caught.value).endswith(meant)
 
 
 @both

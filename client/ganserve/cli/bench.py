@@ -7,6 +7,7 @@ omitted, in step with the server: "coordinated omission", G. Tene, 2013).
 """
 
 import asyncio
+import sys
 import threading
 import time
 from collections import Counter
@@ -82,7 +83,7 @@ def bench(
     *,
     connection: Connection,
 ) -> None:
-    """Measure how fast the server makes images, over one connection.
+    """Measure how fast the server makes images, over one connection: exit status 1 if a call failed.
 
     Latencies of --rate count from when a call was meant to be sent. Example: ganserve bench cdcgan-mnist --rate 200
     """
@@ -106,7 +107,10 @@ def bench(
                 print_json(figures)
             else:
                 print(_report(figures, np.array(record.latencies_s)))
-    if not record.latencies_s:
+    if failed := record.errors.total():
+        calls = failed + len(record.latencies_s)
+        print(f"ganserve: {failed:,} of {calls:,} calls failed ({', '.join(record.errors)})", file=sys.stderr)
+    if failed or not record.latencies_s:
         raise typer.Exit(ExitStatus.NO)
 
 

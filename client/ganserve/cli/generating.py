@@ -1,5 +1,6 @@
 """`ganserve generate` and `ganserve interpolate`: images as a picture, as a file each, animated, or into a pipe."""
 
+import sys
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -89,6 +90,10 @@ def generate(
         content = encoded(batch.sheet(columns, scale=scale), pillow_format)
         write_picture(out, content)
         files = [out]
+    if pillow_format not in pictures.WITH_PROVENANCE:
+        known = ", ".join(pictures.WITH_PROVENANCE)
+        text = f"{out} does not say how it was made, for {pillow_format} has no place for that; {known} have"
+        print(f"ganserve: {text}", file=sys.stderr)
     if as_json:
         print_json({"files": files, **described(batch)})
     elif out != STDOUT:

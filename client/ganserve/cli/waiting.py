@@ -21,13 +21,15 @@ class _Teller(logging.Handler):
     """Tells what the SDK logs of waiting."""
 
     def __init__(self) -> None:
-        super().__init__(logging.INFO)
+        super().__init__()
         self.bar: Callable[[str], None] | None = None  # shows the text beside a progress bar, "" none
         self._status: Status | None = None
         self._told = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        waiting_s: float | None = getattr(record, "waiting_s", None)
+        if not hasattr(record, "waiting_s"):
+            return
+        waiting_s: float | None = record.waiting_s
         text = "" if waiting_s is None else " ".join(record.getMessage().split())
         with suppress(OSError):  # nobody need read it
             if self.bar is not None:
@@ -63,7 +65,7 @@ _teller = _Teller()
 @contextmanager
 def told() -> Iterator[None]:
     """Tell what is waited for."""
-    _log.setLevel(logging.INFO)
+    _log.setLevel(logging.DEBUG)  # each try: a terminal shows how long is left
     _log.addHandler(_teller)
     try:
         yield
