@@ -41,9 +41,12 @@ async def async_client(server: RunningServer) -> AsyncIterator[AsyncClient]:
 
 
 def test_the_twins_have_the_same_methods() -> None:
-    def public(kind: type) -> dict[str, list[str]]:
+    def public(kind: type) -> dict[str, list[Any]]:
         methods = {name: method for name, method in inspect.getmembers(kind, callable) if not name.startswith("_")}
-        return {name: list(inspect.signature(method).parameters) for name, method in methods.items()}
+        return {
+            name: [(each.name, each.kind, each.default) for each in inspect.signature(method).parameters.values()]
+            for name, method in methods.items()
+        }
 
     assert public(Client) == public(AsyncClient)
 

@@ -1,30 +1,45 @@
 import pickle
 import re
 import string
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from tests.client.servers import serving
 
 import ganserve
 from ganserve import GanserveError, InvalidRequestError, OverloadedError, UnavailableError, errors
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+
+End = Callable[..., grpc.RpcError]
 
 
-class FakeRpcError(grpc.RpcError):
-    def __init__(
-        self, code: grpc.StatusCode, *trailer: tuple[str, str | bytes], details: str = "what was wrong"
-    ) -> None:
-        self._code, self._trailer, self._details = code, trailer, details
+@pytest.fixture(scope="module")
+def end() -> Iterator[End]:
+    """Give the error of a call that a server ends with this status, text and trailing metadata."""
+    ends: list[tuple[grpc.StatusCode, tuple[tuple[str, str | bytes], ...], str]] = []
 
-    def code(self) -> grpc.StatusCode:
-        return self._code
+    def behave(number: int, request: Any, context: Any) -> None:
+        code, trailer, said = ends[number]
+        context.set_trailing_metadata(trailer)
+        context.abort(code, said)
 
-    def details(self) -> str:
-        return self._details
+    with serving(behave) as (address, _), grpc.insecure_channel(address) as channel:
+        call = pb_grpc.GenerationServiceStub(channel).GenerateImages
 
-    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        return self._trailer
+        def ended(
+            code: grpc.StatusCode, *trailer: tuple[str, str | bytes], said: str = "what was wrong"
+        ) -> grpc.RpcError:
+            ends.append((code, trailer, said))
+            with pytest.raises(grpc.RpcError) as caught:
+                call(pb.GenerateImagesRequest())
+            return caught.value
+
+        yield ended
 
 
 def details(message: error_details_pb2.RetryInfo | error_details_pb2.ErrorInfo) -> tuple[str, bytes]:
@@ -34,8 +49,8 @@ def details(message: error_details_pb2.RetryInfo | error_details_pb2.ErrorInfo) 
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
-def test_every_status_has_an_exception(code: grpc.StatusCode) -> None:
-    error = errors.translate(FakeRpcError(code, ("x-request-id", "id-1")), "here:1")
+def test_every_status_has_an_exception(end: End, code: grpc.StatusCode) -> None:
+    error = errors.translate(end(code, ("x-request-id", "id-1")), "here:1")
     assert isinstance(error, GanserveError)
     assert type(error) is not GanserveError
     assert (error.code, error.request_id) == (code, "id-1")
@@ -43,34 +58,34 @@ def test_every_status_has_an_exception(code: grpc.StatusCode) -> None:
     assert error.reason
 
 
-def test_the_server_may_name_the_reason() -> None:
+def test_the_server_may_name_the_reason(end: End) -> None:
     info = error_details_pb2.ErrorInfo(reason="queue_full")
-    error = errors.translate(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, details(info)), "here:1")
+    error = errors.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED, details(info)), "here:1")
     assert error.reason == "queue_full"
-    assert errors.translate(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED), "here:1").reason == "overloaded"
+    assert errors.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED), "here:1").reason == "overloaded"
 
 
-def test_an_error_of_the_server_asks_to_be_reported_with_its_id() -> None:
-    error = errors.translate(FakeRpcError(grpc.StatusCode.INTERNAL, ("x-request-id", "id-1")), "here:1")
+def test_an_error_of_the_server_asks_to_be_reported_with_its_id(end: End) -> None:
+    error = errors.translate(end(grpc.StatusCode.INTERNAL, ("x-request-id", "id-1")), "here:1")
     assert "id-1" in str(error)
 
 
-def test_an_overloaded_server_says_when_to_come_back() -> None:
+def test_an_overloaded_server_says_when_to_come_back(end: End) -> None:
     retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=250_000_000))
-    error = errors.translate(FakeRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, details(retry)), "here:1")
+    error = errors.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED, details(retry)), "here:1")
     assert isinstance(error, OverloadedError)
     assert error.retry_after_s == pytest.approx(0.25)
 
 
-def test_unreadable_details_do_not_hide_the_error() -> None:
+def test_unreadable_details_do_not_hide_the_error(end: End) -> None:
     broken = ("grpc-status-details-bin", b"\xff\xff\xff")
-    error = errors.translate(FakeRpcError(grpc.StatusCode.INVALID_ARGUMENT, broken), "here:1")
+    error = errors.translate(end(grpc.StatusCode.INVALID_ARGUMENT, broken), "here:1")
     assert isinstance(error, InvalidRequestError)
     assert error.field is None
 
 
-def test_an_unreachable_server_is_named_with_what_to_do() -> None:
-    error = errors.translate(FakeRpcError(grpc.StatusCode.UNAVAILABLE), "here:1")
+def test_an_unreachable_server_is_named_with_what_to_do(end: End) -> None:
+    error = errors.translate(end(grpc.StatusCode.UNAVAILABLE), "here:1")
     assert isinstance(error, UnavailableError)
     assert "here:1" in str(error)
     assert "GANSERVE_ADDRESS" in str(error)
@@ -85,6 +100,7 @@ def test_the_docstring_draws_every_exception() -> None:
     assert {kind.__name__ for kind in defined} <= set(ganserve.__all__)
 
 
+SETTINGS = "Failed parsing HTTP/2 (Expected SETTINGS frame as the first frame"
 BACKENDS = "connections to all backends failing; last error: "
 SSL = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"
 
@@ -141,17 +157,16 @@ def test_what_grpc_says_of_a_connection_is_cut_down_to_what_happened(said: str, 
     assert errors.in_words(said) == words
 
 
-def test_a_text_of_the_server_is_left_as_it_is() -> None:
+def test_a_text_of_the_server_is_left_as_it_is(end: End) -> None:
     said = "Stream removed (as you asked)."
-    error = errors.translate(
-        FakeRpcError(grpc.StatusCode.INVALID_ARGUMENT, ("x-request-id", "id-1"), details=said), "here:1"
-    )
+    error = errors.translate(end(grpc.StatusCode.INVALID_ARGUMENT, ("x-request-id", "id-1"), said=said), "here:1")
     assert str(error) == said
 
 
 TROUBLES = [
     (grpc.StatusCode.UNAVAILABLE, "Connection refused", "Client(address)", "--address"),
     (grpc.StatusCode.UNAVAILABLE, "Socket closed", "tls=True", "--tls"),
+    (grpc.StatusCode.UNAVAILABLE, f"{SETTINGS}, got frame type 79)", "Client(address)", "--address"),
     (grpc.StatusCode.UNAVAILABLE, f"{SSL}WRONG_VERSION_NUMBER: OK", "tls=False", "--no-tls"),
     (grpc.StatusCode.UNAVAILABLE, f"{SSL}CERTIFICATE_VERIFY_FAILED: OK", "ca_file", "--ca-file"),
     (grpc.StatusCode.UNAUTHENTICATED, "who are you?", "Client(token=…)", "--token"),
@@ -161,9 +176,9 @@ TROUBLES = [
 
 @pytest.mark.parametrize(("code", "said", "argument", "flag"), TROUBLES)
 def test_advice_names_arguments_or_the_programs_flags(
-    code: grpc.StatusCode, said: str, argument: str, flag: str
+    end: End, code: grpc.StatusCode, said: str, argument: str, flag: str
 ) -> None:
-    error = errors.translate(FakeRpcError(code, details=said), "here:1")
+    error = errors.translate(end(code, said=said), "here:1")
     assert argument in str(error)
     assert flag not in str(error)
     assert flag in error.told(errors.FLAGS)
@@ -172,17 +187,17 @@ def test_advice_names_arguments_or_the_programs_flags(
         assert not re.search(r"\bOK\b|\.;|[{}]", text)
 
 
-def test_advice_names_nothing_that_has_no_name() -> None:
+def test_advice_names_nothing_that_has_no_name(end: End) -> None:
     assert errors.FLAGS.keys() == errors._ARGUMENTS.keys()
     named = set()
     for code, said, _, _ in TROUBLES:
-        advice = errors.translate(FakeRpcError(code, details=said), "here:1").advice
+        advice = errors.translate(end(code, said=said), "here:1").advice
         named |= {name for _, name, _, _ in string.Formatter().parse(advice) if name}
     assert named == errors.FLAGS.keys()
 
 
-def test_an_error_can_go_to_another_process() -> None:
-    error = errors.translate(FakeRpcError(grpc.StatusCode.UNAUTHENTICATED, ("x-request-id", "id-1")), "here:1")
+def test_an_error_can_go_to_another_process(end: End) -> None:
+    error = errors.translate(end(grpc.StatusCode.UNAUTHENTICATED, ("x-request-id", "id-1")), "here:1")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.code, again.reason) == (type(error), str(error), error.code, error.reason)
     assert again.told(errors.FLAGS) == error.told(errors.FLAGS)
