@@ -89,12 +89,13 @@ async def _work(parent: Parent, settings: ServerSettings, stop: asyncio.Event, r
     for module in ("lifecycle", "repository"):
         logging.getLogger(f"ganserve_server.{module}").addFilter(lambda line: line.msg not in _ALIKE or parent.tells)
     security = Security(settings, metrics, Buckets(parent.buckets))
-    try:
-        await serve_models(settings, stop, reload, parent.sockets, metrics, security, parent)
-    except StartError as error:
-        if parent.tells:
-            raise
-        raise SystemExit(1) from error
+    with contextlib.closing(parent):
+        try:
+            await serve_models(settings, stop, reload, parent.sockets, metrics, security, parent)
+        except StartError as error:
+            if parent.tells:
+                raise
+            raise SystemExit(1) from error
 
 
 async def _serve_alone(
@@ -148,6 +149,8 @@ async def _supervise(
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
             return  # nobody was served yet
         facts, _ = starting.result()
         if facts is None:

@@ -65,8 +65,15 @@ class CallRecorder:
         """Count a connection that ended in the TLS handshake, and log it."""
         reason = failure(error)
         self._metrics.tls_failures.labels(reason).inc()
-        if self._access_log == "all" or (self._access_log == "errors" and self._tls_failed.have_room(reason)):
+        if reason == CLOSED or self._access_log == "off":
+            return
+        if self._access_log == "all" or self._tls_failed.have_room(reason):
             tell_tls_failure(error, peer)
+
+    def close(self) -> None:
+        """Say what is left to say."""
+        self._failed.tell()
+        self._tls_failed.tell()
 
     def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
         method, model = _method(path), model or OTHER
@@ -111,11 +118,12 @@ class _Lines:
     def have_room(self, kind: str) -> bool:
         """Tell whether there may be one more."""
         if not self._asked:
-            asyncio.get_running_loop().call_later(1.0, self._begin_anew)
+            asyncio.get_running_loop().call_later(1.0, self.tell)
         self._asked[kind] += 1
         return self._asked[kind] <= _MOST_LINES
 
-    def _begin_anew(self) -> None:
+    def tell(self) -> None:
+        """Say how many more there would have been, and begin anew."""
         for kind, asked in self._asked.items():
             if asked > _MOST_LINES:
                 _log.warning(self._event, extra={self._label: kind, "count": asked - _MOST_LINES})

@@ -51,7 +51,7 @@ _CLOSE_GRACE_S = 1.0
 _AGED_GRACE_S = 2 * GOAWAY_GRACE_S
 _HANDSHAKE_TIMEOUT_S = 10.0
 _BACKLOG = 1024
-# In which a worker with fewer connections takes the next; if it does not for so long, or so often, it cannot.
+# In which a worker with fewer connections takes the next; if none of those does for so long, they cannot.
 _YIELD_S, _PATIENCE_S = 0.001, 0.05
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
 _KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
@@ -619,7 +619,10 @@ class GrpcServer:
         self._listening: list[socket] = []
         self._accepted = 0  # sockets that are not closed yet
         self._board = board
+        self._taken = 0  # since the start
         self._yielding_since = self._yielded = 0.0
+        self._yielding_to: dict[int, int] = {}  # workers, with the connections that each had taken by then
+        self._stuck: dict[int, int] = {}  # likewise, those that took none, until they do
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
         self._id_prefix = uuid.uuid4().hex[:24]
@@ -744,7 +747,7 @@ class GrpcServer:
             call.fail(error)
 
     def _accept(self, listening: socket) -> None:
-        """Take one connection, if no other worker has fewer: the one that has is woken too."""
+        """Take one connection, if no other worker that can has fewer: the one that has is woken too."""
         pause_s = 0.0
         if self._yields():
             pause_s = _YIELD_S
@@ -762,6 +765,7 @@ class GrpcServer:
                     return
                 accepted.setblocking(False)
                 self._accepted += 1
+                self._taken += 1
                 self._count_connections()
                 task = self.loop.create_task(self._adopt(accepted, _address(place)))
                 self._tasks.add(task)
@@ -772,13 +776,20 @@ class GrpcServer:
 
     def _yields(self) -> bool:
         """Tell whether to leave the next connection to a worker that has fewer."""
-        if self._board is None or self._board.may_accept():
+        if self._board is None:
             return False
-        now = self.loop.time()
-        if now - self._yielded > 2 * _PATIENCE_S:
-            self._yielding_since = now
+        now, taken, before = self.loop.time(), self._board.accepted(), self._yielding_to
+        stuck = [worker for worker, count in self._stuck.items() if taken[worker] == count]
+        self._yielding_to = {worker: taken[worker] for worker in self._board.with_fewest(stuck)}
+        pause = now - self._yielded > 2 * _PATIENCE_S
+        if pause or not before or any(taken[worker] != count for worker, count in before.items()):
+            self._yielding_since = now  # for another connection than then
         self._yielded = now
-        return now - self._yielding_since < _PATIENCE_S
+        if now - self._yielding_since < _PATIENCE_S:
+            return bool(self._yielding_to)
+        self._stuck |= self._yielding_to
+        self._yielding_to = {}
+        return True  # there may be others
 
     def _accept_again(self, listening: socket) -> None:
         if listening in self._listening:
@@ -835,6 +846,7 @@ class GrpcServer:
     def _count_connections(self) -> None:
         if self._board is not None:
             self._board.set_connections(self._accepted)
+            self._board.set_accepted(self._taken)
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
         self.running += 1

@@ -1,6 +1,7 @@
 """One process's work: its models, their queues, and the calls it answers."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import logging
@@ -107,7 +108,7 @@ async def serve_models(
     gc.freeze()
     if parent:
         parent.tell(facts)
-        tasks.append(asyncio.create_task(parent.follow(stop, functools.partial(_answer, lifecycle, security))))
+        following = asyncio.create_task(parent.follow(stop, functools.partial(_answer, lifecycle, security)))
     else:
         on_serving(facts, lifecycle)
     await stop.wait()
@@ -116,9 +117,16 @@ async def serve_models(
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    if parent is None or not parent.gone:  # else the address is to be free at once, for the server that comes instead
+    if parent is None:
         await asyncio.sleep(settings.drain_delay_s)
+    else:
+        with contextlib.suppress(TimeoutError):  # without it the address is to be free at once, for the next server
+            await asyncio.wait_for(parent.gone.wait(), settings.drain_delay_s)
     await server.drain(settings.drain_timeout_s)
+    if parent is not None:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+    recorder.close()
     if tracing is not None:
         await tracing.close()
     await lifecycle.close()

@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ from ganserve_server.tokens import BUCKETS_BYTES
 _log = logging.getLogger(__name__)
 
 WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
-_CELL, _CELLS = 8, 4  # bytes; of one worker: its connections, its running batches, its running calls, its models
+_CELL = 8  # bytes
+_CELLS = 5  # of one worker: its connections, its running batches, its running calls, its models, what it has accepted
 _ABSENT = 1 << 60  # connections of a worker that cannot take any
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
 _LOOK_EVERY_S, _LONGEST_WAIT_S = 0.005, 5.0
+_LONGEST_LINE = 64 << 20  # bytes: a message of gRPC's in JSON, or what there is to say of 200 000 versions
 
 
 class Board:
@@ -69,6 +71,10 @@ class Board:
         """Say how many models this worker serves."""
         self._cells[self._mine * _CELLS + 3] = count
 
+    def set_accepted(self, connections: int) -> None:
+        """Say how many connections this worker has taken since it started."""
+        self._cells[self._mine * _CELLS + 4] = connections
+
     def load(self) -> tuple[int, int]:
         """Add up the connections and the calls of all workers that are there."""
         cells = self._cells
@@ -80,10 +86,17 @@ class Board:
         cells = self._cells
         return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
 
-    def may_accept(self) -> bool:
-        """Tell whether no other worker has fewer connections."""
-        mine = self._cells[self._mine * _CELLS]
-        return all(self._cells[other * _CELLS] >= mine for other in self._others)
+    def with_fewest(self, without: Collection[int]) -> list[int]:
+        """Return those of the others, without some, that have the fewest connections, if this one has more."""
+        connections = {other: self._cells[other * _CELLS] for other in self._others if other not in without}
+        fewest = min(connections.values(), default=_ABSENT)
+        if fewest >= self._cells[self._mine * _CELLS]:
+            return []
+        return [other for other, count in connections.items() if count == fewest]
+
+    def accepted(self) -> list[int]:
+        """Return how many connections each worker has taken since it started."""
+        return [self._cells[worker * _CELLS + 4] for worker in range(self.workers)]
 
     @property
     def leads(self) -> bool:
@@ -134,9 +147,10 @@ class Parent:
         self.buckets: int = given["buckets"]  # memory of the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
         self._tells_at_start: bool = given["tells"]  # of those that start together, one does
-        self.gone = False
+        self.gone = asyncio.Event()
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
+        self._folder: str = given["folder"]
 
     @property
     def tells(self) -> bool:
@@ -145,11 +159,11 @@ class Parent:
 
     async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
         """Do what the supervisor asks; drain if it is gone."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=_LONGEST_LINE)
         with suppress(OSError):
-            while line := await reader.readline():
+            while (line := await reader.readline()).endswith(b"\n"):
                 self.tell(await answer(json.loads(line)))
-        self.gone = True
+        self.gone.set()
         stop.set()
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -160,6 +174,11 @@ class Parent:
                 self._channel.sendall(line)
         else:
             self._writer.write(line)
+
+    def close(self) -> None:
+        """Remove the metrics' files, if the supervisor is gone, whose they are."""
+        if self.gone.is_set():
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class _Worker:
@@ -175,7 +194,7 @@ class _Worker:
     async def ready(self) -> dict[str, Any] | None:
         """Wait until it serves; None if it ended before."""
         async with self._asking:  # what it is asked meanwhile waits
-            self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel)
+            self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=_LONGEST_LINE)
             return await self._read()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -195,7 +214,7 @@ class _Worker:
 
     async def _read(self) -> dict[str, Any] | None:
         with suppress(OSError):
-            if line := await self._reader.readline():
+            if (line := await self._reader.readline()).endswith(b"\n"):  # else it ended before, or meanwhile
                 message: dict[str, Any] = json.loads(line)
                 return message
         return None
@@ -302,6 +321,7 @@ class Supervisor:
             "channel": theirs.fileno(),
             "unloaded": sorted(self.unloaded),
             "tells": tells,
+            "folder": str(self._folder),
         }
         environment = {
             **os.environ,

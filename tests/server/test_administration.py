@@ -96,6 +96,34 @@ def test_a_model_that_is_not_there_is_not_found(call: str, running: RunningServe
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.parametrize("call", ["LoadModel", "UnloadModel"])
+def test_a_name_of_any_length_is_answered_and_so_is_what_comes_after(call: str, running: RunningServer) -> None:
+    with administration(running) as stub:
+        with pytest.raises(grpc.RpcError) as caught:
+            getattr(stub, call)(getattr(pb, f"{call}Request")(model="\1" * (4_000_000)), timeout=30)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert len(stub.ReloadModels(pb.ReloadModelsRequest(), timeout=30).versions) == 2
+
+
+def test_of_however_many_versions_all_are_told(running: RunningServer, repository: Path) -> None:
+    for number in range(2, 800):
+        (repository / "mlp-mnist" / str(number)).mkdir()
+    with administration(running) as stub:
+        assert len(stub.ReloadModels(pb.ReloadModelsRequest(), timeout=30).versions) == 800
+
+
+def test_a_worker_that_drains_alone_holds_up_no_operator(start_server: Start, repository: Path) -> None:
+    flags = ("--workers=2", "--drain-delay-s=600", "--reload=off", "--admin-address=127.0.0.1:0")
+    running = start_server(*flags, "--models", repository)
+    os.kill(workers_of(running)[0], signal.SIGTERM)
+    serves = True
+    while serves:  # those that ask are spread over both
+        with Client(running.address) as client:
+            serves = client.health()
+    with administration(running) as stub:
+        assert len(stub.ReloadModels(pb.ReloadModelsRequest(), timeout=30).versions) == 2
+
+
 def test_tritons_calls_do_the_same(running: RunningServer) -> None:
     operator, caller = triton.InferenceServerClient(running.admin_address), Client(running.address)
     with operator, caller:

@@ -125,6 +125,16 @@ def test_callers_who_trust_another_authority_or_speak_no_tls_get_no_answer(
     assert not [name for name in scrape(running) if "expiry" in name and "client_ca" in name]
 
 
+def test_peers_that_only_look_are_not_logged(start_server: Start, with_tls: tuple[str, ...]) -> None:
+    running = start_server(*with_tls)
+    host, _, port = running.address.rpartition(":")
+    for _ in range(300):
+        socket.create_connection((host, int(port))).close()
+    wait_for_sample(running, 'ganserve_tls_failures_total{reason="closed"}', lambda count: count == 300)
+    assert running.stop() == 0
+    assert running.events.get(timeout=30)["event"] == "draining"
+
+
 def test_a_connection_by_tls_costs_little_memory(start_server: Start, with_tls: tuple[str, ...], ca_file: str) -> None:
     running = start_server(*with_tls)
     context = ssl.create_default_context(cafile=ca_file)

@@ -781,6 +781,21 @@ async def test_failed_calls_do_not_flood_the_log(start_server: Start) -> None:
     assert seen["INVALID_ARGUMENT"] == 1  # of another kind
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_calls_that_failed_just_before_the_end_are_counted_in_the_log(workers: str, start_server: Start) -> None:
+    running, failed = start_server("--workers", workers), 500
+    with grpc.insecure_channel(running.address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        calls = [stub.GenerateImages.future(pb.GenerateImagesRequest(model="nothing")) for _ in range(failed)]
+        assert {call.code() for call in calls} == {grpc.StatusCode.NOT_FOUND}
+    assert running.stop() == 0
+    counted = 0
+    while counted < failed:
+        line = running.events.get(timeout=30)
+        counted += line["count"] if line["event"] == "calls not logged" else line["event"] == "call"
+    assert counted == failed
+
+
 def test_no_call_is_logged_where_that_is_turned_off(start_server: Start) -> None:
     running = start_server("--access-log", "off")
     with Client(running.address) as client, pytest.raises(GanserveError):

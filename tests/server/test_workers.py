@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def workers_of(running: RunningServer) -> list[int]:
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def threads_of(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/task").glob("*/stat"))
 
 
 def number_of(pid: int) -> int | None:
@@ -123,6 +128,40 @@ async def test_connections_are_spread_evenly_and_counters_are_true_sums(start_se
     assert sum(name.startswith("ganserve_model_info{") and value == 1 for name, value in samples.items()) == 4
 
 
+def connect(address: str) -> socket.socket:
+    """Open a connection, and wait until the server has greeted it."""
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+    assert connection.recv(9)
+    return connection
+
+
+def test_connections_that_come_all_the_time_are_spread_evenly(start_server: Start) -> None:
+    running = start_server("--workers", "3")
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(connect(running.address))
+        counts = [connections_of(pid, int(running.address.rpartition(":")[2])) for pid in workers_of(running)]
+    assert sum(counts) == 300
+    assert max(counts) - min(counts) <= 15
+
+
+def test_a_worker_that_stands_still_is_waited_for_once(start_server: Start) -> None:
+    running = start_server("--workers", "3")
+    os.kill(workers_of(running)[0], signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(connect(running.address))
+            time.sleep(0.2)  # what comes long after is not waited with either
+        started = time.monotonic()
+        for _ in range(6):
+            stack.enter_context(connect(running.address))
+        counts = [connections_of(pid, int(running.address.rpartition(":")[2])) for pid in workers_of(running)]
+    assert counts == [0, 6, 6]
+    assert time.monotonic() - started < 0.2
+
+
 async def test_a_killed_worker_is_replaced_while_the_others_serve(start_server: Start) -> None:
     running = start_server("--workers", "2")
     first, second = workers_of(running)
@@ -191,12 +230,27 @@ def test_sighup_reloads_in_every_worker(start_server: Start, tmp_path: Path) -> 
     assert events == ["model loaded", "model unloaded", "draining", "stopped"]  # told once, and nothing else
 
 
-def test_workers_end_at_once_when_their_supervisor_is_killed(start_server: Start) -> None:
+@pytest.mark.parametrize("draining", [False, True])
+def test_workers_end_at_once_when_their_supervisor_does(
+    draining: bool, start_server: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     running = start_server("--workers", "2", "--drain-delay-s", "600")
     pids = [os.pidfd_open(pid) for pid in workers_of(running)]
-    running.process.kill()
+    if draining:
+        running.process.terminate()
+        with Client(running.address) as client:
+            while client.health():
+                pass  # a worker knows it
+        running.process.terminate()
+    else:
+        running.process.kill()
+    ended = [wait_for_end(descriptor) for descriptor in pids]
     for descriptor in pids:
-        assert wait_for_end(descriptor), "a worker lives on"
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    assert all(ended), "a worker lives on"
+    assert not list(tmp_path.iterdir())
 
 
 def wait_for_end(descriptor: int) -> bool:
@@ -208,8 +262,12 @@ def wait_for_end(descriptor: int) -> bool:
 def test_sigterm_ends_a_start() -> None:
     with halfway() as (process, pids):
         ends = [os.pidfd_open(pid) for pid in pids]
+        while any(file.read_text().rpartition(")")[2].split()[0] != "S" for file in threads_of(process.pid)):
+            pass  # until it only waits for them
         process.terminate()
-        assert process.wait(30) == 0
+        _, told = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert [json.loads(line)["event"] for line in told.splitlines()] == ["stopped"]
         for descriptor in ends:
             assert wait_for_end(descriptor), "a worker lives on"
 
