@@ -234,10 +234,13 @@ ROWS = {
         Panel("Connections", "none", {"{{instance}}": f"ganserve_connections{{{REPLICAS}}}"}),
         Panel("Calls that run", "none", {"{{instance}}": f"ganserve_calls{{{REPLICAS}}}"}),
         Panel(
-            "Connections ended for their age",
+            "Connections ended for their age, or turned away",
             "none",
-            {"{{instance}}": rate("ganserve_connections_aged_total", "instance", REPLICAS)},
-            "A second (--max-connection-age-s).",
+            {
+                "{{instance}}, aged": rate("ganserve_connections_aged_total", "instance", REPLICAS),
+                "{{instance}}, turned away": rate("ganserve_connections_turned_away_total", "instance", REPLICAS),
+            },
+            "A second (--max-connection-age-s, --max-connections).",
         ),
     ],
     "Processes": [

@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError
 
 from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, Unavailable, status_details
 from ganserve_server.http2 import GOAWAY_GRACE_S, PROTOCOL_ERROR, Backlog, Connection, Fields, Stream, literal
-from ganserve_server.workers import Board
+from ganserve_server.workers import Board, Turns
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ _CLOSE_GRACE_S = 1.0
 _AGED_GRACE_S = 2 * GOAWAY_GRACE_S
 _HANDSHAKE_TIMEOUT_S = 10.0
 _BACKLOG = 1024
-# In which a worker with fewer connections takes the next; if none of those does for so long, they cannot.
-_YIELD_S, _PATIENCE_S = 0.001, 0.05
+_YIELD_S = 0.001  # in which a worker with fewer connections takes the next
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
 _KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
 _HOLDS_MUCH = 64 << 10  # bytes of an unfinished request
@@ -565,7 +564,8 @@ class GrpcServer:
     Args:
         on_finished: called at each call's end, with its status and text.
         on_refused: called before it with the error, for those that end with one.
-        max_connections: at a time; one more is told so and closed.
+        max_connections: at a time; one more is closed at once.
+        on_turned_away: called for each of those.
         max_streams: calls at a time on one connection; a client keeps more waiting on its side.
         max_request_bytes: in one message; as given, a thousand latents of a thousand values.
         unawaited_services: whose calls are not for metrics, and are cut off by a drain.
@@ -599,6 +599,7 @@ class GrpcServer:
         on_tls_failure: Callable[[OSError, str], None] = lambda *_: None,
         max_connection_age_s: float = 0.0,
         on_aged: Callable[[], None] = lambda: None,
+        on_turned_away: Callable[[], None] = lambda: None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.methods: dict[str, Method] = {}
@@ -612,17 +613,15 @@ class GrpcServer:
         self._unawaited_services, self._unguarded_services = unawaited_services, unguarded_services
         self.guard, self._tls, self._on_tls_failure = guard, tls, on_tls_failure
         self._max_connection_age_s, self._on_aged = max_connection_age_s, on_aged
-        self._max_connections, self._max_streams = max_connections, max_streams
+        self._max_connections, self._on_turned_away = max_connections, on_turned_away
+        self._max_streams = max_streams
         self._connections: set[Connection[Head]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
         self._listening: list[socket] = []
         self._accepted = 0  # sockets that are not closed yet
         self._board = board
-        self._taken = 0  # since the start
-        self._yielding_since = self._yielded = 0.0
-        self._yielding_to: dict[int, int] = {}  # workers, with the connections that each had taken by then
-        self._stuck: dict[int, int] = {}  # likewise, those that took none, until they do
+        self._turns = None if board is None else Turns(board)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
         self._id_prefix = uuid.uuid4().hex[:24]
@@ -749,7 +748,7 @@ class GrpcServer:
     def _accept(self, listening: socket) -> None:
         """Take one connection, if no other worker that can has fewer: the one that has is woken too."""
         pause_s = 0.0
-        if self._yields():
+        if self._turns is not None and not self._turns.mine():
             pause_s = _YIELD_S
         else:
             try:
@@ -760,12 +759,16 @@ class GrpcServer:
                 _log.error("a connection cannot be accepted", extra={"reason": str(error)})
                 pause_s = _ACCEPT_PAUSE_S
             else:
-                if self._tls is not None and self._accepted >= self._max_connections:
-                    accepted.close()  # to tell it why would cost a handshake
+                if self._turns is not None:
+                    self._turns.take()
+                if self._accepted >= self._max_connections:
+                    # Without a word: gRPC's clients would take a GOAWAY for a connection that was there, and connect
+                    # again at once, thousands of times a second.
+                    accepted.close()
+                    self._on_turned_away()
                     return
                 accepted.setblocking(False)
                 self._accepted += 1
-                self._taken += 1
                 self._count_connections()
                 task = self.loop.create_task(self._adopt(accepted, _address(place)))
                 self._tasks.add(task)
@@ -773,23 +776,6 @@ class GrpcServer:
         if pause_s:
             self.loop.remove_reader(listening)
             self.loop.call_later(pause_s, self._accept_again, listening)
-
-    def _yields(self) -> bool:
-        """Tell whether to leave the next connection to a worker that has fewer."""
-        if self._board is None:
-            return False
-        now, taken, before = self.loop.time(), self._board.accepted(), self._yielding_to
-        stuck = [worker for worker, count in self._stuck.items() if taken[worker] == count]
-        self._yielding_to = {worker: taken[worker] for worker in self._board.with_fewest(stuck)}
-        pause = now - self._yielded > 2 * _PATIENCE_S
-        if pause or not before or any(taken[worker] != count for worker, count in before.items()):
-            self._yielding_since = now  # for another connection than then
-        self._yielded = now
-        if now - self._yielding_since < _PATIENCE_S:
-            return bool(self._yielding_to)
-        self._stuck |= self._yielding_to
-        self._yielding_to = {}
-        return True  # there may be others
 
     def _accept_again(self, listening: socket) -> None:
         if listening in self._listening:
@@ -819,7 +805,7 @@ class GrpcServer:
             on_lost=self._lost,
         )
 
-    def _made(self, connection: Connection[Head]) -> bool:
+    def _made(self, connection: Connection[Head]) -> None:
         self._connections.add(connection)
         self._empty.clear()
         if self._draining:
@@ -827,7 +813,6 @@ class GrpcServer:
         elif self._max_connection_age_s:
             age_s = self._max_connection_age_s * random.uniform(0.9, 1.1)
             connection.end_later(age_s, self._age)
-        return len(self._connections) <= self._max_connections
 
     def _age(self, connection: Connection[Head]) -> None:
         self._on_aged()
@@ -846,7 +831,6 @@ class GrpcServer:
     def _count_connections(self) -> None:
         if self._board is not None:
             self._board.set_connections(self._accepted)
-            self._board.set_accepted(self._taken)
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
         self.running += 1

@@ -176,7 +176,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         max_streams: that the peer may have open at a time.
         stream_window: bytes that the peer may send on a stream before it is told to go on, at least.
         backlog: where the bytes are counted that wait for this peer.
-        on_made: called when the connection is there; says whether it may stay.
+        on_made: called when the connection is there.
         on_lost: called when the connection is over.
     """
 
@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         max_streams: int,
         stream_window: int,
         backlog: Backlog,
-        on_made: "Callable[[Connection[HeadT]], bool]",
+        on_made: "Callable[[Connection[HeadT]], None]",
         on_lost: "Callable[[Connection[HeadT]], None]",
     ) -> None:
         self._read_head, self._open_stream = read_head, open_stream
@@ -252,8 +252,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         # The whole of a connection is bounded by bytes kept, not by its window: streams that wait must not stop others.
         self._grant(0, _MAX_WINDOW - _DEFAULT_WINDOW)
         self._receive_window = _MAX_WINDOW
-        if not self._on_made(self):
-            self._fail(ENHANCE_YOUR_CALM, "too many connections")
+        self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         """Read the frames that are complete: some at once, and if there are more the rest in the next turns."""

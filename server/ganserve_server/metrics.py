@@ -120,6 +120,11 @@ class Metrics:
         self.connections_aged = Counter(
             "ganserve_connections_aged", "Connections ended for their age.", registry=registry
         )
+        self.connections_turned_away = Counter(
+            "ganserve_connections_turned_away",
+            "Connections closed at once: there were --max-connections.",
+            registry=registry,
+        )
         self.file_reloads = Counter(
             "ganserve_file_reloads",
             "Changed files that were read again, by kind (certificates, tokens) and outcome (loaded, kept_out).",

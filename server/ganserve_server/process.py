@@ -65,6 +65,7 @@ async def serve_models(
         on_refused=recorder.refused,
         on_tls_failure=recorder.tls_failed,
         on_aged=metrics.connections_aged.inc,
+        on_turned_away=metrics.connections_turned_away.inc,
         guard=security.guard("generate"),
         unguarded_services=(health.SERVICE_NAME,),
         tls=security.context,

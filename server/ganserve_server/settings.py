@@ -96,9 +96,9 @@ class ServerSettings(BaseModel):
     ] = 4096
     max_images_per_request: Annotated[int, Field(ge=1, description="Images in one GenerateImages call.")] = 1024
     max_images_per_stream: Annotated[int, Field(ge=1, description="Images in one StreamImages call.")] = 10_000_000
-    max_connections: Annotated[int, Field(ge=1, description="Connections at a time; one more is closed at once.")] = (
-        10_000
-    )
+    max_connections: Annotated[
+        int, Field(ge=1, description="Connections at a time in each worker; one more is closed at once.")
+    ] = 10_000
     max_calls_per_connection: Annotated[
         int, Field(ge=1, le=1_000_000, description="Calls at a time on one connection; a client keeps more waiting.")
     ] = 1000

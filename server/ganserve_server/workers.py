@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ _CELLS = 5  # of one worker: its connections, its running batches, its running c
 _ABSENT = 1 << 60  # connections of a worker that cannot take any
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
+_PATIENCE_S = 0.05  # for a worker that has fewer connections, and does not take the next
 _LOOK_EVERY_S, _LONGEST_WAIT_S = 0.005, 5.0
 _LONGEST_LINE = 64 << 20  # bytes: a message of gRPC's in JSON, or what there is to say of 200 000 versions
 
@@ -71,6 +72,11 @@ class Board:
         """Say how many models this worker serves."""
         self._cells[self._mine * _CELLS + 3] = count
 
+    @property
+    def mine(self) -> int:
+        """How many connections this worker has."""
+        return self._cells[self._mine * _CELLS]
+
     def set_accepted(self, connections: int) -> None:
         """Say how many connections this worker has taken since it started."""
         self._cells[self._mine * _CELLS + 4] = connections
@@ -86,17 +92,13 @@ class Board:
         cells = self._cells
         return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
 
-    def with_fewest(self, without: Collection[int]) -> list[int]:
-        """Return those of the others, without some, that have the fewest connections, if this one has more."""
-        connections = {other: self._cells[other * _CELLS] for other in self._others if other not in without}
-        fewest = min(connections.values(), default=_ABSENT)
-        if fewest >= self._cells[self._mine * _CELLS]:
-            return []
-        return [other for other, count in connections.items() if count == fewest]
+    def connections(self) -> dict[int, int]:
+        """Return how many connections each of the other workers has."""
+        return {other: self._cells[other * _CELLS] for other in self._others}
 
-    def accepted(self) -> list[int]:
-        """Return how many connections each worker has taken since it started."""
-        return [self._cells[worker * _CELLS + 4] for worker in range(self.workers)]
+    def accepted(self) -> dict[int, int]:
+        """Return how many connections each of the other workers has taken since it started."""
+        return {other: self._cells[other * _CELLS + 4] for other in self._others}
 
     @property
     def leads(self) -> bool:
@@ -107,7 +109,7 @@ class Board:
     @property
     def takes_part(self) -> bool:
         """Whether this worker takes connections."""
-        return self._cells[self._mine * _CELLS] != _ABSENT
+        return self.mine != _ABSENT
 
     async def all_loaded(self) -> None:
         """Wait for the others to load their models: the first to serve would get all connections that wait for one."""
@@ -134,6 +136,42 @@ class Board:
         self._cells[worker * _CELLS] = _ABSENT
         for cell in range(1, _CELLS):
             self._cells[worker * _CELLS + cell] = 0
+
+
+class Turns:
+    """Whose the next connection is: a worker's that has the fewest, but none's that stands still."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._taken = 0
+        self._since = self._asked = 0.0
+        # Workers, with the connections that each had taken by then.
+        self._waited_for: dict[int, int] = {}
+        self._stuck: dict[int, int] = {}
+
+    def take(self) -> None:
+        """Take note of a connection that this worker took."""
+        self._taken += 1
+        self._board.set_accepted(self._taken)
+
+    def mine(self) -> bool:
+        """Tell whether this worker is to take the connection that waits; if not, ask again soon."""
+        now, taken = time.monotonic(), self._board.accepted()
+        self._stuck = {worker: count for worker, count in self._stuck.items() if taken[worker] == count}
+        able = {worker: count for worker, count in self._board.connections().items() if worker not in self._stuck}
+        fewest = min(able.values(), default=_ABSENT)
+        if fewest >= self._board.mine:
+            self._waited_for = {}
+            return True
+        pause = now - self._asked > 2 * _PATIENCE_S
+        if pause or not self._waited_for or any(taken[worker] != count for worker, count in self._waited_for.items()):
+            self._since = now  # for another connection than then
+        self._asked = now
+        self._waited_for = {worker: taken[worker] for worker, count in able.items() if count == fewest}
+        if now - self._since >= _PATIENCE_S:
+            self._stuck |= self._waited_for
+            self._waited_for = {}
+        return False
 
 
 class Parent:

@@ -53,6 +53,7 @@ from tests.wire import (
     request,
 )
 
+from ganserve import Client, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server import http2
 from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink
@@ -909,14 +910,19 @@ def test_messages_of_streams_stay_small_where_much_is_unread(start_server: Start
     assert [message.chunk.count for message in messages] == [64] * 9 + [24]
 
 
-def test_a_connection_too_many_is_told_so(start_server: Start) -> None:
+def test_a_connection_too_many_is_closed_and_does_not_come_back_at_once(start_server: Start) -> None:
     running = start_server("--max-connections", "2")
+    turned_away = "ganserve_connections_turned_away_total"
     with Peer(running.address) as first, Peer(running.address) as second:
         first.ping()
         second.ping()
-        with Peer(running.address) as third:
-            assert third.closed_for() == ENHANCE_YOUR_CALM
+        with Client(running.address, retries=False) as third, pytest.raises(UnavailableError):
+            third.generate("mlp-mnist", seed=1, timeout_s=30)
+        # gRPC tries again, too, each time a little later: not at once and for ever, as after a GOAWAY.
+        assert 1 <= scrape(running)[turned_away] <= 10
         assert first.call(request()).status == OK
+    with Client(running.address) as later:
+        assert later.generate("mlp-mnist", seed=1)
 
 
 def test_a_drain_answers_what_has_come_and_refuses_what_comes_later(start_server: Start, pixels: bytes) -> None:
