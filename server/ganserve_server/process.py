@@ -55,7 +55,8 @@ async def serve_models(
     board = parent.board if parent else None
     table, health_servicer = ModelTable(), health.aio.HealthServicer()
     lifecycle = Lifecycle(settings, metrics, table, health_servicer, board, parent.unloaded if parent else ())
-    await _load_models(lifecycle, settings, table)
+    # A worker that replaces one goes on as the others do, though they may have no model by now.
+    await _load_models(lifecycle, settings, table, may_be_none=parent is not None and parent.replaces)
     if stop.is_set():
         return
     tracing = start_tracing(tell=parent is None or parent.number == 0)
@@ -100,8 +101,9 @@ async def serve_models(
         tasks.append(asyncio.create_task(lifecycle.watch(stop)))
         await asyncio.sleep(0)  # it watches from here on
         await lifecycle.refresh()  # what changed since the models were loaded
-    provider = table.find(table.names[0], None).model.engine.provider
-    metrics.provider_info.labels(settings.provider, provider, int(bool(nvidia_driver()))).set(1)
+    provider = table.find(table.names[0], None).model.engine.provider if table.names else ""
+    if provider:
+        metrics.provider_info.labels(settings.provider, provider, int(bool(nvidia_driver()))).set(1)
     metrics.queue_limit_images.set(settings.max_queue_images)
     facts = {"models": table.names, "provider": provider}
     # What is there by now stays. To look through it again and again took a fifth of the time of a call.
@@ -133,15 +135,16 @@ async def serve_models(
     await lifecycle.close()
 
 
-async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable) -> None:
-    check_repository(settings.models)
+async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable, *, may_be_none: bool) -> None:
+    if not may_be_none:
+        check_repository(settings.models)
     try:
         await lifecycle.refresh(starting=True)
     except ProviderUnavailable as error:
         raise StartError(str(error)) from error
     except OSError as error:
         raise StartError(f"the model repository {settings.models} cannot be listed: {error.strerror}") from error
-    if not table.names:
+    if not table.names and not may_be_none:
         raise StartError(f"{settings.models} has no model that can be served: the log has the reason of each")
 
 

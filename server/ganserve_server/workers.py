@@ -184,7 +184,7 @@ class Parent:
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
         self.buckets: int = given["buckets"]  # memory of the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
-        self._tells_at_start: bool = given["tells"]  # of those that start together, one does
+        self.replaces: bool = given["replaces"]  # one that ended
         self.gone = asyncio.Event()
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
@@ -193,7 +193,7 @@ class Parent:
     @property
     def tells(self) -> bool:
         """Whether it is this worker's to say what all of them see alike."""
-        return self.board.leads if self.board.takes_part else self._tells_at_start
+        return self.board.leads if self.board.takes_part else self.replaces or not self.number
 
     async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
         """Do what the supervisor asks; drain if it is gone."""
@@ -303,7 +303,7 @@ class Supervisor:
             StartError: the first was ended.
         """
         # Together: the first to serve would take all connections until the others do.
-        ready = await asyncio.gather(*(self._start(number, tells=number == 0) for number in range(self._count)))
+        ready = await asyncio.gather(*(self._start(number) for number in range(self._count)))
         facts = next((one for one in ready if one is not None), None)
         if facts is None:
             status = await self._workers[0].process.wait()
@@ -346,10 +346,10 @@ class Supervisor:
         self.signal(signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _start(self, number: int, *, tells: bool = True) -> dict[str, Any] | None:
+    async def _start(self, number: int, *, replaces: bool = False) -> dict[str, Any] | None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        descriptors = [bound.fileno() for bound in self._sockets]
+        descriptors, unloaded = [bound.fileno() for bound in self._sockets], sorted(self.unloaded)
         variable = {
             "number": number,
             "workers": self._count,
@@ -357,8 +357,8 @@ class Supervisor:
             "board": self._memory,
             "buckets": self._buckets,
             "channel": theirs.fileno(),
-            "unloaded": sorted(self.unloaded),
-            "tells": tells,
+            "unloaded": unloaded,
+            "replaces": replaces,
             "folder": str(self._folder),
         }
         environment = {
@@ -379,6 +379,8 @@ class Supervisor:
         theirs.close()
         worker = self._workers[number] = _Worker(number, process, ours)
         ready = await worker.ready()
+        for model in self.unloaded.symmetric_difference(unloaded):  # before it could be asked
+            await worker.ask({"do": "unload" if model in self.unloaded else "load", "model": model})
         if self._stopping:
             worker.signal(signal.SIGTERM)
         return ready
@@ -398,7 +400,7 @@ class Supervisor:
             _log.error("a worker ended; it is replaced", extra={"worker": number, "status": status, "in_s": delay_s})
             await asyncio.sleep(delay_s)
             try:
-                ready = await self._start(number)
+                ready = await self._start(number, replaces=True)
             except OSError as error:  # no memory, no descriptor, no process to be had: not for ever
                 _log.error("a worker cannot be started", extra={"worker": number, "reason": str(error)})
                 worker.started = time.monotonic()

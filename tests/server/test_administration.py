@@ -197,3 +197,18 @@ async def test_a_worker_that_is_just_being_replaced_does_not_miss_what_is_asked(
             made = await asyncio.gather(*(caller.make("mlp-mnist", 1, 1) for caller in callers), return_exceptions=True)
         assert [isinstance(one, grpc.aio.AioRpcError) and one.code().name for one in made] == ["NOT_FOUND"] * 4
         assert stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist")).versions[0].served
+
+
+def test_a_worker_is_replaced_though_all_models_are_unloaded(start_server: Start, repository: Path) -> None:
+    running = start_server("--workers=2", "--reload=off", "--models", repository, "--admin-address=127.0.0.1:0")
+    with administration(running) as stub, Client(running.address) as client:
+        for name in ("mlp-mnist", "cdcgan-mnist"):
+            stub.UnloadModel(pb.UnloadModelRequest(model=name))
+        os.kill(workers_of(running)[0], signal.SIGKILL)
+        running.wait_for("worker started")
+        assert http_get(running.metrics_address, "/readyz") == (503, "no model is served\n")
+        stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist"))
+        assert client.generate("mlp-mnist", seed=1)
+        os.kill(workers_of(running)[1], signal.SIGKILL)
+        running.wait_for("worker started")
+        assert client.models()[0].name == "mlp-mnist"
