@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, run_folder, sync_directory
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.layers import UnflattenPixels
-from ganserve_trainer.networks import Generator, ImageSpec, parameter_count
+from ganserve_trainer.networks import Generator, parameter_count
 from ganserve_trainer.settings import ExportPrecision
 
 CARD_KEY = "ganserve.model_card"
@@ -123,6 +124,62 @@ def export(checkpoint_path: Path, repository: Path, name: str) -> Path:
     return publish(with_card(model, card), repository, name)
 
 
+def export_module(
+    module: nn.Module,
+    repository: Path,
+    name: str,
+    *,
+    latent_dim: int,
+    class_names: Sequence[str] = (),
+    architecture: str = "",
+    dataset: str = "",
+) -> Path:
+    """Publish a generator of any kind as the next version of model `name`, in evaluation mode; return the file.
+
+    Args:
+        module: its forward takes `latent`, float32 [n, latent_dim], and, with class names, `label`, int64 [n]; it
+            returns uint8 [n, height, width, channels], of 1 or 3 channels.
+        repository: where to publish.
+        name: the model's.
+        latent_dim: the length of a latent.
+        class_names: what the labels 0, 1, … mean; without any the model takes none.
+        architecture: for its card.
+        dataset: for its card: what it was trained on.
+
+    Raises:
+        TrainerError: the name is not allowed, the images are not as above, or the exported model's differ from them.
+    """
+    check_name(name)
+    module = copy.deepcopy(module).cpu().eval()
+    classes = len(class_names)
+    labels = {"label": torch.zeros(2, dtype=torch.int64)} if classes else {}
+    with torch.no_grad():
+        images = module(latent=torch.zeros(2, latent_dim), **labels)
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != 2 or images.shape[3] not in (1, 3):
+        raise TrainerError(
+            f"of 2 latents the module made {images.dtype} {list(images.shape)}; "
+            "it must make torch.uint8 [2, height, width, 1 or 3]: see examples/bring_a_generator.py"
+        )
+    model = _trace(module, latent_dim, conditional=classes > 0)
+    session = load_session(model.SerializeToString())
+    _compare_with_pytorch(session, module, latent_dim, classes)
+    _, height, width, channels = images.shape
+    card = pb.ModelCard(
+        architecture=architecture,
+        dataset=dataset,
+        latent_dim=latent_dim,
+        height=height,
+        width=width,
+        channels=channels,
+        class_names=class_names,
+        generator_parameters=parameter_count(module),
+        golden_images=_golden_images(session, latent_dim, classes),
+        trainer_version=importlib.metadata.version("ganserve"),
+    )
+    card.created_at.GetCurrentTime()
+    return publish(with_card(model, card), repository, name)
+
+
 def check_name(name: str) -> None:
     """Refuse a model name that no server would find."""
     if not _NAME.fullmatch(name):
@@ -136,8 +193,11 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     generator = checkpoint.ema_generator()
     folded = copy.deepcopy(generator)
     folded.layers = fold_batch_norm(generator.layers)
-    model = _trace(folded, checkpoint)
-    _compare_with_pytorch(load_session(model.SerializeToString()), UInt8Generator(generator).eval(), checkpoint)
+    settings = checkpoint.settings
+    classes = len(checkpoint.spec.class_names) if settings.conditional else 0
+    model = _trace(UInt8Generator(folded).eval(), settings.latent_dim, conditional=settings.conditional)
+    session = load_session(model.SerializeToString())
+    _compare_with_pytorch(session, UInt8Generator(generator).eval(), settings.latent_dim, classes)
     return model
 
 
@@ -145,7 +205,8 @@ def to_onnx_in_fp16(checkpoint: Checkpoint) -> onnx.ModelProto:
     """Export the EMA generator with layers in fp16; what decides the cluster and what makes grey levels stays fp32."""
     folded = checkpoint.ema_generator()
     folded.layers = nn.Sequential(_To(torch.float16), fold_batch_norm(folded.layers).half(), _To(torch.float32))
-    return _trace(folded, checkpoint)
+    settings = checkpoint.settings
+    return _trace(UInt8Generator(folded).eval(), settings.latent_dim, conditional=settings.conditional)
 
 
 class _To(nn.Module):
@@ -166,10 +227,10 @@ def with_card(model: onnx.ModelProto, card: pb.ModelCard) -> bytes:
     return model.SerializeToString()
 
 
-def _trace(generator: Generator, checkpoint: Checkpoint) -> onnx.ModelProto:
+def _trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.ModelProto:
     batch = torch.export.Dim("N", min=1)
-    arguments: dict[str, Tensor] = {"latent": torch.zeros(3, checkpoint.settings.latent_dim)}
-    if checkpoint.settings.conditional:
+    arguments: dict[str, Tensor] = {"latent": torch.zeros(3, latent_dim)}
+    if conditional:
         arguments["label"] = torch.zeros(3, dtype=torch.int64)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # The exporter warns of its own internals, and says what it is doing on standard output.
@@ -177,7 +238,7 @@ def _trace(generator: Generator, checkpoint: Checkpoint) -> onnx.ModelProto:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         path = Path(scratch) / MODEL_FILE_NAME
         torch.onnx.export(
-            UInt8Generator(generator).eval(),
+            module,
             kwargs=arguments,
             f=str(path),
             dynamo=True,
@@ -204,12 +265,11 @@ def _strip_exporter_notes(model: onnx.ModelProto) -> None:
 
 
 def _compare_with_pytorch(
-    session: onnxruntime.InferenceSession, module: UInt8Generator, checkpoint: Checkpoint
+    session: onnxruntime.InferenceSession, module: nn.Module, latent_dim: int, classes: int
 ) -> None:
-    settings = checkpoint.settings
     for batch_size in _COMPARED_BATCH_SIZES:
-        latent = latents(np.arange(batch_size), settings.latent_dim)
-        label = np.arange(batch_size) % len(checkpoint.spec.class_names) if settings.conditional else None
+        latent = latents(np.arange(batch_size), latent_dim)
+        label = np.arange(batch_size) % classes if classes else None
         got = run_session(session, latent, label)
         with torch.no_grad():
             wanted = module(torch.from_numpy(latent), None if label is None else torch.from_numpy(label)).numpy()
@@ -237,7 +297,9 @@ def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPre
         class_names=spec.class_names if settings.conditional else (),
         generator_parameters=parameter_count(checkpoint.ema_generator()),
         training=pb.Training(images_seen=checkpoint.images_seen, device=checkpoint.device, configuration=configuration),
-        golden_images=_golden_images(session, settings.latent_dim, spec if settings.conditional else None),
+        golden_images=_golden_images(
+            session, settings.latent_dim, len(spec.class_names) if settings.conditional else 0
+        ),
         trainer_version=importlib.metadata.version("ganserve"),
         precision=precision,
     )
@@ -246,12 +308,10 @@ def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPre
     return card
 
 
-def _golden_images(
-    session: onnxruntime.InferenceSession, latent_dim: int, labelled: ImageSpec | None
-) -> list[pb.GoldenImage]:
+def _golden_images(session: onnxruntime.InferenceSession, latent_dim: int, classes: int) -> list[pb.GoldenImage]:
     golden = []
     for seed in _GOLDEN_SEEDS:
-        label = None if labelled is None else np.array([seed % len(labelled.class_names)])
+        label = np.array([seed % classes]) if classes else None
         pixels = run_session(session, latents(np.array([seed]), latent_dim), label)[0]
         file = io.BytesIO()
         Image.fromarray(pixels.squeeze()).save(file, format="PNG", optimize=True)

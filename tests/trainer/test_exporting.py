@@ -1,0 +1,82 @@
+"""Generators trained elsewhere: what the example publishes is served; what no server could serve it refuses."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import RunningServer
+from torch import Tensor, nn
+
+from ganserve import Client
+from ganserve_server.repository import load_version
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.exporting import export_module
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "bring_a_generator.py"
+
+
+def load_example() -> Any:
+    specification = spec_from_file_location("bring_a_generator", EXAMPLE)
+    assert specification
+    assert specification.loader
+    module = module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def bring(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, EXAMPLE, *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_generator_from_elsewhere_is_served_as_torch_makes_it(
+    tmp_path: Path, start_server: Callable[..., RunningServer]
+) -> None:
+    example, models = load_example(), tmp_path / "models"
+    torch.manual_seed(1)
+    generator = example.Generator().eval()
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(3)  # random weights of the usual size make all grey levels alike
+    torch.save(generator.state_dict(), tmp_path / "weights.pt")
+    done = bring("--repository", models, "--name", "blobs", "--weights", tmp_path / "weights.pt")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == models / "blobs" / "1" / "model.onnx"
+    assert [path.name for path in models.rglob("*")] == ["blobs", "1", "model.onnx"]
+
+    seeds, labels = range(50, 80), [seed % 3 for seed in range(50, 80)]
+    latent = np.stack([np.random.RandomState(seed).standard_normal(32) for seed in seeds]).astype(np.float32)
+    with torch.no_grad():
+        wanted = example.Served(generator)(torch.from_numpy(latent), torch.tensor(labels)).numpy()
+    running = start_server("--models", models)
+    with Client(running.address) as client:
+        batch = client.generate("blobs", count=30, seed=50)
+        assert client.model("blobs").class_names == ("red", "green", "blue")
+    assert batch.pixels.shape == (30, 16, 16, 3)
+    assert wanted.std() > 30
+    assert np.abs(batch.pixels.astype(int) - wanted).max() <= 1
+    served = load_version("blobs", 1, models / "blobs" / "1" / "model.onnx", max_model_mib=1, provider="cpu", threads=1)
+    assert [golden.label for golden in served.card.golden_images] == [seed % 3 for seed in range(10)]
+
+
+class Floats(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return latent.reshape(-1, 2, 2, 1)
+
+
+class ChannelsFirst(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return latent.to(torch.uint8).reshape(-1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("module", [Floats(), ChannelsFirst()])
+def test_a_module_that_makes_no_images_as_they_are_served_is_not_published(module: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match=r"of 2 latents the module made torch\.\w+ \[2, .*it must make torch\.uint8"):
+        export_module(module, tmp_path / "models", "mine", latent_dim=4)
+    assert not (tmp_path / "models").exists()
