@@ -64,7 +64,7 @@ def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
     """Yield (model, version, file) of every version in the repository, in order; other files are passed over."""
     for folder in sorted(repository.iterdir()):
         names: list[str] = []
-        if _NAME.fullmatch(folder.name) and os.path.isdir(folder):
+        if _NAME.fullmatch(folder.name) and not folder.name.endswith(".tmp") and os.path.isdir(folder):
             with contextlib.suppress(OSError):  # `find_misplaced` tells of it
                 names = os.listdir(folder)
         versions = (folder / name for name in names if _VERSION.fullmatch(name))

@@ -209,6 +209,7 @@ def test_files_that_nobody_means_to_be_served_are_not_told_of(tmp_path: Path) ->
         "mlp/labels.txt",
         "mlp/.publishing-x/model.onnx",
         "mlp/4.tmp/model.onnx",
+        "digits.tmp/1/model.onnx",
         "mlp/warmup/latent",
         "mlp/3/model.onnx",
     ):

@@ -182,9 +182,10 @@ def export_module(
 
 def check_name(name: str) -> None:
     """Refuse a model name that no server would find."""
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name.endswith(".tmp"):
         raise TrainerError(
-            f"{name!r} is no model name: 1 to 64 lower-case letters, digits, '-', '_' and '.', a letter or digit first"
+            f"{name!r} is no model name: 1 to 64 lower-case letters, digits, '-', '_' and '.', "
+            "a letter or digit first, and not .tmp at its end"
         )
 
 
