@@ -27,6 +27,7 @@ from ganserve_server.repository import (
     ModelVersion,
     find_misplaced,
     find_versions,
+    is_awaited,
     load_version,
 )
 from ganserve_server.scheduler import Scheduler
@@ -125,6 +126,7 @@ class Lifecycle:
         self._health = health_servicer
         self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
         self._reasons: dict[tuple[str, int], str] = {}  # why it was kept out
+        self._awaited: set[tuple[str, int]] = set()  # which have no file yet; not in the log: somebody may be copying
         self._misplaced: dict[Path, str] = {}  # what was probably meant as a model, and why it is none
         self._reported: set[str] = set()
         self._refreshing = asyncio.Lock()
@@ -142,7 +144,7 @@ class Lifecycle:
         # One worker at a time: how long models take is measured, and the others' callers want cores, too.
         async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
             try:
-                found, misplaced = await asyncio.to_thread(_look, self._settings.models)
+                found, self._awaited, misplaced = await asyncio.to_thread(_look, self._settings.models)
             except OSError as error:
                 if starting:
                     raise
@@ -164,7 +166,7 @@ class Lifecycle:
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
             self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
             self._metrics.files_kept_out.labels("models").set(len(self._reasons))
-            await self._report({name for name, _ in found})
+            await self._report({name for name, _ in found.keys() | self._awaited})
 
     async def load(self, name: str) -> list[VersionState]:
         """Load a model from its folder, anew if it is served.
@@ -199,10 +201,12 @@ class Lifecycle:
         await self.refresh()
         served = self._table.batchers()
         states: list[VersionState] = []
-        for name, number in sorted(self._stamps.keys() | served.keys() | self._reasons.keys()):
+        for name, number in sorted(self._stamps.keys() | served.keys() | self._reasons.keys() | self._awaited):
             batcher = served.get((name, number))
             digest = batcher.model.digest if batcher else ""
             reason = self._reasons.get((name, number), "")
+            if (name, number) in self._awaited:
+                reason = f"there is no {MODEL_FILE_NAME} in its folder yet"
             if name in self._unloaded:
                 reason = "it was unloaded by an operator, until LoadModel"
             states.append(VersionState(name, number, batcher is not None, digest, reason))
@@ -318,14 +322,20 @@ async def _let_go(batcher: Batcher) -> None:
     await asyncio.to_thread(give_back_memory)
 
 
-def _look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], dict[Path, str]]:
-    """List the repository's versions, each with what changes when its file is replaced, and what is misplaced in it."""
+def _look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str, int]], dict[Path, str]]:
+    """List the repository's versions, each with what changes when its file is replaced; those that wait for a file; and
+    what is misplaced in it.
+    """
     found: dict[tuple[str, int], Stamp] = {}
+    awaited: set[tuple[str, int]] = set()
     for name, version, path in find_versions(repository):
         try:
             status = path.stat()
         except OSError:
-            found[name, version] = None
+            if is_awaited(path):
+                awaited.add((name, version))
+            else:
+                found[name, version] = None
         else:
             found[name, version] = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found, dict(find_misplaced(repository))
+    return found, awaited, dict(find_misplaced(repository))

@@ -129,6 +129,14 @@ def _is_onnx(path: Path) -> bool:
     return path.suffix.lower() == ".onnx" and os.path.isfile(path)
 
 
+def is_awaited(path: Path) -> bool:
+    """Tell whether a version's folder has no ONNX file yet, of whatever name: somebody may be copying."""
+    try:
+        return not any(_is_onnx(other) for other in _candidates(path.parent)) and not os.path.lexists(path)
+    except OSError:
+        return False
+
+
 def check_repository(repository: Path) -> None:
     """See that there is something to load.
 

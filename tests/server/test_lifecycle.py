@@ -145,6 +145,35 @@ def test_a_misnamed_version_is_told_of_once_each_time_it_comes(
     assert "model kept out" not in events
 
 
+def test_a_version_that_has_no_file_yet_is_waited_for_in_silence(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    (tmp_path / "digits" / "2").mkdir()
+    server = start_server("--models", tmp_path, "--reload", "off")
+    events: list[str] = []
+
+    def look_again(until: str) -> dict[str, object]:
+        server.process.send_signal(signal.SIGHUP)
+        while (line := server.events.get(timeout=60))["event"] != until:
+            events.append(line["event"])
+        return line
+
+    (tmp_path / "digits" / "3").mkdir()
+    copying = tmp_path / "digits" / "3" / "model.onnx.part"
+    copying.write_bytes(TRUNCATED)
+    publish(tmp_path, 1, name="other")
+    look_again("model loaded")
+    copying.write_bytes(GOOD.read_bytes())
+    copying.rename(copying.with_name("model.onnx"))
+    assert look_again("model loaded")["version"] == 3
+    (tmp_path / "digits" / "3" / "model.onnx").unlink()
+    assert look_again("model unloaded")["version"] == 3
+    assert "model kept out" not in events
+    (tmp_path / "digits" / "2" / "generator.onnx").write_bytes(GOOD.read_bytes())
+    assert "there is generator.onnx, which must be called" in str(look_again("model kept out")["reason"])
+    with Client(server.address) as client:
+        assert client.model("digits").versions == (1,)
+
+
 def test_a_stream_ends_on_the_version_it_began_on(start_server: Start, tmp_path: Path) -> None:
     publish(tmp_path, 1)
     publish(tmp_path, 2)
