@@ -69,7 +69,7 @@ def _kept_out(settings: ServerSettings) -> Iterator[str]:
             except ModelRejected as error:
                 yield f"{path} would be kept out: {error}"
             except Exception as error:  # a file from outside, whatever the libraries make of it
-                yield f"{path} would be kept out: the file could not be read ({error})"
+                yield f"{path} would be kept out: the file could not be read ({' '.join(str(error).split())})"
 
 
 def _try(address: str, flag: str) -> None:

@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +28,9 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.addresses import StartError
 from ganserve_server.engine import Draw, Engine, Provider, SessionRefused
 from ganserve_server.gpu import GpuOptions
+from ganserve_server.settings import nearest
+
+_log = logging.getLogger(__name__)
 
 CARD_KEY = "ganserve.model_card"
 MODEL_FILE_NAME = "model.onnx"
@@ -37,7 +42,10 @@ _NEWLINE = "\n"
 
 
 class ModelRejected(Exception):  # noqa: N818
-    """A model file breaks a rule; the text names it."""
+    """A model file breaks a rule; the text, one line, names it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))  # onnxruntime's and protobuf's reasons have several lines
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,13 +187,20 @@ def load_version(
         ProviderUnavailable: the provider that was asked for is missing.
     """
     content = _read(path, max_model_mib)
-    card = _check_graph(content)
+    card, unknown_keys = _parse_card(_check_graph(content))
     try:
+        _check_card(card)
         engine = Engine(content, card.latent_dim, provider, threads, gpu=gpu, classes=len(card.class_names))
+        _check_signature(engine, card)
+        _check_golden_images(engine, card)
     except SessionRefused as error:
         raise ModelRejected(str(error)) from error
-    _check_signature(engine, card)
-    _check_golden_images(engine, card)
+    except ModelRejected as error:
+        if unknown_keys:
+            raise ModelRejected(f"{error}; {unknown_keys}") from error
+        raise
+    if unknown_keys:
+        _log.warning("the model card has unknown keys", extra={"path": str(path), "reason": unknown_keys})
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     answer = pb.GenerateImagesResponse(
         model=name,
@@ -205,6 +220,8 @@ def _read(path: Path, max_model_mib: int) -> bytes:
             raise ModelRejected(_why_missing(path))
         with path.open("rb") as file:
             content = file.read((max_model_mib << 20) + 1)
+        if not content:
+            raise ModelRejected("the file is empty")
         if len(content) > max_model_mib << 20:
             raise ModelRejected(f"the file has more than {max_model_mib} MiB, the limit set by --max-model-mib")
         return content
@@ -220,8 +237,8 @@ def _why_missing(path: Path) -> str:
     return f"the file cannot be read: it is missing, or not a regular file{hint}"
 
 
-def _check_graph(content: bytes) -> pb.ModelCard:
-    """Check what can be checked without running; return the card."""
+def _check_graph(content: bytes) -> str:
+    """Check what can be checked without running; return the card's JSON."""
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError, by another name in each implementation
@@ -240,13 +257,25 @@ def _check_graph(content: bytes) -> pb.ModelCard:
     properties = {entry.key: entry.value for entry in model.metadata_props}
     if CARD_KEY not in properties:
         raise ModelRejected(f"the file has no model card: metadata_props[{CARD_KEY!r}] is missing")
+    return properties[CARD_KEY]
+
+
+def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
+    """Return the card, and what to say of keys that it should not have: a newer trainer's, or misspelt ones."""
     try:
-        card = json_format.Parse(properties[CARD_KEY], pb.ModelCard(), ignore_unknown_fields=True)
+        card = json_format.Parse(text, pb.ModelCard(), ignore_unknown_fields=True)
+        keys = json.loads(text).keys()
     except Exception as error:  # ParseError, and what a damaged file's text raises
         raise ModelRejected(f"the model card is not the JSON of a ganserve.v1.ModelCard: {error}") from error
+    known = {field.json_name: field.name for field in pb.ModelCard.DESCRIPTOR.fields}
+    unknown = sorted(keys - known.keys() - set(known.values()))
+    told = "; ".join(f"{key!r} is no key of a model card{nearest(key, known)}" for key in unknown[:_TOLD_AT_START])
+    return card, told
+
+
+def _check_card(card: pb.ModelCard) -> None:
     if not (card.latent_dim and card.height and card.width and card.channels in (1, 3)):
         raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1 or 3 channels")
-    return card
 
 
 def _parts(message: Message) -> Iterator[Message]:
@@ -267,6 +296,12 @@ def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
         raise ModelRejected(
             f"by its card, the model's inputs must be {inputs} (name: type, dimensions); they are {found}"
         )
+    for name, (_, shape) in engine.inputs.items():
+        if isinstance(shape[0], int):
+            raise ModelRejected(
+                f"the first dimension of the input {name} is fixed at {shape[0]}; it is the number of images, "
+                "and must be dynamic: export the model with a dynamic batch dimension"
+            )
     latent_shape = engine.inputs["latent"][1]
     if latent_shape[1] != card.latent_dim:
         raise ModelRejected(

@@ -1,6 +1,7 @@
 """Every rule for a model file: what breaks one stays out, with the rule's name."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -78,6 +79,16 @@ def break_weights(model: onnx.ModelProto) -> None:
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
+def fix_batch_size(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.input:
+        tensor.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def misspell(model: onnx.ModelProto) -> None:
+    (entry,) = [entry for entry in model.metadata_props if entry.key == CARD_KEY]
+    entry.value = entry.value.replace('"classNames"', '"classnames"')
+
+
 RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "custom operator": (use_custom_operator, "com.evil"),
     "external data": (point_outside, "external data"),
@@ -89,6 +100,8 @@ RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "other latents": (change_card(lambda card: setattr(card, "latent_dim", 65)), "latents of 65 values"),
     "other size": (change_card(lambda card: setattr(card, "width", 30)), r"\(28, 30, 1\)"),
     "unconditional card": (change_card(lambda card: card.ClearField("class_names")), "inputs must be"),
+    "misspelt card": (misspell, "inputs must be .*; 'classnames' is no key of a model card; did you mean 'classNames'"),
+    "fixed batch size": (fix_batch_size, "first dimension of the input latent is fixed at 1; .* must be dynamic"),
     "wrong golden image": (
         change_card(
             lambda card: (
@@ -115,8 +128,59 @@ RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
 @pytest.mark.parametrize("rule", RULES)
 def test_a_file_that_breaks_a_rule_is_kept_out_by_its_name(rule: str, tmp_path: Path) -> None:
     edit, text = RULES[rule]
-    with pytest.raises(ModelRejected, match=text):
+    with pytest.raises(ModelRejected, match=text) as caught:
         load(change(edit, tmp_path / "model.onnx"))
+    assert "\n" not in str(caught.value)
+
+
+def model_of(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """Return a model of images of 2 x 2 pixels, whose nodes turn `latent`, [N, 4], into `mixed`, of that size, too."""
+    graph = helper.make_graph(
+        [
+            *nodes,
+            helper.make_node("Constant", [], ["scale"], value_float=50.0),
+            helper.make_node("Mul", ["mixed", "scale"], ["scaled"]),
+            helper.make_node("Abs", ["scaled"], ["positive"]),
+            helper.make_node("Constant", [], ["size"], value_ints=[-1, 2, 2, 1]),
+            helper.make_node("Reshape", ["positive", "size"], ["pixels"]),
+            helper.make_node("Cast", ["pixels"], ["image"], to=TensorProto.UINT8),
+        ],
+        "graph",
+        [helper.make_tensor_value_info("latent", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 2, 2, 1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, {CARD_KEY: '{"latentDim": 4, "height": 2, "width": 2, "channels": 1}'})
+    return model
+
+
+def saved(model: onnx.ModelProto, path: Path) -> Path:
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_what_fails_inside_the_libraries_is_told_in_one_line(tmp_path: Path) -> None:
+    fixed = [
+        helper.make_node("Constant", [], ["one"], value_ints=[1, 4]),
+        helper.make_node("Reshape", ["latent", "one"], ["mixed"]),
+    ]
+    with pytest.raises(ModelRejected, match="fails when it runs") as caught:
+        load(saved(model_of(*fixed), tmp_path / "model.onnx"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_newer_trainers_card_is_read_and_what_is_not_known_of_it_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def add_keys(model: onnx.ModelProto) -> None:
+        (entry,) = [entry for entry in model.metadata_props if entry.key == CARD_KEY]
+        entry.value = json.dumps(json.loads(entry.value) | {"licence": "CC0", "latent_dims": 3})
+
+    assert load(change(add_keys, tmp_path / "model.onnx")).card.latent_dim == 64
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "'latent_dims' is no key of a model card; did you mean 'latentDim'?" in record.__dict__["reason"]
+    assert "'licence' is no key" in record.__dict__["reason"]
 
 
 def test_files_that_are_no_model_are_kept_out(tmp_path: Path) -> None:
@@ -124,6 +188,10 @@ def test_files_that_are_no_model_are_kept_out(tmp_path: Path) -> None:
     truncated.write_bytes(GOOD.read_bytes()[:-1000])
     text = tmp_path / "text.onnx"
     text.write_text("not a model")
+    empty = tmp_path / "empty.onnx"
+    empty.touch()
+    with pytest.raises(ModelRejected, match="empty"):
+        load(empty)
     for path in (truncated, text):
         with pytest.raises(ModelRejected):
             load(path)
