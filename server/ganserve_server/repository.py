@@ -1,7 +1,8 @@
 """The model repository: finds the versions, reads each file, and keeps out what breaks a rule.
 
 A file is data from outside. Its rules: at most so large; ONNX that onnx's checker accepts; standard operators only; all
-weights inside; a model card; inputs and output as the card says; golden images within one grey level.
+weights inside; a model card; inputs and output as the card says; the same images each time, and among others; golden
+images within one grey level.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ MODEL_FILE_NAME = "model.onnx"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _TOLD_AT_START = 3
+_AMONG = 3  # images in the batch that one is compared in
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 _NEWLINE = "\n"
 
@@ -192,7 +194,7 @@ def load_version(
         _check_card(card)
         engine = Engine(content, card.latent_dim, provider, threads, gpu=gpu, classes=len(card.class_names))
         _check_signature(engine, card)
-        _check_golden_images(engine, card)
+        _check_images(engine, card)
     except SessionRefused as error:
         raise ModelRejected(str(error)) from error
     except ModelRejected as error:
@@ -311,8 +313,8 @@ def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
         raise ModelRejected(f"the model's one output must be image, tensor(uint8); it has {engine.outputs}")
 
 
-def _check_golden_images(engine: Engine, card: pb.ModelCard) -> None:
-    """Run the model, which warms it up too, and compare what its card shows."""
+def _check_images(engine: Engine, card: pb.ModelCard) -> None:
+    """Run the model, which warms it up too: its images must be the same each time, and those that its card shows."""
     shape = (card.height, card.width, card.channels)
     probes = list(card.golden_images) or [pb.GoldenImage(seed=0)]
     labels = np.array([golden.label for golden in probes], np.int64) if card.class_names else None
@@ -322,25 +324,49 @@ def _check_golden_images(engine: Engine, card: pb.ModelCard) -> None:
     try:
         engine.warm_up(shape)
         made = engine.run([Draw(len(probes), seeds, None, labels, 1.0)])
+        alone, again, among = _made_thrice(engine, len(card.class_names))
         engine.measure(None if labels is None else len(card.class_names) - 1)
     except Exception as error:  # onnxruntime's exceptions have no common root
         raise ModelRejected(f"the model fails when it runs: {error}") from error
-    if made.shape != (len(probes), *shape):
-        raise ModelRejected(f"by its card the model makes images of {shape}; it made {made.shape[1:]}")
+    for images, count in ((made, len(probes)), (alone, 1), (again, 1), (among, _AMONG)):
+        if images.shape != (count, *shape):
+            raise ModelRejected(
+                f"by its card the model makes of {count} latents {count} images of {shape}; it made {images.shape}"
+            )
+    if not np.array_equal(alone, again):
+        raise ModelRejected("the same latent gives another image each time: the model must draw no random numbers")
+    # Kernels may differ by the size of the batch, as by the machine that made the golden images.
+    if (difference := _difference(alone[0], among[-1])) > 1:
+        raise ModelRejected(
+            f"an image differs by up to {difference} grey levels when it is made among others; it must depend on its "
+            "own latent and label alone: take no means over the batch, as BatchNorm does in training mode"
+        )
     for golden, pixels in zip(card.golden_images, made, strict=False):
         if f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}" == golden.digest:
             continue
-        difference = _largest_difference(pixels, golden.png)
+        difference = _difference(pixels, _decoded(golden.png, pixels.shape))
         if difference > 1:
             raise ModelRejected(
                 f"the golden image of seed {golden.seed} is off by up to {difference} grey levels; 1 is allowed"
             )
 
 
-def _largest_difference(pixels: NDArray[np.uint8], png: bytes) -> int:
+def _made_thrice(engine: Engine, classes: int) -> list[NDArray[np.uint8]]:
+    """Make one image alone, alone again, and as the last of a batch: [n, height, width, channels] each."""
+    labels = np.arange(_AMONG) % classes if classes else None
+    batch = Draw(_AMONG, np.arange(_AMONG, dtype=np.uint32), None, labels, 1.0)
+    last = batch.part(_AMONG - 1, _AMONG)
+    return [engine.run([draw]) for draw in (last, last, batch)]
+
+
+def _difference(pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> int:
+    """Return the largest, in grey levels."""
+    return int(np.abs(pixels.astype(np.int16) - wanted).max())
+
+
+def _decoded(png: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            wanted = np.asarray(image.convert("L" if pixels.shape[2] == 1 else "RGB")).reshape(pixels.shape)
+            return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ModelRejected(f"a golden image in the card is no PNG of the model's size: {error}") from error
-    return int(np.abs(pixels.astype(np.int16) - wanted).max())

@@ -169,6 +169,46 @@ def test_what_fails_inside_the_libraries_is_told_in_one_line(tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+RANDOM = [
+    helper.make_node("RandomNormalLike", ["latent"], ["noise"]),
+    helper.make_node("Add", ["latent", "noise"], ["mixed"]),
+]
+SEEDED = [
+    helper.make_node("RandomUniformLike", ["latent"], ["noise"], seed=1.0),
+    helper.make_node("Add", ["latent", "noise"], ["mixed"]),
+]
+MEAN = [
+    helper.make_node("Constant", [], ["axis"], value_ints=[0]),
+    helper.make_node("ReduceMean", ["latent", "axis"], ["mean"], keepdims=1),
+    helper.make_node("Add", ["latent", "mean"], ["mixed"]),
+]
+FIRST = [
+    *(helper.make_node("Constant", [], [name], value_ints=[at]) for name, at in (("from", 0), ("to", 1))),
+    helper.make_node("Slice", ["latent", "from", "to"], ["mixed"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        (RANDOM, "another image each time"),
+        (SEEDED, "another image each time"),
+        (MEAN, "differs by up to .* grey levels when it is made among others"),
+        (FIRST, r"of 3 latents 3 images of \(2, 2, 1\); it made \(1, 2, 2, 1\)"),
+    ],
+)
+def test_a_model_whose_images_cannot_be_made_again_is_kept_out(
+    nodes: list[onnx.NodeProto], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelRejected, match=reason):
+        load(saved(model_of(*nodes), tmp_path / "model.onnx"))
+
+
+def test_a_model_with_no_more_than_the_least_card_is_served(tmp_path: Path) -> None:
+    model = load(saved(model_of(helper.make_node("Identity", ["latent"], ["mixed"])), tmp_path / "model.onnx"))
+    assert model.pixel_bytes == 4
+
+
 def test_a_newer_trainers_card_is_read_and_what_is_not_known_of_it_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
