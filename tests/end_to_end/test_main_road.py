@@ -33,6 +33,7 @@ def test_what_was_trained_is_what_the_client_gets(
     if preset == "cdcgan":
         printed = ganserve_trainer("evaluate", run, "--data-root", data_root, "--images", "100")
         assert "label_accuracy" in printed
+        assert printed.endswith(f"next: ganserve-trainer export {run} --repository DIR --name NAME\n")
     for version in (1, 2):
         printed = ganserve_trainer("export", run, "--repository", repository, "--name", "digits")
         assert Path(printed.strip()) == repository / "digits" / str(version) / "model.onnx"

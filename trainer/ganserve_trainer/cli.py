@@ -251,6 +251,8 @@ def evaluate(
     for metric in metrics:
         print(f"{metric['name']} {metric['value']:.4f}  ({metric['method'].partition(evaluation.JUDGE)[0]})")
     print(metrics[0]["method"].partition(evaluation.JUDGE)[2])
+    if model.suffix != ".onnx":
+        print(f"next: ganserve-trainer export {model} --repository DIR --name NAME")
 
 
 @app.command()
