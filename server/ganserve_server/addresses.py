@@ -84,3 +84,8 @@ def split(address: str, flag: str) -> tuple[str, int]:
         expected = "HOST:PORT, such as 127.0.0.1:50051 or [::]:50051, with a port from 0 to 65535"
         raise StartError(f"{flag} is {address!r}; it must be {expected}")
     return host, number
+
+
+def reachable(host: str) -> str:
+    """Return where a server on this machine answers: one that listens on all addresses does on the machine's own."""
+    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)

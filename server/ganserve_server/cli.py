@@ -17,6 +17,8 @@ import structlog
 import typer
 from pydantic import ValidationError
 
+from ganserve_server import admin_client
+from ganserve_server.addresses import reachable
 from ganserve_server.settings import (
     BUNDLED_MODELS,
     CONFIG_VARIABLE,
@@ -119,10 +121,8 @@ def _health(context: typer.Context) -> None:
     if not host:
         print("ganserve-server: there is no --metrics-address to ask", file=sys.stderr)
         raise typer.Exit(2)
-    # Where it listens on all addresses it listens on the machine's own.
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     try:
-        with urllib.request.urlopen(f"http://{host}:{port}/readyz", timeout=_HEALTH_TIMEOUT_S) as response:
+        with urllib.request.urlopen(f"http://{reachable(host)}:{port}/readyz", timeout=_HEALTH_TIMEOUT_S) as response:
             told = response.read().decode().strip()
     except urllib.error.HTTPError as error:
         told = error.read().decode().strip()
@@ -340,6 +340,11 @@ def main() -> None:
     for name, command in commands.items():
         token.command(name, help=_help(command))(command)
     app.add_typer(token, name="token")
+    admin = typer.Typer(no_args_is_help=True)
+    admin.callback(help=_help(admin_client.admin))(admin_client.admin)
+    for name, command in admin_client.COMMANDS.items():
+        admin.command(name, help=_help(command))(command)
+    app.add_typer(admin, name="admin")
     app()
 
 

@@ -5,6 +5,8 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,9 @@ from pathlib import Path
 import grpc
 import pytest
 import tritonclient.grpc as triton
+import trustme
 from tests.conftest import RunningServer
+from tests.server.test_security import CA, write_certificate, write_tokens
 from tests.server.test_start_and_drain import http_get, scrape
 from tests.server.test_workers import Caller, number_of, workers_of
 
@@ -212,3 +216,99 @@ def test_a_worker_is_replaced_though_all_models_are_unloaded(start_server: Start
         os.kill(workers_of(running)[1], signal.SIGKILL)
         running.wait_for("worker started")
         assert client.models()[0].name == "mlp-mnist"
+
+
+def admin(*words: str | Path, **environment: str) -> tuple[int, str]:
+    """Run `ganserve-server`; return its exit status, and what it prints on either stream."""
+    command = [Path(sys.executable).with_name("ganserve-server"), *words]
+    known = {name: value for name, value in os.environ.items() if not name.startswith("GANSERVE_")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, env={**known, **environment}
+    )
+    assert not (done.stdout and done.stderr)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_command_line_does_what_an_operator_would(running: RunningServer, repository: Path) -> None:
+    broken = repository / "mlp-mnist" / "2" / "model.onnx"
+    broken.parent.mkdir()
+    broken.write_bytes(b"no model")
+    shutil.copytree(repository / "mlp-mnist" / "1", repository / "mlp-mnist" / "3")
+    address = {"GANSERVE_SERVER_ADMIN_ADDRESS": running.admin_address}
+    rest = "mlp-mnist 1 served\nmlp-mnist 2 not served: the file is not ONNX, or is truncated\nmlp-mnist 3 served\n"
+    assert admin("admin", "reload", **address) == (0, "cdcgan-mnist 1 served\n" + rest)
+    assert admin("--admin-address", running.admin_address, "admin", "unload", "cdcgan-mnist") == (
+        0,
+        "cdcgan-mnist unloaded\n",
+    )
+    unloaded = "cdcgan-mnist 1 not served: it was unloaded by an operator, until LoadModel\n"
+    assert admin("admin", "reload", **address) == (0, unloaded + rest)
+    assert admin("admin", "load", "cdcgan-mnist", **address) == (0, "cdcgan-mnist 1 served\n")
+    for command in ("load", "unload"):
+        status, told = admin("admin", command, "nothing", **address)
+        assert status == 1
+        assert told.startswith(f"ganserve-server: {running.admin_address}: ")
+        assert "'nothing'" in told
+        assert told.count("\n") == 1
+
+
+def test_the_command_line_says_in_one_line_whom_it_cannot_ask(server: RunningServer, tmp_path: Path) -> None:
+    told = {
+        ("--admin-address", "off"): (2, "there is no --admin-address"),
+        ("--admin-address", "here"): (2, "must be HOST:PORT"),
+        ("--admin-address", "127.0.0.1:1"): (1, "127.0.0.1:1: failed to connect"),
+        ("--admin-address", server.address): (1, "is it the --admin-address?"),
+        ("--admin-address", "127.0.0.1:1", "--tls-certificate-file", tmp_path / "no.crt"): (2, "no.crt: No such file"),
+        ("--admin-address", "127.0.0.1:1", "--tls-certificate-file", __file__): (2, "not certificates and key in PEM"),
+    }
+    for flags, (wanted, text) in told.items():
+        status, line = admin(*flags, "admin", "reload")
+        assert (status, line.count("\n")) == (wanted, 1), line
+        assert text in line
+    by_name = ("--admin-address", "images.example.com:1", "admin", "reload")
+    assert "plain text" in admin(*by_name, GANSERVE_TOKEN="gs_secret")[1]
+    assert "no header can hold" in admin(*by_name, GANSERVE_TOKEN="gs_secret\n")[1]
+    assert "both --certificate-file and --key-file" in admin(*by_name, GANSERVE_KEY_FILE="tls.key")[1]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_command_line_has_a_token_and_takes_the_servers_own_certificate(
+    workers: str, start_server: Start, repository: Path, tmp_path: Path
+) -> None:
+    chain, key = write_certificate(tmp_path / ".tls")
+    ops, shop = write_tokens(tmp_path / ".tokens", {"name": "ops", "roles": ["admin"]}, {"name": "shop"})
+    tls = ("--tls-certificate-file", chain, "--tls-key-file", key)
+    flags = ("--admin-address=127.0.0.1:0", "--tokens-file", tmp_path / ".tokens", "--workers", workers)
+    running = start_server(*tls, *flags, "--models", repository)
+    address = ("--admin-address", running.admin_address)
+    both = (0, "cdcgan-mnist 1 served\nmlp-mnist 1 served\n")
+    assert admin(*tls, *address, "admin", "reload", GANSERVE_TOKEN=ops) == both
+    for token, text in ((shop, "has not the role 'admin'"), ("gs_wrong", "none of this server's"), ("", "is needed")):
+        status, told = admin(*tls, *address, "admin", "unload", "mlp-mnist", GANSERVE_TOKEN=token)
+        assert (status, told.count("\n")) == (1, 1)
+        assert text in told
+    CA.cert_pem.write_to_path(tmp_path / ".ca")
+    assert admin(*address, "admin", "--ca-file", tmp_path / ".ca", "reload", GANSERVE_TOKEN=ops) == both
+    trustme.CA().cert_pem.write_to_path(tmp_path / ".other")
+    for ca_file, text in ((str(tmp_path / ".other"), "CERTIFICATE_VERIFY_FAILED"), ("", "does it want TLS")):
+        status, told = admin(*address, "admin", "reload", GANSERVE_TOKEN=ops, GANSERVE_CA_FILE=ca_file)
+        assert (status, told.count("\n")) == (1, 1)
+        assert text in told
+
+
+def test_the_command_line_shows_a_certificate_and_may_name_the_servers(
+    start_server: Start, repository: Path, tmp_path: Path
+) -> None:
+    chain, key = tmp_path / ".crt", tmp_path / ".key"
+    issued = CA.issue_cert("images.example.com")
+    issued.cert_chain_pems[0].write_to_path(chain)
+    issued.private_key_pem.write_to_path(key)
+    CA.cert_pem.write_to_path(tmp_path / ".ca")
+    tls = ("--tls-certificate-file", chain, "--tls-key-file", key)
+    flags = ("--admin-address=127.0.0.1:0", "--tls-client-ca-file", tmp_path / ".ca")
+    running = start_server(*tls, *flags, "--models", repository)
+    command = (*tls, "--admin-address", running.admin_address, "admin", "--server-name")
+    own = {"GANSERVE_CERTIFICATE_FILE": str(chain), "GANSERVE_KEY_FILE": str(key)}
+    assert admin(*command, "images.example.com", "reload", **own)[0] == 0
+    assert admin(*command, "images.example.com", "reload")[0] == 1
+    assert admin(*command, "127.0.0.1", "reload", **own)[0] == 1

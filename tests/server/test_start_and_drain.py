@@ -641,7 +641,17 @@ def test_systemd_is_told_when_the_server_is_ready_reloads_and_stops(
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_a_paragraph_of_help_is_as_wide_as_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    for command in ([], ["config"], ["doctor"], ["health"], ["token"], *(["token", one] for one in ("add", "list"))):
+    for command in (
+        [],
+        ["config"],
+        ["doctor"],
+        ["health"],
+        ["token"],
+        ["token", "add"],
+        ["token", "list"],
+        ["admin"],
+        ["admin", "reload"],
+    ):
         told = subprocess.run(
             [Path(sys.executable).with_name("ganserve-server"), *command, "--help"],
             capture_output=True,
