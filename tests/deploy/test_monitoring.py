@@ -26,6 +26,13 @@ def test_each_entry_of_the_runbook_says_all_that_an_entry_says() -> None:
             assert re.search(rf"\*\*{part}\*\*", entry, re.IGNORECASE), f"{entry.split()[0]} lacks {part}"
 
 
+def test_what_looks_for_a_status_in_the_log_says_in_which_lines() -> None:
+    """A line about calls that are not logged, and one about an operator's call, have a status, too."""
+    recipes = re.findall(r"select\(.*\.code [=!|].*", (ROOT / "docs/operations.md").read_text())
+    assert recipes
+    assert not [recipe for recipe in recipes if ".event" not in recipe]
+
+
 def test_each_alert_is_tested_where_it_fires_and_where_it_does_not() -> None:
     cases = re.findall(
         r"alertname: (\w+)\n +exp_alerts:( \[\])?", (ROOT / "deploy/prometheus/rules_test.yml").read_text()
