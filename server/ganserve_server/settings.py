@@ -128,7 +128,7 @@ class ServerSettings(BaseModel):
         AccessLog,
         Field(
             description="Which calls to log: off, errors (not those whose caller left, and at most 100 of a kind in a "
-            "second) or all."
+            "second of each worker) or all."
         ),
     ] = "errors"
 
