@@ -259,11 +259,13 @@ def add(file: Path, entry: Mapping[str, object]) -> None:
 
     Raises:
         OSError: it cannot be read or written.
-        ValueError: the file, with it, breaks a rule.
+        ValueError: there is one of its name, or the file, with it, breaks a rule.
     """
     lines = ["", "[[tokens]]", *(f"{key} = {json.dumps(value)}" for key, value in entry.items()), ""]
 
     def with_table(content: str) -> str:
+        if _TABLE.search(content) and entry["name"] in [token.name for token in _parse(content)]:
+            raise ValueError(f"there is a token {entry['name']!r} already; take another name, or withdraw it first")
         newline = "\r\n" if "\r\n" in content else "\n"
         return f"{content.rstrip()}{newline}{newline.join(lines)}".lstrip()
 

@@ -602,7 +602,7 @@ def test_a_token_is_added_where_a_link_leads_and_owner_and_mode_stay(tmp_path: P
     assert link.is_symlink()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert [token.name for token in tokens.read_tokens(file)] == ["first", "second"]
-    with pytest.raises(ValueError, match="'second' is there twice"):
+    with pytest.raises(ValueError, match="there is a token 'second' already"):
         add(link, "second")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["real.toml", "tokens.toml"]
 
