@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _CONNECTIONS = 100
+_LONGEST_NAME = 64  # of a model; what is longer is none, and may have megabytes
 
 
 class AdminServer:
@@ -70,7 +71,7 @@ def _tell_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
     """Log every one: who did what to the models."""
     told = {
         "method": call.head.path.rpartition("/")[2],
-        "model": call.model,
+        "model": call.model if len(call.model) <= _LONGEST_NAME else f"{call.model[:_LONGEST_NAME]}…",
         "code": code.name,
         "caller": call.caller.name if call.caller else None,
         "peer": call.peer,

@@ -106,6 +106,7 @@ def test_a_name_of_any_length_is_answered_and_so_is_what_comes_after(call: str, 
         with pytest.raises(grpc.RpcError) as caught:
             getattr(stub, call)(getattr(pb, f"{call}Request")(model="\1" * (4_000_000)), timeout=30)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert running.wait_for("admin call")["model"] == "\1" * 64 + "…"
         assert len(stub.ReloadModels(pb.ReloadModelsRequest(), timeout=30).versions) == 2
 
 
