@@ -208,6 +208,7 @@ async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, securi
         with reloading():
             security.refresh()
             await supervisor.ask_all({"do": "refresh"})
+        _log.info("reloaded")
 
 
 def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:

@@ -176,3 +176,4 @@ async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle, security: Sec
         with reloading():
             security.refresh()
             await lifecycle.refresh()
+        _log.info("reloaded")
