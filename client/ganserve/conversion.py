@@ -34,6 +34,7 @@ _UINT32_LIMIT = 1 << 32
 _MOST_IN_FLIGHT = 256
 _REFILL_BELOW = 0.75  # of what may be in flight: requests that come together are made together
 _READING_S = 0.005  # for which seeds may be read while an answer may be waiting
+_MOST_VALUES_A_CALL = 1024  # labels or latents: a server takes no more, unless it is told otherwise
 _END: Any = object()
 
 
@@ -84,6 +85,10 @@ def to_request(
             request.labels.extend(uint32("label", item) for item in labels)
         if count is None and latents is None:
             request.count = len(labels)
+        if len(labels) not in (1, request.count):
+            raise _invalid(
+                "label", f"label has {len(labels)} values for {request.count} images; give one, or one for each image"
+            )
     return request
 
 
@@ -221,12 +226,16 @@ def correct(error: GanserveError, request: Any, answer: pb.ListModelsResponse | 
 
 
 class StreamProgress:
-    """What a stream has brought of a request, so that the rest can be asked of another server."""
+    """What streams have brought of a request, so that the rest can be asked of another server.
+
+    A request with more labels or latents than one call may bring is cut into several, one after the other.
+    """
 
     def __init__(self, request: pb.GenerateImagesRequest) -> None:
         self.request = request
         self._wanted = request.count if request.HasField("count") else 1
         self._done = 0
+        self._asked = 0  # with those that are done: what the call, once it has ended, has brought
         self._first: ImageBatch | None = None
 
     @property
@@ -240,9 +249,9 @@ class StreamProgress:
         Raises:
             ServerError: they are not the next ones, or not by the model of those before.
         """
-        if not 1 <= chunk.count <= self._wanted - self._done:
+        if not 1 <= chunk.count <= self._asked - self._done:
             raise ServerError(
-                f"the server sends {chunk.count} images after {self._done} of {self._wanted}; it must send the rest"
+                f"the server sends {chunk.count} images after {self._done} of {self._asked}; it must send the rest"
             )
         batch = to_batch(chunk, chunk.count)
         first = self._first = self._first or batch
@@ -258,29 +267,33 @@ class StreamProgress:
         return batch
 
     def end(self) -> None:
-        """Check that nothing is missing.
+        """Check that nothing is missing of what the call was asked for.
 
         Raises:
             ServerError: it is, and the server thinks that all is well.
         """
-        if not self.complete:
-            raise ServerError(f"the server ended the stream after {self._done} of {self._wanted} images")
+        if self._done < self._asked:
+            raise ServerError(f"the server ended the stream after {self._done} of {self._asked} images")
 
     def rest(self) -> pb.StreamImagesRequest:
-        """Ask for what is missing: of the same version, and of the seeds that follow."""
+        """Ask for what is missing, or as much of it as one call may bring: of the same version, and the next seeds."""
         request = pb.GenerateImagesRequest()
         request.CopyFrom(self.request)
+        given: tuple[Any, ...] = (request.labels, request.label_names)
+        labels = [each for each in given if len(each) > 1]
+        at_once = _MOST_VALUES_A_CALL if labels or request.HasField("latents") else self._wanted
+        self._asked = min(self._wanted, self._done + at_once)
         if self._first is not None:
-            done = self._done
             request.version = self._first.version
-            request.count = self._wanted - done
             if (seed := self._next_seed()) is not None:
                 request.seed = seed
-            elif request.HasField("latents"):
-                del request.latents.values[: len(request.latents.values) // self._wanted * done]
-            for each in (request.labels, request.label_names):
-                if len(each) > 1:
-                    del each[:done]
+        if self._first is not None or self._asked < self._wanted:
+            request.count = self._asked - self._done
+            if request.HasField("latents"):
+                dim = len(request.latents.values) // self._wanted
+                request.latents.values[:] = request.latents.values[self._done * dim : self._asked * dim]
+            for each in labels:
+                each[:] = each[self._done : self._asked]
         return pb.StreamImagesRequest(generate=request)
 
     def _next_seed(self) -> int | None:

@@ -28,7 +28,7 @@ def stream(calls: Calls, request: pb.GenerateImagesRequest, timeout_s: float) ->
     """Yield the images of a request in batches, as the server makes them."""
     deadline = time.monotonic() + timeout_s
     progress, attempts = StreamProgress(request), Attempts(calls.policy)
-    while True:
+    while not progress.complete:
         stubs = calls.connected()
         try:
             with _held(stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=calls.metadata)) as call:
@@ -38,12 +38,10 @@ def stream(calls: Calls, request: pb.GenerateImagesRequest, timeout_s: float) ->
                     check_fork()
             progress.end()
             calls.policy.succeeded()
-            return
         except (grpc.RpcError, ValueError) as error:
             failure = calls.failure(error)
-        if progress.complete:
-            return  # how the call ends no longer matters
-        progress.request = calls.again(failure, progress.request, attempts, deadline) or progress.request
+            if not progress.complete:  # else how the call ends no longer matters
+                progress.request = calls.again(failure, progress.request, attempts, deadline) or progress.request
         timeout_s = deadline - time.monotonic()
 
 
@@ -53,7 +51,7 @@ async def stream_async(
     """Do as `stream` does."""
     deadline = time.monotonic() + timeout_s
     progress, attempts = StreamProgress(request), Attempts(calls.policy)
-    while True:
+    while not progress.complete:
         stubs = calls.connected()
         try:
             with _held_in_loop(
@@ -65,12 +63,10 @@ async def stream_async(
                     check_fork()
             progress.end()
             calls.policy.succeeded()
-            return
         except (grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError) as error:
             failure = calls.failure(error)
-        if progress.complete:
-            return
-        progress.request = await calls.again(failure, progress.request, attempts, deadline) or progress.request
+            if not progress.complete:
+                progress.request = await calls.again(failure, progress.request, attempts, deadline) or progress.request
         timeout_s = deadline - time.monotonic()
 
 

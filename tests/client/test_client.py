@@ -104,6 +104,22 @@ def test_truncation_zero_makes_every_image_the_same(client: Client) -> None:
     assert not np.array_equal(pixels[0], client.generate("mlp-mnist", seed=1).pixels[0])
 
 
+@both
+def test_any_number_of_labels_and_latents_is_taken(twin: Twin, server: RunningServer, client: Client) -> None:
+    labels = [seed % 10 for seed in range(2100)]
+    by_list = ask(twin, server.address, "generate", "cdcgan-mnist", seed=0, label=labels)
+    by_name = ask(twin, server.address, "generate", "cdcgan-mnist", seed=0, label=[str(label) for label in labels])
+    in_turn = client.generate("cdcgan-mnist", count=2100, seed=0)
+    assert by_list.seeds == tuple(range(2100))
+    assert by_list.labels == by_name.labels == in_turn.labels
+    assert np.array_equal(by_list.pixels, in_turn.pixels)
+    assert np.array_equal(by_name.pixels, in_turn.pixels)
+    own = ask(twin, server.address, "generate", "cdcgan-mnist", latents=latents(range(2100), 64), label=labels)
+    assert np.array_equal(own.pixels, in_turn.pixels)
+    way = ask(twin, server.address, "interpolate", "cdcgan-mnist", 1, 2, 1500, label=3)
+    assert (len(way), way.interpolation.steps) == (1500, 1500)
+
+
 def test_many_images_come_as_one_batch(client: Client) -> None:
     batch = client.generate("cdcgan-mnist", count=1000, seed=3)
     assert batch.seeds == tuple(range(3, 1003))

@@ -212,6 +212,29 @@ def test_a_stream_of_own_latents_goes_on_with_the_next_latent() -> None:
 
 
 @both
+@pytest.mark.parametrize("seed", [None, 2**32 - 6])
+def test_more_labels_than_a_call_brings_are_asked_for_in_several_calls_of_one_version(
+    twin: Twin, seed: int | None
+) -> None:
+    count = 2500
+    labels = [index % 1000 for index in range(count)]
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        for index, chunk in enumerate(chunks(request)):
+            if number == 1 and index == 100:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+            yield chunk
+
+    with serving(behave) as (address, servicer):
+        images = ask(twin, address, "stream", "any", count=count, seed=seed, label=labels)
+    first = DRAWN_SEED if seed is None else seed
+    assert [image.seed for image in images] == [(first + index) % 2**32 for index in range(count)]
+    assert [image.label for image in images] == labels
+    assert [request.count for request in servicer.requests] == [1024, 1024, 1024, 2500 - 1024 - 100 * CHUNK - 1024]
+    assert [request.version for request in servicer.requests] == [0, 3, 3, 3]
+
+
+@both
 @pytest.mark.parametrize("change", [{"version": 9}, {"digest": "sha256:2"}, {"seeds": [1, 2, 3, 4]}])
 def test_a_stream_does_not_go_on_with_other_images(twin: Twin, change: dict[str, Any]) -> None:
     def behave(number: int, request: Any, context: Any) -> Any:

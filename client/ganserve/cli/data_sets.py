@@ -18,7 +18,6 @@ from ganserve.provenance import Provenance
 
 SEED_LIMIT = 1 << 32
 _MOST_A_CALL = 50_000  # images
-_MOST_LABELS_A_CALL = 1000  # a server takes 1024, unless it is told otherwise
 _MOST_TEXT = 1 << 20  # bytes of the provenance in an .npz
 _BROKEN = (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -52,12 +51,10 @@ class Plan:
 
     def batches(self, client: Client, images: range) -> Iterator[ImageBatch]:
         """Make these images, in order, in calls that a server takes."""
-        several = self.labels is not None and len(self.labels) > 1
-        step = _MOST_LABELS_A_CALL if several else _MOST_A_CALL
-        for start in range(images.start, images.stop, step):
-            stop = min(start + step, images.stop)
+        for start in range(images.start, images.stop, _MOST_A_CALL):
+            stop = min(start + _MOST_A_CALL, images.stop)
             labels: list[Label] | Label | None = None if self.labels is None else self.labels[0]
-            if several:
+            if self.labels is not None and len(self.labels) > 1:
                 labels = [self.label_of(index) or 0 for index in range(start, stop)]
             yield from client.stream_batches(
                 self.model,
