@@ -59,7 +59,7 @@ _BUDGET_A_CALL = 0.2
 
 _TELL_AGAIN_S = 5.0  # of waiting; then whenever that has doubled
 
-_LEAST_PROBE_S = 0.05  # one with less would only say that it had no time, and not what is wrong
+_LEAST_TRY_S = 0.1  # one with less would most likely only say that it had no time, and not what is wrong
 
 _log = logging.getLogger("ganserve")
 
@@ -267,6 +267,7 @@ class Attempts:
         self._policy = policy
         self._failures = 0
         self._since = 0.0  # the first of them
+        self._last = ""  # what was wrong then
         self._log = WaitLog()
 
     def delay_s(self, error: GanserveError, deadline: float) -> float:
@@ -275,25 +276,31 @@ class Attempts:
         The deadline is the call's, by time.monotonic.
 
         Full jitter, as AWS's "Exponential Backoff and Jitter" (2015) found best: from 0 to a bound that doubles. What
-        a server asks for comes on top, so that those it sent away do not come back all at once.
+        a server asks for comes on top, so that those it sent away do not come back all at once. The last pause is as
+        short as it must be for one more try before the end.
         """
         now = time.monotonic()
         if not self._failures:
             self._since = now
         self._failures += 1
-        delay_s = full_jitter_s(self._failures)
+        least_s = 0.0
         if isinstance(error, OverloadedError) and error.retry_after_s is not None:
-            delay_s += error.retry_after_s
+            least_s = error.retry_after_s
         elif not isinstance(error, UnavailableError):
+            if isinstance(error, DeadlineExceededError) and self._last:
+                error.add_text(f", tried {self._failures} times; before that: {self._last}")
             raise error
+        self._last = error.text
         if isinstance(error, OverloadedError):
             self._policy.answered = True
         patience_s = _PATIENCE_S if self._policy.answered else _PATIENCE_WITH_STRANGERS_S
         until = min(deadline, self._since + patience_s)
-        if not self._policy.enabled or now + delay_s >= until or not self._policy.budget.withdraw():
+        longest_s = until - _LEAST_TRY_S - now
+        if not self._policy.enabled or longest_s <= least_s or not self._policy.budget.withdraw():
             if self._failures > 1:
                 error.add_text(f", tried {self._failures} times in {now - self._since:.1f} s")
             raise error
+        delay_s = min(least_s + full_jitter_s(self._failures), longest_s)
         waiting_s = now + delay_s - self._since
         self._log.waiting(f"{error.text}; trying again for up to {until - now:.0f} s", error.reason, waiting_s)
         return delay_s
@@ -303,7 +310,7 @@ class Attempts:
         self._policy.answered = True
         if self._failures:
             self._log.answered(time.monotonic() - self._since)
-            self._failures = 0
+            self._failures, self._last = 0, ""
 
 
 class WaitLog:
@@ -350,17 +357,16 @@ class Readiness:
         return max(0.001, self._deadline - time.monotonic())
 
     def delay_s(self, error: GanserveError | None) -> float:
-        """Return how long to wait before asking again.
+        """Return how long to wait before asking again: no longer than leaves time for one more try.
 
         Raises:
             DeadlineExceededError: the time is over; the text says what went wrong last.
         """
         self._tries += 1
-        delay_s = full_jitter_s(self._tries)
-        now = time.monotonic()
+        left_s = self._deadline - time.monotonic()
         why = "it is there, but is not serving" if error is None else error.text
-        if now + delay_s + _LEAST_PROBE_S < self._deadline:
-            left_s = self._deadline - now
+        if left_s > _LEAST_TRY_S:
+            delay_s = min(full_jitter_s(self._tries), left_s - _LEAST_TRY_S)
             self._log.waiting(
                 f"{self._what} is not ready: {why}; asking again for up to {left_s:.0f} s",
                 "" if error is None else error.reason,

@@ -176,6 +176,51 @@ def test_a_server_that_never_gets_better_is_given_up_within_the_deadline(twin: T
 
 
 @both
+@pytest.mark.parametrize(
+    ("method", "arguments", "raised"),
+    [
+        ("wait_until_ready", (1.0,), DeadlineExceededError),
+        ("wait_for_version", ("any", 2, 1.0), DeadlineExceededError),
+        ("models", (), UnavailableError),
+    ],
+)
+def test_what_nobody_answers_is_tried_until_just_before_the_deadline(
+    twin: Twin, method: str, arguments: tuple[Any, ...], raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The back-off would not fit: what is tried again is tried at the end.
+    monkeypatch.setattr(transport, "full_jitter_s", lambda failures: 0.0 if failures < 3 else 60.0)
+    tried: list[float] = []
+
+    def behave(number: int, request: Any, context: Any) -> None:
+        tried.append(time.monotonic())
+        context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
+
+    with serving(behave) as (address, _):
+        started = time.monotonic()
+        with pytest.raises(raised, match="starting"):
+            ask(twin, address, method, *arguments, options={"timeout_s": 1.0})
+        assert 0.8 < tried[-1] - started < 1
+        assert time.monotonic() - started < 1.5
+    assert len(tried) == 4
+
+
+@both
+def test_a_last_try_that_has_too_little_time_says_what_was_wrong_before(twin: Twin) -> None:
+    over = threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if number == 0:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
+        over.wait(WAIT_S)
+        return answer(request)
+
+    with serving(behave) as (address, _):
+        with pytest.raises(DeadlineExceededError, match=r"tried 2 times; before that: .*starting"):
+            ask(twin, address, "models", options={"timeout_s": 0.5})
+        over.set()
+
+
+@both
 def test_a_client_without_a_budget_does_not_retry(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_BUDGET", 0.0)
     with serving(fails_first(grpc.StatusCode.UNAVAILABLE)) as (address, servicer):
