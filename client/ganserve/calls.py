@@ -13,7 +13,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ganserve.conversion import correct, question_about, to_health
+from ganserve.conversion import correct, question_about, reword, to_health
 from ganserve.errors import (
     REQUEST_ID_KEY,
     GanserveError,
@@ -100,8 +100,12 @@ class _Calls:
             leave_to_parent(self._stubs.channel)
             self._stubs = None
 
-    def _translated(self, error: grpc.RpcError, *, late: bool) -> GanserveError:
-        return too_late(self.address) if late else translate(error, self.address, closed=self.closed)
+    def _translated(
+        self, error: grpc.RpcError, timeout_s: float, request_id: str | None, *, late: bool
+    ) -> GanserveError:
+        if late:
+            return too_late(self.address, timeout_s, request_id)
+        return translate(error, self.address, closed=self.closed, timeout_s=timeout_s, request_id=request_id)
 
     def _closed_meanwhile(self) -> RequestCancelledError:
         return RequestCancelledError("the client was closed during the call", reason="closed")
@@ -132,16 +136,18 @@ class Calls(_Calls):
         Raises:
             GanserveError: it failed.
         """
-        deadline = time.monotonic() + timeout_s
+        given_s, deadline = timeout_s, time.monotonic() + timeout_s
         attempts = None
         while True:
+            # Without a request id, by which a timeout could be found in the server's log: a new one for each call
+            # defeats the compression of headers, and takes 60 µs of a call's 400.
             send = getattr(self.connected(), method)
             thread = threading.get_ident()
             enter_call(thread)
             try:
                 response = send(request, timeout=timeout_s, metadata=self.metadata)
             except (grpc.RpcError, ValueError) as error:
-                failure = self.failure(error)
+                failure = self.failure(error, given_s)
             else:
                 self.policy.succeeded()
                 if attempts is not None:
@@ -155,10 +161,19 @@ class Calls(_Calls):
             request = self.again(failure, request, attempts, deadline) or request
             timeout_s = deadline - time.monotonic()
 
-    def failure(self, error: Exception, *, late: bool = False) -> GanserveError:
-        """Return what the end of a call means; raise it if it is none. `late` says that the call took too long."""
+    def failure(
+        self, error: Exception, timeout_s: float, request_id: str | None = None, *, late: bool = False
+    ) -> GanserveError:
+        """Return what the end of a call means; raise it if it is none.
+
+        Args:
+            error: how it ended.
+            timeout_s: what it was given, with its retries.
+            request_id: that it was given, if it was.
+            late: whether it took too long.
+        """
         if isinstance(error, grpc.RpcError):
-            return self._translated(error, late=late)
+            return self._translated(error, timeout_s, request_id, late=late)
         if not self.closed:
             raise error
         raise self._closed_meanwhile() from None  # gRPC's ValueError for a closed channel
@@ -180,6 +195,7 @@ class Calls(_Calls):
         Raises:
             GanserveError: the failure, which then says what was probably meant.
         """
+        reword(failure, request)
         question = question_about(failure, request)
         if question is None:
             return None
@@ -245,14 +261,14 @@ class AsyncCalls(_Calls):
 
     async def unary(self, method: str, request: Any, timeout_s: float, *, once: bool = False) -> Any:
         """Make a call that has one answer, as Calls.unary does."""
-        deadline = time.monotonic() + timeout_s
+        given_s, deadline = timeout_s, time.monotonic() + timeout_s
         attempts = None
         while True:
             send = getattr(self.connected(), method)
             try:
                 response = readable(await send(request, timeout=timeout_s, metadata=self.metadata))
             except (grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError) as error:
-                failure = self.failure(error)
+                failure = self.failure(error, given_s)
             else:
                 self.policy.succeeded()
                 if attempts is not None:
@@ -264,18 +280,20 @@ class AsyncCalls(_Calls):
             request = await self.again(failure, request, attempts, deadline) or request
             timeout_s = deadline - time.monotonic()
 
-    def failure(self, error: BaseException, *, late: bool = False) -> GanserveError:
+    def failure(
+        self, error: BaseException, timeout_s: float, request_id: str | None = None, *, late: bool = False
+    ) -> GanserveError:
         """Return what the end of a call means, as Calls.failure does.
 
         It tells the end of a call, or of the channel, from that of a task, whose owner must see just that.
         """
         if isinstance(error, grpc.RpcError):
-            return self._translated(error, late=late)
+            return self._translated(error, timeout_s, request_id, late=late)
         if not (isinstance(error, asyncio.CancelledError) and _cancelled()):
             if self.closed:
                 raise self._closed_meanwhile() from None
             if late:
-                return too_late(self.address)
+                return too_late(self.address, timeout_s, request_id)
         raise error
 
     async def again(self, failure: GanserveError, request: Any, attempts: Attempts, deadline: float) -> Any:
@@ -287,6 +305,7 @@ class AsyncCalls(_Calls):
 
     async def corrected(self, failure: GanserveError, request: Any, deadline: float) -> Any:
         """Return what was meant by a request that the server refused, as Calls.corrected does."""
+        reword(failure, request)
         question = question_about(failure, request)
         if question is None:
             return None

@@ -1,9 +1,10 @@
 """Between the SDK's types and the wire's messages: the only place of the SDK that knows both."""
 
 import math
+import reprlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import repeat
 from typing import Any
 
@@ -35,6 +36,7 @@ _MOST_IN_FLIGHT = 256
 _REFILL_BELOW = 0.75  # of what may be in flight: requests that come together are made together
 _READING_S = 0.005  # for which seeds may be read while an answer may be waiting
 _MOST_VALUES_A_CALL = 1024  # labels or latents: a server takes no more, unless it is told otherwise
+_A_LABEL = "it must be an index, 0 or more, or a name of a class"
 _END: Any = object()
 
 
@@ -56,11 +58,13 @@ def to_request(
     if seed is not None and latents is not None:
         raise _invalid("seed", "give a seed or latents, not both")
     try:
+        if truncation is None or isinstance(truncation, bool):  # protobuf takes them for none, and for a number
+            raise TypeError
         request = pb.GenerateImagesRequest(model=_name(model), truncation=truncation)
     except (TypeError, ValueError) as error:
         raise _invalid("truncation", f"truncation is {truncation!r}; it must be a number from 0 to 2") from error
     if count is not None:
-        request.count = uint32("count", count)
+        request.count = uint32("count", count, least=1)
     if version is not None:
         request.version = uint32("version", version)
     if seed is not None:
@@ -72,17 +76,13 @@ def to_request(
         request.latents.values.extend(rows.ravel().tolist())
         request.count = len(rows)
     if label is not None:
-        labels = to_labels(label)
+        labels = [_label(item) for item in to_labels(label)]
         names = [item for item in labels if isinstance(item, str)]
         if not labels or 0 < len(names) < len(labels):
             mixed = "; this list mixes indices and names: write them all as one or the other" if labels else ""
             raise _invalid("label", f"label is one index or name, or a list with one for each image{mixed}")
-        try:
-            request.label_names.extend(names)
-        except ValueError as error:  # half of a surrogate pair is no text
-            raise _invalid("label", f"label is {label!a}; it must be an index, or a name of a class") from error
-        if not names:
-            request.labels.extend(uint32("label", item) for item in labels)
+        request.label_names.extend(names)
+        request.labels.extend(item for item in labels if not isinstance(item, str))
         if count is None and latents is None:
             request.count = len(labels)
         if len(labels) not in (1, request.count):
@@ -99,9 +99,12 @@ def to_seeds(seeds: Iterable[int]) -> Iterator[int]:
         InvalidRequestError: they cannot be iterated over.
     """
     try:
+        if isinstance(seeds, str | bytes | bytearray | Mapping):
+            raise TypeError
         return iter(seeds)
     except TypeError as error:
-        raise _invalid("seeds", f"seeds is {seeds!r}; it must be an iterable of integers") from error
+        text = f"seeds is {reprlib.repr(seeds)}; it must be an iterable of integers"
+        raise _invalid("seeds", text) from error
 
 
 def to_model_request(name: str | None, version: int | None) -> pb.GetModelRequest:
@@ -124,7 +127,7 @@ def _name(model: Any) -> str:
 def _latents(given: ArrayLike) -> NDArray[np.float32]:
     """Return one latent or several as [count, latent_dim]."""
     try:
-        if np.iscomplexobj(given):
+        if np.asarray(given).dtype.kind not in "fiu":
             raise TypeError
         rows = np.asarray(given, np.float32)
     except (TypeError, ValueError) as error:
@@ -135,9 +138,31 @@ def _latents(given: ArrayLike) -> NDArray[np.float32]:
 
 
 def to_labels(label: Any) -> list[Any]:
-    """Return a list of labels, or of one label alone."""
+    """Return a list of labels, or of one label alone.
+
+    Raises:
+        InvalidRequestError: what holds them is not a list or the like.
+    """
+    _check_listed(label)
     alone = isinstance(label, str) or not hasattr(label, "__len__")
     return [label] if alone or getattr(label, "ndim", 1) == 0 else list(label)
+
+
+def _check_listed(label: Any) -> None:
+    """Refuse what can be iterated over, but not as one label after the other."""
+    if isinstance(label, bytes | bytearray | memoryview | Set | Mapping) or getattr(label, "ndim", 1) > 1:
+        raise _invalid("label", f"label is {reprlib.repr(label)}; {_A_LABEL}, or a list with one for each image")
+
+
+def _label(label: Any) -> Label:
+    try:
+        if isinstance(label, str):
+            label.encode()
+            return label
+        return uint32("label", label)
+    except (UnicodeEncodeError, InvalidRequestError) as error:  # half of a surrogate pair is no text
+        text = ascii(label) if isinstance(label, str) else reprlib.repr(label)
+        raise _invalid("label", f"label is {text}; {_A_LABEL}") from error
 
 
 def _invalid(field: str, text: str) -> InvalidRequestError:
@@ -182,17 +207,24 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
     )
 
 
+def reword(error: GanserveError, request: Any) -> None:
+    """Name what a request lacks as the argument is called, where the server's word for it is another."""
+    if getattr(error, "field", None) != "label" or not isinstance(request, pb.GenerateImagesRequest):
+        return
+    if request.HasField("latents") and not (request.labels or request.label_names):
+        text = f"model {request.model} is conditional: latents need a label, one for all or a list with one for each"
+        error.args = (text,)
+
+
 def question_about(error: GanserveError, request: Any) -> pb.ListModelsRequest | pb.GetModelRequest | None:
     """Return what to ask the server, to learn what a request that it refused probably meant; None if nothing."""
     if isinstance(error, ModelNotFoundError):
         # Other calls' errors say it themselves; to ask would take another replica's turn, call for call.
         return pb.ListModelsRequest() if isinstance(request, health_pb2.HealthCheckRequest) else None
-    about = {"label_names": "label_names", "latents": "latents", "count": "latents"}.get(
-        getattr(error, "field", "") or ""
-    )
-    if about is None or not isinstance(request, pb.GenerateImagesRequest):
+    field = getattr(error, "field", None)
+    if field not in ("label", "latents", "count") or not isinstance(request, pb.GenerateImagesRequest):
         return None
-    given = request.HasField("latents") if about == "latents" else request.label_names
+    given = request.label_names if field == "label" else request.HasField("latents")
     return pb.GetModelRequest(model=request.model, version=request.version or None) if given else None
 
 
@@ -209,7 +241,7 @@ def correct(error: GanserveError, request: Any, answer: pb.ListModelsResponse | 
             error.advice = ""
         raise error
     card = answer.model.card
-    if getattr(error, "field", None) == "label_names":
+    if getattr(error, "field", None) == "label":
         given, known = list(request.label_names), list(card.class_names)
         meant = [match for name in given if (match := matching(name, known)) is not None]
         if len(meant) < len(given) or meant == given:
@@ -328,8 +360,10 @@ class EachProgress:
 
     def __init__(self, request: pb.GenerateImagesRequest, label: Any, timeout_s: float, address: str) -> None:
         self.error: BaseException | None = None  # why no seeds follow, if not because they are all
-        self._common, self._timeout_s, self._address = request, timeout_s, address
+        self.timeout_s = timeout_s
+        self._common, self._address = request, address
         self._labelled = label is not None
+        _check_listed(label)
         self._alone = isinstance(label, str) or not isinstance(label, Iterable) or getattr(label, "ndim", 1) == 0
         self._labels: Iterator[Any] = repeat(self._label(label)) if self._alone else iter(label)
         self._spelled: dict[Label | None, Label] = {}  # names as the model has them
@@ -376,7 +410,7 @@ class EachProgress:
     @property
     def deadline(self) -> float:
         """When it will have been, by time.monotonic, should it be waited for from now on."""
-        return min(self._deadline, time.monotonic() + self._timeout_s)
+        return min(self._deadline, time.monotonic() + self.timeout_s)
 
     @property
     def request(self) -> pb.GenerateImagesRequest:
@@ -473,12 +507,12 @@ class EachProgress:
         """Note that the next image is being waited for: its time runs."""
         self._waiting_since = time.monotonic()
         if self._deadline == math.inf:
-            self._deadline = self._waiting_since + self._timeout_s
+            self._deadline = self._waiting_since + self.timeout_s
 
     def patience_s(self) -> float:
         """Return for how long nothing can be late that is not late yet."""
         left_s = self._deadline - time.monotonic()
-        return left_s if 0 < left_s < math.inf else self._timeout_s
+        return left_s if 0 < left_s < math.inf else self.timeout_s
 
     def take(self, answer: pb.GenerateEachResponse) -> bool:
         """Read the next answer; tell whether it has an image.
@@ -540,15 +574,7 @@ class EachProgress:
         return self._got + len(self._asked)
 
     def _label(self, label: Any) -> Label | None:
-        if label is None and not self._labelled:
-            return None
-        if isinstance(label, str):
-            try:
-                label.encode()
-            except UnicodeEncodeError as error:
-                raise _invalid("label", f"label is {label!a}; it must be an index, or a name of a class") from error
-            return label
-        return uint32("label", label)
+        return None if label is None and not self._labelled else _label(label)
 
     def _request(self, label: Label | None) -> pb.GenerateEachRequest:
         request = self._requests.get(label)
@@ -565,7 +591,7 @@ class EachProgress:
         failure = translate_answer(error.code, error.reason, error.message, self._address, self._request_id)
         if isinstance(failure, InvalidRequestError) and isinstance(asked.label, str):
             # The answer does not say which field is wrong.
-            failure.field = "label_names" if repr(asked.label) in error.message else None
+            failure.field = "label" if repr(asked.label) in error.message else None
         return failure
 
 

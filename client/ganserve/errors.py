@@ -13,7 +13,8 @@ GanserveError
 └── ServerError              the server failed, or breaks the protocol; report it with `request_id`
 
 Each has a text that says what to do; `code`, the gRPC status, None if no call was made; `reason`, short and stable, for
-programs; and `request_id`, by which the server's log has the call, None if no server answered.
+programs; and `request_id`, by which the server's log has the call: None if no server answered, but for streams that
+took too long, which are sent with one.
 """
 
 import logging
@@ -50,6 +51,7 @@ FLAGS = {
     "token": "--token",
     "timeout": "--timeout",
 }
+_ARGUMENT_OF_FIELD = {"labels": "label", "label_names": "label"}
 # What gRPC's texts have around the words that tell what happened, in the order in which it is taken away.
 _NOISE = [
     (re.compile(pattern, re.DOTALL), words)
@@ -118,7 +120,7 @@ class GanserveError(Exception):
 
 
 class InvalidRequestError(GanserveError):
-    """An argument is wrong: the text says which, the limit, and what to do."""
+    """An argument is wrong: the text says which, the limit, and what to do; `field` is its name."""
 
     reason = "invalid"
     field: str | None = None
@@ -202,27 +204,33 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[GanserveError]] = {
 _STATUS_OF_NUMBER: dict[int, grpc.StatusCode] = {status.value[0]: status for status in ERROR_OF_STATUS}
 
 
-def translate(error: Any, address: str, *, closed: bool = False) -> GanserveError:
+def translate(
+    error: Any, address: str, *, closed: bool = False, timeout_s: float | None = None, request_id: str | None = None
+) -> GanserveError:
     """Turn a grpc.RpcError (of either kind of stub) into the SDK's exception for its status.
 
     Args:
         error: the error.
         address: of the server.
         closed: whether the client was closed meanwhile.
+        timeout_s: of the call, with its retries; None where it has none.
+        request_id: that the call was given, if it was.
     """
     code: grpc.StatusCode = error.code()
     trailer: Sequence[tuple[str, str | bytes]] = tuple(error.trailing_metadata() or ())
     metadata = dict(trailer)
-    request_id = metadata.get(REQUEST_ID_KEY)
-    request_id = request_id if isinstance(request_id, str) else None
+    answered_id = metadata.get(REQUEST_ID_KEY)
+    answered_id = answered_id if isinstance(answered_id, str) else None
     details = error.details()
-    if code is grpc.StatusCode.CANCELLED and request_id is None and not closed:
+    if code is grpc.StatusCode.CANCELLED and answered_id is None and not closed:
         # Not by us: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.INTERNAL and details == _WRITE_FAILED:
         # So grpc.aio tells of a stream that ended, however it did, while a request was being written (grpc#36066).
         code, details = grpc.StatusCode.UNAVAILABLE, "the call ended while requests were being sent"
-    translated = _translated(code, details, address, request_id)
+    translated = _translated(code, details, address, answered_id, timeout_s)
+    if isinstance(translated, DeadlineExceededError):
+        translated.request_id = answered_id or request_id
     _read_details(translated, metadata.get(_DETAILS_KEY))
     return translated
 
@@ -236,12 +244,16 @@ def translate_answer(code: int, reason: str, text: str, address: str, request_id
     return translated
 
 
-def too_late(address: str) -> GanserveError:
+def too_late(address: str, timeout_s: float | None, request_id: str | None) -> GanserveError:
     """Return the exception for an answer that did not come within the timeout, where the SDK watches the clock."""
-    return _translated(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", address, None)
+    late = _translated(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", address, None, timeout_s)
+    late.request_id = request_id
+    return late
 
 
-def _translated(code: grpc.StatusCode, details: str | None, address: str, request_id: str | None) -> GanserveError:
+def _translated(
+    code: grpc.StatusCode, details: str | None, address: str, request_id: str | None, timeout_s: float | None = None
+) -> GanserveError:
     kind, reason, advice = ERROR_OF_STATUS[code], None, ""
     text, answered = details or code.name, request_id is not None
     if not answered:
@@ -271,7 +283,8 @@ def _translated(code: grpc.StatusCode, details: str | None, address: str, reques
         reason, text = "shut_down", f"the server at {address} shut down before the call was done; try again"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
         why = f" ({text})" if text.casefold() != "deadline exceeded" else ""
-        text = f"no complete answer from {address} within the timeout{why}"
+        timeout = "the timeout" if timeout_s is None else f"the timeout of {timeout_s:.4g} s"
+        text = f"no complete answer from {address} within {timeout}{why}"
         advice = "{timeout} allows more"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and _NO_GRPC in text:
         reason = "unreachable"
@@ -323,7 +336,8 @@ def _read_details(error: GanserveError, content: str | bytes | None) -> None:
                 error.reason = reason.lower() or error.reason
             elif isinstance(error, InvalidRequestError) and detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
                 violations = error_details_pb2.BadRequest.FromString(detail.value).field_violations
-                error.field = violations[0].field if violations else None
+                field = violations[0].field if violations else None
+                error.field = field and _ARGUMENT_OF_FIELD.get(field, field)
             elif isinstance(error, OverloadedError) and detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
                 delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
                 error.retry_after_s = max(0.0, delay.seconds + delay.nanos / 1e9)

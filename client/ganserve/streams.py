@@ -26,12 +26,14 @@ from ganserve.v1 import generation_pb2 as pb
 
 def stream(calls: Calls, request: pb.GenerateImagesRequest, timeout_s: float) -> Generator[ImageBatch, None, None]:
     """Yield the images of a request in batches, as the server makes them."""
-    deadline = time.monotonic() + timeout_s
+    given_s, deadline = timeout_s, time.monotonic() + timeout_s
     progress, attempts = StreamProgress(request), Attempts(calls.policy)
     while not progress.complete:
-        stubs = calls.connected()
+        stubs, request_id = calls.connected(), uuid.uuid4().hex
         try:
-            with _held(stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=calls.metadata)) as call:
+            with _held(
+                stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=calls.named(request_id))
+            ) as call:
                 for response in call:
                     attempts.over()
                     yield progress.take(response.chunk)
@@ -39,7 +41,7 @@ def stream(calls: Calls, request: pb.GenerateImagesRequest, timeout_s: float) ->
             progress.end()
             calls.policy.succeeded()
         except (grpc.RpcError, ValueError) as error:
-            failure = calls.failure(error)
+            failure = calls.failure(error, given_s, request_id)
             if not progress.complete:  # else how the call ends no longer matters
                 progress.request = calls.again(failure, progress.request, attempts, deadline) or progress.request
         timeout_s = deadline - time.monotonic()
@@ -49,13 +51,13 @@ async def stream_async(
     calls: AsyncCalls, request: pb.GenerateImagesRequest, timeout_s: float
 ) -> AsyncGenerator[ImageBatch, None]:
     """Do as `stream` does."""
-    deadline = time.monotonic() + timeout_s
+    given_s, deadline = timeout_s, time.monotonic() + timeout_s
     progress, attempts = StreamProgress(request), Attempts(calls.policy)
     while not progress.complete:
-        stubs = calls.connected()
+        stubs, request_id = calls.connected(), uuid.uuid4().hex
         try:
             with _held_in_loop(
-                stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=calls.metadata)
+                stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=calls.named(request_id))
             ) as call:
                 async for response in call:
                     attempts.over()
@@ -64,7 +66,7 @@ async def stream_async(
             progress.end()
             calls.policy.succeeded()
         except (grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError) as error:
-            failure = calls.failure(error)
+            failure = calls.failure(error, given_s, request_id)
             if not progress.complete:
                 progress.request = await calls.again(failure, progress.request, attempts, deadline) or progress.request
         timeout_s = deadline - time.monotonic()
@@ -113,7 +115,7 @@ def each(calls: Calls, progress: EachProgress, seeds: Iterator[int]) -> Generato
                         progress.check_end()
                 failure = progress.failure
             except (grpc.RpcError, ValueError) as error:
-                failure = calls.failure(error, late=progress.late)
+                failure = calls.failure(error, progress.timeout_s, request_id, late=progress.late)
             finally:
                 requests.put(None)
             if failure is not None and not progress.complete:
@@ -157,7 +159,7 @@ async def each_async(
                             progress.check_end()
                     failure = progress.failure
                 except (grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError) as error:
-                    failure = calls.failure(error, late=progress.late)
+                    failure = calls.failure(error, progress.timeout_s, request_id, late=progress.late)
                 finally:
                     requests.put_nowait(None)
                 if failure is not None and not progress.complete:

@@ -135,3 +135,7 @@ class Twin:
             return None
         ends: list[Label] = [seed % len(model.class_names) for seed in (way.seed_a, way.seed_b)]
         return [ends[step >= way.steps - step] for step in range(way.steps)]
+
+
+# Python's TypeError for an argument that is unknown has this name.
+Twin.__init__.__qualname__ = "Client.__init__"

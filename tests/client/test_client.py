@@ -241,13 +241,81 @@ def test_numbers_that_no_message_can_hold_are_refused(client: Client, field: str
         client.generate("cdcgan-mnist", **{field: value})  # type: ignore[arg-type]
 
 
+@both
+@pytest.mark.parametrize(
+    ("argument", "value", "told"),
+    [
+        ("label", b"Bag", "label is b'Bag'; it must be an index, 0 or more, or a name of a class, or a list"),
+        ("label", {3}, "label is {3}; it must be an index, 0 or more, or a name of a class, or a list"),
+        ("label", {3: 4}, "label is {3: 4}; it must be"),
+        ("label", np.zeros((2, 2), int), "or a list with one for each image"),
+        ("label", [3, b"Bag"], "label is b'Bag'; it must be an index, 0 or more, or a name of a class"),
+        ("label", -1, "label is -1; it must be an index, 0 or more, or a name of a class"),
+        ("label", [], "label is one index or name, or a list with one for each image"),
+        ("label", [1, 2, 3], "label has 3 values for 2 images; give one, or one for each image"),
+        ("label", ["1", "2", "3"], "label has 3 values for 2 images"),
+        ("truncation", None, "truncation is None; it must be a number from 0 to 2"),
+        ("truncation", True, "truncation is True; it must be a number from 0 to 2"),
+        ("latents", b"12", "latents is no array of numbers"),
+        ("latents", {1.0}, "latents is no array of numbers"),
+        ("latents", [["1", "2"]], "latents is no array of numbers"),
+        ("count", 0, "count is 0; it must be an integer from 1 to 4294967295"),
+    ],
+)
+def test_what_is_no_argument_is_refused_by_its_name(
+    twin: Twin, server: RunningServer, argument: str, value: Any, told: str
+) -> None:
+    arguments = {"count": None if argument == "latents" else 2, argument: value}
+    with pytest.raises(InvalidRequestError, match=re.escape(told)) as caught:
+        ask(twin, server.address, "generate", "cdcgan-mnist", **arguments)
+    assert (caught.value.field, caught.value.code) == (argument, None)
+    if argument != "latents":
+        with pytest.raises(InvalidRequestError, match=re.escape(told)):
+            ask(twin, server.address, "stream", "cdcgan-mnist", **arguments)
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"seeds": b"12"}, "seeds is b'12'; it must be an iterable of integers"),
+        ({"seeds": {1: 2}}, "seeds is {1: 2}; it must be an iterable of integers"),
+        ({"seeds": [1], "label": b"1"}, "label is b'1'; it must be an index"),
+        ({"seeds": [1], "label": {1}}, "label is {1}; it must be an index"),
+        ({"seeds": [1], "label": [-1]}, "label is -1; it must be an index"),
+    ],
+)
+def test_what_is_no_argument_of_generate_each_is_refused(
+    twin: Twin, server: RunningServer, arguments: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(told)):
+        ask(twin, server.address, "generate_each", "cdcgan-mnist", **arguments)
+
+
+@both
+def test_latents_without_a_label_are_told_by_the_arguments_names(twin: Twin, server: RunningServer) -> None:
+    for rows in (1, 300):
+        with pytest.raises(InvalidRequestError) as caught:
+            ask(twin, server.address, "generate", "cdcgan-mnist", latents=np.zeros((rows, 64)))
+        assert caught.value.text == (
+            "model cdcgan-mnist is conditional: latents need a label, one for all or a list with one for each"
+        )
+        assert caught.value.field == "label"
+
+
+def test_an_argument_that_is_unknown_is_told_of_the_client() -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(TypeError, match=r"^Client\.__init__\(\) got an unexpected .*'host'"):
+            kind(host="127.0.0.1")  # type: ignore[call-arg]
+
+
 def test_errors_are_typed(client: Client) -> None:
     with pytest.raises(ModelNotFoundError, match="cdcgan-mnist") as caught:
         client.generate("nothing")
     assert caught.value.request_id
     with pytest.raises(InvalidRequestError, match="0 to 9") as invalid:
         client.generate("cdcgan-mnist", label=10)
-    assert invalid.value.field == "labels"
+    assert invalid.value.field == "label"
     with pytest.raises(InvalidRequestError, match="unconditional"):
         list(client.stream("mlp-mnist", count=5, label=1))
 
@@ -451,7 +519,7 @@ def test_arguments_that_make_no_sense_are_refused(client: Client, arguments: dic
 
 def test_a_request_larger_than_the_server_takes_is_not_called_an_overload(client: Client) -> None:
     with pytest.raises(MessageTooLargeError, match="fewer latents") as caught:
-        client.generate("cdcgan-mnist", latents=np.zeros((30_000, 64)))
+        client.generate("cdcgan-mnist", latents=np.zeros((30, 64_000)))
     assert caught.value.limit_bytes == 4 << 20
     assert (caught.value.size_bytes or 0) > 30_000 * 64 * 4
 

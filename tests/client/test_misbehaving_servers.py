@@ -356,10 +356,12 @@ def test_a_server_that_is_too_slow_is_left_and_told_so(twin: Twin, method: str) 
 
     with serving(behave) as (address, servicer):
         started = time.monotonic()
-        with pytest.raises(DeadlineExceededError, match="timeout_s"):
+        with pytest.raises(DeadlineExceededError, match=r"within the timeout of 0\.3 s.*timeout_s") as caught:
             ask(twin, address, method, "any", count=1, timeout_s=0.3)
         assert 0.2 < time.monotonic() - started < 5
         assert told.wait(WAIT_S)
+    assert caught.value.request_id == servicer.metadata[0].get("x-request-id")
+    assert bool(caught.value.request_id) == (method == "stream")
     assert len(servicer.requests) == 1
 
 
@@ -733,7 +735,8 @@ def test_an_image_that_does_not_come_is_waited_for_no_longer_than_the_timeout(tw
         assert told.wait(WAIT_S)
     assert len(images) == answered
     assert isinstance(raised, DeadlineExceededError)
-    assert "timeout_s" in str(raised)
+    assert "within the timeout of 0.5 s; timeout_s" in str(raised)
+    assert raised.request_id == servicer.metadata[0]["x-request-id"]
     assert len(servicer.requests) == 1
 
 
