@@ -333,6 +333,15 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["generate", "mlp-mnist", "--out", locked / "x.png"], 4, "file"),
         (["inspect", tmp_path / "nothing.png"], 4, "No such file"),
         (["models", "--ca-file", tmp_path / "nothing.pem"], 2, "nothing.pem"),
+        (["generate", "mlp-mnist", "--format", "jpeg", "-o", tmp_path / "a.png"], 2, "is the name of a png"),
+        (["generate", "mlp-mnist", "--format", "bmp", "-o", tmp_path / "{seed}.png"], 2, "is the name of a png"),
+        (["interpolate", "mlp-mnist", "1", "2", "--format", "webp", "-o", "a.gif"], 2, "is the name of a gif"),
+        (["interpolate", "cdcgan-mnist", "1", "2", "--label", "1", "--label", "2"], 2, "an animation has one"),
+        (["generate", "cdcgan-mnist", "--count", "2", "--label", "1,2,3"], 2, "there are 3 labels for 2 images"),
+        (["generate", "cdcgan-mnist", "--seeds", "5", "--label", "1,2"], 2, "there are 2 labels for 1 image"),
+        (["bench", "cdcgan-mnist", "--label", "1", "--label", "2"], 2, "there are 2 labels for 1 image"),
+        (["generate", "cdcgan-mnist", "--label", "-1"], 2, "label is -1; it must be an index, 0 or more"),
+        (["generate", "cdcgan-mnist", "--label", "3,17"], 2, "0 to 9"),
     ]
     for arguments, status, text in attempts:
         done = ganserve(*arguments, address=None if arguments[0] in ("inspect", "modles") else server.address)
@@ -346,6 +355,28 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
     with silent_server() as address:
         late = ganserve("models", "--timeout", "0.3", address=address)
     assert (late.returncode, late.stderr.count("\n")) == (3, 1)
+
+
+def test_several_labels_may_come_with_commas_and_be_any_number(server: RunningServer, tmp_path: Path) -> None:
+    def made(*arguments: str | Path) -> list[int]:
+        done = ganserve(*arguments, "--out", tmp_path / "a.png", "--json", address=server.address)
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout)["labels"])
+
+    generate = ("generate", "cdcgan-mnist", "--seed", "1", "--scale", "1")
+    assert made(*generate, "--count", "5", "--label", "7,8", "--label", "1") == [7, 8, 1, 7, 8]
+    assert made(*generate, "--count", "1500", "--label", "7, 8") == [7, 8] * 750
+
+
+def test_a_file_without_a_name_has_the_formats_ending(server: RunningServer, tmp_path: Path) -> None:
+    for arguments, name in (
+        (("generate", "mlp-mnist", "--format", "bmp"), "mlp-mnist.bmp"),
+        (("interpolate", "mlp-mnist", "1", "2", "--format", "webp"), "mlp-mnist-1-2.webp"),
+    ):
+        done = ganserve(*arguments, address=server.address, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        with Image.open(tmp_path / name) as image:
+            assert image.format == name.rpartition(".")[2].upper()
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,16 @@ def test_nothing_is_left_of_what_the_server_refused(server: RunningServer, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stream_that_the_server_will_never_take_does_not_say_that_it_goes_on(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    server = start_server("--max-images-per-stream", "50")
+    done = ganserve("stream", "mlp-mnist", "--count", "60", "--to", tmp_path / "out", address=server.address)
+    assert done.returncode == 2
+    assert "a stream may ask for 1 to 50 images here; 0 of 60 images of" in done.stderr
+    assert "goes on" not in done.stderr
+
+
 def test_two_runs_do_not_write_to_one_folder(server: RunningServer, tmp_path: Path) -> None:
     arguments = ("stream", "mlp-mnist", "--count", "2000", "--to", tmp_path / "out")
     with subprocess.Popen(command(*arguments, address=server.address), stdout=subprocess.PIPE) as first:

@@ -1,7 +1,9 @@
 """`ganserve generate` and `ganserve interpolate`: images as a picture, as a file each, animated, or into a pipe."""
 
+import re
 import sys
 import tempfile
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,11 @@ Version = Annotated[int | None, typer.Option(min=1, help="Of the model.", show_d
 Truncation = Annotated[float, typer.Option(help="0 to 2; below 1: more typical, less varied images.")]
 Labels = Annotated[
     list[str] | None,
-    typer.Option("--label", help="A class, by index or name; several are taken in turn.", show_default="all in turn"),
+    typer.Option(
+        "--label",
+        help="A class, by index or name; several, as 7,8 or each with a --label, are taken in turn.",
+        show_default="all in turn",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")]
 
@@ -38,7 +44,7 @@ def generate(
             "-o",
             help="The file to write: one picture of all images; or, with {index}, {seed}, {label}, {model} or "
             "{version} in it, one file an image. Its ending decides the format. '-' is standard output.",
-            show_default="MODEL.png",
+            show_default="MODEL.png, or as --format says",
         ),
     ] = "",
     count: Annotated[
@@ -67,7 +73,7 @@ def generate(
 
     Example: ganserve generate cdcgan-mnist --label 7 --count 16 --seed 1 -o sevens.png
     """
-    out = out or f"{model}.png"
+    out = out or f"{model}.{file_format or 'png'}"
     check_out(out, as_json)
     pillow_format = format_of(out, file_format)
     scattered = None if seeds is None else seeds_of(seeds)
@@ -124,7 +130,8 @@ def interpolate(
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Images, both ends included.")] = 16,
     kind: Annotated[Kind, typer.Option(help="Along the sphere that latents lie near, or straight.")] = Kind.SLERP,
     label: Annotated[
-        str | None, typer.Option(help="The class of all, by index or name.", show_default="that of the nearer seed")
+        list[str] | None,
+        typer.Option(help="The class of all, by index or name; one.", show_default="that of the nearer seed"),
     ] = None,
     truncation: Truncation = 1.0,
     version: Version = None,
@@ -142,11 +149,15 @@ def interpolate(
 
     Example: ganserve interpolate cdcgan-mnist 1 2 --label 3 --steps 32 -o walk.gif
     """
-    out = out or f"{model}-{seed_a}-{seed_b}.gif"
+    out = out or f"{model}-{seed_a}-{seed_b}.{file_format or 'gif'}"
     check_out(out, as_json)
     ending = file_format or ("gif" if out == STDOUT else Path(out).suffix.lower().removeprefix("."))
     if ending not in ("gif", "webp"):
         raise typer.BadParameter(f"an animation is .gif or .webp, not {file_format or out!r}")
+    check_ending(out, ending)
+    labels = labels_of(label or [])
+    if len(labels) > 1:
+        raise typer.BadParameter(f"there are {len(labels)} labels, and an animation has one")
     with connection.client() as client:
         batch = client.interpolate(
             model,
@@ -154,7 +165,7 @@ def interpolate(
             seed_b,
             steps,
             kind=kind.value,
-            label=None if label is None else index_or_name(label),
+            label=labels[0] if labels else None,
             truncation=truncation,
             version=version,
         )
@@ -172,12 +183,29 @@ def format_of(out: str, named: str | None) -> str:
     """Return Pillow's name of the format to write.
 
     Raises:
-        CommandLineError: there is no such format, or the file's ending is of none.
+        CommandLineError: there is no such format, or the file's ending is of none, or of another.
     """
     try:
-        return pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
+        pillow_format = pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    check_ending(out, pillow_format)
+    return pillow_format
+
+
+def check_ending(out: str, file_format: str) -> None:
+    """Refuse a name that is of another format than the file's.
+
+    Raises:
+        CommandLineError: it is.
+    """
+    by_ending = file_format
+    with suppress(ValueError):  # a name like no picture's may hold any
+        by_ending = pictures.format_of(out)
+    if by_ending.lower() != file_format.lower():
+        raise typer.BadParameter(
+            f"--format says {file_format.lower()}, and {out} is the name of a {by_ending.lower()}; give one of them"
+        )
 
 
 def check_size(size: tuple[int, int], scale: int, pillow_format: str) -> None:
@@ -246,13 +274,23 @@ def seeds_of(text: str) -> list[int]:
 
 
 def labels_in_turn(labels: list[str] | None, count: int) -> Label | list[Label] | None:
-    """Return what `--label` means for so many images."""
+    """Return what `--label` means for so many images.
+
+    Raises:
+        CommandLineError: there are more labels than images.
+    """
     if not labels:
         return None
-    known = [index_or_name(label) for label in labels]
+    known = labels_of(labels)
+    if len(known) > count:
+        raise typer.BadParameter(f"there are {len(known)} labels for {count} image{'s' * (count > 1)}")
     return known[0] if len(known) == 1 else [known[index % len(known)] for index in range(count)]
 
 
-def index_or_name(label: str) -> Label:
-    """Read a label as the command line has it."""
-    return int(label) if label.isdecimal() else label
+def labels_of(texts: list[str]) -> list[Label]:
+    """Read labels as the command line has them: indices, with commas between them if they are several, or names."""
+    labels: list[Label] = []
+    for text in texts:
+        listed = re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text)  # a name may have a comma of its own
+        labels += map(int, text.split(",")) if listed else [text]
+    return labels

@@ -29,8 +29,8 @@ class ExitStatus(IntEnum):
 
 EXIT_STATUSES = {
     ExitStatus.OK: "done; what was asked about is so",
-    ExitStatus.NO: "what was asked about is not so, or the server refused",
-    ExitStatus.COMMAND_LINE: "the command line, or a value in it, is wrong",
+    ExitStatus.NO: "what was asked about is not so, the server has no such model or version, or it refused",
+    ExitStatus.COMMAND_LINE: "the command line, or another value in it, is wrong",
     ExitStatus.NO_ANSWER: "no server at the address, or no answer in time",
     ExitStatus.FILE: "a file cannot be read or written",
     ExitStatus.INTERRUPTED: "stopped by Ctrl-C",

@@ -16,7 +16,7 @@ import typer
 
 from ganserve.cli.connection import Connection, with_connection
 from ganserve.cli.data_sets import SEED_LIMIT, Archive, Plan
-from ganserve.cli.generating import Labels, ModelName, Version, index_or_name
+from ganserve.cli.generating import Labels, ModelName, Version, labels_of
 from ganserve.cli.output import print_json, whole_file, write_file
 from ganserve.cli.waiting import progress
 from ganserve.client import Client
@@ -198,7 +198,9 @@ def _make(client: Client, plan: Plan, store: _Store, count: int, to: Path) -> in
     except (GanserveError, OSError, KeyboardInterrupt) as error:
         with suppress(OSError):
             kept = count - sum(map(len, store.missing()))
-            error.add_note(f"{kept} of {count} images of {to} are made and kept; the same command goes on from there")
+            # What the server refused it will refuse again.
+            on = "" if isinstance(error, InvalidRequestError) else "; the same command goes on from there"
+            error.add_note(f"{kept} of {count} images of {to} are made and kept{on}")
         raise
     return made
 
@@ -239,7 +241,7 @@ def _plan(
         seed = before.seed if seed is None else seed
         truncation = before.truncation if truncation is None else truncation
     described = client.model(model, version)
-    labels = None if not label else tuple(described.label(index_or_name(each)) for each in label)
+    labels = None if not label else tuple(map(described.label, labels_of(label)))
     plan = Plan(
         model=described.name,
         version=described.version,
