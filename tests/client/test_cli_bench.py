@@ -91,6 +91,17 @@ def test_refused_calls_are_counted_by_reason_and_not_made_again(start_server: Ca
     assert "the latencies are those of the calls that succeeded" in figures["warnings"]
 
 
+def test_a_bench_that_is_mostly_refused_does_not_call_itself_the_bottleneck(
+    start_server: Callable[..., RunningServer],
+) -> None:
+    server = start_server("--max-queue-images", "1")
+    arguments = ("bench", "mlp-mnist", "--concurrency", "64", "--duration", "1", "--json")
+    figures = json.loads(ganserve(*arguments, address=server.address).stdout)
+    assert figures["errors"]["queue_full"] > figures["calls"]
+    assert figures["client_busy"] > 0.7  # with making calls that are refused
+    assert not any("bottleneck" in warning for warning in figures["warnings"])
+
+
 @pytest.mark.parametrize("loop", [("--concurrency", "4"), ("--rate", "100")])
 def test_ctrl_c_ends_a_bench_at_once_with_the_figures_so_far(
     start_server: Callable[..., RunningServer], loop: tuple[str, str]
