@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from ganserve.calls import AsyncCalls
@@ -20,9 +19,9 @@ from ganserve.conversion import (
     to_seeds,
 )
 from ganserve.errors import GanserveError, UnavailableError
-from ganserve.images import GeneratedImage, ImageBatch, concatenate
-from ganserve.latents import between
+from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
+from ganserve.provenance import Provenance
 from ganserve.replicas import Replica, awaited, not_everywhere, refusal, targets
 from ganserve.streams import each_async, one_by_one_async, stream_async
 from ganserve.transport import Readiness
@@ -151,13 +150,35 @@ class AsyncClient(Twin):
         described = await self.model(model, version, timeout_s=timeout_s)
         batch = await self.generate(
             model,
-            latents=between(way.seed_a, way.seed_b, np.linspace(0, 1, steps), kind, described.latent_dim),
+            latents=self._latents_on(way, described),
             label=self._nearer_labels(way, described) if label is None else label,
             truncation=truncation,
             version=described.version,
             timeout_s=timeout_s,
         )
         return replace(batch, interpolation=way)
+
+    async def reproduce(self, provenance: Provenance, *, timeout_s: float | None = None) -> ImageBatch:
+        """Make images again, as Client.reproduce does.
+
+        >>> batch = await client.generate("cdcgan-mnist", count=4, label=7)
+        >>> again = await client.reproduce(batch.provenance)
+        """
+        seeds, labels = self._sources(provenance)
+        how: Any = {
+            "label": labels,
+            "truncation": provenance.truncation,
+            "version": provenance.version,
+            "timeout_s": timeout_s,
+        }
+        if (way := provenance.interpolation) is not None:
+            described = await self.model(provenance.model, provenance.version, timeout_s=timeout_s)
+            batch = await self.generate(provenance.model, latents=self._latents_on(way, described), **how)
+            return replace(batch, interpolation=way)
+        if self._consecutive(seeds):
+            return await self.generate(provenance.model, count=len(seeds), seed=seeds[0], **how)
+        images = [image async for image in self.generate_each(provenance.model, seeds, **how)]
+        return gathered(images)
 
     async def contact_sheet(
         self,

@@ -5,9 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from ganserve.calls import Calls
@@ -21,9 +20,9 @@ from ganserve.conversion import (
     to_seeds,
 )
 from ganserve.errors import GanserveError, UnavailableError
-from ganserve.images import GeneratedImage, ImageBatch, concatenate
-from ganserve.latents import between
+from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
+from ganserve.provenance import Provenance
 from ganserve.replicas import Replica, awaited, not_everywhere, refusal, targets
 from ganserve.streams import each, one_by_one, stream
 from ganserve.transport import Readiness
@@ -219,13 +218,47 @@ class Client(Twin):
         described = self.model(model, version, timeout_s=timeout_s)
         batch = self.generate(
             model,
-            latents=between(way.seed_a, way.seed_b, np.linspace(0, 1, steps), kind, described.latent_dim),
+            latents=self._latents_on(way, described),
             label=self._nearer_labels(way, described) if label is None else label,
             truncation=truncation,
             version=described.version,
             timeout_s=timeout_s,
         )
         return replace(batch, interpolation=way)
+
+    def reproduce(self, provenance: Provenance, *, timeout_s: float | None = None) -> ImageBatch:
+        """Make images again, by what a file or a batch says of them.
+
+        The pixels are the same if the server's version is of the same file (`digest`) and runs on the same kind of
+        machine; on others they may differ by a grey level.
+
+        >>> client.generate("cdcgan-mnist", count=4, seed=1, label=7).sheet().save("sevens.png")
+        >>> client.reproduce(read_provenance("sevens.png")).seeds
+        (1, 2, 3, 4)
+
+        Args:
+            provenance: of one image or several, as `read_provenance` gives it.
+            timeout_s: for each of the calls that it makes, two at most; where the seeds do not follow one another, as
+                for `generate_each`.
+
+        Raises:
+            NoProvenanceError: it does not say what each image was made from.
+            GanserveError: as `generate` does.
+        """
+        seeds, labels = self._sources(provenance)
+        how: Any = {
+            "label": labels,
+            "truncation": provenance.truncation,
+            "version": provenance.version,
+            "timeout_s": timeout_s,
+        }
+        if (way := provenance.interpolation) is not None:
+            described = self.model(provenance.model, provenance.version, timeout_s=timeout_s)
+            batch = self.generate(provenance.model, latents=self._latents_on(way, described), **how)
+            return replace(batch, interpolation=way)
+        if self._consecutive(seeds):
+            return self.generate(provenance.model, count=len(seeds), seed=seeds[0], **how)
+        return gathered(self.generate_each(provenance.model, seeds, **how))
 
     def contact_sheet(
         self,

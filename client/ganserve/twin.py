@@ -1,8 +1,12 @@
 """What `Client` and `AsyncClient` share: where to and how long, and how to ask for what takes several calls."""
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ganserve.conversion import EachProgress, Label, to_labels, to_request
 from ganserve.errors import (
@@ -10,13 +14,14 @@ from ganserve.errors import (
     DeadlineExceededError,
     InvalidRequestError,
     ModelNotFoundError,
+    NoProvenanceError,
     OverloadedError,
     ServerError,
     UnavailableError,
 )
-from ganserve.latents import WAYS, uint32
+from ganserve.latents import WAYS, between, uint32
 from ganserve.models import Model
-from ganserve.provenance import Interpolation
+from ganserve.provenance import Interpolation, Provenance
 from ganserve.transport import endpoint
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -29,6 +34,7 @@ OF_ONE_REPLICA = (*NOT_READY_YET, AuthenticationError, ServerError)
 _TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
 _SHEET_ROWS_UNCONDITIONAL = 4
+_UINT32_LIMIT = 1 << 32
 
 FilePath = str | os.PathLike[str]
 
@@ -135,6 +141,44 @@ class Twin:
             return None
         ends: list[Label] = [seed % len(model.class_names) for seed in (way.seed_a, way.seed_b)]
         return [ends[step >= way.steps - step] for step in range(way.steps)]
+
+    @staticmethod
+    def _latents_on(way: Interpolation, model: Model) -> NDArray[np.float32]:
+        """Return the latents [n, latent_dim] of an interpolation's images."""
+        places = np.linspace(0, 1, way.steps)[list(way.shown)]
+        return between(way.seed_a, way.seed_b, places, way.kind, model.latent_dim)
+
+    @staticmethod
+    def _sources(provenance: Provenance) -> tuple[tuple[int, ...], list[Label] | None]:
+        """Return the seeds of images, none where they are an interpolation's, and their labels.
+
+        Raises:
+            NoProvenanceError: it does not say of each what it was made from.
+        """
+        seeds: tuple[int, ...] | None = ()
+        if provenance.interpolation is None:
+            one = provenance.count is None and provenance.seed is not None
+            seeds = (provenance.seed or 0,) if one else provenance.seeds
+        if seeds is None:
+            raise NoProvenanceError(
+                "it can't be made again, for what it was made from is not in the file: latents of the caller's own, or "
+                "more seeds than it holds"
+            )
+        labels: list[Label] | None = None
+        if provenance.labels is not None:
+            labels = list(provenance.labels)
+        elif provenance.label is not None:
+            labels = [provenance.label]
+            if provenance.count not in (None, 1):
+                raise NoProvenanceError(
+                    "it can't be made again, for of its labels it says the first only; dataclasses.replace(provenance, "
+                    "labels=…) has them all"
+                )
+        return seeds, labels
+
+    @staticmethod
+    def _consecutive(seeds: tuple[int, ...]) -> bool:
+        return all((a + 1) % _UINT32_LIMIT == b for a, b in itertools.pairwise(seeds))
 
 
 # Python's TypeError for an argument that is unknown has this name.

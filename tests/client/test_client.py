@@ -24,6 +24,7 @@ from ganserve import (
     InvalidRequestError,
     MessageTooLargeError,
     ModelNotFoundError,
+    NoProvenanceError,
     OverloadedError,
     UnavailableError,
     latents,
@@ -118,6 +119,37 @@ def test_any_number_of_labels_and_latents_is_taken(twin: Twin, server: RunningSe
     assert np.array_equal(own.pixels, in_turn.pixels)
     way = ask(twin, server.address, "interpolate", "cdcgan-mnist", 1, 2, 1500, label=3)
     assert (len(way), way.interpolation.steps) == (1500, 1500)
+
+
+@both
+def test_images_are_made_again_by_their_provenance(twin: Twin, server: RunningServer, client: Client) -> None:
+    labels = [seed % 7 for seed in range(1500)]
+    many = client.generate("cdcgan-mnist", seed=2**32 - 3, label=labels, truncation=0.7)
+    walk = client.interpolate("cdcgan-mnist", 1, 2, 9, kind="linear")
+    unconditional = client.generate("mlp-mnist", count=5)
+    for made in (many, many[::3], many[::-1][:4], many[7:8], walk, walk[2:7:2], unconditional, unconditional[::2]):
+        again = ask(twin, server.address, "reproduce", made.provenance)
+        assert (again.provenance, again.digest) == (made.provenance, made.digest)
+        assert np.array_equal(again.pixels, made.pixels)
+    for image in (many[5], walk[4], unconditional[0]):
+        again = ask(twin, server.address, "reproduce", image.provenance)
+        assert np.array_equal(again.pixels, image.pixels[None])
+        assert again[0].provenance == image.provenance
+
+
+@both
+def test_what_a_provenance_does_not_say_cannot_be_made_again(twin: Twin, server: RunningServer, client: Client) -> None:
+    own = client.generate("mlp-mnist", latents=np.zeros((2, 100))).provenance
+    labelled = client.generate("cdcgan-mnist", count=2).provenance
+    for provenance, told in (
+        (own, "latents of the caller's own"),
+        (dataclasses.replace(own, count=None), "latents of the caller's own"),
+        (dataclasses.replace(labelled, labels=None), "of its labels it says the first only"),
+    ):
+        with pytest.raises(NoProvenanceError, match=told):
+            ask(twin, server.address, "reproduce", provenance)
+    with pytest.raises(ModelNotFoundError, match="no version 7"):
+        ask(twin, server.address, "reproduce", dataclasses.replace(labelled, version=7))
 
 
 def test_many_images_come_as_one_batch(client: Client) -> None:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
@@ -25,15 +25,12 @@ from ganserve.cli.outcome import ExitStatus, outcome
 from ganserve.cli.output import STDOUT, encoded, print_json, show
 from ganserve.cli.waiting import progress
 from ganserve.client import Client
-from ganserve.conversion import Label
 from ganserve.errors import InvalidRequestError, ModelNotFoundError, NoProvenanceError
-from ganserve.images import ImageBatch, concatenate
-from ganserve.latents import between
+from ganserve.images import ImageBatch
 from ganserve.provenance import Provenance, read_provenance
 
 _GAP = 2  # pixels between the images of a sheet
 _LARGEST_SCALE = 64
-_MOST_A_CALL = 1000
 _MOST_SHOWN = 12  # numbers of a list
 _MOST_IN_MEMORY = 64 << 20  # bytes of standard input
 _ZIP = b"PK\x03\x04"
@@ -289,13 +286,9 @@ def _compare(client: Client, found: _Contents, content: bytes) -> _Comparison:
     """Compare a picture with the new images, laid out in the way that agrees best."""
     provenance = found.provenance
     assert isinstance(provenance, Provenance)
-    if provenance.interpolation is None and (
-        provenance.seed is None or (provenance.count is not None and provenance.seeds is None)
-    ):
-        raise NoProvenanceError(f"it can't be made again, for what it was made from is {_NO_SEEDS}")
     best: _Agreement | None = None
-    for labels in _labels(client, provenance):
-        batch = _make_again(client, provenance, labels)
+    for reading in _readings(client, provenance):
+        batch = client.reproduce(reading)
         for there, here in _pictures(batch, provenance, content):
             agreement = _Agreement.of(here, there)
             if best is None or agreement.differing < best.differing:
@@ -323,63 +316,17 @@ def _compare_archive(client: Client, archive: Archive, found: _Contents, count: 
     return _Comparison(found, sums, batch.provider, batch.digest, count)
 
 
-def _labels(client: Client, provenance: Provenance) -> Iterator[list[int] | None]:
-    """Return the labels that the images may have had."""
-    count = provenance.count or 1
-    if provenance.labels is not None:
-        yield list(provenance.labels)
-    elif provenance.label is None:
-        yield None
-    else:
-        yield [provenance.label] * count
-        if count > 1:
-            # A server's contact sheet names the first label only: all may have it, or the classes came in turn.
-            classes = len(client.model(provenance.model, provenance.version).class_names)
-            yield [seed % classes for seed in provenance.seeds or ()]
-
-
-def _make_again(client: Client, provenance: Provenance, labels: list[int] | None) -> ImageBatch:
-    if provenance.interpolation is not None:
-        return _interpolate_again(client, provenance, labels)
-    seeds = (provenance.seed or 0,) if provenance.seeds is None else provenance.seeds
-    batches, start = [], 0
-    # A request has seeds that follow each other, and so many labels; a batch that was put together has more.
-    ends = [i for i in range(1, len(seeds)) if seeds[i] != (seeds[i - 1] + 1) % 2**32 or i % _MOST_A_CALL == 0]
-    for end in [*ends, len(seeds)]:
-        label: list[Label] | None = None if labels is None else list(labels[start:end])
-        batches.append(
-            client.generate(
-                provenance.model,
-                count=end - start,
-                seed=seeds[start],
-                label=label,
-                truncation=provenance.truncation,
-                version=provenance.version,
-            )
-        )
-        start = end
-    return concatenate(batches)
-
-
-def _interpolate_again(client: Client, provenance: Provenance, labels: list[int] | None) -> ImageBatch:
-    way, model, version = provenance.interpolation, provenance.model, provenance.version
-    assert way is not None
-    latent_dim = client.model(model, version).latent_dim
-    places = np.linspace(0, 1, way.steps)[list(way.shown)]
-    batches = []
-    for start in range(0, len(places), _MOST_A_CALL):
-        part = slice(start, start + _MOST_A_CALL)
-        label: list[Label] | None = None if labels is None else list(labels[part])
-        batches.append(
-            client.generate(
-                model,
-                latents=between(way.seed_a, way.seed_b, places[part], way.kind, latent_dim),
-                label=label,
-                truncation=provenance.truncation,
-                version=version,
-            )
-        )
-    return concatenate(batches)
+def _readings(client: Client, provenance: Provenance) -> Iterator[Provenance]:
+    """Return what the file may mean: a server's large contact sheet names the first label only."""
+    label, count, seeds = provenance.label, provenance.count, provenance.seeds
+    if label is None or count is None or provenance.labels is not None:
+        yield provenance
+        return
+    # All may have it, or the classes came in turn.
+    yield replace(provenance, labels=(label,) * count)
+    if seeds is not None and count > 1:
+        classes = len(client.model(provenance.model, provenance.version).class_names)
+        yield replace(provenance, labels=tuple(seed % classes for seed in seeds))
 
 
 def _pictures(
