@@ -790,7 +790,7 @@ def test_a_name_of_a_class_is_put_right_once_for_all_its_images(twin: Twin) -> N
         images, raised = until_it_fails(twin, address, "any", range(500), label=["Bag"] * 300 + ["bga"] * 200)
     assert len(images) == 300
     assert str(raised) == "there is no 'bga'; did you mean 'Bag'?"
-    assert getattr(raised, "field", None) == "label_names"
+    assert getattr(raised, "field", None) == "label"
 
 
 # What is told while a server is waited for.
