@@ -35,6 +35,7 @@ _SMALL_PART = 8  # of a batch: a request up to this part of it is never cut
 _BULK_PART = 8
 # On two cores, batches of 16 to 24 of a model that takes 1 ms an image make as many images as larger ones.
 _BATCH_S = 0.02
+_ROUND_TRIP_S = 0.003  # of some calls, on busy cores
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
 _batch_numbers = itertools.count()  # of all models: a call may be of several
@@ -460,6 +461,10 @@ class Batcher:
     def least_ahead(self) -> int:
         """Return how many images are worth a batch while all cores are busy, when more may come to join it."""
         return min(self.batch_size(), max(LEAST_BATCH, self.model.engine.least_batch))
+
+    def least_standing(self) -> int:
+        """Return how many images keep a core busy for as long as answers and the next calls are on their way."""
+        return max(LEAST_BATCH, math.ceil(_ROUND_TRIP_S / max(self._core_s, 1e-9)))
 
     def saturated(self) -> None:
         """Take note that images wait and no core is free."""

@@ -134,7 +134,9 @@ class Scheduler:
             spread = max(LEAST_BATCH, math.ceil(waiting / (free or 1)))
             lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
             wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
-            batch = batcher.next_batch(min(spread, batcher.batch_size()))
+            # So small that each core may have another ready behind it: it would wait for the next calls' way else.
+            behind = max(batcher.least_standing(), math.ceil(waiting / self._places))
+            batch = batcher.next_batch(min(spread, behind, batcher.batch_size()))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others
             if not batch:

@@ -429,6 +429,22 @@ async def test_a_batch_that_has_two_parts_of_a_request_takes_its_time_once(engin
     await asyncio.to_thread(scheduler.close)
 
 
+@pytest.mark.parametrize(("image_s", "sizes"), [(0.0004, [16, 16, 16, 16]), (0.00001, [32, 32])])
+async def test_batches_leave_others_to_stand_ready_if_they_last_as_long_as_the_next_calls_are_on_their_way(
+    image_s: float, sizes: list[int], engine: HeldEngine
+) -> None:
+    scheduler = Scheduler(2)
+    engine.image_s = image_s
+    model = ModelVersion("held", 1, "sha256:0", pb.ModelCard(), engine, b"")  # type: ignore[arg-type]
+    batcher = Batcher(model, 64, max_queue_images=100, metrics=Metrics(), scheduler=scheduler)
+    calls = [begin(batcher, seed) for seed in range(64)]
+    for _ in sizes:
+        engine.released.release()
+    await asyncio.gather(*calls)
+    assert [len(batch) for batch in engine.batches] == sizes
+    await asyncio.to_thread(scheduler.close)
+
+
 async def test_two_cores_make_the_parts_of_a_request_at_a_time_and_they_come_back_in_order(engine: HeldEngine) -> None:
     scheduler = Scheduler(2)
     batcher = queue_of(engine, scheduler)
