@@ -7,6 +7,7 @@ In a forked child its parent's calls cannot be read: each image is followed by a
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 import uuid
@@ -194,7 +195,10 @@ def _held_in_loop(call: Any) -> Iterator[Any]:
     try:
         yield call
     finally:
-        leave_to_parent(call) if lost_in_fork() else call.cancel()
+        if lost_in_fork():
+            leave_to_parent(call)
+        elif not sys.is_finalizing():  # else a thread of gRPC's that is no more may have the call's lock
+            call.cancel()
 
 
 # gRPC's own deadlines are for a whole call, those of GenerateEach for its next answer.
@@ -216,7 +220,7 @@ def _watched(progress: EachProgress, end_call: Callable[[], object]) -> Iterator
     finally:
         # Nobody waits for the thread: where the program ends before the iterator, it is no more. In a forked child
         # there is none, and a lock that it held at the fork is never given back.
-        if not lost_in_fork():
+        if not lost_in_fork() and not sys.is_finalizing():
             over.set()
 
 

@@ -86,7 +86,7 @@ def test_a_queue_that_is_too_short_for_all_that_is_asked_for_loses_none(
 
 @both
 def test_without_retries_a_full_queue_is_an_error(start_server: Callable[..., RunningServer], twin: Twin) -> None:
-    running = start_server("--max-queue-images", "20")
+    running = start_server("--max-queue-images", "2")
     with pytest.raises(OverloadedError, match="no room for 1 more") as caught:
         ask(twin, running.address, "generate_each", "dcgan-mnist", SCATTERED, options={"retries": False})
     assert caught.value.reason == "queue_full"
