@@ -17,7 +17,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.conftest import RunningServer
+from tests.conftest import START_TIMEOUT_S, RunningServer
 from tests.server.test_start_and_drain import failing_start, scrape, wait_for_sample
 
 from ganserve import Client
@@ -61,10 +61,13 @@ def threads_of(pid: int) -> list[Path]:
 
 
 def number_of(pid: int) -> int | None:
-    """Tell which worker a process is; None if it is none, or not yet."""
-    if b"\0-m\0ganserve_server\0" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+    """Tell which worker a process is; None if it is none, not yet, or no longer."""
+    try:
+        if b"\0-m\0ganserve_server\0" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return None
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
         return None
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     given = next(variable for variable in variables if variable.startswith(b"GANSERVE_WORKER="))
     number: int = json.loads(given.partition(b"=")[2])["number"]
     return number
@@ -217,17 +220,23 @@ def test_sighup_reloads_in_every_worker(start_server: Start, tmp_path: Path) -> 
     shutil.copytree(BUNDLED_MODELS / "mlp-mnist", tmp_path / "mlp-mnist")
     running = start_server("--workers", "2", "--models", tmp_path, "--reload", "off")
     shutil.copytree(tmp_path / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / "2")
+    events: list[str] = []
+
+    def read_events_up_to(last: str, times: int) -> None:
+        while events.count(last) < times:
+            events.append(running.events.get(timeout=START_TIMEOUT_S)["event"])
+
     running.process.send_signal(signal.SIGHUP)
-    wait_for_sample(running, 'ganserve_model_loads_total{outcome="loaded"}', lambda loads: loads == 4)
+    read_events_up_to("reloaded", 1)
+    assert scrape(running)['ganserve_model_loads_total{outcome="loaded"}'] == 4
     with Client(running.address) as client:
         assert client.generate("mlp-mnist", seed=1).version == 2
     shutil.rmtree(tmp_path / "mlp-mnist" / "2")
     running.process.send_signal(signal.SIGHUP)
-    wait_for_sample(running, 'ganserve_model_loads_total{outcome="unloaded"}', lambda unloads: unloads == 2)
+    read_events_up_to("reloaded", 2)
+    assert scrape(running)['ganserve_model_loads_total{outcome="unloaded"}'] == 2
     running.stop()
-    events = []
-    while "stopped" not in events:
-        events.append(running.events.get(timeout=30)["event"])
+    read_events_up_to("stopped", 1)
     # Told once, and nothing else.
     assert events == ["model loaded", "reloaded", "model unloaded", "reloaded", "draining", "stopped"]
 
