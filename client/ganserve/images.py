@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import IO, TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,21 +122,37 @@ class GeneratedImage:
         """Return it as a PIL image, grey ("L") or colour ("RGB")."""
         return _to_pil(self.pixels)
 
-    def save(self, path: str | Path, *, provenance: bool = True) -> Path:
-        """Write a file; its ending decides the format. Missing folders are made.
+    @overload
+    def save(self, path: str | Path, format: str | None = None, *, provenance: bool = True) -> Path: ...
+
+    @overload
+    def save(self, path: IO[bytes], format: str, *, provenance: bool = True) -> None: ...
+
+    def save(self, path: str | Path | IO[bytes], format: str | None = None, *, provenance: bool = True) -> Path | None:
+        """Write a file; its ending decides the format. Missing folders are made. Or write into an open file.
+
+        >>> file = io.BytesIO()
+        >>> image.save(file, "PNG")
 
         Args:
-            path: of the file; {index}, {seed}, {label} and {model} are filled in, as by `ImageBatch.save`.
+            path: of the file, which is returned; {index}, {seed}, {label} and {model} are filled in, as by
+                `ImageBatch.save`. Or a file that is open for writing bytes.
+            format: PNG, JPEG, WebP or another that Pillow writes; None, where there is a path, takes its ending.
             provenance: writes how to make the image again, into PNG, JPEG, WebP, GIF and TIFF.
 
         Raises:
-            ValueError: the ending is of no format that can be written, or the path asks for what is not there.
+            ValueError: the ending, or the format, is of none that can be written, or the path asks for what is not
+                there.
             OSError: the file can't be written.
         """
         from ganserve.pictures import write
 
+        made = self.provenance if provenance else None
+        if not isinstance(path, str | Path):
+            write(self.pil(), path, made, format)
+            return None
         filled = Path(self._batch._file_name(str(path), self._index))
-        write(self.pil(), filled, self.provenance if provenance else None)
+        write(self.pil(), filled, made, format)
         return filled
 
     def _repr_png_(self) -> bytes:
@@ -271,19 +287,46 @@ class ImageBatch:
         _check_positive(columns=columns, scale=scale)
         return Sheet.of(lay_out(self.pil(), columns, row_names, scale), provenance)
 
+    @overload
     def gif(
         self,
         path: str | Path,
+        format: str | None = None,
         *,
         frame_ms: int = 80,
         bounce: bool = True,
         scale: int = 1,
         provenance: bool = True,
-    ) -> Path:
+    ) -> Path: ...
+
+    @overload
+    def gif(
+        self,
+        path: IO[bytes],
+        format: str = "GIF",
+        *,
+        frame_ms: int = 80,
+        bounce: bool = True,
+        scale: int = 1,
+        provenance: bool = True,
+    ) -> None: ...
+
+    def gif(
+        self,
+        path: str | Path | IO[bytes],
+        format: str | None = None,
+        *,
+        frame_ms: int = 80,
+        bounce: bool = True,
+        scale: int = 1,
+        provenance: bool = True,
+    ) -> Path | None:
         """Write an animation that shows the images in turn, for ever. Missing folders are made.
 
         Args:
-            path: ending in .gif, which shows grey exactly and colour in 256 colours a frame, or in .webp, exact.
+            path: ending in .gif, which shows grey exactly and colour in 256 colours a frame, or in .webp, exact; it is
+                returned. Or a file that is open for writing bytes.
+            format: GIF or WebP; None takes the path's ending, and GIF for an open file.
             frame_ms: how long each is shown, 20 or more; a GIF counts in steps of 10 ms.
             bounce: goes back through the images after the last, where else it would jump to the first.
             scale: enlarges every pixel to a square of scale x scale.
@@ -298,9 +341,13 @@ class ImageBatch:
         origin = self.provenance
         _check_positive(scale=scale)
         frames = self.pil()
-        animate(
-            frames + frames[-2:0:-1] if bounce else frames, Path(path), frame_ms, scale, origin if provenance else None
-        )
+        if bounce:
+            frames += frames[-2:0:-1]
+        made = origin if provenance else None
+        if not isinstance(path, str | Path):
+            animate(frames, path, "GIF" if format is None else format, frame_ms, scale, made)
+            return None
+        animate(frames, Path(path), format, frame_ms, scale, made)
         return Path(path)
 
     def _repr_png_(self) -> bytes | None:

@@ -73,11 +73,15 @@ def format_of(name: str) -> str:
     return pillow_format
 
 
-def write(image: Image.Image, path: Path, provenance: Provenance | None) -> None:
-    """Write one image; the path's ending decides the format. Missing folders are made."""
-    pillow_format = format_of(str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pillow_format, **_arguments(pillow_format, None if provenance is None else provenance.to_json()))
+def write(image: Image.Image, target: Path | IO[bytes], provenance: Provenance | None, kind: str | None) -> None:
+    """Write one image as `kind`, or as a path's ending says. Missing folders are made.
+
+    Raises:
+        ValueError: it is of no format that can be written.
+    """
+    pillow_format = _format(target, kind)
+    arguments = _arguments(pillow_format, None if provenance is None else provenance.to_json())
+    image.save(_opened(target), pillow_format, **arguments)
 
 
 def lay_out(images: Sequence[Image.Image], columns: int, row_names: Sequence[str], scale: int) -> Image.Image:
@@ -104,24 +108,48 @@ def enlarge(image: Image.Image, scale: int) -> Image.Image:
 
 
 def animate(
-    frames: Sequence[Image.Image], path: Path, frame_ms: int, scale: int, provenance: Provenance | None
+    frames: Sequence[Image.Image],
+    target: Path | IO[bytes],
+    kind: str | None,
+    frame_ms: int,
+    scale: int,
+    provenance: Provenance | None,
 ) -> None:
     """Write an endless animation; see ImageBatch.gif.
 
     Raises:
-        ValueError: the path ends neither in .gif nor in .webp, or the frames are too short.
+        ValueError: it would neither be a GIF nor WebP, or the frames are too short.
     """
-    ending = path.suffix.lower()
-    if ending not in (".gif", ".webp"):
-        raise ValueError(f"{str(path)!r} must end in .gif or .webp")
+    if kind is None and isinstance(target, Path):
+        pillow_format, wrong = target.suffix.removeprefix("."), f"{str(target)!r} must end in .gif or .webp"
+    else:
+        pillow_format, wrong = str(kind), f"format is {kind!r}; it must be GIF or WEBP"
+    if (pillow_format := pillow_format.upper()) not in ("GIF", "WEBP"):
+        raise ValueError(wrong)
     if frame_ms < _SHORTEST_FRAME_MS:
         raise ValueError(f"frame_ms is {frame_ms}; browsers show nothing for less than {_SHORTEST_FRAME_MS} ms")
-    if ending == ".gif":
+    if pillow_format == "GIF":
         frames = [_to_palette(frame) for frame in frames]
     first, *rest = (enlarge(frame, scale) for frame in frames)
-    arguments = _arguments(ending, None if provenance is None else provenance.to_json())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=frame_ms, loop=0, **arguments)
+    arguments = _arguments(pillow_format, None if provenance is None else provenance.to_json())
+    file = _opened(target)
+    first.save(file, pillow_format, save_all=True, append_images=rest, duration=frame_ms, loop=0, **arguments)
+
+
+def _format(target: Path | IO[bytes], kind: str | None) -> str:
+    if kind is None and isinstance(target, Path):
+        return format_of(str(target))
+    Image.init()  # else only the formats that have been used are known
+    if (kind or "").upper() not in Image.SAVE:
+        raise ValueError(f"format is {kind!r}; it must be PNG, JPEG, WEBP, or another that Pillow writes")
+    return str(kind).upper()
+
+
+def _opened(target: Path | IO[bytes]) -> Path | IO[bytes]:
+    """Make the folders of a path."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _to_palette(image: Image.Image) -> Image.Image:

@@ -7,15 +7,15 @@ by the browser's menu, still says how to make it again.
 
 import base64
 import html
+import io
 import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import IO, Any, Literal, NamedTuple
 
 # Read when gradio is imported. A page on this machine is nobody's business.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -299,7 +299,7 @@ def _notice(error: GanserveError) -> str:
 
 
 def _picture(batch: ImageBatch) -> str:
-    uri = _data_uri("png", batch[0].save)
+    uri = _data_uri("png", partial(batch[0].save, format="PNG"))
     made = batch[0].provenance
     name = "-".join(str(part) for part in (made.model, made.label, made.seed) if part is not None) + ".png"
     text = f"{made.model} version {made.version}, class {made.label}, seed {made.seed}, truncation {made.truncation:g}"
@@ -309,9 +309,9 @@ def _picture(batch: ImageBatch) -> str:
 
 
 def _film(walk: ImageBatch, seconds: float) -> str:
-    first, last = (_data_uri("png", walk[index].save) for index in (0, -1))
-    film = _data_uri("gif", lambda path: walk.gif(path, scale=max(1, 280 // walk.pixels.shape[2])))
-    strip = _data_uri("png", lambda path: walk.sheet(columns=min(len(walk), 8)).save(path))
+    first, last = (_data_uri("png", partial(walk[end].save, format="PNG")) for end in (0, -1))
+    film = _data_uri("gif", lambda file: walk.gif(file, scale=max(1, 280 // walk.pixels.shape[2])))
+    strip = _data_uri("png", lambda file: walk.sheet(columns=min(len(walk), 8)).save(file, "PNG"))
     way = walk.interpolation
     assert way is not None
     ends = (way.seed_a, way.seed_b)
@@ -329,12 +329,11 @@ def _film(walk: ImageBatch, seconds: float) -> str:
         <a class="download" href="{film}" download="{name}.gif">Download {name}.gif</a></div>"""
 
 
-def _data_uri(ending: str, save: Callable[[Path], object]) -> str:
+def _data_uri(kind: str, save: Callable[[IO[bytes]], object]) -> str:
     """Return the file that the SDK writes, with its provenance, as a URI for the page."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"picture.{ending}"
-        save(path)
-        return f"data:image/{ending};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    file = io.BytesIO()
+    save(file)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _latency(seconds: list[float], batch: ImageBatch) -> str:

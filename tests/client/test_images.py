@@ -182,6 +182,20 @@ def test_one_image_is_saved_where_it_is_wanted(tmp_path: Path) -> None:
         batch(labels=False)[1].save(tmp_path / "{label}.png")
 
 
+def test_an_image_is_written_into_an_open_file_as_into_one_by_name(tmp_path: Path) -> None:
+    image = batch(channels=3)[1]
+    for kind in ("PNG", "jpeg", "WebP"):
+        file = io.BytesIO()
+        assert image.save(file, kind) is None  # type: ignore[func-returns-value]
+        assert file.getvalue() == image.save(tmp_path / f"one.{kind}").read_bytes()
+        image.save(file := io.BytesIO(), kind, provenance=False)
+        assert file.getvalue() == image.save(tmp_path / f"one.{kind}", provenance=False).read_bytes()
+    assert image.save(tmp_path / "no-ending", "PNG").read_bytes() == image.save(tmp_path / "one.png").read_bytes()
+    for wrong in ("docx", "", None):
+        with pytest.raises(ValueError, match=f"format is {wrong!r}; it must be PNG, JPEG, WEBP"):
+            image.save(io.BytesIO(), wrong)  # type: ignore[arg-type]
+
+
 def test_an_ending_of_no_picture_is_told_before_a_folder_is_made(tmp_path: Path) -> None:
     for name in ("one.nonsense", "one", "one.png.txt", "one.docx"):
         with pytest.raises(ValueError, match=KNOWN_ENDINGS):
@@ -257,6 +271,17 @@ def test_an_animation_goes_there_and_back_exactly(tmp_path: Path, ending: str, c
     for picture, index in zip(pictures, (0, 1, 2, 3, 4, 3, 2, 1), strict=True):
         wanted = images.pixels[index].repeat(3, axis=0).repeat(3, axis=1)
         assert np.array_equal(picture, np.broadcast_to(wanted, picture.shape))
+
+
+def test_an_animation_is_written_into_an_open_file_as_into_one_by_name(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    walk(3).gif(file)
+    assert file.getvalue() == walk(3).gif(tmp_path / "walk.gif").read_bytes()
+    walk(3).gif(file := io.BytesIO(), "WebP", scale=2)
+    assert file.getvalue() == walk(3).gif(tmp_path / "walk.webp", scale=2).read_bytes()
+    for wrong in ("PNG", ""):
+        with pytest.raises(ValueError, match="must be GIF or WEBP"):
+            walk(3).gif(io.BytesIO(), wrong)
 
 
 def test_an_animation_may_jump_back(tmp_path: Path) -> None:

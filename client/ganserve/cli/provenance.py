@@ -377,7 +377,6 @@ def _frames(content: bytes, channels: int) -> NDArray[np.uint8]:
 
 
 def _animated(batch: ImageBatch, pillow_format: str, scale: int, *, bounce: bool) -> NDArray[np.uint8]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"animation.{pillow_format.lower()}"
-        batch.gif(path, scale=scale, bounce=bounce)
-        return _frames(path.read_bytes(), batch.pixels.shape[3])
+    file = io.BytesIO()
+    batch.gif(file, pillow_format, scale=scale, bounce=bounce)
+    return _frames(file.getvalue(), batch.pixels.shape[3])
