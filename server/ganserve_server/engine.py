@@ -63,18 +63,6 @@ class Draw:
         return Draw(stop - start, seeds, latents, labels, self.truncation)
 
 
-def concatenated(draws: list[Draw]) -> Draw:
-    """Return the images of several draws, which are alike but for their seeds or latents, and labels, as one."""
-    seeds, latents, labels = zip(*((draw.seeds, draw.latents, draw.labels) for draw in draws), strict=True)
-    return Draw(
-        sum(draw.count for draw in draws),
-        None if seeds[0] is None else np.concatenate(seeds),
-        None if latents[0] is None else np.concatenate(latents),
-        None if labels[0] is None else np.concatenate(labels),
-        draws[0].truncation,
-    )
-
-
 class Engine:
     """One model's onnxruntime sessions: one that computes with the calling thread, one with all cores; or one on a GPU.
 

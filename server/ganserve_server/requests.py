@@ -1,7 +1,9 @@
 """From a message to a validated request, and back to a response: the only place that knows protobuf's fields."""
 
+import functools
 import secrets
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,16 +73,21 @@ def parse(
     """
     truncation = message.truncation if message.HasField("truncation") else 1.0
     check_truncation(truncation)
-    for field, given in (("labels", message.labels), ("label_names", message.label_names)):
-        if len(given) > max_values:
-            raise InvalidRequest(field, f"there are {len(given)} {field}; a request brings {max_values} at most")
-    if len(message.latents.values) > max_values * model.card.latent_dim:
-        raise InvalidRequest("latents", f"there are more than {max_values} latents, the most that a request brings")
-    latents = _latents(message, model, truncation) if message.HasField("latents") else None
+    # Each look at a field costs a tenth of what all the rest of a check does: one is enough.
+    labels_given, names_given = len(message.labels), len(message.label_names)
+    if labels_given > max_values or names_given > max_values:
+        field, given = max(("labels", labels_given), ("label_names", names_given), key=itemgetter(1))
+        raise InvalidRequest(field, f"there are {given} {field}; a request brings {max_values} at most")
+    latents = _latents(message, model, truncation, max_values) if message.HasField("latents") else None
     # A stream may have more images than one message brings labels.
     call = "a stream" if max_images > max_values else "a call without a stream"
-    count = _count(message, None if latents is None else len(latents), max_images, call)
-    labels = _labels(message, model, count)
+    brought = (0 if latents is None else len(latents)) or labels_given or names_given
+    count = message.count if message.HasField("count") else brought or 1
+    if not 1 <= count <= max_images:
+        raise InvalidRequest("count", f"count is {count}; {call} may ask for 1 to {max_images} images here")
+    if latents is not None and count != len(latents):
+        raise InvalidRequest("count", f"count is {count}, but there are {len(latents)} latents; leave count out")
+    labels = _labels(message, model, count) if labels_given or names_given else None
     first_seed = None
     if latents is None:
         first_seed = message.seed if message.HasField("seed") else secrets.randbits(32)
@@ -105,6 +112,20 @@ def parse(
         message.omit_identity,
         bulk=message.priority == pb.PRIORITY_BULK,
     )
+
+
+def draw_of(requests: list[GenerationRequest]) -> Draw:
+    """Return what is to be made for one request, or for several of one image by its seed, alike but for labels."""
+    first = requests[0]
+    if len(requests) == 1:
+        return first.draw(0, first.count)
+    seeds = np.array([request.first_seed for request in requests], np.uint32)
+    labels = labels_of(seeds, first.model) if first.model.classes else None
+    if labels is not None:
+        for index, request in enumerate(requests):
+            if request.labels is not None:
+                labels[index] = request.labels[0]
+    return Draw(len(requests), seeds, None, labels, first.truncation)
 
 
 def images_limit(model: ModelVersion, most: int) -> int:
@@ -148,19 +169,13 @@ def check_labels(labels: NDArray[np.int64], model: ModelVersion, count: int, fie
         raise InvalidRequest(field, f"there is no label {wrong}; model {model.name} has 0 to {model.classes - 1}")
 
 
-def _count(message: pb.GenerateImagesRequest, latents: int | None, max_images: int, call: str) -> int:
-    given = latents or len(message.labels) or len(message.label_names)
-    count = message.count if message.HasField("count") else (given or 1)
-    if not 1 <= count <= max_images:
-        raise InvalidRequest("count", f"count is {count}; {call} may ask for 1 to {max_images} images here")
-    if latents is not None and count != latents:
-        raise InvalidRequest("count", f"count is {count}, but there are {latents} latents; leave count out")
-    return count
-
-
-def _latents(message: pb.GenerateImagesRequest, model: ModelVersion, truncation: float) -> NDArray[np.float32]:
-    values = np.array(message.latents.values, np.float32)
+def _latents(
+    message: pb.GenerateImagesRequest, model: ModelVersion, truncation: float, max_values: int
+) -> NDArray[np.float32]:
     latent_dim = model.card.latent_dim
+    if len(message.latents.values) > max_values * latent_dim:
+        raise InvalidRequest("latents", f"there are more than {max_values} latents, the most that a request brings")
+    values = np.array(message.latents.values, np.float32)
     if values.size == 0 or values.size % latent_dim:
         raise InvalidRequest(
             "latents",
@@ -169,11 +184,8 @@ def _latents(message: pb.GenerateImagesRequest, model: ModelVersion, truncation:
     return scaled(values, truncation, "latents").reshape(-1, latent_dim)
 
 
-def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) -> NDArray[np.int64] | None:
-    """Return the labels given, one or one an image, or None."""
-    given = len(message.labels) or len(message.label_names)
-    if not given:
-        return None
+def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) -> NDArray[np.int64]:
+    """Return the labels given, one or one an image."""
     names = list(model.card.class_names)
     field = "label_names" if message.label_names else "labels"
     if message.labels and message.label_names:
@@ -236,16 +248,14 @@ def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], t
         took: as `times` writes it.
     """
     model = request.model
+    alike = _alike(draw.count, draw.truncation, request.encoding)
     response = pb.GenerateImagesResponse(
-        count=draw.count,
-        truncation=draw.truncation,
         seeds=None if draw.seeds is None else draw.seeds.tolist(),
         labels=None if draw.labels is None else draw.labels.tolist(),
-        encoding=request.encoding,
     )
     if request.encoding == pb.ENCODING_RAW:
         raw = pixels.tobytes()
-        return b"".join((model.answer, took, response.SerializeToString(), _PIXELS_TAG, varint(len(raw)), raw))
+        return b"".join((model.answer, took, alike, response.SerializeToString(), _PIXELS_TAG, varint(len(raw)), raw))
     if request.sheet:
         identity: Identity | None = None
         if not request.omit_identity:
@@ -257,9 +267,16 @@ def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], t
         for index, pixels_of_one in enumerate(pixels):
             identity = None if request.omit_identity else _identity(model, draw, index)
             response.files.append(encode(pixels_of_one, request.encoding, identity))
-    return model.answer + took + response.SerializeToString()
+    return model.answer + took + alike + response.SerializeToString()
 
 
+@functools.lru_cache(256)
+def _alike(count: int, truncation: float, encoding: pb.Encoding) -> bytes:
+    """Write the piece of a GenerateImagesResponse that most requests have in common."""
+    return pb.GenerateImagesResponse(count=count, truncation=truncation, encoding=encoding).SerializeToString()
+
+
+@functools.lru_cache(1024)
 def varint(value: int) -> bytes:
     """Write a length as protobuf does."""
     out = bytearray()

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.batcher import Batcher, Job, Made, Tally
-from ganserve_server.engine import Draw, concatenated
+from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink, read_message
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
-from ganserve_server.requests import GenerationRequest, images_limit, parse, respond, times, varint
+from ganserve_server.requests import GenerationRequest, draw_of, images_limit, parse, respond, times, varint
 from ganserve_server.settings import ServerSettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -182,7 +182,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 class EachRequest:
     """A stream of requests: each is answered, or refused, in its turn, and none ends the stream.
 
-    Requests that came together and are alike go through the queue as one.
+    Requests for one image each that came together and are alike go through the queue as one.
     """
 
     def __init__(self, servicer: GenerationServicer, call: Call) -> None:
@@ -215,9 +215,12 @@ class EachRequest:
         """Send the answers whose turn it is, and begin what their going makes room for."""
         call, running = self._call, self._running
         while True:
+            answers = []
             while running and (answer := running[0].answer) is not None:
                 running.popleft()
-                call.send(answer)
+                answers.append(answer)
+            if answers:
+                call.send(*answers)
             if call.pending_bytes > _EACH_PENDING_BYTES and not self._waits:
                 self._waits = True
                 call.server.spawn(call, self._go_on_once_sent(), cancel=self._cancel)
@@ -228,7 +231,7 @@ class EachRequest:
 
     def _begin(self) -> bool:
         """Take requests while there is room; tell whether there was one."""
-        taken = taken_bytes = images = 0
+        taken = taken_bytes = 0
         alike: list[_Turn] = []
         while self._unread and len(self._running) < _EACH_RUNNING and not self._waits:
             content = self._unread.popleft()
@@ -241,11 +244,10 @@ class EachRequest:
             except ServingError as error:
                 _refuse([turn], error)
                 continue
-            if alike and not turn.joins(alike[0], images):
+            if alike and not (len(alike) < turn.batcher.small and turn.is_like(alike[0])):
                 self._submit(alike)
-                alike, images = [], 0
+                alike = []
             alike.append(turn)
-            images += turn.request.count
         if alike:
             self._submit(alike)
         if taken:
@@ -253,18 +255,14 @@ class EachRequest:
         return taken > 0
 
     def _submit(self, turns: "list[_Turn]") -> None:
-        for turn in turns:
-            turn.draw = turn.request.draw(0, turn.request.count)
-        draw = turns[0].draw if len(turns) == 1 else concatenated([turn.draw for turn in turns])
-
-        call = self._call
+        draw, call = draw_of([turn.request for turn in turns]), self._call
 
         def done(made: Made | ServingError) -> None:
             try:
                 if isinstance(made, ServingError):
                     _refuse(turns, made)
                 else:
-                    self._made(turns, made)
+                    self._made(turns, draw, made)
                 self._go_on()
             except Exception as error:
                 call.fail(error)
@@ -289,18 +287,20 @@ class EachRequest:
         for turn in turns:
             turn.job = job
 
-    def _made(self, turns: "list[_Turn]", made: Made) -> None:
-        took, stop = times(made), 0
-        for turn in turns:
-            start, stop = stop, stop + turn.draw.count
-            pixels = made.pixels[start:stop]
+    def _made(self, turns: "list[_Turn]", draw: Draw, made: Made) -> None:
+        took = times(made)
+        for index, turn in enumerate(turns):
+            part, pixels = draw, made.pixels
+            if len(turns) > 1:
+                part, pixels = draw.part(index, index + 1), pixels[index : index + 1]
             if turn.request.encoding == pb.ENCODING_RAW:
-                turn.answer = _answer_with(respond(turn.request, turn.draw, pixels, took))
+                turn.answer = _answer_with(respond(turn.request, part, pixels, took))
             else:
-                self._call.server.spawn(self._call, self._encode(turn, pixels, took), cancel=self._call.on_cancel)
+                encoding = self._encode(turn, part, pixels, took)
+                self._call.server.spawn(self._call, encoding, cancel=self._call.on_cancel)
 
-    async def _encode(self, turn: "_Turn", pixels: NDArray[np.uint8], took: bytes) -> None:
-        turn.answer = _answer_with(await self._servicer.encoded(turn.request, turn.draw, pixels, took, self._call))
+    async def _encode(self, turn: "_Turn", draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> None:
+        turn.answer = _answer_with(await self._servicer.encoded(turn.request, draw, pixels, took, self._call))
         self._go_on()
 
     async def _go_on_once_sent(self) -> None:
@@ -330,23 +330,23 @@ def _refuse(turns: "list[_Turn]", error: ServingError) -> None:
 class _Turn:
     """One request of a stream, and its answer once it is there."""
 
-    __slots__ = ("answer", "batcher", "draw", "job", "request")
+    __slots__ = ("answer", "batcher", "job", "request")
 
     batcher: Batcher
     request: GenerationRequest
-    draw: Draw
 
     def __init__(self) -> None:
         self.job: Job | None = None
         self.answer: bytes | None = None
 
-    def joins(self, first_turn: "_Turn", images: int) -> bool:
-        """Tell whether it can be made with so many images of others, which are like the first, and all be small."""
-        one, first = self.request, first_turn.request
+    def is_like(self, other: "_Turn") -> bool:
+        """Tell whether both are for one image, by its seed, that may be made with the other's."""
+        one, another = self.request, other.request
         return (
-            self.batcher is first_turn.batcher
-            and one.truncation == first.truncation
-            and (one.latents is None) == (first.latents is None)
-            and one.bulk == first.bulk
-            and images + one.count <= self.batcher.small
+            one.count == another.count == 1
+            and one.first_seed is not None
+            and another.first_seed is not None
+            and self.batcher is other.batcher
+            and one.truncation == another.truncation
+            and one.bulk == another.bulk
         )
