@@ -122,7 +122,8 @@ class Scheduler:
     def _dispatch(self) -> None:
         self._woken = False
         too_few: list[Batcher] = []  # for a batch that would not run at once
-        while self._ready and self._places:
+        # Asked once for each batch: the other workers lend and take back their cores at any moment.
+        while self._ready and (places := self._places):
             batcher, _ = self._ready.popitem(last=False)
             waiting, engine, free = batcher.waiting, batcher.model.engine, self._free
             if not waiting:
@@ -135,7 +136,7 @@ class Scheduler:
             lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
             wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
             # So small that each core may have another ready behind it: it would wait for the next calls' way else.
-            behind = max(batcher.least_standing(), math.ceil(waiting / self._places))
+            behind = max(batcher.least_standing(), math.ceil(waiting / places))
             batch = batcher.next_batch(min(spread, behind, batcher.batch_size()))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -547,3 +548,28 @@ def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core() -> None:
     engine = Engine(model, 100, "cpu", threads=2)
     engine.measure(None)
     assert not engine.wide_is_faster
+
+
+class Flickering(Board):
+    """The other worker computes, or does not, whenever one looks."""
+
+    def others_running(self) -> int:
+        return self._random.randrange(2)
+
+    _random = random.Random(1)
+
+
+async def test_what_another_worker_does_meanwhile_loses_no_request(engine: HeldEngine) -> None:
+    """One that it did between two looks left images in the queue for ever."""
+    memory = os.memfd_create("board")
+    os.ftruncate(memory, 4096)
+    scheduler = Scheduler(2, Flickering(memory, 2, 0))
+    batcher = queue_of(engine, scheduler)
+    for _ in range(1000):
+        engine.released.release()
+    async with asyncio.timeout(WAIT_S):
+        for first in range(0, 2000, 20):
+            made = await make(batcher, draw(first, 20), caller=first)
+            assert made.pixels.ravel().tolist() == [seed % 256 for seed in range(first, first + 20)]
+    await asyncio.to_thread(scheduler.close)
+    os.close(memory)
