@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, overload
 
@@ -123,12 +124,14 @@ class GeneratedImage:
         return _to_pil(self.pixels)
 
     @overload
-    def save(self, path: str | Path, format: str | None = None, *, provenance: bool = True) -> Path: ...
+    def save(self, path: str | PathLike[str], format: str | None = None, *, provenance: bool = True) -> Path: ...
 
     @overload
     def save(self, path: IO[bytes], format: str, *, provenance: bool = True) -> None: ...
 
-    def save(self, path: str | Path | IO[bytes], format: str | None = None, *, provenance: bool = True) -> Path | None:
+    def save(
+        self, path: str | PathLike[str] | IO[bytes], format: str | None = None, *, provenance: bool = True
+    ) -> Path | None:
         """Write a file; its ending decides the format. Missing folders are made. Or write into an open file.
 
         >>> file = io.BytesIO()
@@ -148,10 +151,10 @@ class GeneratedImage:
         from ganserve.pictures import write
 
         made = self.provenance if provenance else None
-        if not isinstance(path, str | Path):
+        if not isinstance(path, str | PathLike):
             write(self.pil(), path, made, format)
             return None
-        filled = Path(self._batch._file_name(str(path), self._index))
+        filled = Path(self._batch._file_name(fspath(path), self._index))
         write(self.pil(), filled, made, format)
         return filled
 
@@ -245,7 +248,7 @@ class ImageBatch:
         """Return the images as PIL images, grey ("L") or colour ("RGB")."""
         return [_to_pil(pixels) for pixels in self.pixels]
 
-    def save(self, pattern: str | Path, *, provenance: bool = True) -> list[Path]:
+    def save(self, pattern: str | PathLike[str], *, provenance: bool = True) -> list[Path]:
         """Write one file an image; its ending decides the format. Missing folders are made.
 
         Args:
@@ -256,15 +259,20 @@ class ImageBatch:
         Raises:
             ValueError: the pattern gives two images the same name, asks for a seed or label that is not there, or ends
                 like no format that can be written.
+            TypeError: it is an open file.
             OSError: a file can't be written.
         """
         from ganserve.pictures import format_of
 
-        paths = [Path(self._file_name(str(pattern), index)) for index in range(len(self))]
-        if len(set(paths)) < len(paths):
-            sheet = (
-                f", or write one picture of all by sheet().save({str(pattern)!r})" if "{" not in str(pattern) else ""
+        if not isinstance(pattern, str | PathLike):
+            raise TypeError(
+                f"a batch is saved by a pattern of names, one a file, and not into a {type(pattern).__name__}; an open "
+                "file takes one image, or all in one picture by sheet().save(file, 'PNG')"
             )
+        pattern = fspath(pattern)
+        paths = [Path(self._file_name(pattern, index)) for index in range(len(self))]
+        if len(set(paths)) < len(paths):
+            sheet = f", or write one picture of all by sheet().save({pattern!r})" if "{" not in pattern else ""
             raise ValueError(f"{str(pattern)!r} gives two images one name; put {{index}} or {{seed}} into it{sheet}")
         format_of(str(pattern))
         return [image.save(pattern, provenance=provenance) for image in self]
@@ -290,7 +298,7 @@ class ImageBatch:
     @overload
     def gif(
         self,
-        path: str | Path,
+        path: str | PathLike[str],
         format: str | None = None,
         *,
         frame_ms: int = 80,
@@ -303,7 +311,7 @@ class ImageBatch:
     def gif(
         self,
         path: IO[bytes],
-        format: str = "GIF",
+        format: str | None = None,
         *,
         frame_ms: int = 80,
         bounce: bool = True,
@@ -313,7 +321,7 @@ class ImageBatch:
 
     def gif(
         self,
-        path: str | Path | IO[bytes],
+        path: str | PathLike[str] | IO[bytes],
         format: str | None = None,
         *,
         frame_ms: int = 80,
@@ -344,7 +352,7 @@ class ImageBatch:
         if bounce:
             frames += frames[-2:0:-1]
         made = origin if provenance else None
-        if not isinstance(path, str | Path):
+        if not isinstance(path, str | PathLike):
             animate(frames, path, "GIF" if format is None else format, frame_ms, scale, made)
             return None
         animate(frames, Path(path), format, frame_ms, scale, made)

@@ -149,6 +149,8 @@ def _opened(target: Path | IO[bytes]) -> Path | IO[bytes]:
     """Make the folders of a path."""
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
+    elif not hasattr(target, "write"):
+        raise TypeError(f"a path or a file that is open for writing is wanted, not a {type(target).__name__}")
     return target
 
 

@@ -401,8 +401,12 @@ class Call(Stream):
             self.connection.send(self, headers, _framed(message), self._trailers(_GRPC_STATUS_OK))
 
     def send(self, *messages: bytes) -> None:
-        """Send some of many messages: together, they cost little more than one."""
-        if not self.over and self._has_room(max(map(len, messages))):
+        """Send some of many messages: those that are small together cost little more than one."""
+        size = sum(map(len, messages))
+        if len(messages) > 1 and size > _SMALL_ANSWER:
+            for message in messages:
+                self.send(message)
+        elif not self.over and self._has_room(size):
             headers, self._headers_sent = None if self._headers_sent else _HEADERS, True
             self.connection.send(self, headers, b"".join(map(_framed, messages)), None)
 

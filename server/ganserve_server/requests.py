@@ -3,7 +3,6 @@
 import functools
 import secrets
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,12 +70,13 @@ def parse(
     Raises:
         InvalidRequest: a field is wrong.
     """
-    truncation = message.truncation if message.HasField("truncation") else 1.0
+    # -0.0 is 0.0 to all that compares, but not to protobuf: one caller's would be told to others.
+    truncation = message.truncation + 0.0 if message.HasField("truncation") else 1.0
     check_truncation(truncation)
     # Each look at a field costs a tenth of what all the rest of a check does: one is enough.
     labels_given, names_given = len(message.labels), len(message.label_names)
     if labels_given > max_values or names_given > max_values:
-        field, given = max(("labels", labels_given), ("label_names", names_given), key=itemgetter(1))
+        field, given = ("labels", labels_given) if labels_given > max_values else ("label_names", names_given)
         raise InvalidRequest(field, f"there are {given} {field}; a request brings {max_values} at most")
     latents = _latents(message, model, truncation, max_values) if message.HasField("latents") else None
     # A stream may have more images than one message brings labels.

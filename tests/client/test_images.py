@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -194,6 +194,34 @@ def test_an_image_is_written_into_an_open_file_as_into_one_by_name(tmp_path: Pat
     for wrong in ("docx", "", None):
         with pytest.raises(ValueError, match=f"format is {wrong!r}; it must be PNG, JPEG, WEBP"):
             image.save(io.BytesIO(), wrong)  # type: ignore[arg-type]
+
+
+class Place:
+    """A path of another library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@pytest.mark.parametrize("kind", [str, PurePath, Place])
+def test_any_path_is_a_path(tmp_path: Path, kind: type) -> None:
+    assert batch()[1].save(kind(tmp_path / "new" / "{seed}.png")) == tmp_path / "new" / "8.png"
+    assert batch().save(kind(tmp_path / "{seed}.webp"))[1] == tmp_path / "8.webp"
+    path = walk(3).gif(kind(tmp_path / "newer" / "walk.webp"))
+    assert path == tmp_path / "newer" / "walk.webp"
+    assert path.read_bytes()[8:12] == b"WEBP"
+
+
+def test_what_is_neither_a_path_nor_a_file_is_refused() -> None:
+    with pytest.raises(TypeError, match="not a bytes"):
+        batch()[1].save(b"one.png", "PNG")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="not a bytes"):
+        walk(1).gif(b"walk.gif")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"not into a BytesIO; .* by sheet\(\)\.save\(file, 'PNG'\)"):
+        batch().save(io.BytesIO())  # type: ignore[arg-type]
 
 
 def test_an_ending_of_no_picture_is_told_before_a_folder_is_made(tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ def test_an_encoded_image_shows_the_pixels_and_says_how_to_make_it_again(
         }
 
 
+def test_negative_zero_is_zero(stub: pb_grpc.GenerationServiceStub) -> None:
+    for truncation in (-0.0, 0.0, -0.0):
+        response = stub.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist", seed=1, truncation=truncation))
+        assert math.copysign(1, response.truncation) == 1
+
+
 def test_the_identity_can_be_left_out(stub: pb_grpc.GenerationServiceStub) -> None:
     request = pb.GenerateImagesRequest(model="mlp-mnist", encoding="ENCODING_PNG", omit_identity=True)
     with Image.open(io.BytesIO(stub.GenerateImages(request).files[0])) as image:
