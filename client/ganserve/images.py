@@ -134,7 +134,8 @@ class GeneratedImage:
     ) -> Path | None:
         """Write a file; its ending decides the format. Missing folders are made. Or write into an open file.
 
-        >>> file = io.BytesIO()
+        >>> import io
+        >>> image, file = client.generate("cdcgan-mnist", seed=3)[0], io.BytesIO()
         >>> image.save(file, "PNG")
 
         Args:
