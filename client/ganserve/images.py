@@ -274,8 +274,8 @@ class ImageBatch:
         paths = [Path(self._file_name(pattern, index)) for index in range(len(self))]
         if len(set(paths)) < len(paths):
             sheet = f", or write one picture of all by sheet().save({pattern!r})" if "{" not in pattern else ""
-            raise ValueError(f"{str(pattern)!r} gives two images one name; put {{index}} or {{seed}} into it{sheet}")
-        format_of(str(pattern))
+            raise ValueError(f"{pattern!r} gives two images one name; put {{index}} or {{seed}} into it{sheet}")
+        format_of(pattern)
         return [image.save(pattern, provenance=provenance) for image in self]
 
     def sheet(self, columns: int | None = None, *, row_names: Sequence[str] = (), scale: int = 1) -> "Sheet":
