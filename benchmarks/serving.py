@@ -204,8 +204,8 @@ def rival(kind: str, repository: Path) -> Iterator[tuple[str, int]]:
 LAYERS = {
     "onnxruntime": ("onnxruntime/",),
     "latents": ("_latents (",),
-    "HTTP/2": ("ganserve_server/http2.py",),
-    "gRPC": ("ganserve_server/grpc_server.py",),
+    "HTTP/2": ("ganserve_server/transport/http2.py",),
+    "gRPC": ("ganserve_server/transport/grpc_server.py",),
     "checking and answering": ("ganserve_server/requests.py", "ganserve_server/servicer.py"),
     "scheduling": ("ganserve_server/batcher.py", "ganserve_server/scheduler.py"),
     "metrics": ("prometheus_client/", "ganserve_server/calls.py"),

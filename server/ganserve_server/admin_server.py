@@ -7,9 +7,10 @@ import grpc
 
 from ganserve_server.addresses import bind, name, refused
 from ganserve_server.calls import tell_tls_failure
-from ganserve_server.grpc_server import Call, GrpcServer
 from ganserve_server.security import Security
 from ganserve_server.settings import ServerSettings
+from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport.interface import Call
 
 if TYPE_CHECKING:
     from ganserve_server.administration import Administration
@@ -70,7 +71,7 @@ class AdminServer:
 def _tell_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
     """Log every one: who did what to the models."""
     told = {
-        "method": call.head.path.rpartition("/")[2],
+        "method": call.path.rpartition("/")[2],
         "model": call.model if len(call.model) <= _LONGEST_NAME else f"{call.model[:_LONGEST_NAME]}…",
         "code": code.name,
         "caller": call.caller.name if call.caller else None,

@@ -9,8 +9,8 @@ import grpc
 from ganserve.v1 import administration_pb2 as pb
 from ganserve.v1 import administration_pb2_grpc as pb_grpc
 from ganserve_server.errors import InvalidRequest, ModelNotFound, ModelNotLoaded, ServingError, Unavailable
-from ganserve_server.grpc_server import Call, GrpcServer
 from ganserve_server.inference import grpc_service_pb2 as inference_pb
+from ganserve_server.transport.interface import Call, Server
 from ganserve_server.workers import Supervisor
 
 SERVICE = pb.DESCRIPTOR.services_by_name["AdministrationService"].full_name
@@ -80,7 +80,7 @@ class RepositoryServicer:
     def __init__(self, administration: Administration) -> None:
         self._administration = administration
 
-    def add_to(self, server: GrpcServer) -> None:
+    def add_to(self, server: Server) -> None:
         """Answer both."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "RepositoryModelLoad": grpc.unary_unary_rpc_method_handler(

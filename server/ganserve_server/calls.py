@@ -11,11 +11,11 @@ import grpc
 from prometheus_client import Counter, Histogram
 
 from ganserve_server.errors import ServingError
-from ganserve_server.grpc_server import Call
 from ganserve_server.metrics import OTHER, Metrics
 from ganserve_server.settings import AccessLog
 from ganserve_server.tls import CLOSED, failure
 from ganserve_server.tracing import Tracing
+from ganserve_server.transport.interface import Call
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class CallRecorder:
         if call.method is not None and not call.method.awaited:
             return
         took = time.perf_counter() - call.started
-        path = None if call.method is None else call.head.path
+        path = None if call.method is None else call.path
         requests, seconds = self._of(path, call.model, call.version, code.name)
         requests.inc()
         seconds.observe(took)
@@ -83,7 +83,7 @@ class CallRecorder:
         )
 
     def _log(self, call: Call, code: grpc.StatusCode, text: str, took: float, trace_id: str | None) -> None:
-        method = _method(None if call.method is None else call.head.path)
+        method = _method(None if call.method is None else call.path)
         told: dict[str, Any] = {"method": method, "model": call.model or OTHER, "code": code.name}
         if call.version is not None:
             told["version"] = call.version

@@ -21,13 +21,13 @@ from ganserve_server.administration import check_repository
 from ganserve_server.batcher import Batcher, Made
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
-from ganserve_server.grpc_server import Call, GrpcServer, Method, read_message
 from ganserve_server.inference import grpc_service_pb2 as pb
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER
 from ganserve_server.repository import ModelVersion
 from ganserve_server.requests import check_labels, check_truncation, images_limit, labels_of, scaled, varint
 from ganserve_server.settings import ServerSettings
+from ganserve_server.transport.interface import Call, Method, Server, read_message
 
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SERVICE = _DESCRIPTOR.full_name
@@ -70,7 +70,7 @@ class InferenceServicer:
         self._settings = settings
         self._health = health_servicer
 
-    def add_to(self, server: GrpcServer) -> None:
+    def add_to(self, server: Server) -> None:
         """Answer the service's calls."""
         server.add_method(f"/{SERVICE}/ModelInfer", Method(start=self._model_infer, counts_images=True))
         handlers = {

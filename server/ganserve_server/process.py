@@ -19,7 +19,6 @@ from ganserve_server import administration, inference_protocol
 from ganserve_server.addresses import StartError, refused
 from ganserve_server.calls import CallRecorder
 from ganserve_server.engine import ProviderUnavailable
-from ganserve_server.grpc_server import GrpcServer
 from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.inference_protocol import InferenceServicer
 from ganserve_server.lifecycle import Lifecycle, ModelTable
@@ -31,6 +30,7 @@ from ganserve_server.servicer import SERVICE, GenerationServicer
 from ganserve_server.settings import ServerSettings
 from ganserve_server.systemd import reloading
 from ganserve_server.tracing import start_tracing
+from ganserve_server.transport.grpc_server import GrpcServer
 from ganserve_server.workers import Parent
 
 _log = logging.getLogger(__name__)

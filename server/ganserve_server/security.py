@@ -8,11 +8,11 @@ from pathlib import Path
 from socket import AF_INET6, socket
 
 from ganserve_server.addresses import StartError
-from ganserve_server.grpc_server import Call
 from ganserve_server.metrics import Metrics
 from ganserve_server.settings import ServerSettings
 from ganserve_server.tls import Certificates
 from ganserve_server.tokens import Buckets, Role, Tokens
+from ganserve_server.transport.interface import Call
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Security:
             return None
 
         def check(call: Call) -> None:
-            call.caller = caller = tokens.identify(call.head.metadata)
+            call.caller = caller = tokens.identify(call.metadata)
             caller.check(role)
             if call.method is not None and not call.method.counts_images:
                 caller.take(1)

@@ -12,11 +12,11 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.batcher import Batcher, Job, Made, Tally
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, ServingError
-from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink, read_message
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
 from ganserve_server.requests import GenerationRequest, draw_of, images_limit, parse, respond, times, varint
 from ganserve_server.settings import ServerSettings
+from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 # Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
@@ -38,7 +38,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         self._settings = settings
         self._metrics = metrics
 
-    def add_to(self, server: GrpcServer) -> None:
+    def add_to(self, server: Server) -> None:
         """Answer the service's calls."""
         server.add_method(f"/{SERVICE}/GenerateImages", Method(start=self._generate_images, counts_images=True))
         server.add_method(f"/{SERVICE}/GenerateEach", Method(open=self._generate_each, counts_images=True))
@@ -56,7 +56,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             elif checked.encoding == pb.ENCODING_RAW:
                 call.reply(respond(checked, draw, made.pixels, times(made)))
             else:
-                call.server.spawn(call, encode(made))
+                call.spawn(encode(made))
 
         async def encode(made: Made) -> None:
             call.reply(await self.encoded(checked, draw, made.pixels, times(made), call))
@@ -89,7 +89,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         if checked.sheet:
             raise InvalidRequest("generate.layout", "a stream has no contact sheet; ask for one by GenerateImages")
         call.work = tally = Tally(checked.count)
-        call.server.spawn(call, self._stream(call, batcher, checked, tally))
+        call.spawn(self._stream(call, batcher, checked, tally))
 
     async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest, tally: Tally) -> None:
         stop = 0
@@ -100,7 +100,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 return None
             # The first images come as soon as their batch is done.
             size = batcher.max_batch_size
-            if stop and request.encoding == pb.ENCODING_RAW and call.server.backlog.bytes < _LITTLE_UNREAD:
+            if stop and request.encoding == pb.ENCODING_RAW and call.unread_bytes < _LITTLE_UNREAD:
                 # Not more at a time than its caller's rate lets pass at once: the debt would keep him waiting.
                 most = batcher.chunk_size() if call.caller is None else min(batcher.chunk_size(), call.caller.burst)
                 size = max(size, int(most))
@@ -223,7 +223,7 @@ class EachRequest:
                 call.send(*answers)
             if call.pending_bytes > _EACH_PENDING_BYTES and not self._waits:
                 self._waits = True
-                call.server.spawn(call, self._go_on_once_sent(), cancel=self._cancel)
+                call.spawn(self._go_on_once_sent(), cancel=self._cancel)
             if not self._begin():
                 break
         if self._ended and not self._unread and not running:
@@ -297,7 +297,7 @@ class EachRequest:
                 turn.answer = _answer_with(respond(turn.request, part, pixels, took))
             else:
                 encoding = self._encode(turn, part, pixels, took)
-                self._call.server.spawn(self._call, encoding, cancel=self._call.on_cancel)
+                self._call.spawn(encoding, cancel=self._call.on_cancel)
 
     async def _encode(self, turn: "_Turn", draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> None:
         turn.answer = _answer_with(await self._servicer.encoded(turn.request, draw, pixels, took, self._call))

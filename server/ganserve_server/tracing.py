@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from ganserve_server.grpc_server import Call, Work
 from ganserve_server.metrics import OTHER
+from ganserve_server.transport.interface import Call, Work
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -93,7 +93,7 @@ class Tracing:
         """Write the spans of a call that has ended; return the id of its trace, None if it is not sampled."""
         # Read at once: spans that are placed by clocks of different moments do not lie in each other.
         since_start_s, now, now_ns = time.perf_counter() - call.started, time.monotonic(), time.time_ns()
-        service, _, method = call.head.path.removeprefix("/").rpartition("/")
+        service, _, method = call.path.removeprefix("/").rpartition("/")
         if call.method is None:
             service = method = OTHER  # names that callers make up would have no end
         span = self._tracer.start_span(
@@ -130,9 +130,7 @@ class Tracing:
         """Read the caller's span from the headers (W3C's, unless OTEL_PROPAGATORS names others)."""
         fields = self._propagator.fields
         carrier = {
-            name: value.decode("latin-1")
-            for name in fields
-            if (value := call.head.metadata.get(name.encode())) is not None
+            name: value.decode("latin-1") for name in fields if (value := call.metadata.get(name.encode())) is not None
         }
         return self._propagator.extract(carrier)
 

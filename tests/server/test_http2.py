@@ -55,8 +55,9 @@ from tests.wire import (
 
 from ganserve import Client, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server import http2
-from ganserve_server.grpc_server import Call, GrpcServer, Method, RequestSink
+from ganserve_server.transport import http2
+from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport.interface import Call, Method, RequestSink
 
 Start = Callable[..., RunningServer]
 Break = Callable[[Peer], None]

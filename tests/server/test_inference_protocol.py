@@ -32,12 +32,12 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.administration import RepositoryServicer
 from ganserve_server.batcher import Made
 from ganserve_server.errors import ModelNotFound
-from ganserve_server.grpc_server import GrpcServer
 from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.inference_protocol import SERVICE, InferenceServicer
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.repository import load_version
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
+from ganserve_server.transport.grpc_server import GrpcServer
 
 Start = Callable[..., RunningServer]
 MODELS = ("cdcgan-fashion-mnist", "cdcgan-mnist", "dcgan-mnist", "mlp-mnist")

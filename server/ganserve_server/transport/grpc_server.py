@@ -22,13 +22,13 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from socket import socket
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, Unavailable, status_details
-from ganserve_server.http2 import GOAWAY_GRACE_S, PROTOCOL_ERROR, Backlog, Connection, Fields, Stream, literal
+from ganserve_server.transport.http2 import GOAWAY_GRACE_S, PROTOCOL_ERROR, Backlog, Connection, Fields, Stream, literal
+from ganserve_server.transport.interface import Caller, Method, RequestSink, Work, read_message
 from ganserve_server.workers import Board, Turns
 
 _log = logging.getLogger(__name__)
@@ -59,9 +59,6 @@ _HOLDS_MUCH = 64 << 10  # bytes of an unfinished request
 _MAX_KEPT_BYTES = 128 << 20
 _SMALL_ANSWER = 16 << 10
 _MAX_UNGUARDED_BYTES = 4096  # of a request that all may send
-
-MessageT = TypeVar("MessageT")
-RequestSink = tuple[Callable[[bytes], None], Callable[[], None]]  # for a message, and for the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,49 +119,7 @@ def read_head(fields: Fields) -> Head:
     )
 
 
-class Work(Protocol):
-    """Images that are made for a call: what there is to tell of it."""
-
-    count: int
-
-    @property
-    def accepted(self) -> float:
-        """When the first of them was queued, by time.monotonic."""
-
-    @property
-    def taken(self) -> int:
-        """How many are in a batch, or have been; of those that were queued at once with the first."""
-
-    @property
-    def queue_s(self) -> float:
-        """How long the first waited for its batch."""
-
-    @property
-    def compute_s(self) -> float:
-        """What their batches took."""
-
-
-class Caller(Protocol):
-    """Who calls, where the server asks for that."""
-
-    name: str
-
-    @property
-    def burst(self) -> float:
-        """How many images may be asked for at once, where the rate is to be kept; without one, any number."""
-
-    def take(self, images: int) -> None:
-        """Count images that are asked for.
-
-        Raises:
-            ServingError: they are too many now.
-        """
-
-    def must_wait_s(self, images: int) -> float:
-        """Count images and return 0, or if they are too many now the seconds until they may not be."""
-
-
-class Call(Stream):
+class Http2Call(Stream):
     """One call. `reply` or `fail` ends it; `write` and `finish` answer with many messages."""
 
     __slots__ = (
@@ -226,6 +181,21 @@ class Call(Stream):
         self._most = server.max_request_bytes
         if head.refusal is None:
             self._admit()
+
+    @property
+    def path(self) -> str:
+        """The method's path, such as /package.Service/Method."""
+        return self.head.path
+
+    @property
+    def metadata(self) -> Mapping[bytes, bytes]:
+        """The request's headers."""
+        return self.head.metadata
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of answers that wait for their peers, of all calls of the server."""
+        return self.server.backlog.bytes
 
     @property
     def partly_sent(self) -> bool:
@@ -456,6 +426,10 @@ class Call(Stream):
         self._inflated -= read - came
         self.connection.consumed(self, came)
 
+    def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
+        """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        self.server.spawn(self, work, cancel=cancel)
+
     def _has_room(self, size: int) -> bool:
         """Fail the call if its answer would only be kept, beside many others that are not read."""
         kept = self.connection.kept_bytes
@@ -551,17 +525,6 @@ class AnswersUnread(ServingError):  # noqa: N818
     reason = "unread"
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How a method is called: `start` for one request, `open` for a stream of them."""
-
-    start: Callable[[Call, bytes], None] | None = None
-    open: Callable[[Call], RequestSink] | None = None
-    awaited: bool = True  # by a drain
-    guarded: bool = True  # for callers that may
-    counts_images: bool = False  # itself, against its caller's rate
-
-
 class GrpcServer:
     """Listens, and leads calls to methods.
 
@@ -588,8 +551,8 @@ class GrpcServer:
     def __init__(
         self,
         *,
-        on_finished: Callable[[Call, grpc.StatusCode, str], None],
-        on_refused: Callable[[Call, ServingError], None],
+        on_finished: Callable[[Http2Call, grpc.StatusCode, str], None],
+        on_refused: Callable[[Http2Call, ServingError], None],
         max_connections: int,
         max_streams: int,
         max_request_bytes: int = 4 << 20,
@@ -598,7 +561,7 @@ class GrpcServer:
         max_backlog_bytes: int = 1 << 30,
         board: Board | None = None,
         unguarded_services: Collection[str] = (),
-        guard: Callable[[Call], None] | None = None,
+        guard: Callable[[Http2Call], None] | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
         on_tls_failure: Callable[[OSError, str], None] = lambda *_: None,
         max_connection_age_s: float = 0.0,
@@ -610,7 +573,7 @@ class GrpcServer:
         self.max_request_bytes, self.max_buffered_bytes = max_request_bytes, max_buffered_bytes
         self.buffered_bytes = 0
         self.max_backlog_bytes, self.backlog = max_backlog_bytes, Backlog()
-        self.holders: OrderedDict[Call, None] = OrderedDict()  # unfinished calls that hold much, oldest first
+        self.holders: OrderedDict[Http2Call, None] = OrderedDict()  # unfinished calls that hold much, oldest first
         self._draining = False
         self.running = 0
         self._on_finished, self.on_refused = on_finished, on_refused
@@ -649,7 +612,7 @@ class GrpcServer:
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, "grpc.RpcMethodHandler[Any, Any]"]
     ) -> None:
-        """Answer the methods of a servicer written for grpc.aio; of its context, it has what `Call` has."""
+        """Answer the methods of a servicer written for grpc.aio; of its context, it has what `Http2Call` has."""
         awaited, guarded = service not in self._unawaited_services, service not in self._unguarded_services
         for name, handler in handlers.items():
             path = f"/{service}/{name}"
@@ -690,7 +653,7 @@ class GrpcServer:
         if calls:
             _log.warning("calls cut off", extra={"calls": len(calls), "drain_timeout_s": timeout_s})
         for call in calls:
-            assert isinstance(call, Call)
+            assert isinstance(call, Http2Call)
             call.fail(Unavailable("the server has shut down before the call was done"))
         await self._emptied(_CLOSE_GRACE_S)
         for connection in tuple(self._connections):
@@ -702,7 +665,7 @@ class GrpcServer:
     @staticmethod
     def _cut_off_unawaited(connection: Connection[Head], reason: str) -> None:
         for call in tuple(connection.streams.values()):
-            assert isinstance(call, Call)
+            assert isinstance(call, Http2Call)
             if call.method is not None and not call.method.awaited:
                 call.fail(Unavailable(reason))
 
@@ -712,7 +675,9 @@ class GrpcServer:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
 
-    def spawn(self, call: Call, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
+    def spawn(
+        self, call: Http2Call, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None
+    ) -> None:
         """Run a call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
         task = self.loop.create_task(self._guarded(call, work))
         call.on_cancel = cancel or task.cancel
@@ -724,7 +689,7 @@ class GrpcServer:
 
         task.add_done_callback(done)
 
-    def make_room(self, call: Call) -> None:
+    def make_room(self, call: Http2Call) -> None:
         """Fail calls until the others have room: those first that have held much for longest, else this one.
 
         Not the newest: a peer that never finishes its requests would then keep everybody else out.
@@ -735,7 +700,7 @@ class GrpcServer:
         if self.buffered_bytes > self.max_buffered_bytes:
             call.fail(error)
 
-    def on_finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
+    def on_finished(self, call: Http2Call, code: grpc.StatusCode, text: str) -> None:
         """Take note of a call's end."""
         self.running -= 1
         if self._board is not None:
@@ -743,7 +708,7 @@ class GrpcServer:
         self._on_finished(call, code, text)
 
     @staticmethod
-    async def _guarded(call: Call, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(call: Http2Call, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except Exception as error:
@@ -836,30 +801,30 @@ class GrpcServer:
         if self._board is not None:
             self._board.set_connections(self._accepted)
 
-    def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Call:
+    def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Http2Call:
         self.running += 1
         if self._board is not None:
             self._board.set_calls(self.running)
-        call = Call(self, connection, stream_id, head)
+        call = Http2Call(self, connection, stream_id, head)
         if self._draining and call.method is not None and not call.method.awaited:
             self.loop.call_soon(call.fail, Unavailable("the server is shutting down"))
         return call
 
     # grpc.aio's ways of writing a method.
 
-    def _start_unary_unary(self, handler: Any, call: Call, content: bytes) -> None:
+    def _start_unary_unary(self, handler: Any, call: Http2Call, content: bytes) -> None:
         self.spawn(call, self._answer(handler, call, read_message(handler.request_deserializer, content)))
 
-    async def _answer(self, handler: Any, call: Call, request: Any) -> None:
+    async def _answer(self, handler: Any, call: Http2Call, request: Any) -> None:
         call.reply(handler.response_serializer(await handler.unary_unary(request, call)))
 
-    def _start_unary_stream(self, handler: Any, call: Call, content: bytes) -> None:
+    def _start_unary_stream(self, handler: Any, call: Http2Call, content: bytes) -> None:
         self.spawn(
             call,
             self._answer_all(handler, call, handler.unary_stream, read_message(handler.request_deserializer, content)),
         )
 
-    def _open_stream_stream(self, handler: Any, call: Call) -> RequestSink:
+    def _open_stream_stream(self, handler: Any, call: Http2Call) -> RequestSink:
         requests: asyncio.Queue[bytes | None] = asyncio.Queue()
 
         async def each() -> AsyncIterator[Any]:
@@ -872,7 +837,10 @@ class GrpcServer:
 
     @staticmethod
     async def _answer_all(
-        handler: Any, call: Call, method: Callable[[Any, Call], AsyncIterator[Any] | Awaitable[None]], request: Any
+        handler: Any,
+        call: Http2Call,
+        method: Callable[[Any, Http2Call], AsyncIterator[Any] | Awaitable[None]],
+        request: Any,
     ) -> None:
         responses = method(request, call)
         if isinstance(responses, AsyncIterator):
@@ -881,15 +849,3 @@ class GrpcServer:
         else:
             await responses
         call.finish()
-
-
-def read_message(read: Callable[[bytes], MessageT], content: bytes) -> MessageT:
-    """Read a request's bytes.
-
-    Raises:
-        MalformedMessage: they are no such message.
-    """
-    try:
-        return read(content)
-    except DecodeError as error:
-        raise MalformedMessage("the request is not a message of this method, by its .proto") from error
