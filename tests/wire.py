@@ -102,6 +102,7 @@ class Peer:
         greet: bool = True,
         receive_buffer: int = 0,
         tls: ssl.SSLContext | None = None,
+        protocols: Sequence[str] = ("h2",),
     ) -> None:
         host, _, port = address.rpartition(":")
         self.socket = socket.socket()
@@ -110,6 +111,7 @@ class Peer:
         self.socket.settimeout(20)
         self.socket.connect((host, int(port)))
         if tls is not None:
+            tls.set_alpn_protocols(list(protocols))
             self.socket = tls.wrap_socket(self.socket, server_hostname=host)
         self.encoder, self.decoder = Encoder(), Decoder()
         self.answers: dict[int, Answer] = {}

@@ -1,12 +1,13 @@
 """Answers what an operator asks, on an address of its own."""
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from ganserve_server.addresses import bind, name, refused
-from ganserve_server.calls import tell_tls_failure
+from ganserve_server.calls import tell_internal_error, tell_tls_failure
 from ganserve_server.security import Security
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.grpc_server import GrpcServer
@@ -48,8 +49,8 @@ class AdminServer:
             on_finished=_tell_admin_call,
             on_refused=lambda *_: None,
             on_tls_failure=tell_tls_failure,
-            max_connections=_CONNECTIONS,
-            max_streams=_CONNECTIONS,
+            on_internal_error=tell_internal_error,
+            limits=replace(self._settings.limits, max_connections=_CONNECTIONS, max_streams=_CONNECTIONS),
             guard=self._security.guard("admin"),
             tls=self._security.context,
         )

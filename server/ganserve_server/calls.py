@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 # Lines of one kind in a second. Under overload thousands of calls are refused in each; to log them all took more of the
 # cores than to refuse them.
 _MOST_LINES = 100
+_MOST_STACKS = 5
 
 
 class CallRecorder:
@@ -33,12 +34,18 @@ class CallRecorder:
         self._tracing = tracing
         self._failed = _Lines("calls not logged", "code")
         self._tls_failed = _Lines("TLS failures not logged", "reason")
+        self._internal = _Lines("internal errors not logged", "method", most=_MOST_STACKS)
         # Looking up a metric by its labels costs more than counting; the labels are bounded.
         self._of = functools.cache(self._find)
 
     def refused(self, call: Call, error: ServingError) -> None:
         """Count an error that the caller was told."""
         self._metrics.rejections.labels(error.reason).inc()
+
+    def internal_error(self, call: Call, error: BaseException) -> None:
+        """Log an unexpected exception, which the caller does not get."""
+        if self._internal.have_room(_method(None if call.method is None else call.path)):
+            tell_internal_error(call, error)
 
     def finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
         """Count the call, trace it, and log it if it is of those that are logged."""
@@ -74,6 +81,7 @@ class CallRecorder:
         """Say what is left to say."""
         self._failed.tell()
         self._tls_failed.tell()
+        self._internal.tell()
 
     def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
         method, model = _method(path), model or OTHER
@@ -111,8 +119,8 @@ class CallRecorder:
 class _Lines:
     """Bounds the lines of each kind in a second, and says in one how many more there would have been."""
 
-    def __init__(self, event: str, label: str) -> None:
-        self._event, self._label = event, label
+    def __init__(self, event: str, label: str, most: int = _MOST_LINES) -> None:
+        self._event, self._label, self._most = event, label, most
         self._asked: Tally[str] = Tally()
 
     def have_room(self, kind: str) -> bool:
@@ -120,14 +128,19 @@ class _Lines:
         if not self._asked:
             asyncio.get_running_loop().call_later(1.0, self.tell)
         self._asked[kind] += 1
-        return self._asked[kind] <= _MOST_LINES
+        return self._asked[kind] <= self._most
 
     def tell(self) -> None:
         """Say how many more there would have been, and begin anew."""
         for kind, asked in self._asked.items():
-            if asked > _MOST_LINES:
-                _log.warning(self._event, extra={self._label: kind, "count": asked - _MOST_LINES})
+            if asked > self._most:
+                _log.warning(self._event, extra={self._label: kind, "count": asked - self._most})
         self._asked.clear()
+
+
+def tell_internal_error(call: Call, error: BaseException) -> None:
+    """Log an unexpected exception with its stack."""
+    _log.error("internal error", exc_info=error, extra={"request_id": call.request_id, "method": call.path})
 
 
 def tell_tls_failure(error: OSError, peer: str) -> None:

@@ -8,7 +8,9 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "ganserve"
-_MAX_TEXT = 400  # characters
+# The text repeats what the caller sent. It travels three times in trailers, percent-encoded and in base64, which makes
+# up to six bytes of one; gRPC allows 8 KiB, and a longer one would reach the caller as another error.
+_MAX_TEXT_BYTES = 1000
 
 
 class ServingError(Exception):
@@ -20,9 +22,13 @@ class ServingError(Exception):
     retry_after_s: float | None = None
 
     def __init__(self, text: str) -> None:
-        # The text repeats what the caller sent, and travels three times in trailers, of which gRPC allows 8 KiB: a
-        # longer one would reach the caller as another error.
-        super().__init__(text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…")
+        super().__init__(shortened(text, _MAX_TEXT_BYTES))
+
+
+def shortened(text: str, most_bytes: int) -> str:
+    """Return a text, or its begin if it has more bytes in UTF-8."""
+    encoded = text.encode(errors="replace")
+    return text if len(encoded) <= most_bytes else encoded[:most_bytes].decode(errors="ignore") + "…"
 
 
 class InvalidRequest(ServingError):  # noqa: N818

@@ -19,16 +19,25 @@ class Load:
 
     Args:
         read: returns the connections and the calls that there are now.
+        kept: returns the bytes that the server keeps for its peers, by what they are.
     """
 
-    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[], tuple[int, int]], kept: Callable[[], dict[str, int]] = dict) -> None:
+        self._read, self._kept = read, kept
 
     def collect(self) -> Iterator[Metric]:
-        """Return both gauges."""
+        """Return the gauges."""
         connections, calls = self._read()
         yield GaugeMetricFamily("ganserve_connections", "Connections that are open now.", connections)
         yield GaugeMetricFamily("ganserve_calls", "Calls that run now, those of health and reflection too.", calls)
+        kept = GaugeMetricFamily(
+            "ganserve_kept_bytes",
+            "Bytes kept for clients: unfinished requests, those of health and reflection (unguarded), unread answers.",
+            labels=["pool"],
+        )
+        for pool, size in self._kept().items():
+            kept.add_metric([pool], size)
+        yield kept
 
 
 class Metrics:
@@ -119,6 +128,12 @@ class Metrics:
         )
         self.connections_aged = Counter(
             "ganserve_connections_aged", "Connections ended for their age.", registry=registry
+        )
+        self.connections_ended = Counter(
+            "ganserve_connections_ended",
+            "Connections ended by the server, by reason: idle, crowded (another took its place), unread.",
+            ["reason"],
+            registry=registry,
         )
         self.connections_turned_away = Counter(
             "ganserve_connections_turned_away",

@@ -64,21 +64,21 @@ async def serve_models(
     server = GrpcServer(
         on_finished=recorder.finished,
         on_refused=recorder.refused,
+        on_internal_error=recorder.internal_error,
         on_tls_failure=recorder.tls_failed,
         on_aged=metrics.connections_aged.inc,
         on_turned_away=metrics.connections_turned_away.inc,
         guard=security.guard("generate"),
         unguarded_services=(health.SERVICE_NAME,),
         tls=security.context,
-        max_connection_age_s=settings.max_connection_age_s,
-        max_connections=settings.max_connections,
-        max_streams=settings.max_calls_per_connection,
+        on_ended=lambda reason: metrics.connections_ended.labels(reason).inc(),
+        limits=settings.limits,
         # Their watchers would stay for ever.
         unawaited_services=(health.SERVICE_NAME, reflection.SERVICE_NAME),
         board=board,
     )
     if parent is None:
-        metrics.registry.register(Load(lambda: server.load))
+        metrics.registry.register(Load(lambda: server.load, server.kept_bytes))
     GenerationServicer(table, settings, metrics).add_to(server)
     InferenceServicer(table, settings, health_servicer).add_to(server)
     grpcs: Any = server

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ganserve_server.transport.limits import Limits
+
 AccessLog = Literal["off", "errors", "all"]
 ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
@@ -98,7 +100,7 @@ class ServerSettings(BaseModel):
     max_images_per_stream: Annotated[int, Field(ge=1, description="Images in one StreamImages call.")] = 10_000_000
     max_connections: Annotated[
         int, Field(ge=1, description="Connections at a time in each worker; one more is closed at once.")
-    ] = 10_000
+    ] = 2000
     max_calls_per_connection: Annotated[
         int, Field(ge=1, le=1_000_000, description="Calls at a time on one connection; a client keeps more waiting.")
     ] = 1000
@@ -110,6 +112,24 @@ class ServerSettings(BaseModel):
             description="Age, give or take a tenth, at which a connection takes no more calls and ends; 0: never.",
         ),
     ] = 0.0
+    handshake_timeout_s: Annotated[
+        float, Field(ge=0.1, le=3600, description="Time for a new connection's TLS and HTTP/2 handshakes.")
+    ] = 10.0
+    header_timeout_s: Annotated[
+        float, Field(ge=0.1, le=3600, description="Time for the rest of a request's headers.")
+    ] = 10.0
+    body_timeout_s: Annotated[
+        float,
+        Field(ge=0, le=86_400, description="Time from a message's first byte to its last; 0: no limit."),
+    ] = 60.0
+    write_timeout_s: Annotated[
+        float,
+        Field(ge=0, le=86_400, description="Time in which a client must read some of an answer; 0: no limit."),
+    ] = 300.0
+    idle_timeout_s: Annotated[
+        float,
+        Field(ge=0, le=31_536_000, description="Time without a call after which a connection ends; 0: no limit."),
+    ] = 1800.0
     max_model_mib: Annotated[
         int, Field(ge=1, le=_MOST_MODEL_MIB, description="Size of a model file; a larger one is not loaded.")
     ] = 512
@@ -131,6 +151,20 @@ class ServerSettings(BaseModel):
             "second of each worker) or all."
         ),
     ] = "errors"
+
+    @property
+    def limits(self) -> Limits:
+        """The transport's bounds, as far as they are settings."""
+        return Limits(
+            max_connections=self.max_connections,
+            max_streams=self.max_calls_per_connection,
+            handshake_timeout_s=self.handshake_timeout_s,
+            header_timeout_s=self.header_timeout_s,
+            body_timeout_s=self.body_timeout_s,
+            write_timeout_s=self.write_timeout_s,
+            idle_timeout_s=self.idle_timeout_s,
+            max_connection_age_s=self.max_connection_age_s,
+        )
 
     @property
     def most_versions(self) -> int | None:

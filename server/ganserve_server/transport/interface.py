@@ -120,6 +120,12 @@ class Call(Protocol):
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
         """Let the peer send more of a stream of requests: some, of so many bytes together, are done with."""
 
+    def soon(self, work: Callable[[float], None]) -> None:
+        """Work once what has come is read, until about the time that it gets, by time.perf_counter.
+
+        Connections share the loop's time by it: work that is not done by then calls this again.
+        """
+
     def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
         """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
 

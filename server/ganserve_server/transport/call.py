@@ -1,0 +1,604 @@
+"""One gRPC call over HTTP/2: its headers, messages, deadline and status.
+
+What a call keeps of its request counts in one of the server's pools until the request is complete; what waits of its
+answer counts in another until the peer reads it. Either may be evicted: the call then ends with RESOURCE_EXHAUSTED.
+"""
+
+import asyncio
+import base64
+import functools
+import re
+import time
+import urllib.parse
+import zlib
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+
+from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, status_details
+from ganserve_server.transport.http2 import (
+    ENHANCE_YOUR_CALM,
+    MAX_HEADER_LIST_BYTES,
+    PROTOCOL_ERROR,
+    Connection,
+    Fields,
+    Stream,
+    literal,
+)
+from ganserve_server.transport.interface import Caller, RequestSink, Work
+from ganserve_server.transport.pools import Holding
+
+if TYPE_CHECKING:
+    from ganserve_server.transport.grpc_server import GrpcServer
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,64}")
+_TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
+_TIMEOUT_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_HEADERS = (
+    b"\x88" + literal(b"content-type", b"application/grpc") + literal(b"grpc-accept-encoding", b"identity,deflate,gzip")
+)
+_GRPC_STATUS_OK = literal(b"grpc-status", b"0")
+_CONTENT_TYPE = re.compile(rb"application/grpc(\+proto)?(;.*)?")  # grpc-web and JSON are other protocols
+_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")  # RFC 9110's token, in lower case
+_NO_VALUE = re.compile(rb"[\0\r\n]")
+_OF_HTTP1 = (b"connection", b"proxy-connection", b"transfer-encoding", b"keep-alive", b"upgrade")
+_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+_PREFIX = 5  # bytes before a message: compressed or not, and its length
+_KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
+_KEPT_WITH_CALL = 4096  # bytes of an open call; measured, rounded up
+_KEPT_METADATA_BYTES = 1024  # larger headers are forgotten once they are read, but for those below
+_TRACE_HEADERS = (b"traceparent", b"tracestate")
+_SMALL_ANSWER = 16 << 10
+_MESSAGES_A_LOOK = 64  # of a stream of requests, between two looks at the clock
+# Headers whose meaning is one value: two would be read otherwise by another program on the way.
+_SINGLE = (b"authorization", b"content-type", b"grpc-timeout", b"grpc-encoding")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a request's headers say."""
+
+    path: str
+    timeout_s: float | None
+    length: int | None  # of the body, if told
+    encoding: bytes  # of the messages
+    request_id: str | None
+    metadata: Mapping[bytes, bytes]
+    refusal: bytes | None  # the HTTP status of a request that is not gRPC
+    size: int  # of the header list, by RFC 9113's count
+
+
+def read_head(fields: Fields) -> Head:
+    """Read a request's headers.
+
+    Raises:
+        ValueError: they break HTTP/2's rules (RFC 9113, 8.2 and 8.3).
+    """
+    pseudo: dict[bytes, bytes] = {}
+    metadata: dict[bytes, bytes] = {}
+    size, twice = 0, False
+    for name, value in fields:
+        size += len(name) + len(value) + 32
+        if _NO_VALUE.search(value):
+            raise ValueError("a value has a NUL or a line end")
+        if name.startswith(b":"):
+            if metadata or name in pseudo or name not in (b":method", b":path", b":scheme", b":authority"):
+                raise ValueError("a pseudo-header is unknown, late, or there twice")
+            pseudo[name] = value
+        elif not _NAME.fullmatch(name) or name in _OF_HTTP1:
+            raise ValueError("a header is not one of HTTP/2")
+        elif name == b"te" and value != b"trailers":
+            raise ValueError("te is trailers, or absent")
+        else:
+            if name in metadata:
+                if name == b"content-length":
+                    raise ValueError("content-length is there twice")
+                twice = twice or name in _SINGLE
+            metadata[name] = value
+    if not (pseudo.get(b":path") and b":method" in pseudo and b":scheme" in pseudo):
+        raise ValueError("a pseudo-header is missing")
+    length = metadata.get(b"content-length")
+    if length is not None and not length.isdigit():
+        raise ValueError("content-length is a number")
+    refusal = None
+    timeout = metadata.get(b"grpc-timeout")
+    in_time = None if timeout is None else _TIMEOUT.fullmatch(timeout)
+    if pseudo[b":method"] != b"POST":
+        refusal = b"405"
+    elif not _CONTENT_TYPE.fullmatch(metadata.get(b"content-type", b"")):
+        refusal = b"415"
+    elif twice or (timeout is not None and in_time is None):
+        refusal = b"400"  # a deadline that cannot be read is not none at all
+    request_id = metadata.get(REQUEST_ID_KEY.encode(), b"")
+    return Head(
+        path=pseudo[b":path"].decode("latin-1"),
+        timeout_s=int(in_time[1]) * _TIMEOUT_UNITS_S[in_time[2]] if in_time else None,
+        length=None if length is None else int(length),
+        encoding=metadata.get(b"grpc-encoding", b"identity"),
+        request_id=request_id.decode() if _REQUEST_ID.fullmatch(request_id) else None,
+        metadata=metadata,
+        refusal=refusal,
+        size=size,
+    )
+
+
+class Http2Call(Stream):
+    """One call. `reply` or `fail` ends it; `write` and `finish` answer with many messages."""
+
+    __slots__ = (
+        "_began",
+        "_body",
+        "_headers_sent",
+        "_inflated",
+        "_kept",
+        "_most",
+        "_queued",
+        "_received",
+        "_sink",
+        "_timer",
+        "caller",
+        "connection",
+        "deadline",
+        "denied",
+        "encode_s",
+        "head",
+        "method",
+        "model",
+        "on_cancel",
+        "over",
+        "request_id",
+        "server",
+        "started",
+        "throttled_s",
+        "throttled_until",
+        "version",
+        "work",
+    )
+
+    def __init__(self, server: "GrpcServer", connection: Connection[Head], stream_id: int, head: Head) -> None:
+        super().__init__(stream_id)
+        self.server, self.connection, self.head = server, connection, head
+        self.method = server.methods.get(head.path)
+        self.started = time.perf_counter()
+        self.request_id = head.request_id or server.new_request_id()
+        self.caller: Caller | None = None
+        self.denied = False  # nothing of it is read
+        # For metrics, log and traces; the method fills them in.
+        self.model = ""
+        self.version: int | None = None
+        self.work: Work | None = None
+        self.encode_s = 0.0
+        self.throttled_s = 0.0  # by its caller's rate, up to `throttled_until`, by time.monotonic
+        self.throttled_until = 0.0
+        self.over = False
+        self.on_cancel: Callable[[], object] | None = None  # called if nobody waits for the answer any more
+        self.deadline: float | None = None  # by time.monotonic
+        self._timer: asyncio.TimerHandle | None = None
+        if head.timeout_s is not None:
+            self.deadline = time.monotonic() + head.timeout_s
+            self._timer = server.loop.call_later(head.timeout_s, self._expire)
+        self._body: bytes | bytearray = b""
+        self._received = 0  # bytes of the body
+        self._queued = 0  # bytes of messages that are not consumed
+        self._inflated = 0  # by how much those are larger than they came
+        self._kept: Holding | None = None  # the request, while it is not complete
+        self._began = 0.0  # the message that is not complete, by time.monotonic; 0: there is none
+        self._headers_sent = False
+        self._sink: RequestSink | None = None
+        self._most = server.limits.max_request_bytes
+        if head.refusal is None:
+            self._admit()
+        else:
+            self.denied = True
+            server.loop.call_soon(self._refuse, head.refusal)
+
+    @property
+    def path(self) -> str:
+        """The method's path, such as /package.Service/Method."""
+        return self.head.path
+
+    @property
+    def metadata(self) -> Mapping[bytes, bytes]:
+        """The request's headers."""
+        return self.head.metadata
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of answers that wait for their peers, of all calls of the server."""
+        return self.server.answers.bytes
+
+    @property
+    def partly_sent(self) -> bool:
+        """Whether some of the answer was sent before the last of it."""
+        return self._headers_sent
+
+    @property
+    def turn_of(self) -> object:
+        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+        return self.connection if self.caller is None else self.caller.name
+
+    @property
+    def peer(self) -> str:
+        """The address that the call came from, perhaps a proxy's."""
+        return address_of(self.connection.transport.get_extra_info("peername"))
+
+    @property
+    def key(self) -> object:
+        """Whose share of the memory for requests and answers it takes."""
+        return self.turn_of
+
+    def _admit(self) -> None:
+        """Find out who calls, and open the method; what is denied is so before its body comes."""
+        server, method = self.server, self.method
+        try:
+            if self.head.size > MAX_HEADER_LIST_BYTES:
+                raise HeadersTooLarge(f"the headers have {self.head.size} bytes; {MAX_HEADER_LIST_BYTES} are allowed")
+            if method is None:
+                raise NoSuchMethod(f"there is no method {self.head.path}")
+            if not method.guarded:
+                self._most = server.limits.unguarded_request_bytes
+            elif server.guard is not None:
+                server.guard(self)
+                self.connection.trusted = True
+        except ServingError as error:
+            self.denied = True
+            # Not here: the connection does not know of this call yet. What comes before that is not read.
+            server.loop.call_soon(self.fail, error)
+        else:
+            if method.open is not None:
+                self._sink = method.open(self)
+        if self.head.size > _KEPT_METADATA_BYTES:
+            kept = {name: value for name, value in self.head.metadata.items() if name in _TRACE_HEADERS}
+            self.head = replace(self.head, path=self.head.path[:_KEPT_METADATA_BYTES], metadata=kept)
+
+    # The request.
+
+    def on_data(self, data: bytes, *, last: bool) -> bool:
+        """Keep the message's bytes, or hand on each message of a stream of requests."""
+        if self.over or self.denied:
+            return False
+        self._received += len(data)
+        if self.head.length is not None and self._received > self.head.length:
+            self.connection.abort(self, PROTOCOL_ERROR)
+            return False
+        if self._body:
+            # A bytearray grows in place: bytes would be copied again and again.
+            self._body = self._body if isinstance(self._body, bytearray) else bytearray(self._body)
+            self._body += data
+        else:
+            self._body = data
+        most = self._most
+        if len(self._body) >= _PREFIX and (size := int.from_bytes(self._body[1:_PREFIX], "big")) > most:
+            self.fail(MessageTooLarge(f"the request is larger than max ({size} vs. {most} bytes)"))
+        elif self._sink is not None:
+            return self.read_on()
+        elif len(self._body) > most + _PREFIX:
+            self.fail(MalformedMessage("the request has more bytes than its message"))
+        elif not last:  # what is whole at once is never kept
+            self._keep()
+        return False
+
+    def on_incomplete(self) -> None:
+        """Count the call itself as kept, and begin to measure how long its request takes."""
+        if not self.over and not self.denied:
+            if self._sink is None:
+                self._began = time.monotonic()
+            self._keep()
+
+    def on_end(self) -> None:
+        """Start the method: the request is complete."""
+        if self.over or self.denied:
+            return
+        method, body, head = self.method, self._body, self.head
+        if head.length is not None and head.length != self._received:
+            self.connection.abort(self, PROTOCOL_ERROR)
+            return
+        self._began = 0.0
+        if self._sink is None:
+            self._forget_request()
+        assert method is not None
+        try:
+            if self._sink is not None:
+                if body:
+                    raise MalformedMessage("the last message is incomplete")
+                self._sink[1]()
+            elif len(body) < _PREFIX or len(body) != _PREFIX + int.from_bytes(body[1:_PREFIX], "big"):
+                raise MalformedMessage("the method takes one message, and one whole")
+            else:
+                assert method.start is not None
+                method.start(self, self._message(body[0], bytes(body[_PREFIX:])))
+        except Exception as error:
+            self.fail(error)
+
+    def on_reset(self) -> None:
+        """Stop the work: the peer wants no answer, or is gone."""
+        if not self.over:
+            late = self.deadline is not None and self.deadline <= time.monotonic()
+            self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, "")
+            self._cancel()
+
+    def read_on(self) -> bool:
+        """Hand on the messages of a stream of requests, until the turn ends; return whether more have come."""
+        if self._sink is None or self.over:
+            return False
+        take, body, position, count, more = self._sink[0], self._body, 0, 0, False
+        try:
+            while len(body) - position >= _PREFIX and not more:
+                compressed = body[position]
+                size = int.from_bytes(body[position + 1 : position + _PREFIX], "big")
+                end = position + _PREFIX + size
+                if size > self._most:
+                    raise MessageTooLarge(f"a request is larger than max ({self._most} bytes)")
+                if end > len(body):
+                    break
+                message = self._message(compressed, bytes(body[position + _PREFIX : end]))
+                # Counted until it is consumed: a method may keep what it cannot take yet.
+                self._queued += len(message) + _KEPT_WITH_MESSAGE
+                self._inflated += len(message) - size
+                position = end
+                take(message)
+                if self.over:
+                    return False
+                count += 1
+                if compressed or count % _MESSAGES_A_LOOK == 0:
+                    more = time.perf_counter() > self.connection.until
+        except Exception as error:
+            self.fail(error)
+            return False
+        if isinstance(body, bytearray):
+            del body[:position]
+        else:
+            self._body = body[position:]
+        if more or not self._body:
+            self._began = 0.0
+        elif position or not self._began:
+            self._began = time.monotonic()
+        self._keep()
+        return more
+
+    def _message(self, compressed: int, message: bytes) -> bytes:
+        if not compressed:
+            return message
+        bits = _WINDOW_BITS.get(self.head.encoding)
+        if compressed > 1:
+            raise MalformedMessage("a message is compressed (1) or not (0)")
+        if self.head.encoding == b"identity":
+            raise NotCompressed("a message is marked as compressed, and the header grpc-encoding names no compression")
+        if bits is None:
+            raise UnknownCompression(f"messages compressed by {self.head.encoding.decode('latin-1')} cannot be read")
+        most = self._most
+        inflate = zlib.decompressobj(bits)
+        try:
+            message = inflate.decompress(message, most + 1)
+        except zlib.error as error:
+            raise MalformedMessage("the message cannot be decompressed") from error
+        if len(message) > most:
+            raise MessageTooLarge(f"the request is larger than max once decompressed ({most} bytes)")
+        if not inflate.eof:
+            raise MalformedMessage("the compressed message is incomplete")
+        return message
+
+    def _refuse(self, status: bytes) -> None:
+        """Answer what is not gRPC as HTTP does."""
+        if not self.over:
+            self._end(grpc.StatusCode.UNIMPLEMENTED, "")
+            self.connection.send(self, literal(b":status", status), b"", b"")
+
+    def _keep(self) -> None:
+        """Count what is kept of the request; it may be evicted by that."""
+        if self._kept is None:
+            assert self.method is not None
+            pool = self.server.requests if self.method.guarded else self.server.unguarded
+            self._kept = Holding(pool, self.key, self._evict_request)
+        self._kept.resize(_KEPT_WITH_CALL + len(self._body) + self._queued)
+
+    def _evict_request(self) -> None:
+        self.fail(MessageTooLarge("too many unfinished requests; send fewer at a time"))
+
+    def _forget_request(self) -> None:
+        self._body, self._queued, self._began = b"", 0, 0.0
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            kept.resize(0)
+
+    def look(self, now: float, body_timeout_s: float, write_timeout_s: float) -> None:
+        """End the call if its peer takes too long to send a message, or to read the answer."""
+        if body_timeout_s and self._began and now - self._began > body_timeout_s:
+            self.fail(RequestTooSlow(f"the request was not complete after {body_timeout_s:g} s"))
+        elif write_timeout_s and self.holding is not None and now - self.holding.since > write_timeout_s:
+            self.on_evicted()
+
+    # The answer.
+
+    def reply(self, message: bytes) -> None:
+        """End the call with one message."""
+        if not self.over:
+            self._end(grpc.StatusCode.OK, "")
+            self.on_cancel = None  # knows the call: each would keep the other
+            headers = None if self._headers_sent else _HEADERS
+            self.connection.send(self, headers, _framed(message), self._trailers(_GRPC_STATUS_OK))
+
+    def send(self, *messages: bytes) -> None:
+        """Send some of many messages: those that are small together cost little more than one."""
+        size = sum(map(len, messages))
+        if len(messages) > 1 and size > _SMALL_ANSWER:
+            for message in messages:
+                self.send(message)
+        elif not self.over:
+            headers, self._headers_sent = None if self._headers_sent else _HEADERS, True
+            self.connection.send(self, headers, b"".join(map(_framed, messages)), None)
+
+    def finish(self) -> None:
+        """End the call after its last message."""
+        if not self.over:
+            self._end(grpc.StatusCode.OK, "")
+            self.on_cancel = None
+            headers = None if self._headers_sent else _HEADERS
+            self.connection.send(self, headers, b"", self._trailers(_GRPC_STATUS_OK))
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with an error's status. Unexpected exceptions are logged; the caller gets INTERNAL."""
+        if self.over:
+            return
+        details = b""
+        if isinstance(error, ServingError):
+            code, text, details = error.code, str(error), status_details(error)
+            self.server.on_refused(self, error)
+        elif isinstance(error, _Aborted):
+            code, text = error.code, error.text
+        else:
+            code, text = grpc.StatusCode.INTERNAL, "internal error"
+            self.server.on_internal_error(self, error)
+        self._end(code, text)
+        fields = self._trailers(_status(code, text, details))
+        if self._headers_sent:
+            self.connection.send(self, None, b"", fields)
+        else:
+            # Without a message, headers and trailers are one.
+            self._headers_sent = True
+            self.connection.send(self, _HEADERS + fields, b"", b"")
+        self._cancel()
+
+    def consumed(self, message_bytes: int, messages: int = 1) -> None:
+        """Let the peer send more of a stream of requests: some, of so many bytes together, are done with."""
+        if self.over:
+            return
+        self._queued -= message_bytes + messages * _KEPT_WITH_MESSAGE
+        if self._kept is not None:
+            self._keep()
+            self._kept.progress()
+        # The peer's window is of bytes as they came: compressed.
+        read = message_bytes + messages * _PREFIX
+        came = max(0, read - self._inflated)
+        self._inflated -= read - came
+        self.connection.consumed(self, came)
+
+    def soon(self, work: Callable[[float], None]) -> None:
+        """Work in the connection's turn, once what has come is read, until about the time that it gets."""
+        self.connection.soon(lambda: None if self.over else work(self.connection.until))
+
+    def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
+        """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        self.server.spawn(self, work, cancel=cancel)
+
+    def on_evicted(self) -> None:
+        """End the call, whose answer is dropped: the peer does not read it."""
+        error = AnswersUnread("too many answers wait to be read, or this one has waited for too long; read them")
+        unsent = self.connection.forget_answer(self)
+        self.server.on_refused(self, error)
+        if not self.over:
+            self._end(error.code, str(error))
+        if unsent and self.connection.writable:
+            status = _status(error.code, str(error), status_details(error))
+            self.connection.send(self, _HEADERS + self._trailers(status), b"", b"")
+        else:
+            self.connection.reset(self, ENHANCE_YOUR_CALM)  # which gRPC reads as RESOURCE_EXHAUSTED
+        self._cancel()
+
+    def _trailers(self, status: bytes) -> bytes:
+        return status + literal(b"x-request-id", self.request_id.encode())
+
+    def _expire(self) -> None:
+        self.fail(_Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer was complete"))
+
+    def _end(self, code: grpc.StatusCode, text: str) -> None:
+        self.over = True
+        self._forget_request()
+        self._sink = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self.server.on_finished(self, code, text)
+
+    def _cancel(self) -> None:
+        if self.on_cancel is not None:
+            on_cancel, self.on_cancel = self.on_cancel, None
+            on_cancel()
+
+    # What the servicers of grpcio's packages call.
+
+    async def write(self, message: Any) -> None:
+        """Send one of many messages, and wait until the peer has taken it."""
+        self.send(message if isinstance(message, bytes) else message.SerializeToString())
+        await self.drained()
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
+        """End the call with a status."""
+        raise _Aborted(code, details)
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the deadline; None if there is none."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+
+_MESSAGE_SAFE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+@functools.lru_cache(256)  # under overload the same is said thousands of times a second
+def _status(code: grpc.StatusCode, text: str, details: bytes) -> bytes:
+    """Write the header fields that tell a call's end."""
+    status = literal(b"grpc-status", str(code.value[0]).encode())
+    if text:
+        status += literal(b"grpc-message", urllib.parse.quote(text, safe=_MESSAGE_SAFE).encode())
+    if details:
+        status += literal(b"grpc-status-details-bin", base64.b64encode(details).rstrip(b"="))
+    return status
+
+
+def address_of(place: Any) -> str:
+    """Write what a socket says of its peer."""
+    return f"{place[0]}:{place[1]}" if place else ""
+
+
+def _framed(message: bytes) -> bytes:
+    return b"\x00" + len(message).to_bytes(4, "big") + message
+
+
+class _Aborted(Exception):  # noqa: N818
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code, self.text = code, text
+
+
+class NoSuchMethod(ServingError):  # noqa: N818
+    """The server has no such method."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "no_such_method"
+
+
+class UnknownCompression(ServingError):  # noqa: N818
+    """The request is compressed in a way that the server cannot read."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "compression"
+
+
+class HeadersTooLarge(ServingError):  # noqa: N818
+    """The request's headers have more bytes than the server takes."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "headers_too_large"
+
+
+class RequestTooSlow(ServingError):  # noqa: N818
+    """The request was not complete in time."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "too_slow"
+
+
+class NotCompressed(ServingError):  # noqa: N818
+    """A message is marked as compressed, and no compression is named."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "compression"
+
+
+class AnswersUnread(ServingError):  # noqa: N818
+    """The server keeps more answers than it will, for peers that do not read theirs."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "unread"

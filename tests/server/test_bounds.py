@@ -1,0 +1,697 @@
+"""What a peer may have the server keep, do and wait for: each bound is reached on the wire, and nobody else is hurt."""
+
+import asyncio
+import gzip
+import os
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import pytest
+import trustme
+from hpack import Encoder
+from tests.conftest import RunningServer
+from tests.server.test_http2 import granted, memory_kib, scrape, setting
+from tests.wire import (
+    ACK,
+    CANCEL,
+    CONTINUATION,
+    DATA,
+    EACH,
+    END_HEADERS,
+    END_STREAM,
+    ENHANCE_YOUR_CALM,
+    GENERATE,
+    GOAWAY,
+    HEADERS,
+    INITIAL_WINDOW_SIZE,
+    PING,
+    PRIORITY,
+    PROTOCOL_ERROR,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    Answer,
+    Peer,
+    frame,
+    head,
+    message,
+    request,
+)
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.errors import Unauthenticated
+from ganserve_server.transport import grpc_server
+from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport.interface import Call, Method, RequestSink
+from ganserve_server.transport.limits import Limits
+
+Start = Callable[..., RunningServer]
+ResultT = TypeVar("ResultT")
+OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAUTHENTICATED = 0, 3, 4, 8, 16
+HEALTH = "/grpc.health.v1.Health/Check"
+HEADER_TABLE_SIZE = 1
+KIB, MIB = 1 << 10, 1 << 20
+
+
+# A server of this process, with methods that answer as a test wants it and bounds that are soon reached.
+
+
+class Small:
+    """A server with three methods: Answer replies with as many bytes as asked for, Each once a message, Hold never."""
+
+    def __init__(self, limits: Limits, guard: Callable[[Any], None] | None = None) -> None:
+        self.errors: list[BaseException] = []
+        self.ended: list[str] = []
+        self.server = GrpcServer(
+            on_finished=lambda *_: None,
+            on_refused=lambda *_: None,
+            on_internal_error=lambda _, error: self.errors.append(error),
+            on_ended=self.ended.append,
+            limits=limits,
+            guard=guard,
+            unguarded_services=("t.Open",),
+        )
+        self.server.add_method("/t.T/Answer", Method(start=lambda call, content: call.reply(bytes(int(content)))))
+        self.server.add_method("/t.T/Hold", Method(start=lambda *_: None))
+        self.server.add_method("/t.T/Each", Method(open=_each))
+        self.server.add_method("/t.Open/Answer", Method(start=lambda call, _: call.reply(b""), guarded=False))
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{listening.getsockname()[1]}"
+        self.server.start([listening])
+
+    @property
+    def kept(self) -> dict[str, int]:
+        return self.server.kept_bytes()
+
+
+def _each(call: Call) -> RequestSink:
+    def take(content: bytes) -> None:
+        call.consumed(len(content))
+        call.send(content)
+
+    return take, call.finish
+
+
+@pytest.fixture
+async def small() -> AsyncIterator[Callable[..., Small]]:
+    servers: list[Small] = []
+
+    def start(guard: Callable[[Any], None] | None = None, **limits: Any) -> Small:
+        servers.append(Small(Limits(**limits), guard))
+        return servers[-1]
+
+    yield start
+    for one in servers:
+        await one.server.drain(0)
+        assert set(one.kept.values()) == {0}
+        assert one.server.load == (0, 0)
+        assert not one.errors
+
+
+async def aside(work: Callable[[], ResultT]) -> ResultT:
+    """Do a client's work in a thread, while the server's loop runs in this one."""
+    return await asyncio.to_thread(work)
+
+
+def ask(peer: Peer, content: bytes, path: str = "/t.T/Answer", **changes: str) -> Answer:
+    return peer.call(content, head(path, **changes))
+
+
+def deaf(address: str, size: int) -> Peer:
+    """Return a peer that has asked for an answer of a size, and has no window for it."""
+    peer = Peer(address, {INITIAL_WINDOW_SIZE: 0})
+    peer.start(str(size).encode(), head("/t.T/Answer"))
+    peer.ping()
+    return peer
+
+
+# Windows.
+
+
+def test_a_window_made_negative_while_answers_wait_is_respected_and_nothing_is_left_over(start_server: Start) -> None:
+    running = start_server()
+    for _ in range(6):
+        with Peer(running.address, {INITIAL_WINDOW_SIZE: 150_000}) as peer:
+            streams = [peer.start(request(count=200)) for _ in range(2)]
+            # The connection's window is used up; both streams have some left of theirs.
+            while sum(len(peer.answers.get(stream, Answer()).data) for stream in streams) < 65535:
+                peer.read()
+            peer.send(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, 0))
+            granted(peer, 0, 1 << 20)
+            peer.ping()
+            assert sum(len(peer.answers.get(stream, Answer()).data) for stream in streams) == 65535
+            for stream in streams:
+                peer.send(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big"))
+            peer.ping()
+            assert scrape(running)['ganserve_kept_bytes{pool="answers"}'] == 0
+
+
+# Memory: requests.
+
+
+async def test_requests_that_never_end_take_no_room_of_others(small: Callable[..., Small]) -> None:
+    server = small(request_bytes=10 * MIB, request_bytes_each=4 * MIB)
+    part = b"\x00" + (3 * MIB).to_bytes(4, "big") + bytes(60 * KIB)
+
+    def work() -> int:
+        with ExitStack() as peers:
+            for _ in range(5):
+                hoarder = peers.enter_context(Peer(server.address))
+                for _ in range(80):
+                    hoarder.body(hoarder.head(head("/t.T/Answer")), part, end=False)
+                hoarder.ping()
+            assert server.kept["requests"] <= 10 * MIB
+            good = peers.enter_context(Peer(server.address))
+            stream = good.head(head("/t.T/Answer"))
+            content = message(b"5".rjust(2 * MIB))
+            good.body(stream, content[:MIB], end=False)
+            good.ping()
+            good.body(stream, content[MIB:])
+            return good.answer(stream).status
+
+    assert await aside(work) == OK
+
+
+async def test_a_callers_unfinished_requests_are_bounded_over_its_connections(small: Callable[..., Small]) -> None:
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    def guard(call: Any) -> None:
+        call.caller = Named(call.metadata[b"authorization"].decode())
+
+    server = small(guard=guard, request_bytes=8 * MIB, request_bytes_each=1 * MIB)
+    part = b"\x00" + MIB.to_bytes(4, "big") + bytes(500 * KIB)
+
+    def work() -> None:
+        with Peer(server.address) as one, Peer(server.address) as two, Peer(server.address) as other:
+            oldest = one.head(head("/t.T/Answer", ("authorization", "a")))
+            one.body(oldest, part, end=False)
+            one.ping()
+            for _ in range(2):
+                two.body(two.head(head("/t.T/Answer", ("authorization", "a"))), part, end=False)
+                other.body(other.head(head("/t.T/Answer", ("authorization", "b"))), part, end=False)
+            assert one.answer(oldest).status == RESOURCE_EXHAUSTED
+            other.ping()
+            assert not other.answers
+
+    await aside(work)
+
+
+def refuse(call: Any) -> None:
+    raise Unauthenticated("no")
+
+
+async def test_what_strangers_send_takes_no_room_of_callers(small: Callable[..., Small]) -> None:
+    def guard(call: Any) -> None:
+        if b"authorization" not in call.metadata:
+            refuse(call)
+
+    server = small(guard=guard, request_bytes=MIB, unguarded_bytes=MIB, unguarded_bytes_each=256 * KIB)
+    part = b"\x00" + (4000).to_bytes(4, "big") + bytes(3000)
+
+    def work() -> None:
+        with ExitStack() as peers:
+            for _ in range(6):
+                stranger = peers.enter_context(Peer(server.address))
+                for _ in range(100):
+                    stranger.body(stranger.head(head("/t.Open/Answer")), part, end=False)
+                    stranger.head(head("/t.T/Answer"))
+                stranger.ping()
+            assert server.kept["requests"] == 0
+            assert server.kept["unguarded"] <= MIB
+            good = peers.enter_context(Peer(server.address))
+            stream = good.head(head("/t.T/Answer", ("authorization", "yes")))
+            good.body(stream, message(b"5")[:3], end=False)
+            good.ping()
+            good.body(stream, message(b"5")[3:])
+            assert good.answer(stream).status == OK
+            open_ = good.head(head("/t.Open/Answer"))
+            good.body(open_, message(bytes(10))[:7], end=False)
+            good.ping()
+            good.body(open_, message(bytes(10))[7:])
+            assert good.answer(open_).status == OK
+
+    await aside(work)
+
+
+async def test_open_calls_count_and_the_oldest_makes_room(small: Callable[..., Small]) -> None:
+    server = small(request_bytes=MIB, request_bytes_each=MIB)
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            streams = [peer.head(head("/t.T/Answer")) for _ in range(600)]
+            for _ in range(2):  # the first may be answered in the turn of the last calls, which count at its end
+                peer.ping()
+            ended = [stream for stream in streams if stream in peer.answers]
+            # 1 MiB are 256 calls of 4 KiB.
+            assert ended == streams[: 600 - 256]
+            assert {peer.answers[stream].status for stream in ended} == {RESOURCE_EXHAUSTED}
+
+    await aside(work)
+
+
+def test_metadata_of_open_calls_is_not_kept(start_server: Start) -> None:
+    """40 connections with 1,000 such calls kept 673 MB."""
+    running = start_server()
+    before = memory_kib(running)
+    block = Encoder().encode([*head(HEALTH), ("x-large", "v" * 12_000)], huffman=False)
+    with ExitStack() as peers:
+        for _ in range(8):
+            peer = peers.enter_context(Peer(running.address))
+            for _ in range(500):
+                peer.send(HEADERS, END_HEADERS, peer.new_id(), block)
+            peer.ping()
+        assert memory_kib(running) - before < 40 * KIB
+
+
+# Memory: answers.
+
+
+async def test_answers_that_are_not_read_take_no_room_of_others(small: Callable[..., Small]) -> None:
+    server = small(answer_bytes=10 * MIB, answer_bytes_each=4 * MIB)
+
+    def work() -> None:
+        with ExitStack() as peers:
+            for _ in range(10):
+                hoarder = peers.enter_context(deaf(server.address, MIB))
+                for _ in range(5):
+                    hoarder.start(str(MIB).encode(), head("/t.T/Answer"))
+                hoarder.ping()
+            assert server.kept["answers"] <= 10 * MIB
+            good = peers.enter_context(Peer(server.address, {INITIAL_WINDOW_SIZE: 1000}))
+            stream = good.start(b"100000", head("/t.T/Answer"))
+            while not (answer := good.answers.get(stream, Answer())).ended:
+                got = good.read()
+                assert got is not None
+                if got.kind == DATA:
+                    granted(good, stream, len(got.payload))
+                    granted(good, 0, len(got.payload))
+            assert answer.status == OK
+
+    await aside(work)
+
+
+async def test_an_answer_beyond_the_connections_bound_is_refused_and_says_so(small: Callable[..., Small]) -> None:
+    server = small(answer_bytes=10 * MIB, answer_bytes_each=MIB)
+
+    def work() -> None:
+        with deaf(server.address, 700 * KIB) as peer:
+            second = ask(peer, str(700 * KIB).encode())
+            assert second.status == RESOURCE_EXHAUSTED
+            assert "answers" in second.blocks[-1]["grpc-message"]
+            granted(peer, 0, MIB)
+            granted(peer, 1, MIB)
+            assert peer.answer(1).status == OK
+
+    await aside(work)
+
+
+async def test_one_answer_alone_may_be_larger_than_the_bound(small: Callable[..., Small]) -> None:
+    server = small(answer_bytes=MIB, answer_bytes_each=MIB)
+
+    def work() -> None:
+        with deaf(server.address, 3 * MIB) as peer:
+            granted(peer, 0, 4 * MIB)
+            granted(peer, 1, 4 * MIB)
+            assert peer.answer(1).status == OK
+
+    await aside(work)
+
+
+async def test_acknowledgements_that_are_not_read_are_bounded(small: Callable[..., Small]) -> None:
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address, {INITIAL_WINDOW_SIZE: 1 << 30}, receive_buffer=4096) as peer:
+            granted(peer, 0, 1 << 30)
+            for _ in range(20):
+                peer.start(str(MIB).encode(), head("/t.T/Answer"))
+            with pytest.raises(ConnectionError):  # noqa: PT012
+                for _ in range(9000):
+                    peer.write(frame(PING, 0, 0, bytes(8)))
+                time.sleep(5)  # only the end of the connection can end this
+                peer.write(frame(PING, 0, 0, bytes(8)) * 2)
+                peer.write(frame(PING, 0, 0, bytes(8)) * 2)
+
+    await aside(work)
+
+
+# Time.
+
+
+async def test_a_request_has_a_time_to_come(small: Callable[..., Small]) -> None:
+    server = small(body_timeout_s=0.2)
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            silent = peer.head(head("/t.T/Answer"))
+            partly = peer.head(head("/t.T/Answer"))
+            peer.body(partly, message(b"5")[:3], end=False)
+            stuck = peer.head(head("/t.T/Each"))
+            peer.body(stuck, message(b"5") + message(b"6")[:4], end=False)
+            idle = peer.head(head("/t.T/Each"))
+            peer.body(idle, message(b"5"), end=False)
+            for stream in (silent, partly, stuck):
+                assert peer.answer(stream).status == DEADLINE_EXCEEDED
+            # A stream of requests may wait for the next one.
+            peer.body(idle, message(b"6"))
+            assert peer.answer(idle).messages == [b"5", b"6"]
+
+    await aside(work)
+
+
+@pytest.mark.parametrize("asked", [1000, 10 * MIB])
+async def test_an_answer_has_a_time_to_be_read(asked: int, small: Callable[..., Small]) -> None:
+    server = small(write_timeout_s=0.2)
+
+    def work() -> None:
+        with deaf(server.address, asked) as peer:
+            answer = peer.answer(1)
+            assert answer.reset == ENHANCE_YOUR_CALM or answer.status == RESOURCE_EXHAUSTED
+
+    await aside(work)
+
+
+async def test_a_connection_that_takes_nothing_ends(small: Callable[..., Small]) -> None:
+    server = small(write_timeout_s=0.2)
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 1 << 30}, receive_buffer=4096) as peer:
+        granted(peer, 0, 1 << 30)
+        peer.start(str(16 * MIB).encode(), head("/t.T/Answer"))
+        async with asyncio.timeout(20):
+            while not server.ended:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert server.ended == ["unread"]
+
+
+async def test_age_ends_a_connection_whose_peer_reads_nothing(
+    small: Callable[..., Small], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "_AGED_WRITE_TIMEOUT_S", 0.1)
+    server = small(max_connection_age_s=0.1)
+
+    def work() -> None:
+        with deaf(server.address, MIB) as peer:
+            while peer.read() is not None:
+                pass
+
+    await aside(work)
+
+
+async def test_a_connection_without_calls_ends_and_one_with_calls_does_not(small: Callable[..., Small]) -> None:
+    server = small(idle_timeout_s=0.2)
+
+    def work() -> None:
+        with Peer(server.address) as busy, Peer(server.address) as idle:
+            busy.start(b"", head("/t.T/Hold"))
+            idle.until(GOAWAY)
+            while idle.read() is not None:
+                pass
+            busy.ping()
+            assert not [got for got in busy.seen if got.kind == GOAWAY]
+
+    await aside(work)
+    assert server.ended == ["idle"]
+
+
+async def test_a_connection_that_does_nothing_makes_place_for_another(
+    small: Callable[..., Small], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "_IDLE_S", 0.0)
+    server = small(max_connections=2)
+
+    def work() -> None:
+        with Peer(server.address) as busy, Peer(server.address) as idle, ExitStack() as later:
+            busy.start(b"", head("/t.T/Hold"))
+            busy.ping()
+            assert ask(idle, b"5").status == OK
+            third = later.enter_context(Peer(server.address))
+            assert ask(third, b"5").status == OK
+            idle.until(GOAWAY)
+            assert busy.seen[-1].kind != GOAWAY
+
+    await aside(work)
+    assert server.ended == ["crowded"]
+
+
+async def test_silent_connections_make_place_for_others(small: Callable[..., Small]) -> None:
+    server = small(max_connections=3)
+
+    def work() -> None:
+        with ExitStack() as peers:
+            for _ in range(20):
+                peers.enter_context(Peer(server.address, greet=False))
+            assert ask(peers.enter_context(Peer(server.address)), b"5").status == OK
+
+    await aside(work)
+
+
+def test_half_open_handshakes_make_place_for_others(start_server: Start, tmp_path: Any) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    flags = ("--tls-certificate-file", tmp_path / "cert.pem", "--tls-key-file", tmp_path / "key.pem")
+    running = start_server(*flags, "--max-connections", "4")
+    host, _, port = running.address.rpartition(":")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with ExitStack() as peers:
+        for _ in range(20):
+            peers.enter_context(socket.create_connection((host, int(port))))
+        with Peer(running.address, tls=context) as peer:
+            assert peer.call(request()).status == OK
+        # HTTP/2 over TLS is agreed upon (RFC 9113, 3.2).
+        with Peer(running.address, tls=context, protocols=["http/1.1"]) as peer:
+            assert peer.read() is None
+
+
+# What costs the server more than the peer.
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (frame(PING, 0, 0, bytes(8)), 10_000),
+        (frame(PRIORITY, 0, 1, bytes(5)), 10_000),
+        (frame(99, 0, 0), 10_000),
+        (frame(SETTINGS, 0, 0), 1000),
+        (frame(SETTINGS, ACK, 0), 10_000),
+    ],
+)
+async def test_frames_that_bring_nothing_are_bounded(data: bytes, count: int, small: Callable[..., Small]) -> None:
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address, greet=False) as peer:
+            peer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0))
+            peer.write(data * (count // 2))
+            assert ask(peer, b"5").status == OK
+            peer.write(data * count * 2)
+            assert peer.closed_for() == ENHANCE_YOUR_CALM
+
+    await aside(work)
+
+
+async def test_empty_data_is_bounded(small: Callable[..., Small]) -> None:
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            stream = peer.head(head("/t.T/Answer"))
+            peer.write(frame(DATA, 0, stream) * 20_000)
+            assert peer.closed_for() == ENHANCE_YOUR_CALM
+
+    await aside(work)
+
+
+async def test_errors_on_streams_are_bounded(small: Callable[..., Small]) -> None:
+    """So that a peer cannot have the server reset its streams, which would be no reset of its own."""
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            for _ in range(50):
+                peer.send(WINDOW_UPDATE, 0, peer.start(b"", head("/t.T/Hold")), bytes(4))
+            assert ask(peer, b"5").status == OK
+            for _ in range(100):
+                peer.send(WINDOW_UPDATE, 0, peer.start(b"", head("/t.T/Hold")), bytes(4))
+            assert peer.closed_for() == ENHANCE_YOUR_CALM
+
+    await aside(work)
+
+
+def opened_and_reset(peer: Peer, count: int, path: str = "/t.T/Hold") -> bytes:
+    block = peer.encoder.encode(list(head(path)))
+    streams = [peer.new_id() for _ in range(count)]
+    return b"".join(
+        frame(HEADERS, END_HEADERS, stream, block)
+        + frame(DATA, END_STREAM, stream, message(b""))
+        + frame(RST_STREAM, 0, stream, bytes(4))
+        for stream in streams
+    )
+
+
+async def test_many_deadlines_that_pass_at_once_lose_nothing(small: Callable[..., Small]) -> None:
+    """700 callers with deadlines of 50 ms, whose server stands still for a second."""
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            peer.head(head("/t.T/Hold"))  # the table is as it will be
+            peer.write(opened_and_reset(peer, 14_000))
+            assert ask(peer, b"5").status == OK
+
+    await aside(work)
+
+
+async def test_paced_resets_are_refused_then_end_the_connection(small: Callable[..., Small]) -> None:
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            peer.head(head("/t.T/Hold"))
+            with pytest.raises((ConnectionError, AssertionError)):  # noqa: PT012
+                for _ in range(100):
+                    peer.write(opened_and_reset(peer, 500))
+                    peer.ping()
+            resets = {answer.reset for answer in peer.answers.values()}
+            assert ENHANCE_YOUR_CALM in resets
+            goaway = next(got for got in peer.seen if got.kind == GOAWAY)
+            assert int.from_bytes(goaway.payload[4:8], "big") == ENHANCE_YOUR_CALM
+
+    await aside(work)
+
+
+BURSTS = {
+    "compressed messages": (
+        head(EACH, ("grpc-encoding", "gzip")),
+        message(gzip.compress(b"\x7a\x80\x80\xfc\x01" + bytes(63 << 16)), 1) * 250,
+    ),
+    "empty messages": (head(EACH), message(b"") * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", BURSTS)
+def test_a_burst_of_one_connection_does_not_keep_another_waiting(name: str, start_server: Start) -> None:
+    running = start_server()
+    fields, burst = BURSTS[name]
+    with Peer(running.address) as busy, Peer(running.address) as other:
+        other.ping()
+        stream = busy.head(fields)
+        busy.body(stream, burst, end=False)
+        busy.send(PING, 0, 0, b"the-end!")
+        for _ in range(5):
+            assert other.call(request()).status == OK
+        # Seconds of work stand before the PING, and five calls took milliseconds.
+        busy.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):  # noqa: PT012
+            while True:
+                busy._rest += busy.socket.recv(1 << 18)
+        assert frame(PING, ACK, 0, b"the-end!") not in busy._rest
+
+
+async def test_headers_of_strangers_are_bounded_in_time(small: Callable[..., Small]) -> None:
+    server = small(guard=refuse)
+
+    def work() -> float:
+        with Peer(server.address) as peer:
+            started = time.monotonic()
+            for _ in range(120):
+                peer.head([*head("/t.T/Answer"), *(("x", os.urandom(10).hex()) for _ in range(300))])
+            peer.ping()
+            return time.monotonic() - started
+
+    # 120 times 300 literals of 20 bytes are 570 KB or more of Huffman code; 256 KiB are free, then as many a second.
+    assert await aside(work) > 1.0
+
+
+# Headers.
+
+
+@pytest.mark.parametrize("size", [16_400, 20_000, 60_000])
+def test_headers_that_are_too_large_end_the_call_and_no_other(size: int, server: RunningServer) -> None:
+    with Peer(server.address) as peer:
+        other = peer.head(head())
+        large = peer.encoder.encode([*head(), ("x-large", "v" * size)], huffman=False)
+        stream = peer.new_id()
+        peer.send(HEADERS, 0, stream, large[:16_384])
+        for start in range(16_384, len(large), 16_384):
+            last = start + 16_384 >= len(large)
+            peer.send(CONTINUATION, END_HEADERS if last else 0, stream, large[start : start + 16_384])
+        answer = peer.answer(stream)
+        assert answer.status == RESOURCE_EXHAUSTED
+        assert "16384" in answer.blocks[-1]["grpc-message"]
+        peer.body(other, message(request()))
+        assert peer.answer(other).status == OK
+
+
+def test_a_peer_may_have_no_header_table(server: RunningServer) -> None:
+    with Peer(server.address, {HEADER_TABLE_SIZE: 0}) as peer:
+        peer.decoder.max_allowed_table_size = 0
+        for _ in range(2):
+            assert peer.call(request()).status == OK
+
+
+def test_the_largest_error_fits_grpcs_bound_of_headers(server: RunningServer) -> None:
+    with Peer(server.address) as peer:
+        answer = peer.call(request(model="\N{GRINNING FACE}" * 1000))
+        assert answer.blocks[-1]["grpc-status"] == "5"
+        assert sum(len(name) + len(value) + 32 for name, value in answer.blocks[-1].items()) < 8192
+
+
+@pytest.mark.parametrize(("fields", "status"), [(head(content_type="text/html"), "415"), (head(method="GET"), "405")])
+def test_what_is_not_grpc_is_refused_before_its_body_comes(fields: Any, status: str, server: RunningServer) -> None:
+    with Peer(server.address) as peer:
+        assert peer.answer(peer.head(fields)).blocks == [{":status": status}]
+
+
+def test_trailers_of_a_stream_that_is_ignored_end_nothing(start_server: Start) -> None:
+    running = start_server()
+    with Peer(running.address) as peer:
+        held = peer.head(head())
+        peer.ping()
+        running.process.terminate()
+        peer.until(GOAWAY)
+        peer.until(GOAWAY)
+        late = peer.head(head())
+        peer.head([("x-checksum", "1")], END_HEADERS | END_STREAM, late)
+        peer.body(held, message(request()))
+        assert peer.answer(held).status == OK
+
+
+def test_a_stream_of_requests_keeps_to_its_content_length(server: RunningServer) -> None:
+    each = pb.GenerateEachRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", seed=1)).SerializeToString()
+    for length, reset in ((len(message(each)), None), (5, PROTOCOL_ERROR), (1000, PROTOCOL_ERROR)):
+        with Peer(server.address) as peer:
+            stream = peer.head(head(EACH, ("content-length", str(length))))
+            peer.body(stream, message(each))
+            while not ((answer := peer.answers.get(stream, Answer())).ended or answer.reset is not None):
+                assert peer.read() is not None
+            assert answer.reset == reset
+
+
+@pytest.mark.parametrize("path", ["/a\r\nb", "/a\0b", "/a\nb"])
+def test_a_path_with_a_line_end_is_malformed(path: str, server: RunningServer) -> None:
+    with Peer(server.address) as peer:
+        stream = peer.head(head(path))
+        while peer.answers.get(stream, Answer()).reset is None:
+            assert peer.read() is not None
+        assert peer.answers[stream].reset == PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize("name", ["authorization", "grpc-timeout", "grpc-encoding"])
+def test_a_header_of_one_value_comes_once(name: str, server: RunningServer) -> None:
+    with Peer(server.address) as peer:
+        stream = peer.head(head(GENERATE, (name, "1S"), (name, "2S")))
+        assert peer.answer(stream).blocks == [{":status": "400"}]
+
+
+def test_request_ids_tell_nothing_of_the_process(server: RunningServer) -> None:
+    with Peer(server.address) as peer:
+        ids = [peer.call(request()).blocks[-1]["x-request-id"] for _ in range(20)]
+    assert len({one[:8] for one in ids}) == 20
