@@ -9,18 +9,18 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import numpy as np
 from google.protobuf import message_factory
-from grpc_health.v1 import health, health_pb2
 from numpy.typing import NDArray
 
 from ganserve_server.administration import check_repository
 from ganserve_server.batcher import Batcher, Made
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
+from ganserve_server.health import SERVING, HealthServicer
 from ganserve_server.inference import grpc_service_pb2 as pb
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER
@@ -63,9 +63,7 @@ class InferenceServicer:
         health_servicer: says whether the server is ready.
     """
 
-    def __init__(
-        self, models: ModelTable, settings: ServerSettings, health_servicer: health.aio.HealthServicer
-    ) -> None:
+    def __init__(self, models: ModelTable, settings: ServerSettings, health_servicer: HealthServicer) -> None:
         self._models = models
         self._settings = settings
         self._health = health_servicer
@@ -112,8 +110,7 @@ class InferenceServicer:
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Call) -> pb.ServerReadyResponse:  # noqa: N802
         """Say what gRPC health says of the server."""
-        answer: Any = await self._health.Check(health_pb2.HealthCheckRequest(), cast(Any, context))
-        return pb.ServerReadyResponse(ready=answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return pb.ServerReadyResponse(ready=self._health.status("") == SERVING)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Call) -> pb.ModelReadyResponse:  # noqa: N802
         """Tell whether a version is served."""

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from grpc_health.v1 import health, health_pb2
 from watchfiles import awatch
 
 from ganserve.v1 import generation_pb2 as pb
@@ -19,6 +18,7 @@ from ganserve_server.batcher import Batcher
 from ganserve_server.engine import ProviderUnavailable
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.gpu import gpu_options
+from ganserve_server.health import NOT_SERVING, SERVING, HealthServicer
 from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.metrics import Metrics
 from ganserve_server.repository import (
@@ -35,7 +35,6 @@ from ganserve_server.settings import ServerSettings, nearest
 from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
-_STATUS = health_pb2.HealthCheckResponse
 
 Stamp = tuple[int, int, int] | None  # of a file's content, as far as its folder tells; None: there is none
 
@@ -114,7 +113,7 @@ class Lifecycle:
         settings: ServerSettings,
         metrics: Metrics,
         table: ModelTable,
-        health_servicer: health.aio.HealthServicer,
+        health_servicer: HealthServicer,
         board: Board | None = None,
         unloaded: Collection[str] = (),
     ) -> None:
@@ -166,7 +165,7 @@ class Lifecycle:
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
             self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
             self._metrics.files_kept_out.labels("models").set(len(self._reasons))
-            await self._report({name for name, _ in found.keys() | self._awaited})
+            self._report({name for name, _ in found.keys() | self._awaited})
 
     async def load(self, name: str) -> list[VersionState]:
         """Load a model from its folder, anew if it is served.
@@ -306,11 +305,11 @@ class Lifecycle:
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
-    async def _report(self, known: set[str]) -> None:
+    def _report(self, known: set[str]) -> None:
         """Answer for the server as a whole, and for each model that is or was in the repository."""
-        await self._health.set("", _STATUS.SERVING if self._table.names else _STATUS.NOT_SERVING)
+        self._health.set("", SERVING if self._table.names else NOT_SERVING)
         for name in known | self._reported:
-            await self._health.set(name, _STATUS.SERVING if name in self._table else _STATUS.NOT_SERVING)
+            self._health.set(name, SERVING if name in self._table else NOT_SERVING)
         self._reported = known
         if self._board is not None:
             self._board.set_models(len(self._table.names))

@@ -11,11 +11,10 @@ from typing import Any, cast
 
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from ganserve.v1 import generation_pb2
-from ganserve_server import administration, inference_protocol
+from ganserve_server import administration, health, inference_protocol
 from ganserve_server.addresses import StartError, refused
 from ganserve_server.calls import CallRecorder
 from ganserve_server.engine import ProviderUnavailable
@@ -53,7 +52,7 @@ async def serve_models(
         StartError: no model can be served, or the address is taken.
     """
     board = parent.board if parent else None
-    table, health_servicer = ModelTable(), health.aio.HealthServicer()
+    table, health_servicer = ModelTable(), health.HealthServicer()
     lifecycle = Lifecycle(settings, metrics, table, health_servicer, board, parent.unloaded if parent else ())
     # A worker that replaces one goes on as the others do, though they may have no model by now.
     await _load_models(lifecycle, settings, table, may_be_none=parent is not None and parent.replaces)
@@ -69,27 +68,26 @@ async def serve_models(
         on_aged=metrics.connections_aged.inc,
         on_turned_away=metrics.connections_turned_away.inc,
         guard=security.guard("generate"),
-        unguarded_services=(health.SERVICE_NAME,),
         tls=security.context,
         on_ended=lambda reason: metrics.connections_ended.labels(reason).inc(),
         limits=settings.limits,
         # Their watchers would stay for ever.
-        unawaited_services=(health.SERVICE_NAME, reflection.SERVICE_NAME),
+        unawaited_services=(reflection.SERVICE_NAME,),
         board=board,
     )
     if parent is None:
         metrics.registry.register(Load(lambda: server.load, server.kept_bytes))
     GenerationServicer(table, settings, metrics).add_to(server)
     InferenceServicer(table, settings, health_servicer).add_to(server)
-    grpcs: Any = server
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, grpcs)
+    health_servicer.add_to(server)
     ours = (SERVICE, inference_protocol.SERVICE)
     if settings.reflection == "on":
-        names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*ours, health.SERVICE, reflection.SERVICE_NAME)
+        grpcs: Any = server
         add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
         add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
     for service in ours:
-        await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        health_servicer.set(service, health.SERVING)
     if board is not None:
         await board.all_loaded()
     try:
@@ -116,7 +114,7 @@ async def serve_models(
         on_serving(facts, lifecycle)
     await stop.wait()
     on_draining()
-    await health_servicer.enter_graceful_shutdown()
+    health_servicer.enter_graceful_shutdown()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -157,7 +155,7 @@ def _reflected() -> DescriptorPool:
             add(needed)
         pool.AddSerializedFile(file.serialized_pb)
 
-    for module in (generation_pb2, grpc_service_pb2, health_pb2, reflection_pb2):
+    for module in (generation_pb2, grpc_service_pb2, health, reflection_pb2):
         add(module.DESCRIPTOR)
     return cast(DescriptorPool, pool)
 

@@ -1,0 +1,188 @@
+"""gRPC health (grpc.health.v1): whether the server, its services and each model are serving.
+
+A status is set without waiting for anybody. Each watcher is sent the latest status whenever it has read the last one,
+so a peer that reads nothing costs one message, and delays neither other watchers nor a reload nor a drain.
+"""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pb2, message_factory, text_format
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2
+
+from ganserve_server.errors import ServingError
+from ganserve_server.transport.interface import Call, Method, Server, read_message
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+_MAX_WATCHERS_PER_CONNECTION = 100
+_MAX_WATCHERS = 1000
+_MAX_LISTED = 100  # by the protocol
+
+# The package grpcio-health-checking has List only in versions that need protobuf 6.
+_LIST_MESSAGES = """
+message_type { name: "HealthListRequest" }
+message_type {
+  name: "HealthListResponse"
+  field {
+    name: "statuses" json_name: "statuses" number: 1 label: LABEL_REPEATED
+    type: TYPE_MESSAGE type_name: ".grpc.health.v1.HealthListResponse.StatusesEntry"
+  }
+  nested_type {
+    name: "StatusesEntry"
+    field { name: "key" json_name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+    field {
+      name: "value" json_name: "value" number: 2 label: LABEL_OPTIONAL
+      type: TYPE_MESSAGE type_name: ".grpc.health.v1.HealthCheckResponse"
+    }
+    options { map_entry: true }
+  }
+}
+"""
+
+
+def _describe() -> FileDescriptor:
+    """Return the descriptor of health.proto, with List."""
+    file = descriptor_pb2.FileDescriptorProto.FromString(health_pb2.DESCRIPTOR.serialized_pb)
+    if all(method.name != "List" for method in file.service[0].method):
+        text_format.Merge(_LIST_MESSAGES, file)
+        messages = f".{file.package}.HealthList"
+        file.service[0].method.add(name="List", input_type=f"{messages}Request", output_type=f"{messages}Response")
+    # In a pool of its own: protobuf refuses two definitions of a name in one.
+    pool: Any = DescriptorPool()
+    descriptor: FileDescriptor = pool.AddSerializedFile(file.SerializeToString())
+    return descriptor
+
+
+DESCRIPTOR = _describe()
+SERVICE = DESCRIPTOR.services_by_name["Health"].full_name
+_HealthListRequest, _HealthListResponse = (
+    message_factory.GetMessageClass(DESCRIPTOR.message_types_by_name[name])
+    for name in ("HealthListRequest", "HealthListResponse")
+)
+
+
+class UnknownService(ServingError):  # noqa: N818
+    """Health is asked of something that is neither a service nor a model here."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "unknown_service"
+
+
+class TooManyServices(ServingError):  # noqa: N818
+    """More services are known than one answer may list."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "too_many_services"
+
+
+class TooManyWatchers(ServingError):  # noqa: N818
+    """More callers watch than the server sends updates to."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "too_many_watchers"
+
+
+class HealthServicer:
+    """The service."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, int] = {"": NOT_SERVING}
+        self._shutting_down = False
+        self._watchers: dict[Call, asyncio.Event] = {}  # oldest first; set: the status may have changed
+        self._watchers_of: Counter[object] = Counter()  # by connection
+
+    def add_to(self, server: Server) -> None:
+        """Answer the service's calls."""
+        server.add_method(f"/{SERVICE}/Check", Method(start=self._check, awaited=False, guarded=False))
+        server.add_method(f"/{SERVICE}/Watch", Method(start=self._watch, awaited=False, guarded=False))
+        # Guarded: it names all models, which who has no token learns from no other call.
+        server.add_method(f"/{SERVICE}/List", Method(start=self._list, awaited=False))
+
+    def status(self, service: str) -> int | None:
+        """Return the status of a service, "" for the server; None for an unknown one."""
+        return self._statuses.get(service)
+
+    def set(self, service: str, status: int) -> None:
+        """Set a service's status, unless the server is shutting down."""
+        if not self._shutting_down and self._statuses.get(service) != status:
+            self._statuses[service] = status
+            self._wake()
+
+    def enter_graceful_shutdown(self) -> None:
+        """Set all services to NOT_SERVING, for good."""
+        self._shutting_down = True
+        self._statuses = dict.fromkeys(self._statuses, NOT_SERVING)
+        self._wake()
+
+    def _wake(self) -> None:
+        for changed in self._watchers.values():
+            changed.set()
+
+    def _check(self, call: Call, content: bytes) -> None:
+        service = read_message(health_pb2.HealthCheckRequest.FromString, content).service
+        status = self._statuses.get(service)
+        if status is None:
+            raise UnknownService(f"there is no service and no model {service!r} here")
+        call.reply(_response(status))
+
+    def _list(self, call: Call, content: bytes) -> None:
+        read_message(_HealthListRequest.FromString, content)
+        if len(self._statuses) > _MAX_LISTED:
+            raise TooManyServices(
+                f"there are {len(self._statuses)} services; List has {_MAX_LISTED} at most, use Check"
+            )
+        response: Any = _HealthListResponse()
+        for service, status in self._statuses.items():
+            response.statuses[service].status = status
+        call.reply(response.SerializeToString())
+
+    def _watch(self, call: Call, content: bytes) -> None:
+        service = read_message(health_pb2.HealthCheckRequest.FromString, content).service
+        call.spawn(self._send_updates(call, service))
+
+    async def _send_updates(self, call: Call, service: str) -> None:
+        self._make_room(call)
+        changed = self._watchers[call] = asyncio.Event()
+        self._watchers_of[call.turn_of] += 1
+        sent = None
+        try:
+            while True:
+                changed.clear()
+                status = self._statuses.get(service, _UNKNOWN)
+                if status != sent:
+                    sent = status
+                    await call.write(_response(status))
+                await changed.wait()
+        finally:
+            self._forget(call)
+
+    def _make_room(self, call: Call) -> None:
+        """End a watch of the connection that has most, if that is more than this one has."""
+        mine = self._watchers_of[call.turn_of]
+        if mine >= _MAX_WATCHERS_PER_CONNECTION:
+            raise TooManyWatchers(
+                f"a connection may have {_MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first"
+            )
+        if len(self._watchers) >= _MAX_WATCHERS:
+            error = TooManyWatchers(f"the server has {_MAX_WATCHERS} calls of Watch, its limit; watch again later")
+            connection, most = self._watchers_of.most_common(1)[0]
+            if most <= mine + 1:
+                raise error
+            oldest = next(one for one in self._watchers if one.turn_of == connection)
+            self._forget(oldest)
+            oldest.fail(error)
+
+    def _forget(self, call: Call) -> None:
+        if self._watchers.pop(call, None) is not None:
+            self._watchers_of[call.turn_of] -= 1
+            if not self._watchers_of[call.turn_of]:
+                del self._watchers_of[call.turn_of]
+
+
+def _response(status: int) -> bytes:
+    return health_pb2.HealthCheckResponse(status=status).SerializeToString()
