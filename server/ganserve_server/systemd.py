@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 SOCKET_VARIABLE = "NOTIFY_SOCKET"
+_TIMEOUT_S = 1.0  # for room in systemd's queue; all calls wait meanwhile
 
 
 def notify(*states: str) -> None:
@@ -16,6 +17,7 @@ def notify(*states: str) -> None:
         return
     # That systemd cannot be told is no reason to stop serving.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(_TIMEOUT_S)
         sender.connect("\0" + path[1:] if path.startswith("@") else path)
         sender.send("\n".join(states).encode())
 

@@ -74,6 +74,8 @@ class Tracing:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+        for reader in ("baggage", "trace"):  # each call's headers could have it write any number of warnings
+            logging.getLogger(f"opentelemetry.{reader}").setLevel(logging.ERROR)
         self._api = trace
         self._propagator = propagate.get_global_textmap()
         version = importlib.metadata.version("ganserve")

@@ -40,7 +40,9 @@ def told(message: bytes) -> int:
 @contextlib.contextmanager
 def watching(address: str, service: str) -> Iterator[Iterator[int]]:
     with grpc.insecure_channel(address) as channel:
-        responses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service), timeout=60)
+        responses = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=service), timeout=60
+        )
         yield (response.status for response in responses)
         responses.cancel()
 

@@ -12,12 +12,13 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -36,6 +37,7 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.addresses import StartError, bind
 from ganserve_server.endpoint import Endpoint
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
+from ganserve_server.systemd import notify
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -729,6 +731,71 @@ def test_a_server_that_loads_is_alive_and_not_ready() -> None:
     assert http_get(endpoint.address, "/readyz") == (503, "starting\n")
     assert http_get(endpoint.address, "/livez") == (200, "ok\n")
     endpoint.close()
+
+
+def ask_for_metrics(address: str, accept: str) -> bytes:
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), START_TIMEOUT_S) as peer:
+        peer.sendall(f"GET /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode())
+        return b"".join(iter(lambda: peer.recv(1 << 16), b""))
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+def test_a_scraper_that_asks_for_a_version_that_is_none_gets_the_usual_one(kind: str, start_server: Start) -> None:
+    running = start_server()
+    assert ask_for_metrics(running.metrics_address, f"{kind}; version=next").startswith(b"HTTP/1.0 200")
+    assert running.stop() == 0
+    assert running.events.get()["event"] == "draining"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    running = Endpoint("127.0.0.1:0", CollectorRegistry())
+    yield running
+    running.close()
+
+
+def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ganserve_server.endpoint._MAX_TIMEOUT_S", 0.5)
+    assert endpoint.address is not None
+    host, _, port = endpoint.address.rpartition(":")
+    with socket.create_connection((host, int(port)), START_TIMEOUT_S) as peer:
+        peer.settimeout(0.1)
+        until = time.monotonic() + 30
+        with pytest.raises(OSError, match=r"reset|pipe|closed"):  # noqa: PT012
+            while time.monotonic() < until:
+                peer.sendall(b"G")
+                with contextlib.suppress(TimeoutError):
+                    if not peer.recv(1):
+                        raise ConnectionResetError("closed")
+
+
+def test_of_too_many_scrapers_the_oldest_is_closed(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ganserve_server.endpoint._MAX_CONNECTIONS", 3)
+    assert endpoint.address is not None
+    host, _, port = endpoint.address.rpartition(":")
+    with contextlib.ExitStack() as peers:
+        silent = [peers.enter_context(socket.create_connection((host, int(port)), START_TIMEOUT_S)) for _ in range(3)]
+        assert http_get(endpoint.address, "/livez") == (200, "ok\n")
+        assert silent[0].recv(1) == b""
+        silent[1].sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        assert silent[1].recv(1) == b"H"
+
+
+def test_a_systemd_that_reads_nothing_is_not_waited_for(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = str(open_folder / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", place)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(place)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler, contextlib.suppress(BlockingIOError):
+            filler.connect(place)
+            filler.setblocking(False)
+            while True:
+                filler.send(b"X=1")
+        notifying = threading.Thread(target=notify, args=("READY=1",), daemon=True)
+        notifying.start()
+        notifying.join(START_TIMEOUT_S)
+        assert not notifying.is_alive()
 
 
 def calls_logged(running: RunningServer) -> list[dict[str, object]]:

@@ -218,3 +218,22 @@ def test_without_the_extra_the_server_says_what_to_install_and_serves() -> None:
 def test_what_cannot_be_done_is_told_and_the_server_serves(environment: dict[str, str], text: str) -> None:
     _, [warning] = served(environment)
     assert text in warning
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (("baggage", "a,b;=," * 50),),
+        (("baggage", "a" * 9000),),
+        (("traceparent", f"00-{TRACE}-{PARENT}-00"), ("tracestate", "a,=b,!=!")),
+    ],
+)
+def test_headers_that_break_their_rules_write_nothing_in_the_log(
+    headers: tuple[tuple[str, str], ...], start_server: Start, collector: Collector
+) -> None:
+    running = start_server("--access-log", "off")
+    with grpc.insecure_channel(running.address) as channel:
+        stub = pb_grpc.GenerationServiceStub(channel)
+        stub.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist"), metadata=headers)
+    assert running.stop() == 0
+    assert running.events.get()["event"] == "draining"
