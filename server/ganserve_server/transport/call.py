@@ -18,6 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, status_details
+from ganserve_server.transport.answering import (
+    Aborted,
+    AnswersUnread,
+    NoSuchMethod,
+    outcome,
+    request_id_of,
+    spawn,
+)
 from ganserve_server.transport.http2 import (
     ENHANCE_YOUR_CALM,
     MAX_HEADER_LIST_BYTES,
@@ -33,8 +41,6 @@ from ganserve_server.transport.pools import Holding
 if TYPE_CHECKING:
     from ganserve_server.transport.grpc_server import GrpcServer
 
-REQUEST_ID_KEY = "x-request-id"
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,64}")
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _TIMEOUT_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _HEADERS = (
@@ -112,13 +118,12 @@ def read_head(fields: Fields) -> Head:
         refusal = b"415"
     elif twice or (timeout is not None and in_time is None):
         refusal = b"400"  # a deadline that cannot be read is not none at all
-    request_id = metadata.get(REQUEST_ID_KEY.encode(), b"")
     return Head(
         path=pseudo[b":path"].decode("latin-1"),
         timeout_s=int(in_time[1]) * _TIMEOUT_UNITS_S[in_time[2]] if in_time else None,
         length=None if length is None else int(length),
         encoding=metadata.get(b"grpc-encoding", b"identity"),
-        request_id=request_id.decode() if _REQUEST_ID.fullmatch(request_id) else None,
+        request_id=request_id_of(metadata),
         metadata=metadata,
         refusal=refusal,
         size=size,
@@ -443,15 +448,7 @@ class Http2Call(Stream):
         """End the call with an error's status. Unexpected exceptions are logged; the caller gets INTERNAL."""
         if self.over:
             return
-        details = b""
-        if isinstance(error, ServingError):
-            code, text, details = error.code, str(error), status_details(error)
-            self.server.on_refused(self, error)
-        elif isinstance(error, _Aborted):
-            code, text = error.code, error.text
-        else:
-            code, text = grpc.StatusCode.INTERNAL, "internal error"
-            self.server.on_internal_error(self, error)
+        code, text, details = outcome(self, error, self.server)
         self._end(code, text)
         fields = self._trailers(_status(code, text, details))
         if self._headers_sent:
@@ -482,7 +479,7 @@ class Http2Call(Stream):
 
     def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
         """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
-        self.server.spawn(self, work, cancel=cancel)
+        spawn(self, work, self.server.tasks, cancel)
 
     def on_evicted(self) -> None:
         """End the call, whose answer is dropped: the peer does not read it."""
@@ -502,7 +499,7 @@ class Http2Call(Stream):
         return status + literal(b"x-request-id", self.request_id.encode())
 
     def _expire(self) -> None:
-        self.fail(_Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer was complete"))
+        self.fail(Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer was complete"))
 
     def _end(self, code: grpc.StatusCode, text: str) -> None:
         self.over = True
@@ -526,7 +523,7 @@ class Http2Call(Stream):
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
         """End the call with a status."""
-        raise _Aborted(code, details)
+        raise Aborted(code, details)
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the deadline; None if there is none."""
@@ -556,19 +553,6 @@ def _framed(message: bytes) -> bytes:
     return b"\x00" + len(message).to_bytes(4, "big") + message
 
 
-class _Aborted(Exception):  # noqa: N818
-    def __init__(self, code: grpc.StatusCode, text: str) -> None:
-        super().__init__(text)
-        self.code, self.text = code, text
-
-
-class NoSuchMethod(ServingError):  # noqa: N818
-    """The server has no such method."""
-
-    code = grpc.StatusCode.UNIMPLEMENTED
-    reason = "no_such_method"
-
-
 class UnknownCompression(ServingError):  # noqa: N818
     """The request is compressed in a way that the server cannot read."""
 
@@ -595,10 +579,3 @@ class NotCompressed(ServingError):  # noqa: N818
 
     code = grpc.StatusCode.INTERNAL
     reason = "compression"
-
-
-class AnswersUnread(ServingError):  # noqa: N818
-    """The server keeps more answers than it will, for peers that do not read theirs."""
-
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    reason = "unread"

@@ -7,12 +7,11 @@ methods that are called most cost no task. The servicers of grpcio's own package
 
 import asyncio
 import contextlib
-import functools
 import logging
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from socket import socket
 from typing import Any
 
@@ -20,9 +19,10 @@ import grpc
 
 from ganserve_server.errors import ServingError, Unavailable
 from ganserve_server.machine import give_back_memory
+from ganserve_server.transport.answering import methods_of
 from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
 from ganserve_server.transport.http2 import GOAWAY_GRACE_S, Connection
-from ganserve_server.transport.interface import Method, RequestSink, read_message
+from ganserve_server.transport.interface import Method
 from ganserve_server.transport.limits import Limits
 from ganserve_server.transport.pools import Pool
 from ganserve_server.transport.turns import LoopTurns
@@ -98,7 +98,7 @@ class GrpcServer:
         self._handshakes: dict[asyncio.Task[None], None] = {}  # oldest first
         self._board = board
         self._turns = None if board is None else Turns(board)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
         self._looking: asyncio.TimerHandle | None = None
 
     @property
@@ -126,16 +126,8 @@ class GrpcServer:
     ) -> None:
         """Answer the methods of a servicer written for grpc.aio; of its context, it has what `Http2Call` has."""
         awaited, guarded = service not in self._unawaited_services, service not in self._unguarded_services
-        for name, handler in handlers.items():
-            path = f"/{service}/{name}"
-            if path in self.methods:
-                continue
-            if handler.request_streaming:
-                opener = functools.partial(self._open_stream_stream, handler)
-                self.add_method(path, Method(open=opener, awaited=awaited, guarded=guarded))
-            else:
-                start = self._start_unary_stream if handler.response_streaming else self._start_unary_unary
-                self.add_method(path, Method(start=functools.partial(start, handler), awaited=awaited, guarded=guarded))
+        for path, method in methods_of(service, handlers, awaited=awaited, guarded=guarded):
+            self.methods.setdefault(path, method)
 
     def start(self, sockets: Iterable[socket]) -> None:
         """Listen on sockets that are bound.
@@ -173,9 +165,9 @@ class GrpcServer:
             connection.transport.abort()
         if self._looking is not None:
             self._looking.cancel()
-        for task in tuple(self._tasks):
+        for task in tuple(self.tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self.tasks, return_exceptions=True)
 
     @staticmethod
     def _cut_off_unawaited(connection: Connection[Head], reason: str) -> None:
@@ -189,20 +181,6 @@ class GrpcServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
-
-    def spawn(
-        self, call: Http2Call, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None
-    ) -> None:
-        """Run a call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
-        task = self.loop.create_task(self._guarded(call, work))
-        call.on_cancel = cancel or task.cancel
-        self._tasks.add(task)
-
-        def done(task: "asyncio.Task[None]") -> None:
-            self._tasks.discard(task)
-            work.close()  # cancelled before its first step, it would be warned of as never awaited
-
-        task.add_done_callback(done)
 
     def _look(self) -> None:
         """End what has exceeded its time, and return memory that peers made the server take."""
@@ -232,8 +210,8 @@ class GrpcServer:
             for pool in pools:
                 pool.peak = pool.bytes
             task = self.loop.create_task(asyncio.to_thread(give_back_memory))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
         self._looking = self.loop.call_later(limits.sweep_s, self._look)
 
     def on_finished(self, call: Http2Call, code: grpc.StatusCode, text: str) -> None:
@@ -242,13 +220,6 @@ class GrpcServer:
         if self._board is not None:
             self._board.set_calls(self.running)
         self._on_finished(call, code, text)
-
-    @staticmethod
-    async def _guarded(call: Http2Call, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except Exception as error:
-            call.fail(error)
 
     def _accept(self, listening: socket) -> None:
         """Take one connection, if no other worker that can has fewer: the one that has is woken too."""
@@ -276,7 +247,7 @@ class GrpcServer:
                 self._accepted += 1
                 self._count_connections()
                 task = self.loop.create_task(self._adopt(accepted, address_of(place)))
-                self._tasks.add(task)
+                self.tasks.add(task)
                 self._handshakes[task] = None
                 task.add_done_callback(self._adopted)
         if pause_s:
@@ -326,7 +297,7 @@ class GrpcServer:
             self._count_connections()
 
     def _adopted(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         del self._handshakes[task]
 
     def _new_connection(self) -> Connection[Head]:
@@ -376,46 +347,6 @@ class GrpcServer:
         if self._draining and call.method is not None and not call.method.awaited:
             self.loop.call_soon(call.fail, Unavailable("the server is shutting down"))
         return call
-
-    # grpc.aio's ways of writing a method.
-
-    def _start_unary_unary(self, handler: Any, call: Http2Call, content: bytes) -> None:
-        self.spawn(call, self._answer(handler, call, read_message(handler.request_deserializer, content)))
-
-    async def _answer(self, handler: Any, call: Http2Call, request: Any) -> None:
-        call.reply(handler.response_serializer(await handler.unary_unary(request, call)))
-
-    def _start_unary_stream(self, handler: Any, call: Http2Call, content: bytes) -> None:
-        self.spawn(
-            call,
-            self._answer_all(handler, call, handler.unary_stream, read_message(handler.request_deserializer, content)),
-        )
-
-    def _open_stream_stream(self, handler: Any, call: Http2Call) -> RequestSink:
-        requests: asyncio.Queue[bytes | None] = asyncio.Queue()
-
-        async def each() -> AsyncIterator[Any]:
-            while (content := await requests.get()) is not None:
-                call.consumed(len(content))
-                yield read_message(handler.request_deserializer, content)
-
-        self.spawn(call, self._answer_all(handler, call, handler.stream_stream, each()))
-        return requests.put_nowait, lambda: requests.put_nowait(None)
-
-    @staticmethod
-    async def _answer_all(
-        handler: Any,
-        call: Http2Call,
-        method: Callable[[Any, Http2Call], AsyncIterator[Any] | Awaitable[None]],
-        request: Any,
-    ) -> None:
-        responses = method(request, call)
-        if isinstance(responses, AsyncIterator):
-            async for response in responses:
-                await call.write(handler.response_serializer(response))
-        else:
-            await responses
-        call.finish()
 
 
 def _is_busy(connection: Connection[Head]) -> bool:

@@ -1,0 +1,134 @@
+"""What every transport does in the same way: request ids, the status of an error, tasks, and grpc.aio's servicers."""
+
+import asyncio
+import functools
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from typing import Any, Protocol
+
+import grpc
+
+from ganserve_server.errors import ServingError, status_details
+from ganserve_server.transport.interface import Call, Method, RequestSink, read_message
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,64}")
+
+
+class Aborted(Exception):  # noqa: N818
+    """A call ends with a status that no ServingError stands for."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code, self.text = code, text
+
+
+class NoSuchMethod(ServingError):  # noqa: N818
+    """The server has no such method."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "no_such_method"
+
+
+class AnswersUnread(ServingError):  # noqa: N818
+    """The server keeps more answers than it will, for peers that do not read theirs."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "unread"
+
+
+def request_id_of(metadata: Mapping[bytes, bytes]) -> str | None:
+    """Return the caller's own id of a request, if it is one."""
+    given = metadata.get(REQUEST_ID_KEY.encode(), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else None
+
+
+class Reporter(Protocol):
+    """Learns of errors that end calls."""
+
+    on_refused: Callable[[Any, ServingError], None]
+    on_internal_error: Callable[[Any, BaseException], None]
+
+
+def outcome(call: Call, error: BaseException, reporter: Reporter) -> tuple[grpc.StatusCode, str, bytes]:
+    """Report an error; return its status, text and details: INTERNAL for unexpected exceptions."""
+    if isinstance(error, ServingError):
+        reporter.on_refused(call, error)
+        return error.code, str(error), status_details(error)
+    if isinstance(error, Aborted):
+        return error.code, error.text, b""
+    reporter.on_internal_error(call, error)
+    return grpc.StatusCode.INTERNAL, "internal error", b""
+
+
+def spawn(
+    call: Call,
+    work: Coroutine[Any, Any, None],
+    tasks: set[asyncio.Task[None]],
+    cancel: Callable[[], object] | None,
+) -> None:
+    """Run a call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+    task = asyncio.get_running_loop().create_task(_guarded(call, work))
+    call.on_cancel = cancel or task.cancel
+    tasks.add(task)
+
+    def done(task: "asyncio.Task[None]") -> None:
+        tasks.discard(task)
+        work.close()  # cancelled before its first step, it would be warned of as never awaited
+
+    task.add_done_callback(done)
+
+
+async def _guarded(call: Call, work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except Exception as error:
+        call.fail(error)
+
+
+def methods_of(
+    service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]", *, awaited: bool, guarded: bool
+) -> Iterator[tuple[str, Method]]:
+    """Yield path and method of each handler of a servicer written for grpc.aio; of its context, it has a `Call`."""
+    for name, handler in handlers.items():
+        if handler.request_streaming:
+            method = Method(open=functools.partial(_open_stream, handler), awaited=awaited, guarded=guarded)
+        else:
+            method = Method(start=functools.partial(_start, handler), awaited=awaited, guarded=guarded)
+        yield f"/{service}/{name}", method
+
+
+def _start(handler: Any, call: Call, content: bytes) -> None:
+    request = read_message(handler.request_deserializer, content)
+    if handler.response_streaming:
+        call.spawn(_answer_all(handler, call, handler.unary_stream, request))
+    else:
+        call.spawn(_answer(handler, call, request))
+
+
+async def _answer(handler: Any, call: Call, request: Any) -> None:
+    call.reply(handler.response_serializer(await handler.unary_unary(request, call)))
+
+
+def _open_stream(handler: Any, call: Call) -> RequestSink:
+    requests: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def each() -> AsyncIterator[Any]:
+        while (content := await requests.get()) is not None:
+            call.consumed(len(content))
+            yield read_message(handler.request_deserializer, content)
+
+    call.spawn(_answer_all(handler, call, handler.stream_stream, each()))
+    return requests.put_nowait, lambda: requests.put_nowait(None)
+
+
+async def _answer_all(
+    handler: Any, call: Call, method: Callable[[Any, Call], AsyncIterator[Any] | Awaitable[None]], request: Any
+) -> None:
+    responses = method(request, call)
+    if isinstance(responses, AsyncIterator):
+        async for response in responses:
+            await call.write(handler.response_serializer(response))
+    else:
+        await responses
+    call.finish()
