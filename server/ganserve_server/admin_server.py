@@ -10,8 +10,8 @@ from ganserve_server.addresses import bind, name, refused
 from ganserve_server.calls import tell_internal_error, tell_tls_failure
 from ganserve_server.security import Security
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport.grpc_server import GrpcServer
-from ganserve_server.transport.interface import Call
+from ganserve_server.transport import new_server
+from ganserve_server.transport.interface import Call, Server
 
 if TYPE_CHECKING:
     from ganserve_server.administration import Administration
@@ -31,7 +31,7 @@ class AdminServer:
         off = settings.admin_address == "off"
         self._sockets = [] if off else bind(settings.admin_address, "--admin-address")
         security.warn_if_open(self._sockets, "--admin-address")
-        self._server: GrpcServer | None = None
+        self._server: Server | None = None
 
     def start(self, able: "Administration") -> str | None:
         """Listen; return where.
@@ -45,14 +45,15 @@ class AdminServer:
         from ganserve.v1 import administration_pb2_grpc
         from ganserve_server.administration import AdministrationServicer, RepositoryServicer
 
-        self._server = server = GrpcServer(
+        self._server = server = new_server(
+            self._settings.transport,
+            self._security,
             on_finished=_tell_admin_call,
             on_refused=lambda *_: None,
             on_tls_failure=tell_tls_failure,
             on_internal_error=tell_internal_error,
             limits=replace(self._settings.limits, max_connections=_CONNECTIONS, max_streams=_CONNECTIONS),
             guard=self._security.guard("admin"),
-            tls=self._security.context,
         )
         grpcs: Any = server
         administration_pb2_grpc.add_AdministrationServiceServicer_to_server(AdministrationServicer(able), grpcs)

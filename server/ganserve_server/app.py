@@ -59,6 +59,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
                 "address": name(sockets[0], settings.address),
                 "metrics_address": metrics_address,
                 "admin_address": admin_address,
+                "transport": settings.transport,
                 "workers": workers,
                 "tls": security.certificates is not None,
                 "tokens": security.tokens is not None,

@@ -29,7 +29,7 @@ from ganserve_server.servicer import SERVICE, GenerationServicer
 from ganserve_server.settings import ServerSettings
 from ganserve_server.systemd import reloading
 from ganserve_server.tracing import start_tracing
-from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport import new_server
 from ganserve_server.workers import Parent
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ async def serve_models(
         return
     tracing = start_tracing(tell=parent is None or parent.number == 0)
     recorder = CallRecorder(metrics, settings.access_log, tracing)
-    server = GrpcServer(
+    server = new_server(
+        settings.transport,
+        security,
         on_finished=recorder.finished,
         on_refused=recorder.refused,
         on_internal_error=recorder.internal_error,
@@ -68,7 +70,6 @@ async def serve_models(
         on_aged=metrics.connections_aged.inc,
         on_turned_away=metrics.connections_turned_away.inc,
         guard=security.guard("generate"),
-        tls=security.context,
         on_ended=lambda reason: metrics.connections_ended.labels(reason).inc(),
         limits=settings.limits,
         # Their watchers would stay for ever.

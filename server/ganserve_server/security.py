@@ -10,7 +10,7 @@ from socket import AF_INET6, socket
 from ganserve_server.addresses import StartError
 from ganserve_server.metrics import Metrics
 from ganserve_server.settings import ServerSettings
-from ganserve_server.tls import Certificates
+from ganserve_server.tls import Certificates, Pem
 from ganserve_server.tokens import Buckets, Role, Tokens
 from ganserve_server.transport.interface import Call
 
@@ -49,6 +49,12 @@ class Security:
         """Gives what a new connection is greeted with; None where there is no TLS."""
         certificates = self.certificates
         return None if certificates is None else lambda: certificates.context
+
+    @property
+    def pem(self) -> Callable[[], Pem] | None:
+        """Gives the same as PEM, for a transport that does TLS itself."""
+        certificates = self.certificates
+        return None if certificates is None else lambda: certificates.pem
 
     def guard(self, role: Role) -> Callable[[Call], None] | None:
         """Return what finds out who calls, and raises if he may not; None if all may."""

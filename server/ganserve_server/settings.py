@@ -48,6 +48,10 @@ class ServerSettings(BaseModel):
     address: Annotated[str, Field(description="Where to answer gRPC, HOST:PORT; port 0 takes a free one.")] = (
         "127.0.0.1:50051"
     )
+    transport: Annotated[
+        Literal["own", "grpcio"],
+        Field(description="Which HTTP/2 answers: own, or grpcio's, which costs several times the CPU for each call."),
+    ] = "own"
     metrics_address: Annotated[
         str, Field(description="Where to answer Prometheus, HOST:PORT; port 0 takes a free one; 'off' for none.")
     ] = "127.0.0.1:9464"

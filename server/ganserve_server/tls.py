@@ -4,6 +4,7 @@ import asyncio.sslproto
 import datetime
 import os
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ asyncio.sslproto.SSLProtocol.max_size = 32 << 10
 _EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 
 
+@dataclass(frozen=True, slots=True)
+class Pem:
+    """What the files had when they were last usable together."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes | None
+
+
 class Certificates:
     """What new connections are greeted with. Those that are open keep what they began with.
 
@@ -46,6 +56,7 @@ class Certificates:
         self._metrics = metrics
         self.asks_callers = bool(self._client_ca)
         self.context: ssl.SSLContext
+        self.pem: Pem
         self.expired: dict[str, datetime.datetime]  # which of them, and since when
         if not (self._certificate and self._key):
             raise StartError("TLS needs both --tls-certificate-file and --tls-key-file")
@@ -60,12 +71,14 @@ class Certificates:
         """
         try:
             context, server = self._load(), _certificates(self._certificate)
+            ca = Path(self._client_ca).read_bytes() if self._client_ca else None
+            pem = Pem(Path(self._certificate).read_bytes(), Path(self._key).read_bytes(), ca)
             ends = {"server": min(end for _, end in server)}
             if self._client_ca:
                 ends["client_ca"] = min(end for _, end in _certificates(self._client_ca))
         except (OSError, ValueError) as error:
             raise StartError(self._explain(error)) from error
-        self.context = context
+        self.context, self.pem = context, pem
         self.expired = {kind: end for kind, end in ends.items() if end < datetime.datetime.now(datetime.UTC)}
         if self._metrics is not None:
             for kind, end in ends.items():

@@ -1,1 +1,30 @@
-"""How calls come in and answers go out: HTTP/2, gRPC, and what services see of a call. It knows no service."""
+"""HTTP/2 and gRPC, the server's side: its own, or grpcio's; services see of both what `interface` names."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from ganserve_server.transport.interface import Server
+
+if TYPE_CHECKING:
+    from ganserve_server.security import Security
+
+
+def new_server(
+    transport: Literal["own", "grpcio"],
+    security: "Security",
+    *,
+    on_tls_failure: Callable[[OSError, str], None],
+    on_aged: Callable[[], None] = lambda: None,
+    on_turned_away: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Server:
+    """Return a server of a transport, with the options that both have. The other is not even imported."""
+    if transport == "grpcio":  # its core says nothing of connections
+        from ganserve_server.transport.grpcio_server import GrpcioServer
+
+        return GrpcioServer(tls=security.pem, **options)
+    from ganserve_server.transport.grpc_server import GrpcServer
+
+    return GrpcServer(
+        tls=security.context, on_tls_failure=on_tls_failure, on_aged=on_aged, on_turned_away=on_turned_away, **options
+    )

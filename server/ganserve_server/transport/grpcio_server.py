@@ -1,0 +1,450 @@
+"""grpcio's own server behind the interface of transports: its core (C++) reads and writes, the services stay the same.
+
+Every path gets a handler of bytes. What `grpc.aio` does not offer a server is not here: how many connections there are,
+failed TLS handshakes, and the calls that its core refuses or that leave before their request is complete.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import time
+import urllib.parse
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from socket import AF_INET6, socket
+from typing import Any, NoReturn, cast
+
+import grpc
+
+from ganserve_server.errors import MessageTooLarge, ServingError, Unavailable
+from ganserve_server.tls import Pem
+from ganserve_server.transport.answering import (
+    MAX_UNGUARDED_BYTES,
+    REQUEST_ID_KEY,
+    Aborted,
+    AnswersUnread,
+    NoSuchMethod,
+    methods_of,
+    outcome,
+    request_id_of,
+    spawn,
+)
+from ganserve_server.transport.interface import Caller, Method, Work
+from ganserve_server.workers import Board
+
+_log = logging.getLogger(__name__)
+
+_CLOSE_GRACE_S = 1.0
+_AGED_GRACE_S = 0.2
+_LEAST_PING_INTERVAL_MS = 1000
+_MAX_METADATA_BYTES = 16 << 10
+_MOST_PENDING_CALLS = 1 << 20  # that Python has not taken yet: as many as the connections may have
+_SMALL_ANSWER = 16 << 10
+_KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
+_CLOCKS_S = 0.005  # by which the core's clock and Python's may differ on a deadline
+
+
+class GrpcioCall:
+    """One call, as services see it: what they send is queued here, and `_deliver` writes it to grpcio's context."""
+
+    def __init__(self, server: "GrpcioServer", path: str, metadata: Mapping[bytes, bytes]) -> None:
+        self.server, self.path, self.metadata = server, path, metadata
+        self.method: Method | None = server.methods.get(path)
+        self.request_id = request_id_of(metadata) or uuid.uuid4().hex
+        self.started = time.perf_counter()
+        self.deadline: float | None = None
+        self.peer = ""
+        self.over = self.partly_sent = False
+        self.on_cancel: Callable[[], object] | None = None
+        self.denied: Exception | None = None
+        self.caller: Caller | None = None
+        self.model, self.version = "", cast(int | None, None)
+        self.work: Work | None = None
+        self.encode_s = self.throttled_s = self.throttled_until = 0.0
+        self.pending_bytes = 0
+        self._outgoing: deque[bytes] = deque()
+        self._woken = asyncio.Event()  # there is something to write, or the call is over
+        self._drained = asyncio.Event()
+        self.ageing: asyncio.TimerHandle | None = None  # until it is cut off, because its connection has aged
+        self._unconsumed = 0  # bytes of a stream of requests
+        self._room = asyncio.Event()
+        self._status: tuple[grpc.StatusCode, str, bytes] = (grpc.StatusCode.OK, "", b"")
+
+    @property
+    def turn_of(self) -> object:
+        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+        return self.peer if self.caller is None else self.caller.name
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of answers that wait for their peers, of all calls of the server."""
+        return self.server.backlog_bytes
+
+    # What grpcio calls.
+
+    def handler(self) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Find out who calls, and return what answers; what is denied is so before its body comes."""
+        method = self.method
+        try:
+            if method is None:
+                raise NoSuchMethod(f"there is no method {self.path}")
+            if method.guarded and self.server.guard is not None:
+                self.server.guard(self)
+        except Exception as error:
+            self.denied = error
+        if self.denied is not None or (method is not None and method.open is not None):
+            return grpc.stream_stream_rpc_method_handler(cast(Any, self._converse))
+        # Whether it answers with one message or with many, grpcio takes as long.
+        return grpc.unary_stream_rpc_method_handler(cast(Any, self._answer))
+
+    async def _answer(self, request: bytes, context: Any) -> None:
+        self._begin(context)
+        try:
+            self._check_size(request)
+            assert self.method is not None
+            assert self.method.start is not None
+            self.method.start(self, request)
+        except Exception as error:
+            self.fail(error)
+        await self._deliver(context)
+
+    async def _converse(self, _: object, context: Any) -> None:
+        self._begin(context)
+        if self.denied is not None:
+            self.fail(self.denied)
+            await self._deliver(context)
+            return
+        reading = self.server.loop.create_task(self._read(context))
+        try:
+            await self._deliver(context)
+        finally:
+            reading.cancel()
+
+    async def _read(self, context: Any) -> None:
+        """Hand on each message of a stream of requests, no more than the method has room for."""
+        try:
+            assert self.method is not None
+            assert self.method.open is not None
+            take, end = self.method.open(self)
+            while (message := await context.read()) is not grpc.aio.EOF:
+                self._check_size(message)
+                self._unconsumed += len(message) + _KEPT_WITH_MESSAGE
+                take(message)
+                while self._unconsumed > self.server.max_request_bytes and not self.over:
+                    self._room.clear()
+                    await self._room.wait()
+            end()
+        except Exception as error:
+            self.fail(error)
+
+    def _begin(self, context: Any) -> None:
+        self.peer = urllib.parse.unquote(context.peer()).partition(":")[2]
+        if (left_s := context.time_remaining()) is not None:
+            self.deadline = time.monotonic() + left_s
+        self.server.begun(self)
+
+    def _check_size(self, message: bytes) -> None:
+        assert self.method is not None
+        if not self.method.guarded and len(message) > MAX_UNGUARDED_BYTES:
+            raise MessageTooLarge(f"the request is larger than max ({len(message)} vs. {MAX_UNGUARDED_BYTES} bytes)")
+
+    async def _deliver(self, context: Any) -> None:
+        """Write what the method sends, each message once the peer has taken the last, then the status."""
+        try:
+            while self._outgoing or not self.over:
+                if not self._outgoing:
+                    self._woken.clear()
+                    await self._woken.wait()
+                    continue
+                message = self._outgoing.popleft()
+                await context.write(message)
+                self._forget(len(message))
+        except BaseException as error:
+            self._leave()
+            # grpcio logs a traceback for any other error, of each caller that resets its call.
+            raise asyncio.CancelledError from error
+        code, text, details = self._status
+        trailers: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, self.request_id)]
+        if code is not grpc.StatusCode.OK:
+            context.set_code(code)
+            context.set_details(text)
+        if details:
+            trailers.append(("grpc-status-details-bin", details))
+        context.set_trailing_metadata(tuple(trailers))
+
+    def _leave(self) -> None:
+        """Stop the work: the peer wants no answer, is gone, or its deadline has passed."""
+        self._outgoing.clear()
+        self._forget(self.pending_bytes)
+        if not self.over:
+            late = self.deadline is not None and self.deadline - _CLOCKS_S <= time.monotonic()
+            self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, "", b"")
+            self._cancel()
+
+    def _forget(self, size: int) -> None:
+        """Take note of bytes that no longer wait for the peer."""
+        self.pending_bytes -= size
+        self.server.backlog_bytes -= size
+        if not self.pending_bytes:
+            self._drained.set()
+
+    # What services call.
+
+    def reply(self, message: bytes) -> None:
+        """End the call with one message."""
+        self._queue(message)
+        self.finish()
+
+    def send(self, *messages: bytes) -> None:
+        """Queue some of many messages."""
+        self._queue(*messages)
+        self.partly_sent = True
+
+    def finish(self) -> None:
+        """End the call after its last message."""
+        if not self.over:
+            self._end(grpc.StatusCode.OK, "", b"")
+            self.on_cancel = None  # knows the call: each would keep the other
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with an error's status. Unexpected exceptions are logged; the caller gets INTERNAL."""
+        if self.over:
+            return
+        status = outcome(self, error)
+        if isinstance(error, ServingError):
+            self.server.on_refused(self, error)
+        self._end(*status)
+        self._cancel()
+
+    def consumed(self, message_bytes: int, messages: int = 1) -> None:
+        """Read more of a stream of requests: some, of so many bytes together, are done with."""
+        self._unconsumed -= message_bytes + messages * _KEPT_WITH_MESSAGE
+        self._room.set()
+
+    def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
+        """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        spawn(self, work, self.server.tasks, cancel)
+
+    async def drained(self) -> None:
+        """Wait until nothing is pending."""
+        while self.pending_bytes:
+            await self._drained.wait()
+
+    async def write(self, message: Any) -> None:
+        """Send one of many messages, and wait until the peer has taken it."""
+        self.send(message if isinstance(message, bytes) else message.SerializeToString())
+        await self.drained()
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
+        """End the call with a status."""
+        raise Aborted(code, details)
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the deadline; None if there is none."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def _queue(self, *messages: bytes) -> None:
+        """Have messages written; fail the call if they would only be kept, beside many others that are not read."""
+        size = sum(map(len, messages))
+        if self.over:
+            return
+        if size > _SMALL_ANSWER and self.server.backlog_bytes > self.server.max_backlog_bytes:
+            self.fail(AnswersUnread("too many answers wait for being read; read them, or ask for fewer at a time"))
+            return
+        self._outgoing.extend(messages)
+        self.pending_bytes += size
+        self.server.backlog_bytes += size
+        self._drained.clear()
+        self._woken.set()
+
+    def _end(self, code: grpc.StatusCode, text: str, details: bytes) -> None:
+        self.over, self._status = True, (code, text, details)
+        self._woken.set()
+        self._room.set()
+        self.server.ended(self, code, text)
+
+    def _cancel(self) -> None:
+        if self.on_cancel is not None:
+            on_cancel, self.on_cancel = self.on_cancel, None
+            on_cancel()
+
+
+class GrpcioServer(grpc.GenericRpcHandler):
+    """Listens, and leads calls to methods. Its arguments are `GrpcServer`'s, as far as grpcio's core can keep to them.
+
+    Args:
+        on_finished: called at each call's end, with its status and text.
+        on_refused: called before it with the error, for those that end with one.
+        max_connections: at a time; the core closes one more at once.
+        max_streams: calls at a time on one connection; a client keeps more waiting on its side.
+        max_request_bytes: in one message.
+        unawaited_services: whose calls are not for metrics, and are cut off by a drain.
+        max_backlog_bytes: of answers that are not read, all connections together: large ones beyond it are refused.
+        board: where workers tell their connections and calls; with it, they share the port by SO_REUSEPORT.
+        unguarded_services: that all may call.
+        guard: finds a call's caller, at its headers, and raises a ServingError if he may not call; None: all may.
+        tls: gives certificate, key and authorities, read at each new connection; None: plain text.
+        max_connection_age_s: give or take a tenth, until a connection takes no more calls; 0: never.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_finished: Callable[[GrpcioCall, grpc.StatusCode, str], None],
+        on_refused: Callable[[GrpcioCall, ServingError], None],
+        max_connections: int,
+        max_streams: int,
+        max_request_bytes: int = 4 << 20,
+        unawaited_services: Collection[str] = (),
+        max_backlog_bytes: int = 1 << 30,
+        board: Board | None = None,
+        unguarded_services: Collection[str] = (),
+        guard: Callable[[GrpcioCall], None] | None = None,
+        tls: Callable[[], Pem] | None = None,
+        max_connection_age_s: float = 0.0,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.methods: dict[str, Method] = {}
+        self.guard, self.on_refused = guard, on_refused
+        self.max_request_bytes, self.max_backlog_bytes = max_request_bytes, max_backlog_bytes
+        self.backlog_bytes = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._on_finished, self._board, self._tls = on_finished, board, tls
+        self._unawaited_services, self._unguarded_services = unawaited_services, unguarded_services
+        self._max_connection_age_s = max_connection_age_s
+        self._calls: set[GrpcioCall] = set()
+        self._peers: Counter[str] = Counter()  # of calls that run
+        self._draining = False
+        self._starting: asyncio.Task[None] | None = None
+        options = [
+            ("grpc.so_reuseport", int(board is not None)),
+            ("grpc.max_allowed_incoming_connections", max_connections),
+            ("grpc.max_concurrent_streams", max_streams),
+            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+            ("grpc.server.max_pending_requests", _MOST_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING_CALLS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
+        ]
+        if max_connection_age_s:
+            options.append(("grpc.max_connection_age_ms", max(1, round(max_connection_age_s * 1000))))
+        self._server = grpc.aio.server(handlers=[self], options=options)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many connections have calls, and how many calls there are."""
+        return len(self._peers), len(self._calls)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Answer a call of any path."""
+        metadata = {
+            name.encode(): value if isinstance(value, bytes) else value.encode()
+            for name, value in handler_call_details.invocation_metadata or ()
+        }
+        return GrpcioCall(self, handler_call_details.method, metadata).handler()
+
+    def add_method(self, path: str, method: Method) -> None:
+        """Answer calls of a path, such as /package.Service/Method."""
+        self.methods[path] = method
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Do nothing: generated code registers the same handlers by the next method too."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
+    ) -> None:
+        """Answer the methods of a servicer written for grpc.aio."""
+        awaited, guarded = service not in self._unawaited_services, service not in self._unguarded_services
+        for path, method in methods_of(service, handlers, awaited=awaited, guarded=guarded):
+            self.methods.setdefault(path, method)
+
+    def start(self, sockets: Iterable[socket]) -> None:
+        """Listen where sockets are bound; they are closed once grpcio's own are bound beside them.
+
+        Raises:
+            OSError: somebody else does.
+        """
+        for bound in sockets:
+            host, port = bound.getsockname()[:2]
+            address = f"[{host}]:{port}" if bound.family == AF_INET6 else f"{host}:{port}"
+            try:
+                if self._tls is None:
+                    self._server.add_insecure_port(address)
+                else:
+                    self._server.add_secure_port(address, _credentials(self._tls))
+            except RuntimeError as error:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from error
+            bound.close()
+        self._starting = self.loop.create_task(self._server.start())
+        if self._board is not None:
+            self._board.set_connections(0)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
+        self._draining = True
+        for call in tuple(self._calls):
+            self._cut_off_unawaited(call, "the server is shutting down")
+        stopping = self.loop.create_task(self._server.stop(timeout_s + 2 * _CLOSE_GRACE_S))
+        await asyncio.wait((stopping,), timeout=timeout_s)
+        if self._calls:
+            _log.warning("calls cut off", extra={"calls": len(self._calls), "drain_timeout_s": timeout_s})
+        for call in tuple(self._calls):
+            call.fail(Unavailable("the server has shut down before the call was done"))
+        await asyncio.wait((stopping,), timeout=_CLOSE_GRACE_S)
+        await self._server.stop(None)
+        await stopping
+        for task in tuple(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def begun(self, call: GrpcioCall) -> None:
+        """Take note of a call."""
+        self._calls.add(call)
+        self._peers[call.peer] += 1
+        self._tell_board()
+        if call.method is None or call.method.awaited:
+            return
+        if self._draining:
+            self.loop.call_soon(self._cut_off_unawaited, call, "the server is shutting down")
+        elif self._max_connection_age_s:
+            # grpcio does not tell when a connection has aged: by then this one's has.
+            reason = "the connection has been open for long; call again on another"
+            age_s = self._max_connection_age_s * 1.1 + _AGED_GRACE_S
+            call.ageing = self.loop.call_later(age_s, self._cut_off_unawaited, call, reason)
+
+    def ended(self, call: GrpcioCall, code: grpc.StatusCode, text: str) -> None:
+        """Take note of a call's end."""
+        self._calls.discard(call)
+        self._peers[call.peer] -= 1
+        if not self._peers[call.peer]:
+            del self._peers[call.peer]
+        self._tell_board()
+        if call.ageing is not None:
+            call.ageing.cancel()
+        self._on_finished(call, code, text)
+
+    def _tell_board(self) -> None:
+        if self._board is not None:
+            self._board.set_connections(len(self._peers))
+            self._board.set_calls(len(self._calls))
+
+    @staticmethod
+    def _cut_off_unawaited(call: GrpcioCall, reason: str) -> None:
+        if call.method is not None and not call.method.awaited:
+            call.fail(Unavailable(reason))
+
+
+def _credentials(tls: Callable[[], Pem]) -> grpc.ServerCredentials:
+    """Return credentials that look for new certificates at each connection."""
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        pem = tls()
+        return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], pem.client_ca)
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), configuration, require_client_authentication=tls().client_ca is not None
+    )
