@@ -317,6 +317,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
         self._calls: set[GrpcioCall] = set()
         self._peers: Counter[str] = Counter()  # of calls that run
         self._draining = False
+        self._bound: list[socket] = []
         self._starting: asyncio.Task[None] | None = None
         options = [
             ("grpc.so_reuseport", int(board is not None)),
@@ -363,7 +364,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
             self.methods.setdefault(path, method)
 
     def start(self, sockets: Iterable[socket]) -> None:
-        """Listen where sockets are bound; they are closed once grpcio's own are bound beside them.
+        """Listen where sockets are bound: grpcio binds its own beside them, and they keep the port until the drain.
 
         Raises:
             OSError: somebody else does.
@@ -378,7 +379,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
                     self._server.add_secure_port(address, _credentials(self._tls))
             except RuntimeError as error:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from error
-            bound.close()
+            self._bound.append(bound)
         self._starting = self.loop.create_task(self._server.start())
         if self._board is not None:
             self._board.set_connections(0)
@@ -386,6 +387,8 @@ class GrpcioServer(grpc.GenericRpcHandler):
     async def drain(self, timeout_s: float) -> None:
         """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
         self._draining = True
+        for bound in self._bound:
+            bound.close()
         for call in tuple(self._calls):
             self._cut_off_unawaited(call, "the server is shutting down")
         stopping = self.loop.create_task(self._server.stop(timeout_s + 2 * _CLOSE_GRACE_S))
