@@ -103,7 +103,10 @@ class ServerSettings(BaseModel):
     max_images_per_request: Annotated[int, Field(ge=1, description="Images in one GenerateImages call.")] = 1024
     max_images_per_stream: Annotated[int, Field(ge=1, description="Images in one StreamImages call.")] = 10_000_000
     max_connections: Annotated[
-        int, Field(ge=1, description="Connections at a time in each worker; one more is closed at once.")
+        int,
+        Field(
+            ge=1, description="Connections at a time in each worker; one more takes an idle one's place or is closed."
+        ),
     ] = 2000
     max_calls_per_connection: Annotated[
         int, Field(ge=1, le=1_000_000, description="Calls at a time on one connection; a client keeps more waiting.")

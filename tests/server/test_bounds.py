@@ -73,7 +73,6 @@ class Small:
             on_ended=self.ended.append,
             limits=limits,
             guard=guard,
-            unguarded_services=("t.Open",),
         )
         self.server.add_method("/t.T/Answer", Method(start=lambda call, content: call.reply(bytes(int(content)))))
         self.server.add_method("/t.T/Hold", Method(start=lambda *_: None))

@@ -15,6 +15,7 @@ def new_server(
     *,
     on_tls_failure: Callable[[OSError, str], None],
     on_aged: Callable[[], None] = lambda: None,
+    on_ended: Callable[[str], None] = lambda _: None,
     on_turned_away: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Server:
@@ -26,5 +27,10 @@ def new_server(
     from ganserve_server.transport.grpc_server import GrpcServer
 
     return GrpcServer(
-        tls=security.context, on_tls_failure=on_tls_failure, on_aged=on_aged, on_turned_away=on_turned_away, **options
+        tls=security.context,
+        on_tls_failure=on_tls_failure,
+        on_aged=on_aged,
+        on_ended=on_ended,
+        on_turned_away=on_turned_away,
+        **options,
     )

@@ -87,14 +87,14 @@ async def _guarded(call: Call, work: Coroutine[Any, Any, None]) -> None:
 
 
 def methods_of(
-    service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]", *, awaited: bool, guarded: bool
+    service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]", *, awaited: bool
 ) -> Iterator[tuple[str, Method]]:
     """Yield path and method of each handler of a servicer written for grpc.aio; of its context, it has a `Call`."""
     for name, handler in handlers.items():
         if handler.request_streaming:
-            method = Method(open=functools.partial(_open_stream, handler), awaited=awaited, guarded=guarded)
+            method = Method(open=functools.partial(_open_stream, handler), awaited=awaited)
         else:
-            method = Method(start=functools.partial(_start, handler), awaited=awaited, guarded=guarded)
+            method = Method(start=functools.partial(_start, handler), awaited=awaited)
         yield f"/{service}/{name}", method
 
 

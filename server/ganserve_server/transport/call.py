@@ -28,7 +28,6 @@ from ganserve_server.transport.answering import (
 )
 from ganserve_server.transport.http2 import (
     ENHANCE_YOUR_CALM,
-    MAX_HEADER_LIST_BYTES,
     PROTOCOL_ERROR,
     Connection,
     Fields,
@@ -36,6 +35,7 @@ from ganserve_server.transport.http2 import (
     literal,
 )
 from ganserve_server.transport.interface import Caller, RequestSink, Work
+from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES
 from ganserve_server.transport.pools import Holding
 
 if TYPE_CHECKING:

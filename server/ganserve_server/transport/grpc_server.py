@@ -49,7 +49,6 @@ class GrpcServer:
         on_internal_error: called with an unexpected exception, which the caller does not get.
         limits: what peers may have the server keep, do and wait for.
         unawaited_services: whose calls are not for metrics, and are cut off by a drain.
-        unguarded_services: that all may call.
         board: where the workers that share the sockets, if there are others, tell their connections.
         guard: finds a call's caller, at its headers, and raises a ServingError if it may not call; None: all may.
         tls: gives what a new connection is greeted with; None: plain text.
@@ -68,7 +67,6 @@ class GrpcServer:
         on_internal_error: Callable[[Http2Call, BaseException], None],
         limits: Limits,
         unawaited_services: Collection[str] = (),
-        unguarded_services: Collection[str] = (),
         board: Board | None = None,
         guard: Callable[[Http2Call], None] | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
@@ -87,7 +85,7 @@ class GrpcServer:
         self._draining = False
         self.running = 0
         self._on_finished, self.on_refused, self.on_internal_error = on_finished, on_refused, on_internal_error
-        self._unawaited_services, self._unguarded_services = unawaited_services, unguarded_services
+        self._unawaited_services = unawaited_services
         self.guard, self._tls, self._on_tls_failure = guard, tls, on_tls_failure
         self._on_aged, self._on_ended, self._on_turned_away = on_aged, on_ended, on_turned_away
         self._connections: dict[Connection[Head], None] = {}  # oldest first
@@ -125,8 +123,7 @@ class GrpcServer:
         self, service: str, handlers: Mapping[str, "grpc.RpcMethodHandler[Any, Any]"]
     ) -> None:
         """Answer the methods of a servicer written for grpc.aio; of its context, it has what `Http2Call` has."""
-        awaited, guarded = service not in self._unawaited_services, service not in self._unguarded_services
-        for path, method in methods_of(service, handlers, awaited=awaited, guarded=guarded):
+        for path, method in methods_of(service, handlers, awaited=service not in self._unawaited_services):
             self.methods.setdefault(path, method)
 
     def start(self, sockets: Iterable[socket]) -> None:

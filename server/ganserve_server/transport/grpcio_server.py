@@ -21,7 +21,6 @@ import grpc
 from ganserve_server.errors import MessageTooLarge, ServingError, Unavailable
 from ganserve_server.tls import Pem
 from ganserve_server.transport.answering import (
-    MAX_UNGUARDED_BYTES,
     REQUEST_ID_KEY,
     Aborted,
     AnswersUnread,
@@ -32,6 +31,7 @@ from ganserve_server.transport.answering import (
     spawn,
 )
 from ganserve_server.transport.interface import Caller, Method, Work
+from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ _log = logging.getLogger(__name__)
 _CLOSE_GRACE_S = 1.0
 _AGED_GRACE_S = 0.2
 _LEAST_PING_INTERVAL_MS = 1000
-_MAX_METADATA_BYTES = 16 << 10
 _MOST_PENDING_CALLS = 1 << 20  # that Python has not taken yet: as many as the connections may have
 _SMALL_ANSWER = 16 << 10
+_SLICE_S = 0.002
 _KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
 _CLOCKS_S = 0.005  # by which the core's clock and Python's may differ on a deadline
 
@@ -132,7 +132,7 @@ class GrpcioCall:
                 self._check_size(message)
                 self._unconsumed += len(message) + _KEPT_WITH_MESSAGE
                 take(message)
-                while self._unconsumed > self.server.max_request_bytes and not self.over:
+                while self._unconsumed > self.server.limits.max_request_bytes and not self.over:
                     self._room.clear()
                     await self._room.wait()
             end()
@@ -147,8 +147,9 @@ class GrpcioCall:
 
     def _check_size(self, message: bytes) -> None:
         assert self.method is not None
-        if not self.method.guarded and len(message) > MAX_UNGUARDED_BYTES:
-            raise MessageTooLarge(f"the request is larger than max ({len(message)} vs. {MAX_UNGUARDED_BYTES} bytes)")
+        most = self.server.limits.unguarded_request_bytes
+        if not self.method.guarded and len(message) > most:
+            raise MessageTooLarge(f"the request is larger than max ({len(message)} vs. {most} bytes)")
 
     async def _deliver(self, context: Any) -> None:
         """Write what the method sends, each message once the peer has taken the last, then the status."""
@@ -212,16 +213,17 @@ class GrpcioCall:
         """End the call with an error's status. Unexpected exceptions are logged; the caller gets INTERNAL."""
         if self.over:
             return
-        status = outcome(self, error)
-        if isinstance(error, ServingError):
-            self.server.on_refused(self, error)
-        self._end(*status)
+        self._end(*outcome(self, error, self.server))
         self._cancel()
 
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
         """Read more of a stream of requests: some, of so many bytes together, are done with."""
         self._unconsumed -= message_bytes + messages * _KEPT_WITH_MESSAGE
         self._room.set()
+
+    def soon(self, work: Callable[[float], None]) -> None:
+        """Work once what has come is read, until about the time that it gets, by time.perf_counter."""
+        self.server.loop.call_soon(lambda: None if self.over else work(time.perf_counter() + _SLICE_S))
 
     def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
         """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
@@ -250,7 +252,7 @@ class GrpcioCall:
         size = sum(map(len, messages))
         if self.over:
             return
-        if size > _SMALL_ANSWER and self.server.backlog_bytes > self.server.max_backlog_bytes:
+        if size > _SMALL_ANSWER and self.server.backlog_bytes > self.server.limits.answer_bytes:
             self.fail(AnswersUnread("too many answers wait for being read; read them, or ask for fewer at a time"))
             return
         self._outgoing.extend(messages)
@@ -277,16 +279,12 @@ class GrpcioServer(grpc.GenericRpcHandler):
     Args:
         on_finished: called at each call's end, with its status and text.
         on_refused: called before it with the error, for those that end with one.
-        max_connections: at a time; the core closes one more at once.
-        max_streams: calls at a time on one connection; a client keeps more waiting on its side.
-        max_request_bytes: in one message.
+        on_internal_error: called with an unexpected exception, which the caller does not get.
+        limits: of these, connections, streams, age, and the sizes of requests, headers and unread answers.
         unawaited_services: whose calls are not for metrics, and are cut off by a drain.
-        max_backlog_bytes: of answers that are not read, all connections together: large ones beyond it are refused.
         board: where workers tell their connections and calls; with it, they share the port by SO_REUSEPORT.
-        unguarded_services: that all may call.
-        guard: finds a call's caller, at its headers, and raises a ServingError if he may not call; None: all may.
+        guard: finds a call's caller, at its headers, and raises a ServingError if it may not call; None: all may.
         tls: gives certificate, key and authorities, read at each new connection; None: plain text.
-        max_connection_age_s: give or take a tenth, until a connection takes no more calls; 0: never.
     """
 
     def __init__(
@@ -294,26 +292,21 @@ class GrpcioServer(grpc.GenericRpcHandler):
         *,
         on_finished: Callable[[GrpcioCall, grpc.StatusCode, str], None],
         on_refused: Callable[[GrpcioCall, ServingError], None],
-        max_connections: int,
-        max_streams: int,
-        max_request_bytes: int = 4 << 20,
+        on_internal_error: Callable[[GrpcioCall, BaseException], None],
+        limits: Limits,
         unawaited_services: Collection[str] = (),
-        max_backlog_bytes: int = 1 << 30,
         board: Board | None = None,
-        unguarded_services: Collection[str] = (),
         guard: Callable[[GrpcioCall], None] | None = None,
         tls: Callable[[], Pem] | None = None,
-        max_connection_age_s: float = 0.0,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.methods: dict[str, Method] = {}
-        self.guard, self.on_refused = guard, on_refused
-        self.max_request_bytes, self.max_backlog_bytes = max_request_bytes, max_backlog_bytes
+        self.guard, self.on_refused, self.on_internal_error = guard, on_refused, on_internal_error
+        self.limits = limits
         self.backlog_bytes = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self._on_finished, self._board, self._tls = on_finished, board, tls
-        self._unawaited_services, self._unguarded_services = unawaited_services, unguarded_services
-        self._max_connection_age_s = max_connection_age_s
+        self._unawaited_services = unawaited_services
         self._calls: set[GrpcioCall] = set()
         self._peers: Counter[str] = Counter()  # of calls that run
         self._draining = False
@@ -321,24 +314,30 @@ class GrpcioServer(grpc.GenericRpcHandler):
         self._starting: asyncio.Task[None] | None = None
         options = [
             ("grpc.so_reuseport", int(board is not None)),
-            ("grpc.max_allowed_incoming_connections", max_connections),
-            ("grpc.max_concurrent_streams", max_streams),
-            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_allowed_incoming_connections", limits.max_connections),
+            ("grpc.max_concurrent_streams", limits.max_streams),
+            ("grpc.max_receive_message_length", limits.max_request_bytes),
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+            ("grpc.max_metadata_size", MAX_HEADER_LIST_BYTES),
             ("grpc.server.max_pending_requests", _MOST_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING_CALLS),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
         ]
-        if max_connection_age_s:
-            options.append(("grpc.max_connection_age_ms", max(1, round(max_connection_age_s * 1000))))
+        if limits.max_connection_age_s:
+            options.append(("grpc.max_connection_age_ms", max(1, round(limits.max_connection_age_s * 1000))))
+        if limits.idle_timeout_s:
+            options.append(("grpc.max_connection_idle_ms", max(1, round(limits.idle_timeout_s * 1000))))
         self._server = grpc.aio.server(handlers=[self], options=options)
 
     @property
     def load(self) -> tuple[int, int]:
         """How many connections have calls, and how many calls there are."""
         return len(self._peers), len(self._calls)
+
+    def kept_bytes(self) -> dict[str, int]:
+        """Return how many bytes the server keeps for its peers, of those that Python knows of."""
+        return {"answers": self.backlog_bytes}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
         """Answer a call of any path."""
@@ -359,8 +358,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
         self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
     ) -> None:
         """Answer the methods of a servicer written for grpc.aio."""
-        awaited, guarded = service not in self._unawaited_services, service not in self._unguarded_services
-        for path, method in methods_of(service, handlers, awaited=awaited, guarded=guarded):
+        for path, method in methods_of(service, handlers, awaited=service not in self._unawaited_services):
             self.methods.setdefault(path, method)
 
     def start(self, sockets: Iterable[socket]) -> None:
@@ -413,10 +411,10 @@ class GrpcioServer(grpc.GenericRpcHandler):
             return
         if self._draining:
             self.loop.call_soon(self._cut_off_unawaited, call, "the server is shutting down")
-        elif self._max_connection_age_s:
+        elif self.limits.max_connection_age_s:
             # grpcio does not tell when a connection has aged: by then this one's has.
             reason = "the connection has been open for long; call again on another"
-            age_s = self._max_connection_age_s * 1.1 + _AGED_GRACE_S
+            age_s = self.limits.max_connection_age_s * 1.1 + _AGED_GRACE_S
             call.ageing = self.loop.call_later(age_s, self._cut_off_unawaited, call, reason)
 
     def ended(self, call: GrpcioCall, code: grpc.StatusCode, text: str) -> None:

@@ -23,7 +23,7 @@ from hpack import Decoder, HPACKError, OversizedHeaderListError
 from hpack.table import HeaderTable
 
 from ganserve_server.transport.flow import MAX_WINDOW, Flow, Overflow, SendFlow
-from ganserve_server.transport.limits import Limits
+from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 from ganserve_server.transport.pools import Bucket, Holding, Pool
 from ganserve_server.transport.turns import LoopTurns
 
@@ -41,7 +41,6 @@ _MAX_HEADER_LIST_SIZE = 6
 _HEAD = struct.Struct(">BHBBI")  # length (high byte, rest), type, flags, stream
 _SETTING = struct.Struct(">HI")
 _FRAME_SIZE = 16384  # the least and the default of RFC 9113, for both directions: larger ones gained nothing measurable
-MAX_HEADER_LIST_BYTES = 16384  # by RFC 9113's count; the layer above refuses a request with more
 # What is decoded at all, so that the table stays right: proxies forward up to 64 KiB. More ends the connection.
 _MAX_BLOCK_BYTES = 64 << 10
 _MAX_DECODED_BYTES = 128 << 10

@@ -160,6 +160,9 @@ class Server(Protocol):
     def load(self) -> tuple[int, int]:
         """How many connections and calls there are."""
 
+    def kept_bytes(self) -> dict[str, int]:
+        """Return how many bytes the server keeps for its peers, by what they are."""
+
     def add_method(self, path: str, method: Method) -> None:
         """Answer calls of a path, such as /package.Service/Method."""
 

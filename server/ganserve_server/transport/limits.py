@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MAX_HEADER_LIST_BYTES = 16384  # of a request, by RFC 9113's count (6.5.2)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
