@@ -234,13 +234,20 @@ ROWS = {
         Panel("Connections", "none", {"{{instance}}": f"ganserve_connections{{{REPLICAS}}}"}),
         Panel("Calls that run", "none", {"{{instance}}": f"ganserve_calls{{{REPLICAS}}}"}),
         Panel(
-            "Connections ended for their age, or turned away",
+            "Connections ended by the server, or turned away",
             "none",
             {
+                "{{instance}}, {{reason}}": rate("ganserve_connections_ended_total", "instance, reason", REPLICAS),
                 "{{instance}}, aged": rate("ganserve_connections_aged_total", "instance", REPLICAS),
                 "{{instance}}, turned away": rate("ganserve_connections_turned_away_total", "instance", REPLICAS),
             },
-            "A second (--max-connection-age-s, --max-connections).",
+            "A second (--max-connection-age-s, --max-connections, --idle-timeout-s, --write-timeout-s).",
+        ),
+        Panel(
+            "Kept for clients",
+            "bytes",
+            {"{{instance}}, {{pool}}": f"ganserve_kept_bytes{{{REPLICAS}}}"},
+            "Unfinished requests, and answers that are not read; docs/bounds.md has their bounds.",
         ),
     ],
     "Processes": [

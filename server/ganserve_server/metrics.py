@@ -135,6 +135,8 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        for reason in ("idle", "crowded", "unread"):
+            self.connections_ended.labels(reason)  # so that it is there, and 0
         self.connections_turned_away = Counter(
             "ganserve_connections_turned_away",
             "Connections closed at once: there were --max-connections.",
