@@ -42,18 +42,18 @@ _HEAD = struct.Struct(">BHBBI")  # length (high byte, rest), type, flags, stream
 _SETTING = struct.Struct(">HI")
 _FRAME_SIZE = 16384  # the least and the default of RFC 9113, for both directions: larger ones gained nothing measurable
 # What is decoded at all, so that the table stays right: proxies forward up to 64 KiB. More ends the connection.
-_MAX_BLOCK_BYTES = 64 << 10
+MAX_BLOCK_BYTES = 64 << 10
 _MAX_DECODED_BYTES = 128 << 10
-_MAX_CONTINUATIONS = 128
+MAX_CONTINUATIONS = 128
 _DEFAULT_WINDOW = 65535
 _CLOSE_TIMEOUT_S = 5.0
 _CALM_CLOSE_TIMEOUT_S = 0.5  # of a peer that sends too much: it is no longer read
 _FLUSH_BYTES = 256 << 10  # written at once, so that memory stays small and the peer can begin to read
-_MAX_CONTROL_BYTES = 64 << 10  # acknowledgements and resets that the peer asks for and does not read
+MAX_CONTROL_BYTES = 64 << 10  # acknowledgements and resets that the peer asks for and does not read
 _MAX_PEER_FRAME = 64 << 10
-_READ_BYTES = 64 << 10  # at once; asyncio's own 256 KiB are kept while a connection waits for its turn
-_CACHED_BLOCKS = 16
-_CACHED_BLOCK_BYTES = 512
+READ_BYTES = 32 << 10  # at once; asyncio's own 256 KiB would be kept while a connection waits for its turn
+_CACHED_BLOCKS = 8
+_CACHED_BLOCK_BYTES, _CACHED_BLOCK_FIELDS = 512, 16
 _GRANT_AFTER = 16384  # bytes done with, before the peer is told: a frame a message would cost more than the message
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, tries
 GOAWAY_GRACE_S = 0.1  # for streams that were opened before the peer read that it should open none
@@ -63,12 +63,12 @@ _KEPT_SKIPPED = 16
 _FRAMES_A_TURN = 64
 # How often a peer may do what costs more than it brings: at once, and a second in the long run.
 # Streams that it opens and resets: 700 callers with deadlines of 50 ms reset 14,000 while a server stands for 1 s.
-_RESETS = (16_000, 400)
-_VIOLATIONS = (100, 1)  # errors of a stream, which no correct client makes
-_SETTINGS_FRAMES = (1000, 10)  # each may change the windows of all streams
-_IDLE_FRAMES = (10_000, 1000)  # PING, PRIORITY, empty DATA, frames of unknown types and of closed streams
+RESETS = (16_000, 400)
+VIOLATIONS = (100, 1)  # errors of a stream, which no correct client makes
+SETTINGS_FRAMES = (1000, 10)  # each may change the windows of all streams
+IDLE_FRAMES = (10_000, 1000)  # PING, PRIORITY, empty DATA, frames of unknown types and of closed streams
 # Bytes of header blocks that are decoded for a peer that has not shown a token, where tokens are asked for.
-_STRANGE_BYTES = (256 << 10, 256 << 10)
+STRANGE_BYTES = (256 << 10, 256 << 10)
 
 Fields = list[tuple[bytes, bytes]]
 HeadT = TypeVar("HeadT")
@@ -225,11 +225,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._reset_here: deque[int] = deque(maxlen=_KEPT_CLOSED)
         self._receive_window = _DEFAULT_WINDOW
         self.trusted = trusted
-        self._strange_bytes = Bucket(*_STRANGE_BYTES)
-        self._resets = Bucket(*_RESETS)
-        self._violations = Bucket(*_VIOLATIONS)
-        self._settings_frames = Bucket(*_SETTINGS_FRAMES)
-        self._idle_frames = Bucket(*_IDLE_FRAMES)
+        self._strange_bytes = Bucket(*STRANGE_BYTES)
+        self._resets = Bucket(*RESETS)
+        self._violations = Bucket(*VIOLATIONS)
+        self._settings_frames = Bucket(*SETTINGS_FRAMES)
+        self._idle_frames = Bucket(*IDLE_FRAMES)
         # Turns.
         self._turns = turns
         self.until = 0.0  # of the turn that there is now, by time.perf_counter
@@ -275,7 +275,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         # Without room of its own: what the kernel does not take waits here, where it is counted, or not at all.
         transport.set_write_buffer_limits(high=1, low=0)
         if hasattr(transport, "max_size"):
-            setattr(transport, "max_size", _READ_BYTES)  # noqa: B010 (not of the abstract class)
+            setattr(transport, "max_size", READ_BYTES)  # noqa: B010 (not of the abstract class)
         with contextlib.suppress(OSError):  # the peer is gone already; connection_lost comes next
             # A peer that was switched off says no goodbye, and would count as a connection for ever.
             connected = transport.get_extra_info("socket")
@@ -558,10 +558,10 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         _, first_flags, block, frames = self._block
         block += payload
         empty = not payload and not flags & END_HEADERS
-        if empty or len(block) > _MAX_BLOCK_BYTES or frames > _MAX_CONTINUATIONS:
+        if empty or len(block) > MAX_BLOCK_BYTES or frames > MAX_CONTINUATIONS:
             raise _ConnectionFailed(
                 ENHANCE_YOUR_CALM,
-                f"a header block may have {_MAX_BLOCK_BYTES} bytes in {_MAX_CONTINUATIONS} CONTINUATION frames",
+                f"a header block may have {MAX_BLOCK_BYTES} bytes in {MAX_CONTINUATIONS} CONTINUATION frames",
             )
         self._block = (stream_id, first_flags, block, frames + 1)
         if flags & END_HEADERS:
@@ -626,9 +626,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         head = self._heads.get(block)
         if head is None:
             changes = self._table.changes
-            head = self._read_head(self._decode(block))
+            fields = self._decode(block)
+            head = self._read_head(fields)
             # One that changes the table means something else the next time.
-            if changes == self._table.changes and len(block) <= _CACHED_BLOCK_BYTES:
+            small = len(block) <= _CACHED_BLOCK_BYTES and len(fields) <= _CACHED_BLOCK_FIELDS
+            if small and changes == self._table.changes:
                 if len(self._heads) >= _CACHED_BLOCKS:
                     self._heads.clear()
                 self._heads[block] = head
@@ -636,7 +638,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _decode(self, block: bytes) -> Fields:
         if not self.trusted and (left := self._strange_bytes.take(len(block))) < 0:
-            self._sleep(-left / _STRANGE_BYTES[1])
+            self._sleep(-left / STRANGE_BYTES[1])
         if block and block[0] >> 5 == 1:
             self._table.changes += 1  # its size changes, perhaps to 0 and back
         try:
@@ -786,7 +788,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _count_reset(self) -> None:
         """Count a stream that was opened for nothing: beyond a bound the next are refused, beyond another it ends."""
-        if self._resets.take() < -_RESETS[0]:
+        if self._resets.take() < -RESETS[0]:
             raise _ConnectionFailed(ENHANCE_YOUR_CALM, "streams are opened only to be reset")
 
     # Writing.
@@ -851,7 +853,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         """Answer a control frame, unless the peer asks for more answers than it reads."""
         if not self._writable:
             self._control_bytes += len(data)
-            if self._control_bytes > _MAX_CONTROL_BYTES:
+            if self._control_bytes > MAX_CONTROL_BYTES:
                 raise _ConnectionFailed(ENHANCE_YOUR_CALM, "answers to control frames are not read")
         self._write(data)
 
@@ -946,7 +948,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._out.append(frame(GOAWAY, 0, 0, struct.pack(">II", last, code) + text.encode()))
         self._flush_now()
         self._end_streams()
-        if self._control_bytes > _MAX_CONTROL_BYTES:
+        if self._control_bytes > MAX_CONTROL_BYTES:
             self.transport.abort()
             return
         floods = code == ENHANCE_YOUR_CALM

@@ -20,7 +20,7 @@ class Limits:
     unguarded_bytes_each: int = 1 << 20
     unguarded_request_bytes: int = 4096  # in one message
     # Answers that are not read; one that is alone may have 256 MiB.
-    answer_bytes: int = 384 << 20
+    answer_bytes: int = 320 << 20
     answer_bytes_each: int = 128 << 20
     # Times; 0: no bound.
     handshake_timeout_s: float = 10.0  # TLS, and HTTP/2's preface
