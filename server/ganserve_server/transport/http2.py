@@ -164,7 +164,7 @@ class Stream(Flow):
         if self.holding is not None and not self.ended:
             if self._drained is None:
                 self._drained = asyncio.get_running_loop().create_future()
-            await self._drained
+            await asyncio.shield(self._drained)  # others may wait, too
 
 
 class _Table(HeaderTable):
