@@ -1,5 +1,6 @@
 """A client that says to an HTTP/2 server just what a test wants said, rules or no rules."""
 
+import itertools
 import socket
 import ssl
 import struct
@@ -15,7 +16,7 @@ DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDO
 END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY_FLAG = 0x1, 0x1, 0x4, 0x8, 0x20
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED = range(6)
 FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, ENHANCE_YOUR_CALM = range(6, 12)
-INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 4, 5
+HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 1, 3, 4, 5
 
 SERVICE = "/ganserve.v1.GenerationService/"
 GENERATE, EACH, STREAM = SERVICE + "GenerateImages", SERVICE + "GenerateEach", SERVICE + "StreamImages"
@@ -25,6 +26,15 @@ Fields = Sequence[tuple[str, str]]
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return len(payload).to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def setting(name: int, value: int) -> bytes:
+    return struct.pack(">HI", name, value)
+
+
+def literal_indexed(name: bytes, value: bytes) -> bytes:
+    """A header field that becomes the newest entry of the table."""
+    return b"\x40" + bytes((len(name),)) + name + bytes((len(value),)) + value
 
 
 def message(content: bytes, compressed: int = 0) -> bytes:
@@ -119,7 +129,7 @@ class Peer:
         self._next_id, self._greets = 1, greet
         self._rest = b""
         if greet:
-            payload = b"".join(struct.pack(">HI", *setting) for setting in (settings or {}).items())
+            payload = b"".join(itertools.starmap(setting, (settings or {}).items()))
             self.write(PREFACE + frame(SETTINGS, 0, 0, payload))
 
     def __enter__(self) -> "Peer":
@@ -210,3 +220,14 @@ class Peer:
         while self.read() is not None:
             pass
         return code
+
+
+def granted(peer: Peer, stream: int, size: int) -> None:
+    """Let the server send so much more: on a stream, or by 0 on all together."""
+    peer.send(WINDOW_UPDATE, 0, stream, size.to_bytes(4, "big"))
+
+
+def requested(peer: Peer) -> None:
+    """Open the first stream, and end it on this side: its answer has no end."""
+    stream = pb.StreamImagesRequest(generate=pb.GenerateImagesRequest(model="mlp-mnist", count=1_000_000))
+    assert peer.start(stream.SerializeToString(), head(STREAM)) == 1
