@@ -1,0 +1,144 @@
+"""What named attacks on HTTP/2 and gRPC do to a good caller, by our transport and by grpc.aio, as a table.
+
+Each attack, by one connection and by fifty, hits a server of its own. Meanwhile one good caller calls, from another
+process: one call at a time, a pause of 5 ms between them, one in four of 32 images, the others of one, ten on each
+connection. The attacker is a third process, of lower priority; where the server cuts it off it comes again after 0.1 s.
+The same good caller just before the attack is the baseline ("before"): the machine's other load slows it, too.
+
+    python -m benchmarks.attacks [--only NAME] [--servers NAME] [--seconds 4] [--json FILE] [--check] [--quick]
+
+--quick takes three minutes at most: our transport alone, by the most connections of each attack, a second each, in
+any order; on a slow machine some are left out, and named.
+
+The bars, for our own transport: the good caller's p99 is at most 50 ms at one connection and 250 ms at fifty or more,
+it sees no error, and 30 s after the attack the server's memory is at most 32 MiB above what it was before. Where the
+baseline's p99 is over 10 ms, because the machine is busy, those of latency are higher in proportion.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.attacks.attacker import Outcome
+from benchmarks.attacks.cell import MOST_LEFT_MIB, SETTLED_MIB, Cell, measure
+from benchmarks.attacks.patterns import ATTACKS
+from benchmarks.attacks.servers import OWN, SERVERS
+
+TRIES = 2  # the machine may have been busy with something else
+QUICK_CONNECTIONS = 1000
+QUICK_S = 140.0  # after which no cell begins: the slowest take half a minute
+COLUMNS = (
+    "attack",
+    "connections",
+    "server",
+    "p50 before → meanwhile, ms",
+    "p99 before → meanwhile, ms",
+    "longest, ms",
+    "errors of calls",
+    "server's CPU, cores",
+    "memory at the peak, MiB",
+    "memory after",
+    "attacker cut; faults of the server",
+    "load",
+)
+
+
+def cut(outcome: Outcome) -> str:
+    """Tell how often connections were cut, at what age (median), and why."""
+    if not outcome.cuts:
+        return "no"
+    ages, why = zip(*outcome.cuts, strict=True)
+    age, reason = statistics.median(ages), Counter(why).most_common(1)[0][0]
+    return f"{len(ages)} of {outcome.connections}, after {age:.2g} s: {reason}"
+
+
+def row(cell: Cell) -> str:
+    before, meanwhile = cell.before, cell.meanwhile
+    fields = (
+        cell.attack,
+        f"{cell.connections:,}",
+        cell.server,
+        f"{before.p50:.1f} → {meanwhile.p50:.1f}",
+        f"{before.p99:.0f} → {meanwhile.p99:.0f}",
+        f"{meanwhile.longest:.0f}",
+        f"{sum(cell.errors.values())} of {meanwhile.calls}",
+        f"{cell.cpu:.2f}",
+        f"{cell.peak_mib:+.0f}",
+        f"{cell.left_mib:+.0f} MiB, {cell.left_s:.0f} s",
+        "; ".join([cut(cell.outcome), *cell.faults()]),
+        f"{cell.load:.1f}",
+    )
+    return f"| {' | '.join(fields)} |"
+
+
+def plan(only: list[str], servers: list[str], connections: list[int] | None, quick: bool) -> list[tuple[str, int, str]]:
+    """List what to measure: attack, connections and server."""
+    wanted = []
+    for name, attack in ATTACKS.items():
+        if not only or any(part in name for part in only):
+            counts = connections or attack.connections
+            counts = [min(counts[-1], QUICK_CONNECTIONS)] if quick else counts
+            wanted += [(name, count, server) for count in counts for server in servers]
+    if quick:
+        random.shuffle(wanted)  # a slow machine has no time for all of them
+    return wanted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="attacks whose names have this in them")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, help="all by default, if quick our transport alone")
+    parser.add_argument("--connections", type=int, nargs="+", help="in place of each attack's own numbers")
+    parser.add_argument("--seconds", type=float, help="of each attack; 4, if quick 1")
+    parser.add_argument("--json", type=Path, help="where to write all that was measured")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if our transport breaks a bar, twice")
+    parser.add_argument("--quick", action="store_true", help="for CI: at most three minutes")
+    options = parser.parse_args()
+    quick, end = options.quick, time.monotonic() + QUICK_S
+    servers = options.servers or ([OWN] if quick else list(SERVERS))
+    wanted = plan(options.only, servers, options.connections, quick)
+    if not wanted:
+        parser.error(f"no such attack; there are: {', '.join(ATTACKS)}")
+    seconds, baseline_s, settled_mib = (1.0, 0.5, MOST_LEFT_MIB) if quick else (4.0, 1.5, SETTLED_MIB)
+    seconds = options.seconds or seconds
+    cells, broken, left_out = [], [], []
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, connections, server in wanted:
+            if quick and time.monotonic() > end:
+                left_out.append(name)
+                continue
+            for _ in range(TRIES if options.check and server == OWN else 1):
+                cell = measure(
+                    name,
+                    connections,
+                    server,
+                    Path(folder),
+                    seconds=seconds,
+                    baseline_s=baseline_s,
+                    settled_mib=settled_mib,
+                )
+                cells.append(cell)
+                print(row(cell), flush=True)
+                if not cell.broken():
+                    break
+            else:
+                broken += [cell] if server == OWN else []
+            if options.json:
+                options.json.write_text(json.dumps([dataclasses.asdict(cell) for cell in cells], indent=1))
+    if left_out:
+        print(f"left out, as {QUICK_S:.0f} s are over: {', '.join(left_out)}", file=sys.stderr)
+    for cell in broken:
+        print(f"{cell.attack}, connections: {cell.connections}: {'; '.join(cell.broken())}", file=sys.stderr)
+    sys.exit(bool(options.check and broken))
+
+
+if __name__ == "__main__":
+    main()
