@@ -10,6 +10,7 @@ its trailers last, nothing waits that could be sent, and the server's counters a
 import asyncio
 import functools
 import itertools
+import math
 import os
 import random
 import struct
@@ -49,6 +50,7 @@ from tests.wire import (
     frame,
 )
 
+from ganserve_server.transport import turns
 from ganserve_server.transport.flow import Flow, Part, SendFlow
 from ganserve_server.transport.http2 import Connection, Fields, Stream
 from ganserve_server.transport.limits import Limits
@@ -791,6 +793,13 @@ def run(examples: int, **more: Any) -> None:
             **more,
         ),
     )
+
+
+@pytest.fixture(autouse=True)
+def turns_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same actions have the same outcome, on a busy machine too: turns end after a number of frames alone."""
+    monkeypatch.setattr(turns, "_SLICE_S", math.inf)
+    monkeypatch.setattr(turns, "_ITERATION_S", math.inf)
 
 
 def test_flow_control_is_as_the_model_says() -> None:

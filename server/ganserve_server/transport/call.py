@@ -27,7 +27,9 @@ from ganserve_server.transport.answering import (
     spawn,
 )
 from ganserve_server.transport.http2 import (
+    BAD_VALUE,
     ENHANCE_YOUR_CALM,
+    FIELD_NAME,
     PROTOCOL_ERROR,
     Connection,
     Fields,
@@ -48,8 +50,6 @@ _HEADERS = (
 )
 _GRPC_STATUS_OK = literal(b"grpc-status", b"0")
 _CONTENT_TYPE = re.compile(rb"application/grpc(\+proto)?(;.*)?")  # grpc-web and JSON are other protocols
-_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")  # RFC 9110's token, in lower case
-_NO_VALUE = re.compile(rb"[\0\r\n]")
 _OF_HTTP1 = (b"connection", b"proxy-connection", b"transfer-encoding", b"keep-alive", b"upgrade")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
 _PREFIX = 5  # bytes before a message: compressed or not, and its length
@@ -88,13 +88,13 @@ def read_head(fields: Fields) -> Head:
     size, twice = 0, False
     for name, value in fields:
         size += len(name) + len(value) + 32
-        if _NO_VALUE.search(value):
+        if BAD_VALUE.search(value):
             raise ValueError("a value has a NUL or a line end")
         if name.startswith(b":"):
             if metadata or name in pseudo or name not in (b":method", b":path", b":scheme", b":authority"):
                 raise ValueError("a pseudo-header is unknown, late, or there twice")
             pseudo[name] = value
-        elif not _NAME.fullmatch(name) or name in _OF_HTTP1:
+        elif not FIELD_NAME.fullmatch(name) or name in _OF_HTTP1:
             raise ValueError("a header is not one of HTTP/2")
         elif name == b"te" and value != b"trailers":
             raise ValueError("te is trailers, or absent")

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import re
 import socket
 import struct
 import time
@@ -69,6 +70,9 @@ SETTINGS_FRAMES = (1000, 10)  # each may change the windows of all streams
 IDLE_FRAMES = (10_000, 1000)  # PING, PRIORITY, empty DATA, frames of unknown types and of closed streams
 # Bytes of header blocks that are decoded for a peer that has not shown a token, where tokens are asked for.
 STRANGE_BYTES = (256 << 10, 256 << 10)
+
+FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")  # RFC 9110's token, in lower case
+BAD_VALUE = re.compile(rb"[\0\r\n]")
 
 Fields = list[tuple[bytes, bytes]]
 HeadT = TypeVar("HeadT")
@@ -616,7 +620,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self.abort(stream, STREAM_CLOSED)
         elif not flags & END_STREAM:
             raise _ConnectionFailed(PROTOCOL_ERROR, "trailers must end the stream")
-        elif any(name.startswith(b":") for name, _ in fields):
+        elif any(not FIELD_NAME.fullmatch(name) or BAD_VALUE.search(value) for name, value in fields):
             self.abort(stream, PROTOCOL_ERROR)
         else:
             self._remote_end(stream)
