@@ -170,6 +170,14 @@ def _config(
         print(f"{name} = {_toml(value)}  # {told}")
 
 
+def _bounds(context: typer.Context) -> None:
+    """Print what clients may have a server of these settings keep and do, and the worst case of its memory."""
+    from ganserve_server.bounds import page
+
+    settings: ServerSettings = context.obj
+    print("\n".join(page(settings.limits)))
+
+
 def _toml(value: object) -> str:
     """Write a number or a text: as JSON does, but for a character that TOML wants escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").encode("utf-8", "backslashreplace").decode()
@@ -332,7 +340,12 @@ def main() -> None:
     """Run the program."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True, help=_help(_serve))(_serve)
-    commands: dict[str, Callable[..., None]] = {"config": _config, "health": _health, "doctor": _doctor}
+    commands: dict[str, Callable[..., None]] = {
+        "config": _config,
+        "bounds": _bounds,
+        "health": _health,
+        "doctor": _doctor,
+    }
     for name, command in commands.items():
         app.command(name, help=_help(command))(command)
     token = typer.Typer(help="Make, list and withdraw the tokens of a file.", no_args_is_help=True)

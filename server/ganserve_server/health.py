@@ -19,8 +19,8 @@ from ganserve_server.transport.interface import Call, Method, Server, read_messa
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-_MAX_WATCHERS_PER_CONNECTION = 100
-_MAX_WATCHERS = 1000
+MAX_WATCHERS_PER_CONNECTION = 100
+MAX_WATCHERS = 1000
 _MAX_LISTED = 100  # by the protocol
 
 # The package grpcio-health-checking has List only in versions that need protobuf 6.
@@ -164,12 +164,10 @@ class HealthServicer:
     def _make_room(self, call: Call) -> None:
         """End a watch of the connection that has most, if that is more than this one has."""
         mine = self._watchers_of[call.turn_of]
-        if mine >= _MAX_WATCHERS_PER_CONNECTION:
-            raise TooManyWatchers(
-                f"a connection may have {_MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first"
-            )
-        if len(self._watchers) >= _MAX_WATCHERS:
-            error = TooManyWatchers(f"the server has {_MAX_WATCHERS} calls of Watch, its limit; watch again later")
+        if mine >= MAX_WATCHERS_PER_CONNECTION:
+            raise TooManyWatchers(f"a connection may have {MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first")
+        if len(self._watchers) >= MAX_WATCHERS:
+            error = TooManyWatchers(f"the server has {MAX_WATCHERS} calls of Watch, its limit; watch again later")
             connection, most = self._watchers_of.most_common(1)[0]
             if most <= mine + 1:
                 raise error

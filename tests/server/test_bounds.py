@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -43,9 +44,12 @@ from tests.wire import (
 )
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.bounds import CONNECTION_BYTES, page, worst_case_bytes
 from ganserve_server.errors import Unauthenticated
+from ganserve_server.settings import ServerSettings
 from ganserve_server.transport import grpc_server
 from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport.http2 import literal
 from ganserve_server.transport.interface import Call, Method, RequestSink
 from ganserve_server.transport.limits import Limits
 
@@ -55,6 +59,7 @@ OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAUTHENTICATED = 0
 HEALTH = "/grpc.health.v1.Health/Check"
 HEADER_TABLE_SIZE = 1
 KIB, MIB = 1 << 10, 1 << 20
+ROOT = Path(__file__).parents[2]
 
 
 # A server of this process, with methods that answer as a test wants it and bounds that are soon reached.
@@ -579,19 +584,18 @@ BURSTS = {
 def test_a_burst_of_one_connection_does_not_keep_another_waiting(name: str, start_server: Start) -> None:
     running = start_server()
     fields, burst = BURSTS[name]
-    with Peer(running.address) as busy, Peer(running.address) as other:
+    with Peer(running.address, {INITIAL_WINDOW_SIZE: 1 << 30}) as busy, Peer(running.address) as other:
+        granted(busy, 0, 1 << 30)
         other.ping()
-        stream = busy.head(fields)
-        busy.body(stream, burst, end=False)
-        busy.send(PING, 0, 0, b"the-end!")
+        busy.body(busy.head(fields), burst)
         for _ in range(5):
             assert other.call(request()).status == OK
-        # Seconds of work stand before the PING, and five calls took milliseconds.
+        # The burst takes seconds, its status comes last, and five calls took milliseconds.
         busy.socket.setblocking(False)
         with pytest.raises(BlockingIOError):  # noqa: PT012
             while True:
                 busy._rest += busy.socket.recv(1 << 18)
-        assert frame(PING, ACK, 0, b"the-end!") not in busy._rest
+        assert b"grpc-status" not in busy._rest
 
 
 async def test_headers_of_strangers_are_bounded_in_time(small: Callable[..., Small]) -> None:
@@ -694,3 +698,59 @@ def test_request_ids_tell_nothing_of_the_process(server: RunningServer) -> None:
     with Peer(server.address) as peer:
         ids = [peer.call(request()).blocks[-1]["x-request-id"] for _ in range(20)]
     assert len({one[:8] for one in ids}) == 20
+
+
+# The page.
+
+
+def test_the_page_has_the_bounds_of_the_defaults_which_fit_in_a_gibibyte() -> None:
+    limits = ServerSettings().limits
+    assert limits == Limits()
+    assert "\n".join(page(limits)) in (ROOT / "docs" / "bounds.md").read_text()
+    assert worst_case_bytes(limits) < 1 << 30
+
+
+def test_a_connection_keeps_no_more_than_the_page_says(start_server: Start) -> None:
+    running = start_server()
+    fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/x"), (b"content-type", b"text/html")]
+    request_ = b"".join(literal(name, value) for name, value in fields)
+    with Peer(running.address) as peer:
+        peer.call(request())
+    before = memory_kib(running)
+    with ExitStack() as peers:
+        connections = [peers.enter_context(Peer(running.address)) for _ in range(200)]
+        for peer in connections:
+            # The header table's 4 KiB, in entries of its least size, and all headers that are remembered.
+            peer.head([*head("/x"), *((f"{number:x}", "") for number in range(100))], END_HEADERS | END_STREAM)
+            for number in range(8):
+                block = request_ + b"".join(literal(b"%c" % letter, b"%d" % number) for letter in range(97, 109))
+                peer.send(HEADERS, END_HEADERS | END_STREAM, peer.new_id(), block + literal(b"z", bytes(b"v" * 400)))
+            peer.ping()
+            stream = peer.new_id()
+            peer.send(HEADERS, 0, stream, bytes(16_000))
+            for _ in range(3):
+                peer.send(CONTINUATION, 0, stream, bytes(16_000))
+            peer.write(frame(CONTINUATION, 0, stream, bytes(16_384))[:-1])
+        # All of it is read once a later connection's request is answered.
+        with Peer(running.address) as last:
+            for _ in range(20):
+                assert last.call(request()).status == OK
+        assert (memory_kib(running) - before) / 200 <= CONNECTION_BYTES >> 10
+
+
+async def test_calls_with_a_task_count_until_they_end(small: Callable[..., Small]) -> None:
+    server = small(request_bytes=MIB, request_bytes_each=MIB)
+
+    def start(call: Call, _: bytes) -> None:
+        call.spawn(asyncio.Event().wait())  # type: ignore[arg-type]
+
+    server.server.add_method("/t.T/Task", Method(start=start))
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            streams = [peer.start(b"", head("/t.T/Task")) for _ in range(300)]
+            peer.ping()
+            ended = [stream for stream in streams if stream in peer.answers]
+            assert ended == streams[: 300 - 256]
+
+    await aside(work)

@@ -310,7 +310,7 @@ class Peer:
 
     def open_stream(self, end: bool, answer: int | None, eager: bool) -> None:
         """Begin a request; `answer` comes at its end."""
-        full = len(self.side.connection.streams) >= MAX_STREAMS
+        full = len(self.live()) >= MAX_STREAMS  # the server may not have read of all of them yet
         model = Model(self.next_id, eager=eager, answer=answer)
         self.streams[model.id] = model
         self.next_id += 2

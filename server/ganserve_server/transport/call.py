@@ -433,6 +433,8 @@ class Http2Call(Stream):
             for message in messages:
                 self.send(message)
         elif not self.over:
+            if self._kept is not None:
+                self._kept.progress()
             headers, self._headers_sent = None if self._headers_sent else _HEADERS, True
             self.connection.send(self, headers, b"".join(map(_framed, messages)), None)
 
@@ -479,6 +481,8 @@ class Http2Call(Stream):
 
     def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
         """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        if self._kept is None and not self.over:
+            self._keep()  # a task may last, as a stream does whose caller's rate is used up
         spawn(self, work, self.server.tasks, cancel)
 
     def on_evicted(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 
 Evict = Callable[[], object]
 
-_LEAST_AGE_S = 0.01
+_LEAST_AGE_S, _MOST_AGE_S = 0.01, 60.0  # of what is weighed
 
 
 class Holding:
@@ -53,7 +53,8 @@ class _Share:
 
     def weight(self, now: float) -> float:
         """Return how much this share is in the way of others, in bytes times seconds."""
-        return self.bytes * (now - next(iter(self.holdings)).since + _LEAST_AGE_S)
+        age_s = now - next(iter(self.holdings)).since
+        return self.bytes * min(max(age_s, _LEAST_AGE_S), _MOST_AGE_S)
 
 
 class Pool:
