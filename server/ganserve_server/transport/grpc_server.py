@@ -38,7 +38,7 @@ _YIELD_S = 0.001  # in which a worker with fewer connections takes the next
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
 _IDLE_S = 1.0  # after which a connection makes place for another
 # What the C library and Python keep free is returned after so many bytes at once, or an eighth of them after so long.
-_GIVE_BACK_BYTES, _GIVE_BACK_EVERY_S = 32 << 20, 10.0
+_GIVE_BACK_BYTES, _GIVE_BACK_EVERY_S = 32 << 20, 12.0
 
 
 class GrpcServer:
@@ -99,7 +99,7 @@ class GrpcServer:
         self._turns = None if board is None else Turns(board)
         self.tasks: set[asyncio.Task[None]] = set()
         self._looking: asyncio.TimerHandle | None = None
-        self._gave_back = 0.0  # by time.monotonic
+        self._gave_back, self._give_back_again = 0.0, False  # by time.monotonic
 
     @property
     def load(self) -> tuple[int, int]:
@@ -207,8 +207,9 @@ class GrpcServer:
         pools = (self.requests, self.unguarded, self.answers)
         dropped = sum(pool.peak - pool.bytes for pool in pools)
         due = now - self._gave_back > _GIVE_BACK_EVERY_S
-        if dropped > _GIVE_BACK_BYTES or (due and dropped > _GIVE_BACK_BYTES // 8):
-            self._gave_back = now
+        if dropped > _GIVE_BACK_BYTES or (due and (self._give_back_again or dropped > _GIVE_BACK_BYTES // 8)):
+            # Twice: timers of connections that have ended keep some of the memory for 10 s more.
+            self._gave_back, self._give_back_again = now, not (due and self._give_back_again)
             for pool in pools:
                 pool.peak = pool.bytes
             task = self.loop.create_task(asyncio.to_thread(give_back_memory))
