@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.attacks.line import DEFAULT_WINDOW, MAX_WINDOW, Line, RuleBroken, settings
-from grpc_health.v1 import health_pb2
 from hpack import Encoder
 from tests.wire import (
     CANCEL,
@@ -66,8 +65,14 @@ def block(path: str = GENERATE, *more: tuple[str, str], huffman: bool = False) -
     return Encoder().encode([(name, value, True) for name, value in head(path, *more)], huffman=huffman)
 
 
-GENERATES, CHECKS, EACHES = block(GENERATE), block(CHECK), block(EACH)
+GENERATES, CHECKS, EACHES, WATCHES = block(GENERATE), block(CHECK), block(EACH), block(WATCH)
 ONE, MANY = message(request(1)), message(request(LARGE))
+# Made once, as it takes longer than to send them.
+GZIP, BOMB = block(GENERATE, ("grpc-encoding", "gzip")), message(gzip.compress(bytes(4 << 20)), compressed=1)
+HUFFMAN = block(CHECK, ("x", "&*,;XZ" * 2600), huffman=True)  # codes of 8 bits
+OF_12_KIB = block(CHECK, *((f"x-{number}", "v" * 4000) for number in range(3)))
+OF_20_KB = block(CHECK, *((f"x-{number}", "v" * 1000) for number in range(20)))
+OF_8_KB = block(GENERATE, ("x", "v" * 8000))
 
 
 def four(value: int) -> bytes:
@@ -134,10 +139,10 @@ def small_continuations(line: Line) -> None:
 
 @attack("CONTINUATION, endless")
 def endless_continuations(line: Line) -> None:
-    stream, part = line.new_id(), block(GENERATE, ("x", "v" * 8000))
-    line.write(frame(HEADERS, 0, stream, part))
+    stream = line.new_id()
+    line.write(frame(HEADERS, 0, stream, OF_8_KB))
     while True:
-        line.write(frame(CONTINUATION, 0, stream, part))
+        line.write(frame(CONTINUATION, 0, stream, OF_8_KB))
 
 
 @attack("PING flood")
@@ -223,8 +228,8 @@ def unread_control_answers(line: Line) -> None:
 
 @attack("health.Watch, window 0", values={INITIAL_WINDOW_SIZE: 0})
 def watches(line: Line) -> None:
-    watch, nothing = block(WATCH), message(health_pb2.HealthCheckRequest().SerializeToString())
-    line.keep_open(STREAMS, lambda: line.call(watch, nothing))
+    nothing = message(b"")  # of the whole server's health
+    line.keep_open(STREAMS, lambda: line.call(WATCHES, nothing))
 
 
 # Requests that are not finished.
@@ -267,8 +272,7 @@ def slow_write(line: Line) -> None:
 
 @attack("open calls with 12 KiB of metadata")
 def much_metadata(line: Line) -> None:
-    headers = block(CHECK, *((f"x-{number}", "v" * 4000) for number in range(3)))
-    line.keep_open(STREAMS, lambda: line.open(headers))
+    line.keep_open(STREAMS, lambda: line.open(OF_12_KIB))
 
 
 # Little that becomes much.
@@ -285,16 +289,14 @@ def indexed_repeats(line: Line) -> None:
 
 @attack("HPACK, Huffman code")
 def huffman(line: Line) -> None:
-    headers = block(CHECK, ("x", "&*,;XZ" * 2600), huffman=True)
     while True:
-        line.open(headers, END_HEADERS | END_STREAM)
+        line.open(HUFFMAN, END_HEADERS | END_STREAM)
 
 
 @attack("headers of 20 KB in 20 CONTINUATIONs")
 def long_headers(line: Line) -> None:
-    headers = block(CHECK, *((f"x-{number}", "v" * 1000) for number in range(20)))
     while True:
-        line.open(headers, END_HEADERS | END_STREAM, size=1024)
+        line.open(OF_20_KB, END_HEADERS | END_STREAM, size=1024)
 
 
 @attack("padding")
@@ -308,9 +310,8 @@ def padding(line: Line) -> None:
 
 @attack("gzip bombs")
 def gzip_bombs(line: Line) -> None:
-    headers, bomb = block(GENERATE, ("grpc-encoding", "gzip")), message(gzip.compress(bytes(4 << 20)), compressed=1)
     while True:
-        line.call(headers, bomb)
+        line.call(GZIP, BOMB)
 
 
 @attack("empty messages", values={INITIAL_WINDOW_SIZE: MAX_WINDOW})
