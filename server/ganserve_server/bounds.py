@@ -51,7 +51,7 @@ def bounds(limits: Limits) -> list[Bound]:
         Bound("headers of a call, read", "call", _size(MAX_HEADER_LIST_BYTES), "", "", refused),
         Bound("open calls", "connection", str(limits.max_streams), "as unfinished requests", "", "REFUSED_STREAM"),
         Bound(
-            "unfinished requests and running streams, 4 KiB for each call",
+            "unfinished requests and running streams, 8 KiB for each call",
             "token, or connection",
             _size(limits.request_bytes_each),
             _size(limits.request_bytes),

@@ -252,8 +252,8 @@ async def test_open_calls_count_and_the_oldest_makes_room(small: Callable[..., S
             for _ in range(2):  # the first may be answered in the turn of the last calls, which count at its end
                 peer.ping()
             ended = [stream for stream in streams if stream in peer.answers]
-            # 1 MiB are 256 calls of 4 KiB.
-            assert ended == streams[: 600 - 256]
+            # 1 MiB are 128 calls of 8 KiB.
+            assert ended == streams[: 600 - 128]
             assert {peer.answers[stream].status for stream in ended} == {RESOURCE_EXHAUSTED}
 
     await aside(work)
@@ -751,6 +751,6 @@ async def test_calls_with_a_task_count_until_they_end(small: Callable[..., Small
             streams = [peer.start(b"", head("/t.T/Task")) for _ in range(300)]
             peer.ping()
             ended = [stream for stream in streams if stream in peer.answers]
-            assert ended == streams[: 300 - 256]
+            assert ended == streams[: 300 - 128]
 
     await aside(work)
