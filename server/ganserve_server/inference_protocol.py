@@ -25,9 +25,10 @@ from ganserve_server.inference import grpc_service_pb2 as pb
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER
 from ganserve_server.repository import ModelVersion
+from ganserve_server.request_stream import RequestStream, Turn, embedded
 from ganserve_server.requests import check_labels, check_truncation, images_limit, labels_of, scaled, varint
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport.interface import Call, Method, Server, read_message
+from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
 _DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SERVICE = _DESCRIPTOR.full_name
@@ -37,6 +38,9 @@ _OUTPUT = "image"
 _VERSION = re.compile(r"[0-9]{1,9}")
 _LENGTH_DELIMITED = 2  # protobuf's wire type of bytes
 _RAW_TAG = bytes((pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_RESPONSE_TAG = bytes((pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_FINAL = {"triton_final_response": pb.InferParameter(bool_param=True)}  # in streams: each request has one response
+_EMPTY_FINAL = "triton_enable_empty_final_response"  # changes nothing where the one response is the last
 _MAX_SEED = 2**32 - 1
 # Of each input: the datatypes it may have, each with NumPy's type and the field of InferTensorContents.
 _FLOATS = {"FP32": ("<f4", "fp32_contents")}
@@ -70,7 +74,12 @@ class InferenceServicer:
 
     def add_to(self, server: Server) -> None:
         """Answer the service's calls."""
-        server.add_method(f"/{SERVICE}/ModelInfer", Method(start=self._model_infer, counts_images=True))
+        ours = {
+            "ModelInfer": Method(start=self._model_infer, counts_images=True),
+            "ModelStreamInfer": Method(open=self._model_stream_infer, counts_images=True),
+        }
+        for name, method in ours.items():
+            server.add_method(f"/{SERVICE}/{name}", method)
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 getattr(self, method.name),
@@ -78,31 +87,42 @@ class InferenceServicer:
                 response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
             )
             for method in _DESCRIPTOR.methods
-            if method.name != "ModelInfer"
+            if method.name not in ours
         }
         server.add_registered_method_handlers(SERVICE, handlers)
 
     def _model_infer(self, call: Call, content: bytes) -> None:
         """Make all images, then answer. No task: one costs as much as a small model's image."""
         request = read_message(pb.ModelInferRequest.FromString, content)
-        batcher = self._find(request.model_name, request.model_version, call)
-        model = batcher.model
-        options = _options(request)
-        draw = _draw(request, model, images_limit(model, self._settings.max_images_per_request), options.truncation)
-        if call.caller is not None:
-            call.caller.take(draw.count)
+        batcher, draw, options = self.check(request, call)
 
         def done(made: Made | ServingError) -> None:
             if isinstance(made, ServingError):
                 call.fail(made)
             else:
-                call.reply(_respond(request, model, made))
+                call.reply(_respond(request, batcher.model, made))
 
-        deadlines = [one for one in (call.deadline, options.deadline) if one is not None]
-        call.work = job = batcher.submit(
-            draw, done, caller=call.turn_of, deadline=min(deadlines, default=None), bulk=options.bulk
-        )
+        deadline = _earlier(call.deadline, options.deadline)
+        call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=deadline, bulk=options.bulk)
         call.on_cancel = job.cancel
+
+    def _model_stream_infer(self, call: Call) -> RequestSink:
+        """Answer each request of a stream, in order."""
+        return _InferStream(self, call).sink
+
+    def check(self, request: pb.ModelInferRequest, call: Call) -> "tuple[Batcher, Draw, _Options]":
+        """Find the model, and check the request and its caller's rate.
+
+        Raises:
+            ServingError: it cannot be answered.
+        """
+        batcher = self._find(request.model_name, request.model_version, call)
+        options = _options(request)
+        limit = images_limit(batcher.model, self._settings.max_images_per_request)
+        draw = _draw(request, batcher.model, limit, options.truncation)
+        if call.caller is not None:
+            call.caller.take(draw.count)
+        return batcher, draw, options
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Call) -> pb.ServerLiveResponse:  # noqa: N802
         """Say yes: a server that does not live says nothing."""
@@ -180,6 +200,41 @@ class InferenceServicer:
         return batcher
 
 
+class _InferStream(RequestStream):
+    """A stream of ModelStreamInfer."""
+
+    __slots__ = ("_servicer",)
+
+    def __init__(self, servicer: InferenceServicer, call: Call) -> None:
+        super().__init__(call)
+        self._servicer = servicer
+
+    def take(self, content: bytes) -> Turn:
+        """Read, check and queue a request."""
+        turn, request = Turn(), pb.ModelInferRequest()
+        try:
+            request = read_message(pb.ModelInferRequest.FromString, content)
+            batcher, draw, options = self._servicer.check(request, self._call)
+
+            def done(made: Made | ServingError) -> None:
+                if isinstance(made, ServingError):
+                    turn.answer = _stream_error(request, made)
+                else:
+                    turn.answer = embedded(_RESPONSE_TAG, _respond(request, batcher.model, made, _FINAL))
+
+            deadline = _earlier(self._call.deadline, options.deadline)
+            self.submit([turn], batcher, draw, done, deadline=deadline, bulk=options.bulk)
+            turn.pixel_bytes = draw.count * batcher.model.pixel_bytes
+        except ServingError as error:
+            turn.answer = _stream_error(request, error)
+        return turn
+
+
+def _stream_error(request: pb.ModelInferRequest, error: ServingError) -> bytes:
+    response = pb.ModelInferResponse(id=request.id, parameters=_FINAL)  # the id says which request failed
+    return pb.ModelStreamInferResponse(error_message=str(error), infer_response=response).SerializeToString()
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     truncation: float = 1.0
@@ -194,17 +249,21 @@ def _options(request: pb.ModelInferRequest) -> _Options:
     """Read the parameters of a request."""
     if not request.parameters:
         return _NO_OPTIONS
-    if unknown := sorted(set(request.parameters) - {"priority", "timeout", "truncation"}):
+    if unknown := sorted(set(request.parameters) - {"priority", "timeout", "truncation", _EMPTY_FINAL}):
         raise InvalidRequest(
             "parameters", f"there is no parameter {unknown[0]!r}; there are priority, timeout and truncation"
         )
-    numbers = {name: _number(name, parameter) for name, parameter in request.parameters.items()}
+    numbers = {name: _number(name, one) for name, one in request.parameters.items() if name != _EMPTY_FINAL}
     truncation, timeout_us = numbers.get("truncation", 1.0), numbers.get("timeout", 0.0)
     check_truncation(truncation)
     if not 0 <= timeout_us < math.inf:
         raise InvalidRequest("timeout", f"timeout is {timeout_us:g}; it must be in microseconds, or 0 for none")
     deadline = time.monotonic() + timeout_us / 1e6 if timeout_us else None
     return _Options(truncation, deadline, bulk=numbers.get("priority", 0.0) > 1)
+
+
+def _earlier(deadline: float | None, other: float | None) -> float | None:
+    return min((one for one in (deadline, other) if one is not None), default=None)
 
 
 def _number(name: str, parameter: pb.InferParameter) -> float:
@@ -315,12 +374,18 @@ def _version(text: str) -> int | None:
     return int(text)
 
 
-def _respond(request: pb.ModelInferRequest, model: ModelVersion, made: Made) -> bytes:
+def _respond(
+    request: pb.ModelInferRequest,
+    model: ModelVersion,
+    made: Made,
+    parameters: Mapping[str, pb.InferParameter] | None = None,
+) -> bytes:
     """Write a serialised ModelInferResponse; the pixels are copied once."""
     response = pb.ModelInferResponse(
         model_name=model.name,
         model_version=str(model.version),
         id=request.id,
+        parameters=parameters,
         outputs=[{"name": _OUTPUT, "datatype": "UINT8", "shape": made.pixels.shape}],
     )
     pixels = made.pixels.tobytes()

@@ -2,19 +2,19 @@
 
 import asyncio
 import time
-from collections import deque
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.batcher import Batcher, Job, Made, Tally
+from ganserve_server.batcher import Batcher, Made, Tally
 from ganserve_server.engine import Draw
 from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.metrics import OTHER, Metrics
-from ganserve_server.requests import GenerationRequest, draw_of, images_limit, parse, respond, times, varint
+from ganserve_server.request_stream import RequestStream, Turn, embedded
+from ganserve_server.requests import GenerationRequest, draw_of, images_limit, parse, respond, times
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
@@ -24,11 +24,6 @@ _ENCODE_HERE_AT_MOST = 4096
 _LENGTH_DELIMITED = 2  # protobuf's wire type of messages
 _CHUNK_TAG = bytes((pb.StreamImagesResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
 _RESPONSE_TAG = bytes((pb.GenerateEachResponse.RESPONSE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
-# Of one stream of requests: more wait unread, so that neither they nor their answers fill the memory.
-_EACH_RUNNING = 256
-_EACH_PENDING_BYTES = 1 << 20
-_EACH_AT_ONCE = 64  # a request that is refused takes 10 to 20 µs, one that is made less
-_TURN_S = 0.002  # of the event loop, for the requests of one stream
 _LITTLE_UNREAD = 16 << 20  # bytes of answers: beyond it streams are not read as fast as they are made
 
 
@@ -115,7 +110,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 while chunk is not None:
                     response = await chunk
                     chunk = begin(accepted=True)
-                    await call.write(_CHUNK_TAG + varint(len(response)) + response)
+                    await call.write(embedded(_CHUNK_TAG, response))
             finally:
                 if chunk is not None:
                     chunk.cancel()
@@ -181,120 +176,55 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return response
 
 
-class EachRequest:
-    """A stream of requests: each is answered, or refused, in its turn, and none ends the stream.
+class EachRequest(RequestStream):
+    """A stream of GenerateEach. Requests for one image each that came together and are alike are queued as one."""
 
-    Requests for one image each that came together and are alike go through the queue as one.
-    """
+    __slots__ = ("_alike", "_servicer")
 
     def __init__(self, servicer: GenerationServicer, call: Call) -> None:
-        self._servicer, self._call = servicer, call
-        self._unread: deque[bytes] = deque()
-        self._running: deque[_Turn] = deque()
-        self._woken = self._ended = self._waits = False
-        call.on_cancel = self._cancel
-        call.work = self._tally = Tally()
-        self.sink: RequestSink = (self._on_request, self._on_end)
+        super().__init__(call)
+        self._servicer = servicer
+        self._alike: list[_Turn] = []  # not queued yet
 
-    def _on_request(self, content: bytes) -> None:
-        self._unread.append(content)
-        self._go_on_soon()
-
-    def _on_end(self) -> None:
-        self._ended = True
-        self._go_on()
-
-    def _go_on_soon(self) -> None:
-        if not self._woken:
-            self._woken = True
-            self._call.soon(self._wake)
-
-    def _wake(self, until: float) -> None:
-        self._woken = False
+    def take(self, content: bytes) -> "_Turn":
+        """Read and check a request; queue those before it, unless they are like it."""
+        turn = _Turn()
         try:
-            self._go_on(until)
-        except Exception as error:
-            self._call.fail(error)
+            request = read_message(pb.GenerateEachRequest.FromString, content).generate
+            turn.batcher, turn.request = self._servicer.check(request, self._call)
+        except ServingError as error:
+            _refuse([turn], error)
+            return turn
+        turn.pixel_bytes = turn.request.count * turn.request.model.pixel_bytes
+        alike = self._alike
+        if alike and not (len(alike) < turn.batcher.small and turn.is_like(alike[0])):
+            self.queue_taken()
+        self._alike.append(turn)
+        return turn
 
-    def _go_on(self, until: float = 0.0) -> None:
-        """Send the answers whose turn it is, and begin what that makes room for, while there is time."""
-        call, running = self._call, self._running
-        until = until or time.perf_counter() + _TURN_S
-        while True:
-            answers = []
-            while running and (answer := running[0].answer) is not None:
-                running.popleft()
-                answers.append(answer)
-            if answers:
-                call.send(*answers)
-            if call.pending_bytes > _EACH_PENDING_BYTES and not self._waits:
-                self._waits = True
-                call.spawn(self._go_on_once_sent(), cancel=self._cancel)
-            if not self._begin():
-                break
-            if time.perf_counter() > until and self._unread:
-                self._go_on_soon()
-                return
-        if self._ended and not self._unread and not running:
-            call.finish()
-
-    def _begin(self) -> bool:
-        """Take some requests while there is room; tell whether there was one."""
-        taken = taken_bytes = 0
-        alike: list[_Turn] = []
-        while self._unread and len(self._running) < _EACH_RUNNING and not self._waits and taken < _EACH_AT_ONCE:
-            content = self._unread.popleft()
-            taken, taken_bytes = taken + 1, taken_bytes + len(content)
-            turn = _Turn()
-            self._running.append(turn)
-            try:
-                request = read_message(pb.GenerateEachRequest.FromString, content).generate
-                turn.batcher, turn.request = self._servicer.check(request, self._call)
-            except ServingError as error:
-                _refuse([turn], error)
-                continue
-            if alike and not (len(alike) < turn.batcher.small and turn.is_like(alike[0])):
-                self._submit(alike)
-                alike = []
-            alike.append(turn)
-        if alike:
+    def queue_taken(self) -> None:
+        """Queue the requests that are alike."""
+        if self._alike:
+            alike, self._alike = self._alike, []
             self._submit(alike)
-        if taken:
-            self._call.consumed(taken_bytes, taken)
-        return taken > 0
 
     def _submit(self, turns: "list[_Turn]") -> None:
-        draw, call = draw_of([turn.request for turn in turns]), self._call
+        draw, first = draw_of([turn.request for turn in turns]), turns[0]
 
         def done(made: Made | ServingError) -> None:
-            try:
-                if isinstance(made, ServingError):
-                    _refuse(turns, made)
-                else:
-                    self._made(turns, draw, made)
-                self._go_on()
-            except Exception as error:
-                call.fail(error)
+            if isinstance(made, ServingError):
+                _refuse(turns, made)
+            else:
+                self._made(turns, draw, made)
 
         try:
-            job = turns[0].batcher.submit(
-                draw,
-                done,
-                caller=call.turn_of,
-                deadline=call.deadline,
-                bulk=turns[0].request.bulk,
-                tally=self._tally,
-            )
+            self.submit(turns, first.batcher, draw, done, deadline=self._call.deadline, bulk=first.request.bulk)
         except ServingError as error:
             if len(turns) == 1:
                 _refuse(turns, error)
             else:  # there may be room, or time, for some of them
                 for turn in turns:
                     self._submit([turn])
-            return
-        self._tally.count += draw.count
-        for turn in turns:
-            turn.job = job
 
     def _made(self, turns: "list[_Turn]", draw: Draw, made: Made) -> None:
         took = times(made)
@@ -303,30 +233,15 @@ class EachRequest:
             if len(turns) > 1:
                 part, pixels = draw.part(index, index + 1), pixels[index : index + 1]
             if turn.request.encoding == pb.ENCODING_RAW:
-                turn.answer = _answer_with(respond(turn.request, part, pixels, took))
+                turn.answer = embedded(_RESPONSE_TAG, respond(turn.request, part, pixels, took))
             else:
                 encoding = self._encode(turn, part, pixels, took)
                 self._call.spawn(encoding, cancel=self._call.on_cancel)
 
     async def _encode(self, turn: "_Turn", draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> None:
-        turn.answer = _answer_with(await self._servicer.encoded(turn.request, draw, pixels, took, self._call))
-        self._go_on()
-
-    async def _go_on_once_sent(self) -> None:
-        await self._call.drained()
-        self._waits = False
-        self._go_on()
-
-    def _cancel(self) -> None:
-        self._unread.clear()
-        for turn in self._running:
-            if turn.job is not None:
-                turn.job.cancel()
-        self._running.clear()
-
-
-def _answer_with(response: bytes) -> bytes:
-    return _RESPONSE_TAG + varint(len(response)) + response
+        response = await self._servicer.encoded(turn.request, draw, pixels, took, self._call)
+        turn.answer = embedded(_RESPONSE_TAG, response)
+        self.send_answers()
 
 
 def _refuse(turns: "list[_Turn]", error: ServingError) -> None:
@@ -336,17 +251,11 @@ def _refuse(turns: "list[_Turn]", error: ServingError) -> None:
         turn.answer = answer
 
 
-class _Turn:
-    """One request of a stream, and its answer once it is there."""
-
-    __slots__ = ("answer", "batcher", "job", "request")
+class _Turn(Turn):
+    __slots__ = ("batcher", "request")
 
     batcher: Batcher
     request: GenerationRequest
-
-    def __init__(self) -> None:
-        self.job: Job | None = None
-        self.answer: bytes | None = None
 
     def is_like(self, other: "_Turn") -> bool:
         """Tell whether both are for one image, by its seed, that may be made with the other's."""

@@ -18,7 +18,7 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from google.protobuf.descriptor import FieldDescriptor
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,6 +32,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.administration import RepositoryServicer
 from ganserve_server.batcher import Made
 from ganserve_server.errors import ModelNotFound
+from ganserve_server.health import HealthServicer
 from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.inference_protocol import SERVICE, InferenceServicer
 from ganserve_server.lifecycle import ModelTable
@@ -88,6 +89,7 @@ def test_triton_knows_the_same_field_numbers() -> None:
     assert published.full_name == SERVICE
     for method in ours.services_by_name["GRPCInferenceService"].methods:
         theirs = published.methods_by_name[method.name]
+        assert (method.client_streaming, method.server_streaming) == (theirs.client_streaming, theirs.server_streaming)
         assert (method.input_type.full_name, method.output_type.full_name) == (
             theirs.input_type.full_name,
             theirs.output_type.full_name,
@@ -440,7 +442,7 @@ async def test_priority_says_what_may_wait() -> None:
 
     table = ModelTable()
     table.put(SimpleNamespace(model=model, submit=submit))  # type: ignore[arg-type]
-    async with serving(InferenceServicer(table, ServerSettings(), health.aio.HealthServicer())) as connected:
+    async with serving(InferenceServicer(table, ServerSettings(), HealthServicer())) as connected:
         for priority in (0, 1, 2):
             await connected.infer("mlp-mnist", tensors(triton_aio, seed=np.array([1], np.uint32)), priority=priority)
     assert bulk == [False, False, True]
