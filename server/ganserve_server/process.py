@@ -7,14 +7,10 @@ import gc
 import logging
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any, cast
-
-from google.protobuf.descriptor import FileDescriptor
-from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from typing import Any
 
 from ganserve.v1 import generation_pb2
-from ganserve_server import administration, health, inference_protocol
+from ganserve_server import administration, health, inference_protocol, reflection
 from ganserve_server.addresses import StartError, refused
 from ganserve_server.calls import CallRecorder
 from ganserve_server.engine import ProviderUnavailable
@@ -73,7 +69,7 @@ async def serve_models(
         on_ended=lambda reason: metrics.connections_ended.labels(reason).inc(),
         limits=settings.limits,
         # Their watchers would stay for ever.
-        unawaited_services=(reflection.SERVICE_NAME,),
+        unawaited_services=reflection.SERVICES,
         board=board,
     )
     if parent is None:
@@ -83,10 +79,8 @@ async def serve_models(
     health_servicer.add_to(server)
     ours = (SERVICE, inference_protocol.SERVICE)
     if settings.reflection == "on":
-        names = (*ours, health.SERVICE, reflection.SERVICE_NAME)
-        grpcs: Any = server
-        add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
-        add_reflection(reflection.aio.ReflectionServicer(names, _reflected()), grpcs)
+        files = (generation_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR, health.DESCRIPTOR)
+        reflection.ReflectionServicer((*ours, health.SERVICE), files).add_to(server)
     for service in ours:
         health_servicer.set(service, health.SERVING)
     if board is not None:
@@ -145,20 +139,6 @@ async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: Mo
         raise StartError(f"the model repository {settings.models} cannot be listed: {error.strerror}") from error
     if not table.names and not may_be_none:
         raise StartError(f"{settings.models} has no model that can be served: the log has the reason of each")
-
-
-def _reflected() -> DescriptorPool:
-    """Return the files of all services in one pool; those of the Open Inference Protocol are not in the usual one."""
-    pool: Any = DescriptorPool()
-
-    def add(file: FileDescriptor) -> None:
-        for needed in file.dependencies:
-            add(needed)
-        pool.AddSerializedFile(file.serialized_pb)
-
-    for module in (generation_pb2, grpc_service_pb2, health, reflection_pb2):
-        add(module.DESCRIPTOR)
-    return cast(DescriptorPool, pool)
 
 
 async def _answer(lifecycle: Lifecycle, security: Security, request: dict[str, Any]) -> dict[str, Any]:
