@@ -1,4 +1,7 @@
-"""What one would write in an hour: a gRPC servicer on grpcio, one onnxruntime session, a call a batch.
+"""What one would write in an hour: a gRPC servicer on grpcio, one onnxruntime session, no queue, a call a batch.
+
+It lacks two things of the server: the queue that makes batches of calls, and the transport. `ganserve-server
+--transport=grpcio` lacks only the second; serving.py measures all of them.
 
     python benchmarks/rivals.py sync|aio REPOSITORY
 

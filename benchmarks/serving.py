@@ -7,9 +7,11 @@
     stream  2 streams of all the images they can get
 
 The calls come from h2load (Debian: nghttp2-client), a C program, so that the server is what is measured; the streams
-from a raw gRPC client in this process. Bare onnxruntime, the rivals of rivals.py and the server alternate; medians over
-the rounds are printed. Bare onnxruntime is the better of one process with all cores and one process a core, in batches
-of 64: with latents drawn in bulk, and with those of the contract, each of its own seed.
+from a raw gRPC client in this process. Bare onnxruntime, the server and what it is compared with alternate; medians
+over the rounds are printed. The server is compared with itself over grpcio's transport (the same queue and batches:
+what its own HTTP/2 brings) and with the servicers of rivals.py (no queue, a call a batch: what both bring). Bare
+onnxruntime is the better of one process with all cores and one process a core, in batches of 64: with latents drawn in
+bulk, and with those of the contract, each of its own seed.
 
     python benchmarks/serving.py [--models cdcgan-mnist,mlp28,cdcgan28,dcgan64] [--rounds 3] [--seconds 5] [--layers]
 
@@ -30,8 +32,8 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,14 @@ PATH = "/ganserve.v1.GenerationService/"
 METHOD, EACH = "GenerateImages", "GenerateEach"
 # Connections, calls in flight on each, images a request, requests a call.
 LOADS = {"L1": (1, 1, 1, 1), "L2": (8, 8, 1, 1), "L3": (8, 1, 64, 1), "each": (8, 1, 1, 64)}
-RIVALS = ("sync", "aio")
+TRANSPORTS = ("own", "grpcio")
+RIVALS = ("aio", "sync")
+COMPARED = {
+    "own": "own transport",
+    "grpcio": "grpcio's transport, same queue",
+    "aio": "servicer on grpc.aio, no queue",
+    "sync": "servicer on grpcio's threads, no queue",
+}
 STREAMS = 2
 REFERENCES = ("mlp28", "cdcgan28", "dcgan64")
 
@@ -180,6 +189,22 @@ def streams(address: str, model: str, seconds: float, server: list[int]) -> Meas
     )
 
 
+@contextmanager
+def server_over(transport: str, repository: Path, flags: str) -> Iterator[tuple[dict[str, str], int]]:
+    """Run the server; give what it says of itself and its process."""
+    command = [Path(sys.executable).with_name("ganserve-server"), f"--transport={transport}", f"--models={repository}"]
+    command += ["--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json", "--access-log=off"]
+    with subprocess.Popen([*command, *flags.split()], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            serving = json.loads(process.stderr.readline())
+            yield serving, process.pid
+            if failed := failed_calls(serving["metrics_address"]):
+                sys.exit(f"{failed:.0f} calls failed over the transport {transport}")
+        finally:
+            process.terminate()
+
+
 def failed_calls(metrics_address: str) -> float:
     """Count the calls that did not end with OK: h2load sees only HTTP's 200."""
     with urllib.request.urlopen(f"http://{metrics_address}/metrics") as response:
@@ -205,7 +230,7 @@ LAYERS = {
     "onnxruntime": ("onnxruntime/",),
     "latents": ("_latents (",),
     "HTTP/2": ("ganserve_server/transport/http2.py",),
-    "gRPC": ("ganserve_server/transport/grpc_server.py",),
+    "gRPC": ("ganserve_server/transport/grpc_server.py", "ganserve_server/transport/answering.py"),
     "checking and answering": ("ganserve_server/requests.py", "ganserve_server/servicer.py"),
     "scheduling": ("ganserve_server/batcher.py", "ganserve_server/scheduler.py"),
     "metrics": ("prometheus_client/", "ganserve_server/calls.py"),
@@ -238,56 +263,46 @@ def _layer(frame: str) -> str | None:
     return next((name for name, marks in LAYERS.items() if any(mark in frame for mark in marks)), None)
 
 
-def measure(serving: dict[str, str], server: int, path: Path, options: argparse.Namespace, scratch: Path) -> None:
-    """Measure one model and print its table."""
+def measure(
+    servers: dict[str, tuple[dict[str, str], int]], path: Path, options: argparse.Namespace, scratch: Path
+) -> None:
+    """Measure one model and print its tables."""
     model, cores = path.parts[-3], len(os.sched_getaffinity(0))
     limits: dict[str, list[float]] = {"in bulk": [], "seeded": []}
-    rivals: dict[str, dict[str, list[Measured]]] = {kind: {load: [] for load in ("L1", "L2", "L3")} for kind in RIVALS}
-    loads: dict[str, Callable[[], Measured]] = {
-        load: lambda load=load: h2load(serving["address"], model, load, options.seconds, scratch, pids)
-        for load in LOADS
-    }
-    loads["stream"] = lambda: streams(serving["address"], model, options.seconds, pids)
-    results: dict[str, list[Measured]] = {load: [] for load in loads}
+    results: dict[str, dict[str, list[Measured]]] = {kind: {load: [] for load in LOADS} for kind in TRANSPORTS}
+    results |= {kind: {load: [] for load in ("L1", "L2", "L3")} for kind in RIVALS}
+    results["own"]["stream"] = []
     for _ in range(options.rounds):
         ways = {(1, cores), (cores, 1)}
         for latents, found in limits.items():
             found.append(max(bare_onnxruntime(path, *way, options.seconds, latents) for way in ways))
-        for kind, measured in rivals.items():
-            with rival(kind, path.parents[2]) as (address, pid):
+        for kind, measured in results.items():
+            with ExitStack() as stack:
+                if kind in RIVALS:
+                    address, pid = stack.enter_context(rival(kind, path.parents[2]))
+                else:
+                    address, pid = servers[kind][0]["address"], servers[kind][1]
                 for load, rows in measured.items():
-                    rows.append(h2load(address, model, load, options.seconds, scratch, [pid]))
-        for load, run in loads.items():
-            pids = process_and_children(server)
-            results[load].append(run())
+                    pids = process_and_children(pid)
+                    if load == "stream":
+                        rows.append(streams(address, model, options.seconds, pids))
+                    else:
+                        rows.append(h2load(address, model, load, options.seconds, scratch, pids))
+    medians = {kind: {load: _median(rows) for load, rows in measured.items()} for kind, measured in results.items()}
     limit, seeded_limit = (statistics.median(limits[latents]) for latents in ("in bulk", "seeded"))
-    print(f"\n{model}: bare onnxruntime {limit:,.0f} images/s, {seeded_limit:,.0f} with a seed an image")
-    titles = (
-        "load",
-        "images/s",
-        "of bare",
-        "seeded",
-        "p50 ms",
-        "p99 ms",
-        "cores of the server",
-        "of the client",
-        "best rival",
-    )
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
-    for load, rows in results.items():
-        found = _median(rows)
-        best = (
-            ""
-            if load not in ("L1", "L2", "L3")
-            else _best_rival({kind: _median(r[load]) for kind, r in rivals.items()})
-        )
-        print(
-            f"| {load} | {found.images_per_s:,.0f} | {found.images_per_s / limit:.2f} | "
-            f"{found.images_per_s / seeded_limit:.2f} | {found.p50_ms:.2f} | "
-            f"{found.p99_ms:.2f} | {found.server_cores:.2f} | {found.client_cores:.2f} | {best} |",
-            flush=True,
-        )
+    print(f"\n{model}: bare onnxruntime {limit:,.0f} images/s, {seeded_limit:,.0f} with a seed an image\n")
+    titles = ("load", "images/s", "of bare", "seeded", "p50 ms", "p99 ms", "cores of the server", "of the client")
+    print(_row(titles) + "\n" + "|---" * len(titles) + "|")
+    for load, found in medians["own"].items():
+        shares = [f"{found.images_per_s / of:.2f}" for of in (limit, seeded_limit)]
+        times = [f"{number:.2f}" for number in _columns(found)[1:]]
+        print(_row((load, f"{found.images_per_s:,.0f}", *shares, *times)))
+    print("\nimages/s (p50 ms; µs of a core that a call takes)\n")
+    print(_row(("load", *COMPARED.values())) + "\n" + "|---" * (1 + len(COMPARED)) + "|")
+    for load in LOADS:
+        print(_row((load, *(_compared(medians[kind].get(load), load) for kind in COMPARED))), flush=True)
     if options.layers:
+        serving, server = servers["own"]
         pids = process_and_children(server)
         loading = threading.Thread(
             target=h2load, args=(serving["address"], model, "L2", options.seconds, scratch, pids)
@@ -302,11 +317,16 @@ def _median(rows: list[Measured]) -> Measured:
     return Measured(*(statistics.median(column) for column in zip(*map(_columns, rows), strict=True)))
 
 
-def _best_rival(found: dict[str, Measured]) -> str:
-    if not found:
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _compared(found: Measured | None, load: str) -> str:
+    if found is None:
         return ""
-    kind, best = max(found.items(), key=lambda item: item[1].images_per_s)
-    return f"{best.images_per_s:,.0f} ({best.p50_ms:.2f} ms, {kind})"
+    _, _, count, requests = LOADS[load]
+    core_us = found.server_cores * 1e6 * count * requests / found.images_per_s
+    return f"{found.images_per_s:,.0f} ({found.p50_ms:.2f}; {core_us:,.0f})"
 
 
 def _columns(found: Measured) -> tuple[float, ...]:
@@ -334,19 +354,15 @@ def main() -> None:
         for name in names:
             if name not in REFERENCES:
                 (repository / name).symlink_to(BUNDLED_MODELS / name)
-        command = [Path(sys.executable).with_name("ganserve-server"), "--address=127.0.0.1:0", f"--models={repository}"]
-        command += ["--metrics-address=127.0.0.1:0", "--log-format=json", "--access-log=off", *options.server.split()]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-            assert server.stderr is not None
-            try:
-                serving = json.loads(server.stderr.readline())
-                print(f"{os.cpu_count()} cores, {platform.machine()}, started in {serving['start_s']} s")
-                for name in names:
-                    measure(serving, server.pid, repository / name / "1" / "model.onnx", options, Path(scratch))
-                if failed := failed_calls(serving["metrics_address"]):
-                    sys.exit(f"{failed:.0f} calls failed")
-            finally:
-                server.terminate()
+        with ExitStack() as stack:
+            servers = {
+                transport: stack.enter_context(server_over(transport, repository, options.server))
+                for transport in TRANSPORTS
+            }
+            started = servers["own"][0]["start_s"]
+            print(f"{os.cpu_count()} cores, {platform.machine()}, started in {started} s")
+            for name in names:
+                measure(servers, repository / name / "1" / "model.onnx", options, Path(scratch))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A real server on a real port, for every test that wants one."""
 
+import functools
 import json
 import os
 import queue
@@ -18,6 +19,44 @@ import pytest
 from ganserve import Client
 
 START_TIMEOUT_S = 60
+# Tests that run over both transports: all of a module, or those that are named.
+OVER_BOTH: dict[str, tuple[str, ...] | None] = {
+    "test_generate": None,
+    "test_generate_each": None,
+    "test_inference_protocol": None,
+    "test_security": (
+        "test_calls_by_tls_are_answered",
+        "test_only_tokens_of_the_file_may_call_and_only_in_their_roles",
+        "test_tokens_come_and_go_without_a_restart",
+        "test_a_call_without_a_token_is_refused_before_its_body_comes",
+        "test_two_tokens_on_one_connection_take_turns",
+        "test_a_withdrawn_token_is_no_longer_let_in",
+    ),
+    "test_start_and_drain": (
+        "test_health_is_told_for_the_server_the_service_and_each_model",
+        "test_reflection_describes_the_service",
+        "test_metrics_count_what_was_done",
+        "test_sigterm_finishes_what_runs_and_exits_0",
+        "test_sigterm_under_load_ends_no_call_but_with_an_answer_or_unavailable",
+        "test_watching_the_health_does_not_hold_up_the_end",
+        "test_calls_that_failed_or_were_left_do_not_hold_up_the_end",
+        "test_the_drain_timeout_cuts_off_what_is_left_and_says_so",
+        "test_sigterm_says_not_serving_and_serves_on_for_the_drain_delay",
+        "test_every_address_may_be_a_star",
+        "test_a_taken_address_is_refused",
+        "test_calls_are_logged_by_request_id",
+    ),
+    "test_transports": None,
+    "test_tracing": ("test_a_call_is_a_span_in_its_callers_trace",),
+}
+_ONE_AT_A_TIME = "grpcio hands over one message of a stream at a time: those that come together are not seen together"
+_LONG = "it takes long, and is about the engine"
+NOT_OVER_GRPCIO = {
+    "test_the_log_counts_each_batch_once_however_many_requests_were_in_it": _ONE_AT_A_TIME,
+    "test_alike_requests_that_came_together_wait_as_one": _ONE_AT_A_TIME,
+    "test_an_image_has_the_same_bytes_however_it_was_made": _LONG,
+    "test_answers_that_were_sent_fill_no_memory": _LONG,
+}
 DATA_ROOT = Path(__file__).parent / "data"
 
 
@@ -28,6 +67,7 @@ class RunningServer:
     address: str = ""
     metrics_address: str = ""
     admin_address: str = ""
+    transport: str = ""
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """Read the server's log up to this event."""
@@ -62,17 +102,40 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
             serving = server.wait_for("serving")
             server.address, server.metrics_address = serving["address"], serving["metrics_address"]
             server.admin_address = serving["admin_address"] or ""
+            server.transport = serving["transport"]
             yield server
         finally:
             process.kill()
             reader.join()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests over both transports."""
+    names = OVER_BOTH.get(metafunc.module.__name__.rpartition(".")[2], ())
+    name = metafunc.function.__name__
+    if "transport" in metafunc.fixturenames and (names is None or name in names):
+        reason = NOT_OVER_GRPCIO.get(name)
+        marks = [pytest.mark.skip(reason=reason)] if reason else []
+        metafunc.parametrize("transport", ["own", pytest.param("grpcio", marks=marks)], indirect=True)
+
+
 @pytest.fixture(scope="session")
-def server() -> Iterator[RunningServer]:
+def transport(request: pytest.FixtureRequest) -> str:
+    """The transport of servers that tests start: own, unless a test runs over both."""
+    return str(getattr(request, "param", "own"))
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], RunningServer]]:
+    """Run a server with the bundled models over each transport that is asked for, until all tests have ended."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda transport: stack.enter_context(run_server("--transport", transport)))
+
+
+@pytest.fixture(scope="session")
+def server(transport: str, servers: Callable[[str], RunningServer]) -> RunningServer:
     """Run the server with the bundled models."""
-    with run_server() as running:
-        yield running
+    return servers(transport)
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +145,10 @@ def client(server: RunningServer) -> Iterator[Client]:
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[..., RunningServer]]:
+def start_server(transport: str) -> Iterator[Callable[..., RunningServer]]:
     """Start servers of a test's own, by flags, of one process if those don't say otherwise; they end with the test."""
     with ExitStack() as servers:
-        yield lambda *flags: servers.enter_context(run_server("--workers=1", *flags))
+        yield lambda *flags: servers.enter_context(run_server("--workers=1", f"--transport={transport}", *flags))
 
 
 @pytest.fixture(scope="session")

@@ -38,8 +38,9 @@ _log = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 1.0
 _AGED_GRACE_S = 0.2
+_QUIET_S, _LONGEST_QUIET_S = 0.1, 1.0
 _LEAST_PING_INTERVAL_MS = 1000
-_MOST_PENDING_CALLS = 1 << 20  # that Python has not taken yet: as many as the connections may have
+_MOST_PENDING_CALLS = 10_000  # that Python has not taken yet; as given (1000 to 3000), bursts were refused
 _SMALL_ANSWER = 16 << 10
 _SLICE_S = 0.002
 _KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
@@ -159,9 +160,11 @@ class GrpcioCall:
                     self._woken.clear()
                     await self._woken.wait()
                     continue
+                await self.server.answering.wait()
                 message = self._outgoing.popleft()
                 await context.write(message)
                 self._forget(len(message))
+            await self.server.answering.wait()
         except BaseException as error:
             self._leave()
             # grpcio logs a traceback for any other error, of each caller that resets its call.
@@ -309,7 +312,10 @@ class GrpcioServer(grpc.GenericRpcHandler):
         self._unawaited_services = unawaited_services
         self._calls: set[GrpcioCall] = set()
         self._peers: Counter[str] = Counter()  # of calls that run
+        self._taken = 0
         self._draining = False
+        self.answering = asyncio.Event()  # not set while what came is taken, before the core stops
+        self.answering.set()
         self._bound: list[socket] = []
         self._starting: asyncio.Task[None] | None = None
         options = [
@@ -367,8 +373,14 @@ class GrpcioServer(grpc.GenericRpcHandler):
         Raises:
             OSError: somebody else does.
         """
+        everywhere = False
         for bound in sockets:
+            self._bound.append(bound)
             host, port = bound.getsockname()[:2]
+            if host in ("0.0.0.0", "::"):
+                if everywhere:  # to the core, either is both
+                    continue
+                everywhere = True
             address = f"[{host}]:{port}" if bound.family == AF_INET6 else f"{host}:{port}"
             try:
                 if self._tls is None:
@@ -377,7 +389,6 @@ class GrpcioServer(grpc.GenericRpcHandler):
                     self._server.add_secure_port(address, _credentials(self._tls))
             except RuntimeError as error:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from error
-            self._bound.append(bound)
         self._starting = self.loop.create_task(self._server.start())
         if self._board is not None:
             self._board.set_connections(0)
@@ -389,7 +400,10 @@ class GrpcioServer(grpc.GenericRpcHandler):
             bound.close()
         for call in tuple(self._calls):
             self._cut_off_unawaited(call, "the server is shutting down")
+        await self._take_what_came()
         stopping = self.loop.create_task(self._server.stop(timeout_s + 2 * _CLOSE_GRACE_S))
+        await asyncio.sleep(0)  # it has begun
+        self.answering.set()
         await asyncio.wait((stopping,), timeout=timeout_s)
         if self._calls:
             _log.warning("calls cut off", extra={"calls": len(self._calls), "drain_timeout_s": timeout_s})
@@ -402,8 +416,20 @@ class GrpcioServer(grpc.GenericRpcHandler):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
+    async def _take_what_came(self) -> None:
+        """Wait until no more calls come: those that Python has not taken when the core stops, the core cancels.
+
+        Callers that get no answer begin no other call, so that soon none is left in the core.
+        """
+        self.answering.clear()
+        taken, until = -1, time.monotonic() + _LONGEST_QUIET_S
+        while taken != self._taken and time.monotonic() < until:
+            taken = self._taken
+            await asyncio.sleep(_QUIET_S)
+
     def begun(self, call: GrpcioCall) -> None:
         """Take note of a call."""
+        self._taken += 1
         self._calls.add(call)
         self._peers[call.peer] += 1
         self._tell_board()
