@@ -23,6 +23,7 @@ from ganserve_server.addresses import bind, name
 from ganserve_server.errors import InvalidRequest, Unauthenticated
 from ganserve_server.transport import new_server
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server
+from ganserve_server.transport.limits import Limits
 
 Start = Callable[..., RunningServer]
 Code = grpc.StatusCode
@@ -57,9 +58,8 @@ async def served(transport: str) -> AsyncIterator[Served]:
         on_finished=lambda call, code, _: running.finished.put_nowait((call.path, code)),
         on_refused=lambda _, error: running.refused.append(error.reason),
         guard=guard,
-        max_connections=10,
-        max_streams=100,
-        max_request_bytes=100_000,
+        on_internal_error=lambda *_: None,
+        limits=Limits(max_request_bytes=100_000),
     )
     sockets = bind("127.0.0.1:0", "--address")
     async with grpc.aio.insecure_channel(name(sockets[0], "127.0.0.1:0")) as channel:
@@ -184,9 +184,10 @@ import asyncio, sys
 from types import SimpleNamespace
 from ganserve_server import admin_server, process
 from ganserve_server.transport import new_server
+from ganserve_server.transport.limits import Limits
 async def main():
-    given = dict.fromkeys(("on_tls_failure", "on_finished", "on_refused"), print)
-    new_server(sys.argv[1], SimpleNamespace(pem=None, context=None), max_connections=1, max_streams=1, **given)
+    given = dict.fromkeys(("on_tls_failure", "on_finished", "on_refused", "on_internal_error"), print)
+    new_server(sys.argv[1], SimpleNamespace(pem=None, context=None), limits=Limits(), **given)
     transports = {f"ganserve_server.transport.{name}_server" for name in ("grpc", "grpcio")}
     print(*sorted({"hpack", *transports} & set(sys.modules)), flush=True)
     __import__("os")._exit(0)  # grpcio's server would have to be stopped
