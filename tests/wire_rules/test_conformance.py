@@ -857,6 +857,11 @@ OURS = {
         together(opened, data(b"\x03" + message(ONE) + b"abc", PADDED | END_STREAM)),
         answered,
     ),
+    "rfc9113/6.1/4": Case(
+        "padding of just the frame's length",
+        together(opened, data(b"\x05Test", PADDED | END_STREAM)),
+        ends_connection(PROTOCOL_ERROR),
+    ),
     "rfc9113/6.2/1": Case(
         "HEADERS too short for a priority",
         sends(HEADERS, END_HEADERS | PRIORITY_FLAG, 1, bytes(2)),
@@ -880,6 +885,7 @@ OURS = {
         "a large table on the client's side", table_of(1 << 20), answered, settings={HEADER_TABLE_SIZE: 1 << 20}
     ),
     "rfc9113/6.8/1": Case("frames of a stream above GOAWAY's", above_goaway, answered),
+    "rfc9113/6.8/2": Case("GOAWAY of 7 bytes", sends(GOAWAY, 0, 0, bytes(7)), ends_connection(FRAME_SIZE_ERROR)),
     "rfc9113/6.9/1": Case(
         "WINDOW_UPDATE of a stream by nothing, half-closed",
         together(requested, window(FIRST, 0)),

@@ -776,6 +776,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     def _on_goaway(self, stream_id: int, flags: int, payload: bytes) -> None:
         if stream_id:
             raise _ConnectionFailed(PROTOCOL_ERROR, "GOAWAY belongs to the connection")
+        if len(payload) < 8:
+            raise _ConnectionFailed(FRAME_SIZE_ERROR, "GOAWAY has 8 bytes or more")
         self._count(self._idle_frames, "there are too many GOAWAY frames")
         self.drain()
 
