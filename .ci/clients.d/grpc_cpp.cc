@@ -28,7 +28,7 @@ using std::chrono::system_clock;
 const char kModel[] = "cdcgan-mnist";
 constexpr unsigned kSeed = 1, kStreamCount = 2000, kEndlessCount = 5000000, kOpenStreams = 1000;
 constexpr size_t kImageBytes = 28 * 28;
-constexpr milliseconds kLimit{120000}, kAge{5000}, kQuiet{12000};
+constexpr milliseconds kLimit{600000}, kAge{5000}, kQuiet{12000};
 
 std::string repeated(size_t pairs) {
   std::string text;
@@ -117,6 +117,7 @@ class Each {
   void answer() {
     GenerateEachResponse answer;
     if (!read(&answer)) throw std::runtime_error("the stream ended: " + text(stream_->Finish()));
+    check(!answer.has_error(), answer.error().message());
     check_one(answer.response());
   }
 
@@ -245,7 +246,7 @@ void details(const Target& target) {
 void keepalive(const Target& target) {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 1000);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 30000);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   Client client(target, arguments);
   Each stream(client);

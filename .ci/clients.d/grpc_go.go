@@ -29,7 +29,7 @@ const (
 	imageBytes   = 28 * 28
 	streamCount  = 2000
 	endlessCount = 5000000
-	limit        = 120 * time.Second
+	limit        = 600 * time.Second
 	openStreams  = 1000
 	age          = 5 * time.Second
 	quiet        = 12 * time.Second
@@ -117,6 +117,9 @@ func (stream *each) exchange() error {
 	answer, err := stream.Recv()
 	if err != nil {
 		return err
+	}
+	if answer.GetError() != nil {
+		return fmt.Errorf("%v", answer.GetError())
 	}
 	return checkOne(answer.GetResponse())
 }
@@ -377,7 +380,7 @@ var scenarios = map[string]func(*client, target) error{
 func run(name string, to target) error {
 	options := []grpc.DialOption{}
 	if name == "keepalive" { // 10 s is the least that grpc-go takes
-		pings := keepalive.ClientParameters{Time: time.Second, Timeout: 5 * time.Second}
+		pings := keepalive.ClientParameters{Time: time.Second, Timeout: 30 * time.Second}
 		options = append(options, grpc.WithKeepaliveParams(pings))
 	}
 	from, err := connect(to, options...)

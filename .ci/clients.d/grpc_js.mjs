@@ -52,7 +52,8 @@ class Each {
 
   async exchange(request = given.ONE) {
     this.call.write({ generate: request });
-    given.checkOne((await this.answers.next()).value.response);
+    const { value } = await this.answers.next();
+    given.checkAnswer(value.response, value.error);
   }
 
   async end() {
@@ -162,7 +163,7 @@ await given.run({
         await stream.exchange();
         await stream.end();
       },
-      { "grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 5000 },
+      { "grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 30000 },
     ),
 
   streams: (target) =>

@@ -32,7 +32,7 @@ class Each:
         self._requests.put(given.EACH)
 
     def answer(self) -> None:
-        given.check_one(next(self.call).response)
+        given.check_answer(next(self.call))
 
     def half_close(self) -> None:
         self._requests.put(None)
@@ -152,7 +152,7 @@ def details(target: Target) -> None:
 
 
 def keepalive(target: Target) -> None:
-    pings = (("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_timeout_ms", 5000))
+    pings = (("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_timeout_ms", 30000))
     with connect(target, *pings, ("grpc.http2.max_pings_without_data", 0)) as channel:
         stream = Each(channel)
         stream.ask()

@@ -46,7 +46,7 @@ async def exchange(stream: EachStream) -> None:
     await stream.send_message(given.EACH)
     answer = await stream.recv_message()
     check(answer is not None, "the stream ended")
-    given.check_one(answer.response)
+    given.check_answer(answer)
 
 
 async def end(stream: EachStream) -> None:
@@ -151,7 +151,7 @@ async def details(target: Target) -> None:
 
 
 async def keepalive(target: Target) -> None:
-    config = Configuration(_keepalive_time=1.0, _keepalive_timeout=5.0, _http2_max_pings_without_data=0)
+    config = Configuration(_keepalive_time=1.0, _keepalive_timeout=30.0, _http2_max_pings_without_data=0)
     async with connect(target, config) as channel, open_each(channel) as stream:
         await exchange(stream)
         await asyncio.sleep(given.QUIET_S)

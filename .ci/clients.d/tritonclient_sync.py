@@ -95,7 +95,7 @@ def oversized(target: Target) -> None:
 
 
 def keepalive(target: Target) -> None:
-    options = triton.KeepAliveOptions(1000, 5000, keepalive_permit_without_calls=True, http2_max_pings_without_data=0)
+    options = triton.KeepAliveOptions(1000, 30000, keepalive_permit_without_calls=True, http2_max_pings_without_data=0)
     with connect(target, options) as client:
         one(client)
         time.sleep(given.QUIET_S)
