@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ import pytest
 from ganserve import Client
 
 START_TIMEOUT_S = 60
+SETTLE_TIMEOUT_S = 60
+# Gauges that are 0 when nothing is asked for, though peers may be connected.
+IDLE = ("ganserve_calls", "ganserve_kept_bytes", "ganserve_queue_images")
 # Tests that run over both transports: all of a module, or those that are named.
 OVER_BOTH: dict[str, tuple[str, ...] | None] = {
     "test_generate": None,
@@ -76,9 +81,48 @@ class RunningServer:
             if line["event"] == event:
                 return line
 
+    def scrape(self) -> dict[str, float]:
+        """Read the metrics."""
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=START_TIMEOUT_S) as response:
+            lines = response.read().decode().splitlines()
+        samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+    def settle(self, *idle: str) -> None:
+        """Wait until gauges are 0; at once if the test has ended or stopped the server, or has no metrics of it.
+
+        Args:
+            idle: the gauges' names; those with labels are all meant.
+
+        Raises:
+            AssertionError: they are not.
+        """
+        until = time.monotonic() + SETTLE_TIMEOUT_S
+        while self.metrics_address and self.process.poll() is None and not _is_stopped(self.process.pid):
+            try:
+                samples = self.scrape()
+            except OSError as error:  # it ends, or has begun to
+                left: object = error
+            else:
+                left = {name: value for name, value in samples.items() if value and name.partition("{")[0] in idle}
+            if not left:
+                return
+            assert time.monotonic() < until, f"after all peers have left: {left}"
+            time.sleep(0.02)
+
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(timeout=START_TIMEOUT_S)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Tell whether SIGSTOP has come to a process or one of its children."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        states = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] for one in (pid, *children)]
+    except (FileNotFoundError, ProcessLookupError):  # one has ended meanwhile
+        return False
+    return "T" in states
 
 
 @contextmanager
@@ -104,6 +148,7 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
             server.admin_address = serving["admin_address"] or ""
             server.transport = serving["transport"]
             yield server
+            server.settle("ganserve_connections", *IDLE)
         finally:
             process.kill()
             reader.join()
@@ -142,6 +187,15 @@ def server(transport: str, servers: Callable[[str], RunningServer]) -> RunningSe
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.address) as connected:
         yield connected
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_on_the_shared_server(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Find the test that leaves a call behind; `client` stays connected."""
+    yield
+    if "server" in request.fixturenames:
+        shared: RunningServer = request.getfixturevalue("server")
+        shared.settle(*IDLE)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import trustme
 from tests.client.program import ganserve
 from tests.client.servers import WAIT_S, Twin, answer, ask, both, serving, serving_status
 from tests.conftest import RunningServer
-from tests.server.test_start_and_drain import scrape
 
 from ganserve import (
     AsyncClient,
@@ -90,7 +89,7 @@ def test_a_replica_that_lacks_a_version_or_a_model_gets_no_more_calls_than_the_o
 
 
 def calls_of(server: RunningServer) -> float:
-    return sum(count for name, count in scrape(server).items() if name.startswith("ganserve_requests_total"))
+    return sum(count for name, count in server.scrape().items() if name.startswith("ganserve_requests_total"))
 
 
 @both

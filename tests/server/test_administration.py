@@ -17,7 +17,7 @@ import tritonclient.grpc as triton
 import trustme
 from tests.conftest import RunningServer
 from tests.server.test_security import CA, write_certificate, write_tokens
-from tests.server.test_start_and_drain import http_get, scrape
+from tests.server.test_start_and_drain import http_get
 from tests.server.test_workers import Caller, number_of, workers_of
 
 from ganserve import Client, ModelNotFoundError
@@ -69,7 +69,7 @@ def test_loading_says_why_a_version_is_kept_out(running: RunningServer, reposito
         first, second = stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist")).versions
         assert (first.served, second.served) == (True, False)
         assert "not ONNX" in second.reason
-        assert scrape(running)['ganserve_files_kept_out{kind="models"}'] == 1
+        assert running.scrape()['ganserve_files_kept_out{kind="models"}'] == 1
         assert client.generate("mlp-mnist", seed=1).version == 1
         shutil.rmtree(repository / "mlp-mnist" / "1")
         with pytest.raises(grpc.RpcError) as caught:
@@ -78,7 +78,7 @@ def test_loading_says_why_a_version_is_kept_out(running: RunningServer, reposito
         assert "not ONNX" in caught.value.details()
         shutil.rmtree(broken.parent)
         stub.ReloadModels(pb.ReloadModelsRequest())
-        assert scrape(running)['ganserve_files_kept_out{kind="models"}'] == 0
+        assert running.scrape()['ganserve_files_kept_out{kind="models"}'] == 0
 
 
 def test_reloading_finds_a_new_version(running: RunningServer, repository: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from hpack import Encoder
 from tests.conftest import RunningServer
-from tests.server.test_http2 import granted, memory_kib, scrape, setting
+from tests.server.test_http2 import granted, memory_kib, setting
 from tests.wire import (
     ACK,
     CANCEL,
@@ -151,7 +151,7 @@ def test_a_window_made_negative_while_answers_wait_is_respected_and_nothing_is_l
             for stream in streams:
                 peer.send(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big"))
             peer.ping()
-            assert scrape(running)['ganserve_kept_bytes{pool="answers"}'] == 0
+            assert running.scrape()['ganserve_kept_bytes{pool="answers"}'] == 0
 
 
 # Memory: requests.

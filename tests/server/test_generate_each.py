@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import RunningServer
-from tests.server.test_start_and_drain import calls_logged, scrape
+from tests.server.test_start_and_drain import calls_logged
 from tests.wire import EACH, Peer, head, message
 
 from ganserve.v1 import generation_pb2 as pb
@@ -74,7 +74,7 @@ async def test_the_log_counts_each_batch_once_however_many_requests_were_in_it(
         ]
         call = pb_grpc.GenerationServiceStub(channel).GenerateEach(requests)
         answers = [answer.response async for answer in call]
-    computed_s = scrape(running)['ganserve_compute_seconds_sum{model="mlp-mnist"}']
+    computed_s = running.scrape()['ganserve_compute_seconds_sum{model="mlp-mnist"}']
     (logged,) = calls_logged(running)
     assert logged["images"] == len(answers) == 500
     assert logged["compute_s"] == pytest.approx(computed_s, abs=2e-6)
@@ -118,7 +118,7 @@ def test_alike_requests_that_came_together_wait_as_one(start_server: Start) -> N
         stream = peer.head(head(EACH))
         peer.body(stream, b"".join(message(content.SerializeToString()) for content in contents))
         assert len(peer.answer(stream).messages) == 8
-    samples = scrape(running)
+    samples = running.scrape()
     assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 8
     assert samples['ganserve_queue_seconds_count{model="mlp-mnist"}'] == 2
 

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.conftest import RunningServer
 from tests.server.test_lifecycle import publish
 from tests.server.test_security import write_tokens
-from tests.server.test_start_and_drain import scrape, wait_for_sample
+from tests.server.test_start_and_drain import wait_for_sample
 from tests.wire import INITIAL_WINDOW_SIZE, WINDOW_UPDATE, Peer, head
 
 from ganserve_server import health
@@ -240,7 +240,7 @@ def test_when_watchers_are_too_many_those_that_have_most_lose_some(start_server:
             peer.ping()
             ended += sum(answer.ended for answer in peer.answers.values())
         assert ended == 1
-        assert scrape(server)['ganserve_rejections_total{reason="too_many_watchers"}'] == 1
+        assert server.scrape()['ganserve_rejections_total{reason="too_many_watchers"}'] == 1
     wait_for_sample(server, "ganserve_calls", lambda calls: calls == 0)
     # All that they had is free again.
     with Peer(server.address) as peer:

@@ -8,7 +8,6 @@ import gzip
 import socket
 import struct
 import time
-import urllib.request
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from urllib.parse import unquote
@@ -561,7 +560,7 @@ def test_a_call_cancelled_while_it_waits_leaves_the_queue(start_server: Start) -
         for stream in streams:
             peer.send(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big"))
         assert peer.call(request()).status == OK
-        samples = scrape(running)
+        samples = running.scrape()
     assert (
         samples['ganserve_requests_total{code="CANCELLED",method="GenerateImages",model="cdcgan-mnist",version="1"}']
         == 4
@@ -598,10 +597,10 @@ def test_a_peer_that_does_not_read_stops_no_other_and_costs_bounded_memory(start
         with Peer(running.address) as peer:
             for _ in range(50):
                 assert peer.call(request()).images.pixels == pixels
-            while sum(value for name, value in scrape(running).items() if name.startswith("ganserve_requests")) < 59:
+            while sum(value for name, value in running.scrape().items() if name.startswith("ganserve_requests")) < 59:
                 time.sleep(0.1)
             assert peer.call(request()).images.pixels == pixels
-        samples = scrape(running)
+        samples = running.scrape()
         assert samples['ganserve_rejections_total{reason="unread"}'] >= 2
         assert memory_kib(running) - before < 500_000
     assert running.stop() == 0
@@ -648,7 +647,7 @@ def test_compressed_messages_that_nobody_takes_yet_are_bounded_too(start_server:
         stream = peer.head(head(EACH, ("grpc-encoding", "gzip")))
         peer.body(stream, message(bomb, 1) * 900, end=False)
         peer.ping()
-        assert scrape(running)['ganserve_rejections_total{reason="too_large"}'] == 1
+        assert running.scrape()['ganserve_rejections_total{reason="too_large"}'] == 1
         assert memory_kib(running) - before < 200_000
         # After the answers that there are.
         granted(peer, 0, 1 << 24)
@@ -678,7 +677,7 @@ def test_a_connection_too_many_is_closed_and_does_not_come_back_at_once(start_se
         with Client(running.address, retries=False) as third, pytest.raises(UnavailableError):
             third.generate("mlp-mnist", seed=1, timeout_s=30)
         # gRPC tries again, too, each time a little later: not at once and for ever, as after a GOAWAY.
-        assert 1 <= scrape(running)[turned_away] <= 10
+        assert 1 <= running.scrape()[turned_away] <= 10
         assert first.call(request()).status == OK
     with Client(running.address) as later:
         assert later.generate("mlp-mnist", seed=1)
@@ -887,13 +886,6 @@ async def test_many_small_answers_of_one_turn_are_not_taken_for_a_flood(connect:
         for _, stream in others:
             connection.send(stream, None, bytes(12 << 10), None)
         await asyncio.to_thread(peer.ping)
-
-
-def scrape(running: RunningServer) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{running.metrics_address}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, _, value in samples}
 
 
 def memory_kib(running: RunningServer) -> int:

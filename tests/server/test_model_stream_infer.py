@@ -13,7 +13,7 @@ import tritonclient.grpc.aio as triton_aio
 from tests.conftest import START_TIMEOUT_S, RunningServer
 from tests.server.test_generate_each import resident_mib
 from tests.server.test_inference_protocol import tensors
-from tests.server.test_start_and_drain import calls_logged, scrape, wait_for_sample
+from tests.server.test_start_and_drain import calls_logged, wait_for_sample
 from tests.wire import CANCEL, EACH, INITIAL_WINDOW_SIZE, RST_STREAM, Peer, head, message
 from tritonclient.utils import InferenceServerException
 
@@ -187,7 +187,7 @@ def test_requests_are_begun_by_what_their_answers_take(method: str, content: byt
             'ganserve_queue_images{model="mlp-mnist"}',
         )
         wait_for_sample(server, made, lambda images: images >= 22_000)
-        samples = scrape(server)
+        samples = server.scrape()
         assert samples[made] + samples[queued] <= 24_000
 
 

@@ -23,7 +23,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import RunningServer
-from tests.server.test_start_and_drain import calls_logged, failing_start, scrape, wait_for_sample
+from tests.server.test_start_and_drain import calls_logged, failing_start, wait_for_sample
 from tests.wire import (
     GENERATE,
     GOAWAY,
@@ -105,7 +105,7 @@ def test_calls_by_tls_are_answered(workers: str, start_server: Start, with_tls: 
         assert peer.selected_alpn_protocol() == "h2"
         assert peer.version() == "TLSv1.3"
         end = ssl.cert_time_to_seconds(str(peer.getpeercert()["notAfter"]))  # type: ignore[index]
-    assert scrape(running)['ganserve_certificate_expiry_timestamp_seconds{certificate="server"}'] == end
+    assert running.scrape()['ganserve_certificate_expiry_timestamp_seconds{certificate="server"}'] == end
 
 
 def test_callers_who_trust_another_authority_or_speak_no_tls_get_no_answer(
@@ -122,7 +122,7 @@ def test_callers_who_trust_another_authority_or_speak_no_tls_get_no_answer(
         serial_of(running.address, str(other))
     wait_for_sample(running, 'ganserve_tls_failures_total{reason="refused_by_peer"}', lambda count: count > 0)
     wait_for_sample(running, 'ganserve_tls_failures_total{reason="no_tls"}', lambda count: count > 0)
-    assert not [name for name in scrape(running) if "expiry" in name and "client_ca" in name]
+    assert not [name for name in running.scrape() if "expiry" in name and "client_ca" in name]
 
 
 def test_peers_that_only_look_are_not_logged(start_server: Start, with_tls: tuple[str, ...]) -> None:
@@ -144,7 +144,7 @@ def test_a_connection_by_tls_costs_little_memory(start_server: Start, with_tls: 
             for _ in range(count):
                 peer = peers.enter_context(Peer(running.address, tls=context))
                 assert peer.call(request()).status == 0
-            return scrape(running)["process_resident_memory_bytes"]
+            return running.scrape()["process_resident_memory_bytes"]
 
         before = connect(50)
         assert (connect(200) - before) / 200 < 150_000
@@ -183,7 +183,7 @@ def test_mutual_tls_lets_in_who_has_a_certificate_of_the_authority(
         with Client(running.address, ca_file=ca_file, timeout_s=1, **given) as client, pytest.raises(GanserveError):  # type: ignore[arg-type]
             client.models()
         wait_for_sample(running, f'ganserve_tls_failures_total{{reason="{reason}"}}', lambda count: count > 0)
-    assert 'ganserve_requests_total{code="OK",method="ListModels",model="other",version=""}' not in scrape(running)
+    assert 'ganserve_requests_total{code="OK",method="ListModels",model="other",version=""}' not in running.scrape()
 
 
 def test_callers_with_certificates_have_no_sessions_to_resume(
@@ -228,9 +228,9 @@ def test_a_new_certificate_is_taken_without_a_restart_and_a_bad_one_is_not(
         assert after != before
         told = running.wait_for("read again")
         assert (told["kind"], told["serial"]) == ("certificates", after)
-        end = scrape(running)['ganserve_certificate_expiry_timestamp_seconds{certificate="server"}']
+        end = running.scrape()['ganserve_certificate_expiry_timestamp_seconds{certificate="server"}']
         assert datetime.datetime.fromisoformat(told["server_ends"]).timestamp() == end
-        kept_before = scrape(running).get(kept_out, 0)
+        kept_before = running.scrape().get(kept_out, 0)
         write_certificate(tmp_path / "third")[1].replace(tmp_path / "server" / "tls.key")
         wait_for_sample(running, kept_out, lambda count: count >= kept_before + int(workers))
         assert serial_of(running.address, ca_file) == after
@@ -322,7 +322,7 @@ def test_only_tokens_of_the_file_may_call_and_only_in_their_roles(
             admin_pb.ReloadModelsRequest(), metadata=[("authorization", f"Bearer {ops}")]
         ).versions
 
-    samples = scrape(running)
+    samples = running.scrape()
     assert samples['ganserve_caller_images_total{caller="shop"}'] == 202
     assert samples['ganserve_rejections_total{reason="unauthenticated"}'] >= 4
     assert running.stop() == 0
@@ -347,14 +347,14 @@ def test_tokens_come_and_go_without_a_restart(start_server: Start, tmp_path: Pat
         file.write_text("[[tokens]]\nname = 'first'\nsha_256 = ''\n")
         wait_for_sample(running, loaded.replace("loaded", "kept_out"), lambda count: count == 1)
         client.generate("mlp-mnist")
-        assert scrape(running)['ganserve_files_kept_out{kind="tokens"}'] == 1
+        assert running.scrape()['ganserve_files_kept_out{kind="tokens"}'] == 1
         assert "did you mean 'sha256'?" in running.wait_for("what was read before stays in use")["reason"]
         second, *_ = write_tokens(file, {"name": "second"}, {"name": "other"})
         wait_for_sample(running, loaded, lambda count: count == 1)
         told = running.wait_for("read again")
         differ = {key: told[key] for key in ("tokens", "added", "removed", "changed")}
         assert differ == {"tokens": 2, "added": ["second"], "removed": ["first", "third"], "changed": ["other"]}
-        assert scrape(running)['ganserve_files_kept_out{kind="tokens"}'] == 0
+        assert running.scrape()['ganserve_files_kept_out{kind="tokens"}'] == 0
         with pytest.raises(AuthenticationError):
             client.generate("mlp-mnist")
     with Client(running.address, token=second) as client:
@@ -374,7 +374,7 @@ def test_a_call_without_a_token_is_refused_before_its_body_comes(start_server: S
         assert peer.answer(stream).status == grpc.StatusCode.UNAUTHENTICATED.value[0]
         each = peer.head(head("/ganserve.v1.GenerationService/GenerateEach"))
         assert peer.answer(each).status == grpc.StatusCode.UNAUTHENTICATED.value[0]
-    assert scrape(running)['ganserve_images_total{model="mlp-mnist",version="1"}'] == 0
+    assert running.scrape()['ganserve_images_total{model="mlp-mnist",version="1"}'] == 0
 
 
 @pytest.mark.parametrize("path", ["/no.Such/Method", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
@@ -444,7 +444,7 @@ def test_a_rate_is_kept_on_all_connections_and_workers_together(
         with pytest.raises(grpc.RpcError) as caught:
             each_answer(running.address, slow, count=50)
         assert "rate_limited" in str(caught.value)
-    samples = scrape(running)
+    samples = running.scrape()
     assert samples['ganserve_caller_limited_total{caller="slow",outcome="refused"}'] > len(refused)
     assert samples['ganserve_caller_limited_total{caller="slow",outcome="delayed"}'] >= 2
     assert not [name for name in samples if "limited" in name and "free" in name]
@@ -742,7 +742,7 @@ async def test_connections_end_at_their_age_and_no_call_does(start_server: Start
         streamed, *_ = await asyncio.gather(count_images(stream), *(ask() for _ in range(8)))
         assert streamed == 4000
     assert made > 100
-    assert scrape(running)["ganserve_connections_aged_total"] >= 4
+    assert running.scrape()["ganserve_connections_aged_total"] >= 4
     wait_for_sample(running, "ganserve_connections", lambda count: count == 0)
 
 
@@ -759,7 +759,7 @@ def test_an_aged_connection_is_kept_until_its_last_answer_is_read(
         until = time.monotonic() + 0.6  # in which all is written, and much of it not on its way yet
         while time.monotonic() < until:
             peer.send(PING, 0, 0, bytes(8))
-            scrape(running)
+            running.scrape()
         answer = peer.answer(stream)
         assert (answer.status, len(answer.images.seeds)) == (0, 1024)
         assert peer.closed_for() == NO_ERROR

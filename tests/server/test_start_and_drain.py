@@ -61,13 +61,6 @@ def test_reflection_describes_the_service(server: RunningServer) -> None:
     assert sorted(methods) == ["GenerateEach", "GenerateImages", "GetModel", "ListModels", "StreamImages"]
 
 
-def scrape(server: RunningServer) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, _, value in samples}
-
-
 def test_metrics_count_what_was_done(start_server: Start) -> None:
     running = start_server()
     with Client(running.address) as client:
@@ -76,7 +69,7 @@ def test_metrics_count_what_was_done(start_server: Start) -> None:
         for name in ("nothing", "nothing-else"):
             with pytest.raises(GanserveError):
                 client.generate(name)
-    samples = scrape(running)
+    samples = running.scrape()
     assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 100
     assert samples['ganserve_batch_size_sum{model="mlp-mnist"}'] == 100
     assert samples['ganserve_batch_size_count{model="mlp-mnist"}'] >= 2
@@ -89,8 +82,8 @@ def test_metrics_count_what_was_done(start_server: Start) -> None:
 
 def wait_for_sample(running: RunningServer, name: str, wanted: Callable[[float], bool]) -> None:
     until = time.monotonic() + START_TIMEOUT_S
-    while not wanted(scrape(running).get(name, 0)):
-        assert time.monotonic() < until, f"{name} is {scrape(running).get(name)}"
+    while not wanted(running.scrape().get(name, 0)):
+        assert time.monotonic() < until, f"{name} is {running.scrape().get(name)}"
 
 
 def test_the_versions_that_answer_are_counted_apart_and_others_not_at_all(start_server: Start, tmp_path: Path) -> None:
@@ -106,7 +99,7 @@ def test_the_versions_that_answer_are_counted_apart_and_others_not_at_all(start_
             client.generate("mlp-mnist", version=77)
         with pytest.raises(GanserveError):
             client.generate("mlp-mnist", version=1, label=3)
-    samples = scrape(running)
+    samples = running.scrape()
     counted = {name: value for name, value in samples.items() if name.startswith("ganserve_requests_total")}
     name = 'ganserve_requests_total{{code="{}",method="{}",model="mlp-mnist",version="{}"}}'
     assert counted == {
@@ -162,7 +155,7 @@ def test_callers_that_leave_are_counted_by_what_was_being_done(start_server: Sta
         next(stream)
         stream.close()
     wait_for_sample(running, name.format("mlp-mnist", "sending"), lambda calls: calls == 1)
-    counted = {name: value for name, value in scrape(running).items() if "cancellations" in name}
+    counted = {name: value for name, value in running.scrape().items() if "cancellations" in name}
     assert counted == {
         name.format("other", "receiving"): 1,
         name.format("mlp-mnist", "queued"): 1,
@@ -179,12 +172,12 @@ def test_connections_and_running_calls_are_told(workers: str, start_server: Star
         next(stream)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         next(watch)
-        samples = scrape(running)
+        samples = running.scrape()
         assert (samples["ganserve_connections"], samples["ganserve_calls"]) == (2, 2)
         stream.close()
         watch.cancel()
         wait_for_sample(running, "ganserve_calls", lambda calls: calls == 0)
-        assert scrape(running)["ganserve_connections"] == 2
+        assert running.scrape()["ganserve_connections"] == 2
     wait_for_sample(running, "ganserve_connections", lambda connections: connections == 0)
 
 
@@ -684,8 +677,8 @@ def test_probes_are_answered_by_http_too(workers: str, start_server: Start) -> N
     running.wait_for("draining")
     assert http_get(running.metrics_address, "/readyz") == (503, "draining\n")
     assert http_get(running.metrics_address, "/livez") == (200, "ok\n")
-    assert [name for name in scrape(running) if name.startswith('ganserve_provider_info{asked="auto"')]
-    assert scrape(running)["ganserve_queue_limit_images"] == 4096 * int(workers)
+    assert [name for name in running.scrape() if name.startswith('ganserve_provider_info{asked="auto"')]
+    assert running.scrape()["ganserve_queue_limit_images"] == 4096 * int(workers)
 
 
 def test_a_scraper_that_leaves_is_not_logged(start_server: Start) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import START_TIMEOUT_S, RunningServer
-from tests.server.test_start_and_drain import failing_start, scrape, wait_for_sample
+from tests.server.test_start_and_drain import failing_start, wait_for_sample
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
@@ -122,7 +122,7 @@ async def test_connections_are_spread_evenly_and_counters_are_true_sums(start_se
         made = await asyncio.gather(*(caller.make("mlp-mnist", 5, 1) for caller in callers))
         assert len(set(made)) == 1
         assert [connections_of(pid, port) for pid in workers_of(running)] == [4, 4]
-        samples = scrape(running)
+        samples = running.scrape()
     assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 40
     assert samples['ganserve_requests_total{code="OK",method="GenerateImages",model="mlp-mnist",version="1"}'] == 8
     assert samples["ganserve_workers"] == 2
@@ -181,7 +181,7 @@ async def test_a_killed_worker_is_replaced_while_the_others_serve(start_server: 
         replaced = await asyncio.to_thread(running.wait_for, "worker started")
         assert workers_of(running) == sorted([second, replaced["pid"]])
         await asyncio.gather(*(caller.make("mlp-mnist", 1, 1) for caller in callers))
-    samples = scrape(running)
+    samples = running.scrape()
     # Those of the dead one are not lost.
     assert (
         samples['ganserve_requests_total{code="OK",method="GenerateImages",model="mlp-mnist",version="1"}']
@@ -228,13 +228,13 @@ def test_sighup_reloads_in_every_worker(start_server: Start, tmp_path: Path) -> 
 
     running.process.send_signal(signal.SIGHUP)
     read_events_up_to("reloaded", 1)
-    assert scrape(running)['ganserve_model_loads_total{outcome="loaded"}'] == 4
+    assert running.scrape()['ganserve_model_loads_total{outcome="loaded"}'] == 4
     with Client(running.address) as client:
         assert client.generate("mlp-mnist", seed=1).version == 2
     shutil.rmtree(tmp_path / "mlp-mnist" / "2")
     running.process.send_signal(signal.SIGHUP)
     read_events_up_to("reloaded", 2)
-    assert scrape(running)['ganserve_model_loads_total{outcome="unloaded"}'] == 2
+    assert running.scrape()['ganserve_model_loads_total{outcome="unloaded"}'] == 2
     running.stop()
     read_events_up_to("stopped", 1)
     # Told once, and nothing else.
@@ -354,7 +354,7 @@ def test_a_reload_is_done_when_all_workers_have_reloaded(
         wait_for_sample(running, 'ganserve_model_loads_total{outcome="loaded"}', lambda loads: loads == 3)
         os.kill(last, signal.SIGCONT)
         assert systemd.recv(4096) == b"READY=1"
-        assert scrape(running)['ganserve_model_loads_total{outcome="loaded"}'] == 4
+        assert running.scrape()['ganserve_model_loads_total{outcome="loaded"}'] == 4
 
 
 def test_changes_are_told_once_though_the_first_worker_is_just_being_replaced(

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ class SteppedLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now, self._more = 0.0, False
         super().__init__()
+        self.longest_turn_s = 0.0  # of a core
         self.unexpected: list[str] = []  # exceptions that escaped from callbacks
         self.set_exception_handler(lambda _, context: self.unexpected.append(_told(context)))
 
@@ -30,12 +33,25 @@ class SteppedLoop(asyncio.SelectorEventLoop):
         self._more = True
         return super().call_soon(*args, **keywords)
 
+    def run_in_executor(  # type: ignore[override]
+        self, executor: object, function: Callable[..., Any], *args: Any
+    ) -> "asyncio.Future[Any]":
+        """Call here what is meant for a thread: it takes its turn, always the same one."""
+        future = self.create_future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
     def settle(self) -> None:
         """Run all that can run now, and what that starts."""
         for _ in range(_MAX_TURNS):
             self._more = False
             self.stop()  # documented: called before `run_forever`, one turn runs
+            started = time.thread_time()
             self.run_forever()
+            self.longest_turn_s = max(self.longest_turn_s, time.thread_time() - started)
             if not self._more:
                 return
         raise AssertionError("the loop never becomes idle")
@@ -50,6 +66,10 @@ class SteppedLoop(asyncio.SelectorEventLoop):
         self._now += seconds
         self.settle()
 
+    def timers(self) -> list[asyncio.TimerHandle]:
+        """Return what is still to run at a time."""
+        return [timer for timer in vars(self)["_scheduled"] if not timer.cancelled()]
+
     def cancel_and_close(self) -> None:
         """Cancel what runs, and close the loop."""
         for task in asyncio.all_tasks(self):
@@ -59,7 +79,8 @@ class SteppedLoop(asyncio.SelectorEventLoop):
 
 
 def _told(context: dict[str, Any]) -> str:
-    return f"{context.get('message')}: {context.get('exception')!r}"
+    error = context.get("exception")
+    return f"{context.get('message')}\n{''.join(traceback.format_exception(error)) if error else ''}"
 
 
 class _Socket:

@@ -683,7 +683,7 @@ class FlowControl(RuleBasedStateMachine):
     def check(self) -> None:
         """Compare the server with the model."""
         assert not self.errors, self.errors[0]
-        assert not self.loop.unexpected, self.loop.unexpected
+        assert not self.loop.unexpected, self.loop.unexpected[0]
         for peer in tuple(self.peers):
             peer.check()
             if peer.ended or peer.transport.eof_written or peer.transport.closing:
