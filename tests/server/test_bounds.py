@@ -406,6 +406,19 @@ async def test_age_ends_a_connection_whose_peer_reads_nothing(
     await aside(work)
 
 
+async def test_a_watcher_that_reads_nothing_holds_up_no_drain(small: Callable[..., Small]) -> None:
+    server = small()
+    watch = Method(start=lambda call, _: call.send(bytes(1000)), awaited=False, guarded=False)
+    server.server.add_method("/t.Open/Watch", watch)
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 0}) as peer:
+        peer.start(b"", head("/t.Open/Watch"))
+        await aside(peer.ping)
+        async with asyncio.timeout(60):
+            reading = asyncio.create_task(aside(lambda: [*iter(peer.read, None)]))
+            await server.server.drain(3600)
+            await reading
+
+
 async def test_a_connection_without_calls_ends_and_one_with_calls_does_not(small: Callable[..., Small]) -> None:
     server = small(idle_timeout_s=0.2)
 

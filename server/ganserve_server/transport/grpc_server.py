@@ -21,7 +21,7 @@ from ganserve_server.errors import ServingError, Unavailable
 from ganserve_server.machine import give_back_memory
 from ganserve_server.transport.answering import methods_of
 from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
-from ganserve_server.transport.http2 import GOAWAY_GRACE_S, Connection
+from ganserve_server.transport.http2 import CANCEL, GOAWAY_GRACE_S, Connection
 from ganserve_server.transport.interface import Method
 from ganserve_server.transport.limits import Limits
 from ganserve_server.transport.pools import Pool
@@ -174,6 +174,8 @@ class GrpcServer:
             assert isinstance(call, Http2Call)
             if call.method is not None and not call.method.awaited:
                 call.fail(Unavailable(reason))
+                if not call.ended:
+                    connection.reset(call, CANCEL)  # its peer reads nothing, and would hold up the end
 
     async def _emptied(self, timeout_s: float) -> None:
         """Wait until there are no connections."""
