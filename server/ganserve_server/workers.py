@@ -37,7 +37,9 @@ _log = logging.getLogger(__name__)
 
 WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
 _CELL = 8  # bytes
-_CELLS = 5  # of one worker: its connections, its running batches, its running calls, its models, what it has accepted
+# Of one worker: its connections, its running batches, its running calls, its models, what it has accepted, and its
+# connections that had a call of late.
+_CELLS = 6
 _ABSENT = 1 << 60  # connections of a worker that cannot take any
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
@@ -74,8 +76,16 @@ class Board:
 
     @property
     def mine(self) -> int:
-        """How many connections this worker has."""
-        return self._cells[self._mine * _CELLS]
+        """How many connections in use this worker has."""
+        return self._in_use(self._mine)
+
+    def set_in_use(self, count: int) -> None:
+        """Say how many of this worker's connections had a call of late, or are new."""
+        self._cells[self._mine * _CELLS + 5] = count
+
+    def _in_use(self, worker: int) -> int:
+        first = worker * _CELLS
+        return _ABSENT if self._cells[first] == _ABSENT else self._cells[first + 5]
 
     def set_accepted(self, connections: int) -> None:
         """Say how many connections this worker has taken since it started."""
@@ -93,8 +103,8 @@ class Board:
         return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
 
     def connections(self) -> dict[int, int]:
-        """Return how many connections each of the other workers has."""
-        return {other: self._cells[other * _CELLS] for other in self._others}
+        """Return how many connections in use each of the other workers has."""
+        return {other: self._in_use(other) for other in self._others}
 
     def accepted(self) -> dict[int, int]:
         """Return how many connections each of the other workers has taken since it started."""

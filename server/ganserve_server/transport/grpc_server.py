@@ -36,6 +36,7 @@ _AGED_WRITE_TIMEOUT_S = 10.0  # of a connection that ends, for its age or for a 
 _BACKLOG = 1024
 _YIELD_S = 0.001  # in which a worker with fewer connections takes the next
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
+_UNUSED_S = 10.0  # without a call: workers share out new connections by those in use
 _IDLE_S = 1.0  # after which a connection makes place for another
 # What the C library and Python keep free is returned after so many bytes at once, or an eighth of them after so long.
 _GIVE_BACK_BYTES, _GIVE_BACK_EVERY_S = 32 << 20, 12.0
@@ -98,6 +99,7 @@ class GrpcServer:
         self._board = board
         self._turns = None if board is None else Turns(board)
         self.tasks: set[asyncio.Task[None]] = set()
+        self._unused = 0  # connections without a call of late
         self._looking: asyncio.TimerHandle | None = None
         self._gave_back, self._give_back_again = 0.0, False  # by time.monotonic
 
@@ -186,8 +188,10 @@ class GrpcServer:
     def _look(self) -> None:
         """End what has exceeded its time, and return memory that peers made the server take."""
         limits, now = self.limits, time.monotonic()
+        unused = 0
         for connection in tuple(self._connections):
             connection.look(now, busy=_is_busy(connection))
+            unused += now - connection.idle_since > _UNUSED_S
             write_timeout_s = limits.write_timeout_s
             if connection.draining:
                 write_timeout_s = min(write_timeout_s or _AGED_WRITE_TIMEOUT_S, _AGED_WRITE_TIMEOUT_S)
@@ -206,6 +210,8 @@ class GrpcServer:
             ):
                 self._on_ended("idle")
                 connection.drain()
+        self._unused = unused
+        self._count_connections()
         pools = (self.requests, self.unguarded, self.answers)
         dropped = sum(pool.peak - pool.bytes for pool in pools)
         due = now - self._gave_back > _GIVE_BACK_EVERY_S
@@ -343,6 +349,8 @@ class GrpcServer:
     def _count_connections(self) -> None:
         if self._board is not None:
             self._board.set_connections(self._accepted)
+            # Those that are kept, and not used, are no reason for the next ones to go to another worker.
+            self._board.set_in_use(max(0, self._accepted - self._unused))
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Http2Call:
         self.running += 1

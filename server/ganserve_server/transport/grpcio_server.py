@@ -457,6 +457,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
     def _tell_board(self) -> None:
         if self._board is not None:
             self._board.set_connections(len(self._peers))
+            self._board.set_in_use(len(self._peers))
             self._board.set_calls(len(self._calls))
 
     @staticmethod
