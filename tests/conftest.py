@@ -52,6 +52,7 @@ OVER_BOTH: dict[str, tuple[str, ...] | None] = {
         "test_calls_are_logged_by_request_id",
     ),
     "test_transports": None,
+    "test_administration": ("test_a_model_is_unloaded_and_loaded_again", "test_tritons_calls_do_the_same"),
     "test_tracing": ("test_a_call_is_a_span_in_its_callers_trace",),
 }
 _ONE_AT_A_TIME = "grpcio hands over one message of a stream at a time: those that come together are not seen together"

@@ -14,7 +14,7 @@ import grpc
 import pytest
 import trustme
 from google.rpc import error_details_pb2, status_pb2
-from tests.conftest import RunningServer
+from tests.conftest import START_TIMEOUT_S, RunningServer
 from tests.server.test_security import CA, serial_of, write_certificate
 from tests.server.test_start_and_drain import failing_start, wait_for_sample
 
@@ -130,7 +130,7 @@ async def test_a_call_that_is_left_or_late_stops_its_work(served: Served) -> Non
         assert (call.deadline is None) == (timeout_s is None)
         if timeout_s is None:
             asked.cancel()
-        assert await stopped.get() is call
+        assert await asyncio.wait_for(stopped.get(), START_TIMEOUT_S) is call
         assert await served.finished.get() == ("/a/never", code)
         call.reply(b"")  # too late, and no error
         await asyncio.wait((asked,))
