@@ -15,6 +15,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 
 from ganserve_server.errors import ServingError
+from ganserve_server.transport.answering import Aborted
 from ganserve_server.transport.interface import Call, Method, Server, read_message
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -64,13 +65,6 @@ _HealthListRequest, _HealthListResponse = (
     message_factory.GetMessageClass(DESCRIPTOR.message_types_by_name[name])
     for name in ("HealthListRequest", "HealthListResponse")
 )
-
-
-class UnknownService(ServingError):  # noqa: N818
-    """Health is asked of something that is neither a service nor a model here."""
-
-    code = grpc.StatusCode.NOT_FOUND
-    reason = "unknown_service"
 
 
 class TooManyServices(ServingError):  # noqa: N818
@@ -127,7 +121,8 @@ class HealthServicer:
         service = read_message(health_pb2.HealthCheckRequest.FromString, content).service
         status = self._statuses.get(service)
         if status is None:
-            raise UnknownService(f"there is no service and no model {service!r} here")
+            # Without a text, as grpcio's own service answers: clients add what they know.
+            raise Aborted(grpc.StatusCode.NOT_FOUND, "")
         call.reply(_response(status))
 
     def _list(self, call: Call, content: bytes) -> None:
