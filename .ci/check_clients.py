@@ -2,20 +2,20 @@
 
 Each client is a program of clients.d/, which runs the scenarios that it is asked for. deploy/envoy.yaml and
 deploy/haproxy.cfg run as they are, but for addresses. Meanwhile other callers hold streams open on the same servers and
-proxies: whatever a client does, these must go on. `.ci/clients` installs and builds what this needs.
+proxies, which no client may break. `.ci/clients` installs and builds what this needs.
 
 unary      one image
 pixels     images with the same bytes as those that the SDK gets
 each       GenerateEach: requests one by one, an error that is one request's alone, half-close, OK at the end
 stream     StreamImages, many times the first window
-deadline   1 ms and 300 ms for a request that does not end: DEADLINE_EXCEEDED, and the connection serves on
-cancel     in the midst of an endless stream: CANCELLED, the connection serves on, the server's call ends
+deadline   1 ms and 300 ms for a request that does not end: DEADLINE_EXCEEDED, and the connection still serves calls
+cancel     an endless stream: CANCELLED, the connection still serves calls, the server's call ends
 gzip       a compressed request
 metadata   12 KB are accepted
-oversized  20 KB are an error of that call alone: an open stream of the same connection goes on, and so do new calls
-bounds     headers of 12 to 18 KB in 1 to 150 fields: whatever the answers are, other callers notice nothing
+oversized  20 KB are an error of that call alone: the connection's other stream continues, and it takes new calls
+bounds     headers of 12 to 18 KB in 1 to 150 fields: any answer is right, but no other caller's stream ends
 details    google.rpc.Status with BadRequest and ErrorInfo
-keepalive  a stream of which nothing is heard for 12 s, with a PING a second
+keepalive  a stream without messages for 12 s, with a PING each second
 streams    1,000 streams open at once on one connection
 age        calls for 5 s to a server whose connections end after 1 s: no error
 table_N    a client with N bytes for the table of header compression
@@ -159,12 +159,16 @@ def process(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"
 
 @dataclass
 class Server:
-    """A server, and what became of it once it has ended."""
+    """A server that was started here."""
 
     address: str
     metrics_address: str
     log: Path
-    status: int | None = None
+    process: "subprocess.Popen[bytes]"
+
+    def check_running(self) -> None:
+        if self.process.poll() is not None:  # another server may answer at the address
+            sys.exit(f"FAILED: the server {self.address} ended: {self.log.read_text()[-1000:]}")
 
     def calls(self) -> int:
         with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as response:
@@ -174,11 +178,10 @@ class Server:
 
 @contextmanager
 def server(scratch: Path, host: str, port: int, *flags: str) -> Iterator[Server]:
-    found = Server(f"{host}:{port}", f"{host}:{port + 1}", scratch / f"server-{host}-{port}.log")
-    command = [str(SERVER), f"--address={found.address}", f"--metrics-address={found.metrics_address}"]
-    with process([*command, "--workers=1", "--log-format=json", *flags], found.log) as running:
-        yield found
-    found.status = running.returncode
+    address, metrics_address, log = f"{host}:{port}", f"{host}:{port + 1}", scratch / f"server-{host}-{port}.log"
+    command = [str(SERVER), f"--address={address}", f"--metrics-address={metrics_address}"]
+    with process([*command, "--workers=1", "--log-format=json", *flags], log) as running:
+        yield Server(address, metrics_address, log, running)
 
 
 def changed(file: Path, changes: dict[str, str]) -> None:
@@ -321,10 +324,10 @@ def run(client: ClientProgram, way: Way, scenarios: list[str], address: str, all
         timer = threading.Timer(LIMIT_S, program.kill)
         timer.start()
         assert program.stdout is not None
-        told = program.stdout.read()
+        output = program.stdout.read()
         timer.cancel()
-    results = dict.fromkeys(scenarios, f"nothing was heard of it: {told[-500:]}")
-    for line in told.splitlines():
+    results = dict.fromkeys(scenarios, f"no result; the output ends with: {output[-500:]}")
+    for line in output.splitlines():
         kind, _, rest = line.partition(" ")
         name, _, wrong = rest.partition(": ")
         if kind in ("ok", "failed") and name in results:
@@ -424,6 +427,8 @@ def main() -> None:
             if wrong := not_ready(way, scratch):
                 broken.append(f"{way.name}: {wrong}")
                 ways.remove(way)
+        for each in servers:
+            each.check_running()
         pixels = scratch / "pixels"
         with Client(servers[0].address) as client:
             pixels.write_bytes(client.generate("cdcgan-mnist", count=16, seed=1).pixels.tobytes())
@@ -444,8 +449,8 @@ def main() -> None:
         for each in servers:
             lines = each.log.read_text().splitlines()
             broken += [f"the server's log: {line[:500]}" for line in lines if '"level": "error"' in line]
-            if each.status:
-                broken.append(f"the server {each.address} ended with status {each.status}")
+            if each.process.returncode:
+                broken.append(f"the server {each.address} ended with status {each.process.returncode}")
     print_table(chosen, ways, results)
     broken += [f"{', '.join(key)}: {wrong[:600]}" for key, wrong in results.items() if wrong]
     passed = sum(not wrong for wrong in results.values())
@@ -459,4 +464,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
     main()

@@ -58,11 +58,11 @@ def curl(target: Target, *calls: tuple[str, bytes, list[str]]) -> list[Answer]:
             command += ["--dump-header", f"{folder}/fields-{number}", "--output", f"{folder}/body-{number}"]
             command.append(f"{'https' if target.ca_file else 'http'}://{target.address}{given.PATH}{method}")
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        return [_answer(Path(folder), number, told) for number, told in enumerate(done.stdout.splitlines())]
+        return [_answer(Path(folder), number, line) for number, line in enumerate(done.stdout.splitlines())]
 
 
-def _answer(folder: Path, number: int, told: str) -> Answer:
-    exit_status, http, connects = map(int, told.split())
+def _answer(folder: Path, number: int, line: str) -> Answer:
+    exit_status, http, connects = map(int, line.split())
     lines = (folder / f"fields-{number}").read_text().splitlines()
     fields = dict(line.split(": ", 1) for line in lines if ": " in line)
     file = folder / f"body-{number}"

@@ -28,7 +28,7 @@ using std::chrono::system_clock;
 const char kModel[] = "cdcgan-mnist";
 constexpr unsigned kSeed = 1, kStreamCount = 2000, kEndlessCount = 5000000, kOpenStreams = 1000;
 constexpr size_t kImageBytes = 28 * 28;
-constexpr milliseconds kLimit{600000}, kAge{5000}, kQuiet{12000};
+constexpr milliseconds kLimit{86400000}, kAge{5000}, kQuiet{12000};
 
 std::string repeated(size_t pairs) {
   std::string text;

@@ -29,7 +29,7 @@ const (
 	imageBytes   = 28 * 28
 	streamCount  = 2000
 	endlessCount = 5000000
-	limit        = 600 * time.Second
+	limit        = 24 * time.Hour
 	openStreams  = 1000
 	age          = 5 * time.Second
 	quiet        = 12 * time.Second
@@ -325,7 +325,7 @@ func alive(from *client, to target) error {
 	return stream.end()
 }
 
-// Calls a function so many times at once; returns the first error.
+// Runs a function count times at once; returns the first error.
 func together(count int, do func(int) error) error {
 	var all sync.WaitGroup
 	results := make([]error, count)

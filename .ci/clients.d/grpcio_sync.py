@@ -126,9 +126,9 @@ def oversized(target: Target) -> None:
 
 
 def bounds(target: Target) -> None:
-    """Send headers near the limits of servers and proxies, in size and in number: others must not notice.
+    """Send headers near the limits of servers and proxies, in size and in number.
 
-    What the answer is differs: a proxy's limits are not the server's.
+    The limits differ, and so do the answers; the streams of other callers are checked elsewhere.
     """
     with connect(target) as channel:
         for fields in (1, 60, 75, 95, 97, 99, 101, 103, 150):

@@ -10,7 +10,7 @@ from scenarios import Target, check
 
 
 def h2load(target: Target, requests: int, *flags: str) -> None:
-    """See that so many calls are answered with an image each."""
+    """Check that each of the calls is answered with an image."""
     message = given.ONE.SerializeToString()
     with tempfile.NamedTemporaryFile() as body:
         body.write(struct.pack(">BI", 0, len(message)) + message)
@@ -19,11 +19,11 @@ def h2load(target: Target, requests: int, *flags: str) -> None:
         command = ["h2load", f"--requests={requests}", f"--data={body.name}", "--header=te: trailers", *flags]
         command += ["--header=content-type: application/grpc", url]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told = done.stdout + done.stderr
-    check(f"{requests} succeeded, 0 failed, 0 errored, 0 timeout" in told, told[-1500:])
-    data = re.search(r"\((\d+)\) data", told)
+    output = done.stdout + done.stderr
+    check(f"{requests} succeeded, 0 failed, 0 errored, 0 timeout" in output, output[-1500:])
+    data = re.search(r"\((\d+)\) data", output)
     # gRPC's errors are HTTP's 200, without a body.
-    check(data is not None and int(data[1]) >= requests * given.IMAGE_BYTES, f"images are missing: {told[-1500:]}")
+    check(data is not None and int(data[1]) >= requests * given.IMAGE_BYTES, f"images are missing: {output[-1500:]}")
 
 
 def requests(target: Target) -> None:

@@ -25,14 +25,14 @@ def nghttp(target: Target, *flags: str) -> bytes:
 
 
 def check_ok(target: Target, *flags: str) -> None:
-    """See that each of a few calls at once is answered with OK."""
-    told = nghttp(target, "--verbose", "--null-out", f"--multiply={CALLS}", *flags).decode()
-    found = told.count(" grpc-status: 0\n")
-    check(found == CALLS, f"{found} of {CALLS} calls are OK: {told[-1000:]}")
+    """Check that each of a few calls at once is answered with OK."""
+    output = nghttp(target, "--verbose", "--null-out", f"--multiply={CALLS}", *flags).decode()
+    found = output.count(" grpc-status: 0\n")
+    check(found == CALLS, f"{found} of {CALLS} calls are OK: {output[-1000:]}")
 
 
 def pixels(target: Target) -> None:
-    check(target.pixels in (told := nghttp(target)), f"the pixels are not those that the SDK gets: {told[:1000]!r}")
+    check(target.pixels in (output := nghttp(target)), f"the pixels are not those that the SDK gets: {output[:1000]!r}")
 
 
 def table_0(target: Target) -> None:
