@@ -149,7 +149,7 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
             server.admin_address = serving["admin_address"] or ""
             server.transport = serving["transport"]
             yield server
-            server.settle("ganserve_connections", *IDLE)
+            server.settle(*IDLE)
         finally:
             process.kill()
             reader.join()
@@ -157,7 +157,8 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests over both transports."""
-    names = OVER_BOTH.get(metafunc.module.__name__.rpartition(".")[2], ())
+    folder, _, module = metafunc.module.__name__.rpartition(".")
+    names = OVER_BOTH.get(module, ()) if folder == "tests.server" else ()
     name = metafunc.function.__name__
     if "transport" in metafunc.fixturenames and (names is None or name in names):
         reason = NOT_OVER_GRPCIO.get(name)
