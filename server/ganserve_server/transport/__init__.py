@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from ganserve_server.transport.interface import Server
-
+# Not here: settings import this package, and grpc takes long to import, and reads its environment then.
 if TYPE_CHECKING:
     from ganserve_server.security import Security
+    from ganserve_server.transport.interface import Server
 
 
 def new_server(
@@ -18,7 +18,7 @@ def new_server(
     on_ended: Callable[[str], None] = lambda _: None,
     on_turned_away: Callable[[], None] = lambda: None,
     **options: Any,
-) -> Server:
+) -> "Server":
     """Return a server of a transport, with the options that both have. The other is not even imported."""
     if transport == "grpcio":  # its core says nothing of connections
         from ganserve_server.transport.grpcio_server import GrpcioServer
