@@ -39,6 +39,7 @@ from ganserve_server.lifecycle import ModelTable
 from ganserve_server.repository import load_version
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport.limits import Limits
 
 Start = Callable[..., RunningServer]
 MODELS = ("cdcgan-fashion-mnist", "cdcgan-mnist", "dcgan-mnist", "mlp-mnist")
@@ -400,8 +401,8 @@ async def serving(servicer: InferenceServicer | RepositoryServicer) -> AsyncIter
     server = GrpcServer(
         on_finished=lambda *_: None,
         on_refused=lambda *_: None,
-        max_connections=9,
-        max_streams=9,
+        on_internal_error=lambda *_: None,
+        limits=Limits(),
     )
     servicer.add_to(server)
     listening = socket.create_server(("127.0.0.1", 0))
