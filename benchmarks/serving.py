@@ -230,7 +230,7 @@ LAYERS = {
     "onnxruntime": ("onnxruntime/",),
     "latents": ("_latents (",),
     "HTTP/2": ("ganserve_server/transport/http2.py",),
-    "gRPC": ("ganserve_server/transport/grpc_server.py", "ganserve_server/transport/answering.py"),
+    "gRPC": tuple(f"ganserve_server/transport/{name}.py" for name in ("grpc_server", "call", "answering")),
     "checking and answering": ("ganserve_server/requests.py", "ganserve_server/servicer.py"),
     "scheduling": ("ganserve_server/batcher.py", "ganserve_server/scheduler.py"),
     "metrics": ("prometheus_client/", "ganserve_server/calls.py"),
