@@ -57,6 +57,7 @@ _KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
 _KEPT_WITH_CALL = 8192  # bytes of an open call: twice what was measured, for small objects are freed late
 _KEPT_METADATA_BYTES = 1024  # larger headers are forgotten once they are read, but for those below
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
+_FREELY_INFLATED_BYTES, _MOST_INFLATED = 256 << 10, 100  # a compressed message; more may be so many times as large
 _SMALL_ANSWER = 16 << 10
 _MESSAGES_A_LOOK = 64  # of a stream of requests, between two looks at the clock
 # Headers whose meaning is one value: two would be read otherwise by another program on the way.
@@ -374,14 +375,15 @@ class Http2Call(Stream):
             raise NotCompressed("a message is marked as compressed, and the header grpc-encoding names no compression")
         if bits is None:
             raise UnknownCompression(f"messages compressed by {self.head.encoding.decode('latin-1')} cannot be read")
-        most = self._most
+        # 4 KB would else become 4 MiB: 10 ms of the event loop, for every connection that sends it.
+        most = min(self._most, max(_FREELY_INFLATED_BYTES, _MOST_INFLATED * len(message)))
         inflate = zlib.decompressobj(bits)
         try:
             message = inflate.decompress(message, most + 1)
         except zlib.error as error:
             raise MalformedMessage("the message cannot be decompressed") from error
         if len(message) > most:
-            raise MessageTooLarge(f"the request is larger than max once decompressed ({most} bytes)")
+            raise MessageTooLarge(f"the request has more than {most} bytes once decompressed; send it uncompressed")
         if not inflate.eof:
             raise MalformedMessage("the compressed message is incomplete")
         return message
