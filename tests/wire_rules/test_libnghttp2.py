@@ -201,6 +201,16 @@ DIFFERENCES = {
     ),
     "DATA closed": Difference("stream", "nothing", "RFC 9113, 5.1: both are right", CLOSED, frame(DATA, 0, 1, b"x")),
     "DATA skipped": Difference("stream", "nothing", "as if it were closed", SKIPPED, frame(DATA, 0, 1, b"x")),
+    "padding closed": Difference(
+        "connection", "nothing", "RFC 9113, 6.1: an error of the connection", CLOSED, frame(DATA, PADDED, 1, b"\x04abc")
+    ),
+    "padding skipped": Difference(
+        "connection",
+        "nothing",
+        "RFC 9113, 6.1: an error of the connection",
+        SKIPPED,
+        frame(DATA, PADDED, 1, b"\x04abc"),
+    ),
     "HEADERS closed": Difference(
         "connection", "nothing", "RFC 9113, 5.1: an error of the connection", CLOSED, TRAILERS
     ),
@@ -505,7 +515,9 @@ class Client:
             flags, stream = self._draw(st.sampled_from(((0, self._stream()), (END_HEADERS, fresh))))
             padding = self._draw(st.integers(1, 255))
             payload = bytes((padding,)) + bytes(self._draw(st.integers(0, padding - 1)))
-            return Step(what, frame(HEADERS if flags else DATA, flags | PADDED, stream, payload))
+            if not flags:
+                return Step(f"padding {self._sides.state(stream)}", frame(DATA, PADDED, stream, payload))
+            return Step(what, frame(HEADERS, flags | PADDED, stream, payload))
         if what == "in a header block":
             return Step(what, frame(HEADERS, 0, fresh, block(CALL)) + self._draw(st.sampled_from(IN_A_BLOCK)))
         if what == "undecodable":
