@@ -76,15 +76,13 @@ def _stand_by(chosen: Attack, address: str, connections: int, end: float, outcom
     while time.monotonic() < end:
         while len(lines) < connections and outcome.connections < MOST_CONNECTIONS:
             try:
-                line = Line(address, end, **chosen.line)
-                outcome.connections += 1
-                chosen.run(line)
-                line.flush()
+                line = _stand(chosen, address, end)
             except (OSError, Cut):
                 outcome.refused += 1
                 break
             except Over:
                 break
+            outcome.connections += 1
             lines[line.socket.fileno()] = (time.monotonic(), line)
             poll.register(line.socket, select.POLLIN | select.POLLRDHUP)
         for descriptor, seen in poll.poll(100):
@@ -98,3 +96,15 @@ def _stand_by(chosen: Attack, address: str, connections: int, end: float, outcom
     for _, line in lines.values():
         outcome.sent_bytes += line.sent
         line.socket.close()
+
+
+def _stand(chosen: Attack, address: str, end: float) -> Line:
+    """Open a connection and send what the attack sends on it."""
+    line = Line(address, end, **chosen.line)
+    try:
+        chosen.run(line)
+        line.flush()
+    except BaseException:
+        line.socket.close()
+        raise
+    return line

@@ -335,12 +335,10 @@ async def test_acknowledgements_that_are_not_read_are_bounded(small: Callable[..
             granted(peer, 0, 1 << 30)
             for _ in range(20):
                 peer.start(str(MIB).encode(), head("/t.T/Answer"))
+            end = time.monotonic() + 60
             with pytest.raises(ConnectionError):  # noqa: PT012
-                for _ in range(9000):
+                while time.monotonic() < end:
                     peer.write(frame(PING, 0, 0, bytes(8)))
-                time.sleep(5)  # only the end of the connection can end this
-                peer.write(frame(PING, 0, 0, bytes(8)) * 2)
-                peer.write(frame(PING, 0, 0, bytes(8)) * 2)
 
     await aside(work)
 

@@ -702,6 +702,20 @@ def test_a_drain_answers_what_has_come_and_refuses_what_comes_later(start_server
     assert running.process.wait(timeout=10) == 0
 
 
+def test_a_drain_answers_what_a_slow_peer_sends_before_it_reads_that_it_should_not(
+    start_server: Start, pixels: bytes
+) -> None:
+    running = start_server()
+    with Peer(running.address) as peer:
+        peer.ping()
+        running.process.terminate()
+        peer.until(GOAWAY)
+        time.sleep(0.4)  # the peer stands still, as a client of a busy machine, before it answers the PING
+        late = peer.start(request())
+        assert peer.answer(late).images.pixels == pixels
+    assert running.process.wait(timeout=10) == 0
+
+
 def test_a_peer_that_greets_only_after_the_drain_has_begun_does_not_hold_it_up(start_server: Start) -> None:
     running = start_server("--drain-timeout-s", "3600")
     with Peer(running.address) as first, Peer(running.address, greet=False) as peer:
@@ -710,11 +724,10 @@ def test_a_peer_that_greets_only_after_the_drain_has_begun_does_not_hold_it_up(s
         running.process.terminate()
         peer.until(GOAWAY)
         peer.write(PREFACE + frame(SETTINGS, 0, 0))
-        while peer.read() is not None:
-            pass
+        for each in (first, peer):
+            while each.read() is not None:
+                pass
         assert {got.payload[4:8] for got in peer.seen if got.kind == GOAWAY} == {bytes(4)}
-        while first.read() is not None:
-            pass
     assert running.process.wait(timeout=10) == 0
 
 

@@ -64,7 +64,7 @@ MAX_STREAMS = 4
 UPLOAD_WINDOW = 50_000
 MAX_WINDOW = 2**31 - 1
 DEFAULT_WINDOW = 65535
-GRACE_S = 1.0  # after which a draining connection has said its last GOAWAY
+GRACE_S = 2.5  # after which a draining connection has said its last GOAWAY
 REQUEST, REQUEST_TRAILERS, ANSWER, TRAILERS = b"\x82", b"\x00\x01a\x01b", b"\x88", b"\x00\x01c\x01d"
 _RANDOM = random.Random(0).randbytes(1 << 20)
 PATTERN = memoryview(_RANDOM * 2)
@@ -485,6 +485,8 @@ class Peer:
                 self.upload_initial = dict(struct.iter_unpack(">HI", got.payload))[INITIAL_WINDOW_SIZE]
             elif got.kind == PING and got.flags & ACK:
                 assert got.payload == self.pings.popleft(), "a PING's answer is another's"
+            elif got.kind == PING and got.payload == b"no more!":
+                assert self.goaway_at == MAX_WINDOW, "a PING comes before GOAWAY"
             elif got.kind == PING:
                 assert self.goodbye is None, "two goodbyes"
                 self.goodbye = got.payload

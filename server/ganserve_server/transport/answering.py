@@ -1,15 +1,19 @@
-"""What every transport does in the same way: request ids, the status of an error, tasks, and grpc.aio's servicers."""
+"""What every transport does in the same way: methods, request ids, the status of an error, and tasks."""
 
 import asyncio
 import functools
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
 from ganserve_server.errors import ServingError, status_details
 from ganserve_server.transport.interface import Call, Method, RequestSink, read_message
+from ganserve_server.transport.limits import Limits
+from ganserve_server.workers import Board
+
+CallT = TypeVar("CallT")
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,64}")
@@ -86,10 +90,58 @@ async def _guarded(call: Call, work: Coroutine[Any, Any, None]) -> None:
         call.fail(error)
 
 
-def methods_of(
+class BaseServer(Generic[CallT]):
+    """The methods that a server leads calls to, and whom it tells of the calls.
+
+    Args:
+        on_finished: called at each call's end, with its status and text.
+        on_refused: called before it with the error, for those that end with one.
+        on_internal_error: called with an unexpected exception, which the caller does not get.
+        limits: what peers may have the server keep, do and wait for.
+        unawaited_services: whose calls are not for metrics, and are cut off by a drain.
+        board: where the workers that share the sockets, if there are others, tell their connections.
+        guard: finds a call's caller, at its headers, and raises a ServingError if it may not call; None: all may.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_finished: Callable[[CallT, grpc.StatusCode, str], None],
+        on_refused: Callable[[CallT, ServingError], None],
+        on_internal_error: Callable[[CallT, BaseException], None],
+        limits: Limits,
+        unawaited_services: Collection[str] = (),
+        board: Board | None = None,
+        guard: Callable[[CallT], None] | None = None,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.methods: dict[str, Method] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.limits, self.guard = limits, guard
+        self.on_refused, self.on_internal_error = on_refused, on_internal_error
+        self._on_finished, self._board = on_finished, board
+        self._unawaited_services = unawaited_services
+        self._draining = False
+
+    def add_method(self, path: str, method: Method) -> None:
+        """Answer calls of a path, such as /package.Service/Method."""
+        self.methods[path] = method
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Do nothing: generated code registers the same handlers by the next method too."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
+    ) -> None:
+        """Answer the methods of a servicer written for grpc.aio; of its context, it has a `Call`."""
+        for path, method in _methods_of(service, handlers, awaited=service not in self._unawaited_services):
+            self.methods.setdefault(path, method)
+
+
+def _methods_of(
     service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]", *, awaited: bool
 ) -> Iterator[tuple[str, Method]]:
-    """Yield path and method of each handler of a servicer written for grpc.aio; of its context, it has a `Call`."""
+    """Yield path and method of each handler."""
     for name, handler in handlers.items():
         if handler.request_streaming:
             method = Method(open=functools.partial(_open_stream, handler), awaited=awaited)

@@ -11,27 +11,26 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from socket import socket
 from typing import Any
 
 import grpc
 
-from ganserve_server.errors import ServingError, Unavailable
+from ganserve_server.errors import Unavailable
 from ganserve_server.machine import give_back_memory
-from ganserve_server.transport.answering import methods_of
+from ganserve_server.transport.answering import BaseServer
 from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
-from ganserve_server.transport.http2 import CANCEL, GOAWAY_GRACE_S, Connection
-from ganserve_server.transport.interface import Method
+from ganserve_server.transport.http2 import CANCEL, GOAWAY_TIMEOUT_S, Connection
 from ganserve_server.transport.limits import Limits
 from ganserve_server.transport.pools import Pool
 from ganserve_server.transport.turns import LoopTurns
-from ganserve_server.workers import Board, Turns
+from ganserve_server.workers import Turns
 
 _log = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 1.0
-_AGED_GRACE_S = 2 * GOAWAY_GRACE_S
+_AGED_GRACE_S = GOAWAY_TIMEOUT_S + 0.1
 _AGED_WRITE_TIMEOUT_S = 10.0  # of a connection that ends, for its age or for a drain
 _BACKLOG = 1024
 _YIELD_S = 0.001  # in which a worker with fewer connections takes the next
@@ -42,53 +41,38 @@ _IDLE_S = 1.0  # after which a connection makes place for another
 _GIVE_BACK_BYTES, _GIVE_BACK_EVERY_S = 32 << 20, 12.0
 
 
-class GrpcServer:
+class GrpcServer(BaseServer[Http2Call]):
     """Listens, and leads calls to methods.
 
     Args:
-        on_finished: called at each call's end, with its status and text.
-        on_refused: called before it with the error, for those that end with one.
-        on_internal_error: called with an unexpected exception, which the caller does not get.
         limits: what peers may have the server keep, do and wait for.
-        unawaited_services: whose calls are not for metrics, and are cut off by a drain.
-        board: where the workers that share the sockets, if there are others, tell their connections.
-        guard: finds a call's caller, at its headers, and raises a ServingError if it may not call; None: all may.
         tls: gives what a new connection is greeted with; None: plain text.
         on_tls_failure: called with the reason and the peer's address when it and this side do not agree on TLS.
         on_aged: called for each connection that is drained for its age, which is the limits' give or take a tenth: so
             that a load balancer's long-lived ones spread over replicas that were added.
         on_ended: called for each connection that is ended for another reason, with that: idle, crowded, unread.
         on_turned_away: called for each connection that is closed at once: there are too many.
+        options: `BaseServer`'s.
     """
 
     def __init__(
         self,
         *,
-        on_finished: Callable[[Http2Call, grpc.StatusCode, str], None],
-        on_refused: Callable[[Http2Call, ServingError], None],
-        on_internal_error: Callable[[Http2Call, BaseException], None],
         limits: Limits,
-        unawaited_services: Collection[str] = (),
-        board: Board | None = None,
-        guard: Callable[[Http2Call], None] | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
         on_tls_failure: Callable[[OSError, str], None] = lambda *_: None,
         on_aged: Callable[[], None] = lambda: None,
         on_ended: Callable[[str], None] = lambda _: None,
         on_turned_away: Callable[[], None] = lambda: None,
+        **options: Any,
     ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.methods: dict[str, Method] = {}
-        self.limits = limits
+        super().__init__(limits=limits, **options)
         self.requests = Pool(limits.request_bytes, limits.request_bytes_each)
         self.unguarded = Pool(limits.unguarded_bytes, limits.unguarded_bytes_each)
         self.answers = Pool(limits.answer_bytes, limits.answer_bytes_each, of_answers=True)
         self._loop_turns = LoopTurns(self.loop)
-        self._draining = False
         self.running = 0
-        self._on_finished, self.on_refused, self.on_internal_error = on_finished, on_refused, on_internal_error
-        self._unawaited_services = unawaited_services
-        self.guard, self._tls, self._on_tls_failure = guard, tls, on_tls_failure
+        self._tls, self._on_tls_failure = tls, on_tls_failure
         self._on_aged, self._on_ended, self._on_turned_away = on_aged, on_ended, on_turned_away
         self._connections: dict[Connection[Head], None] = {}  # oldest first
         self._empty = asyncio.Event()
@@ -96,9 +80,7 @@ class GrpcServer:
         self._listening: list[socket] = []
         self._accepted = 0  # sockets that are not closed yet
         self._handshakes: dict[asyncio.Task[None], None] = {}  # oldest first
-        self._board = board
-        self._turns = None if board is None else Turns(board)
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._turns = None if self._board is None else Turns(self._board)
         self._unused = 0  # connections without a call of late
         self._looking: asyncio.TimerHandle | None = None
         self._gave_back, self._give_back_again = 0.0, False  # by time.monotonic
@@ -115,20 +97,6 @@ class GrpcServer:
     def kept_bytes(self) -> dict[str, int]:
         """Return how many bytes the server keeps for its peers, by what they are."""
         return {"requests": self.requests.bytes, "unguarded": self.unguarded.bytes, "answers": self.answers.bytes}
-
-    def add_method(self, path: str, method: Method) -> None:
-        """Answer calls of a path, such as /package.Service/Method."""
-        self.methods[path] = method
-
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
-        """Do nothing: generated code registers the same handlers by the next method too."""
-
-    def add_registered_method_handlers(
-        self, service: str, handlers: Mapping[str, "grpc.RpcMethodHandler[Any, Any]"]
-    ) -> None:
-        """Answer the methods of a servicer written for grpc.aio; of its context, it has what `Http2Call` has."""
-        for path, method in methods_of(service, handlers, awaited=service not in self._unawaited_services):
-            self.methods.setdefault(path, method)
 
     def start(self, sockets: Iterable[socket]) -> None:
         """Listen on sockets that are bound.

@@ -12,27 +12,26 @@ import time
 import urllib.parse
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from socket import AF_INET6, socket
 from typing import Any, NoReturn, cast
 
 import grpc
 
-from ganserve_server.errors import MessageTooLarge, ServingError, Unavailable
+from ganserve_server.errors import MessageTooLarge, Unavailable
 from ganserve_server.tls import Pem
 from ganserve_server.transport.answering import (
     REQUEST_ID_KEY,
     Aborted,
     AnswersUnread,
+    BaseServer,
     NoSuchMethod,
-    methods_of,
     outcome,
     request_id_of,
     spawn,
 )
 from ganserve_server.transport.interface import Caller, Method, Work
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
-from ganserve_server.workers import Board
 
 _log = logging.getLogger(__name__)
 
@@ -276,50 +275,28 @@ class GrpcioCall:
             on_cancel()
 
 
-class GrpcioServer(grpc.GenericRpcHandler):
-    """Listens, and leads calls to methods. Its arguments are `GrpcServer`'s, as far as grpcio's core can keep to them.
+class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
+    """Listens, and leads calls to methods. Workers share the port by SO_REUSEPORT.
 
     Args:
-        on_finished: called at each call's end, with its status and text.
-        on_refused: called before it with the error, for those that end with one.
-        on_internal_error: called with an unexpected exception, which the caller does not get.
         limits: of these, connections, streams, age, and the sizes of requests, headers and unread answers.
-        unawaited_services: whose calls are not for metrics, and are cut off by a drain.
-        board: where workers tell their connections and calls; with it, they share the port by SO_REUSEPORT.
-        guard: finds a call's caller, at its headers, and raises a ServingError if it may not call; None: all may.
         tls: gives certificate, key and authorities, read at each new connection; None: plain text.
+        options: `BaseServer`'s.
     """
 
-    def __init__(
-        self,
-        *,
-        on_finished: Callable[[GrpcioCall, grpc.StatusCode, str], None],
-        on_refused: Callable[[GrpcioCall, ServingError], None],
-        on_internal_error: Callable[[GrpcioCall, BaseException], None],
-        limits: Limits,
-        unawaited_services: Collection[str] = (),
-        board: Board | None = None,
-        guard: Callable[[GrpcioCall], None] | None = None,
-        tls: Callable[[], Pem] | None = None,
-    ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.methods: dict[str, Method] = {}
-        self.guard, self.on_refused, self.on_internal_error = guard, on_refused, on_internal_error
-        self.limits = limits
+    def __init__(self, *, limits: Limits, tls: Callable[[], Pem] | None = None, **options: Any) -> None:
+        super().__init__(limits=limits, **options)
         self.backlog_bytes = 0
-        self.tasks: set[asyncio.Task[None]] = set()
-        self._on_finished, self._board, self._tls = on_finished, board, tls
-        self._unawaited_services = unawaited_services
+        self._tls = tls
         self._calls: set[GrpcioCall] = set()
         self._peers: Counter[str] = Counter()  # of calls that run
         self._taken = 0
-        self._draining = False
         self.answering = asyncio.Event()  # not set while what came is taken, before the core stops
         self.answering.set()
         self._bound: list[socket] = []
         self._starting: asyncio.Task[None] | None = None
-        options = [
-            ("grpc.so_reuseport", int(board is not None)),
+        arguments = [
+            ("grpc.so_reuseport", int(self._board is not None)),
             ("grpc.max_allowed_incoming_connections", limits.max_connections),
             ("grpc.max_concurrent_streams", limits.max_streams),
             ("grpc.max_receive_message_length", limits.max_request_bytes),
@@ -331,10 +308,10 @@ class GrpcioServer(grpc.GenericRpcHandler):
             ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
         ]
         if limits.max_connection_age_s:
-            options.append(("grpc.max_connection_age_ms", max(1, round(limits.max_connection_age_s * 1000))))
+            arguments.append(("grpc.max_connection_age_ms", max(1, round(limits.max_connection_age_s * 1000))))
         if limits.idle_timeout_s:
-            options.append(("grpc.max_connection_idle_ms", max(1, round(limits.idle_timeout_s * 1000))))
-        self._server = grpc.aio.server(handlers=[self], options=options)
+            arguments.append(("grpc.max_connection_idle_ms", max(1, round(limits.idle_timeout_s * 1000))))
+        self._server = grpc.aio.server(handlers=[self], options=arguments)
 
     @property
     def load(self) -> tuple[int, int]:
@@ -352,20 +329,6 @@ class GrpcioServer(grpc.GenericRpcHandler):
             for name, value in handler_call_details.invocation_metadata or ()
         }
         return GrpcioCall(self, handler_call_details.method, metadata).handler()
-
-    def add_method(self, path: str, method: Method) -> None:
-        """Answer calls of a path, such as /package.Service/Method."""
-        self.methods[path] = method
-
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
-        """Do nothing: generated code registers the same handlers by the next method too."""
-
-    def add_registered_method_handlers(
-        self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
-    ) -> None:
-        """Answer the methods of a servicer written for grpc.aio."""
-        for path, method in methods_of(service, handlers, awaited=service not in self._unawaited_services):
-            self.methods.setdefault(path, method)
 
     def start(self, sockets: Iterable[socket]) -> None:
         """Listen where sockets are bound: grpcio binds its own beside them, and they keep the port until the drain.

@@ -57,8 +57,10 @@ _CACHED_BLOCKS = 8
 _CACHED_BLOCK_BYTES, _CACHED_BLOCK_FIELDS = 512, 16
 _GRANT_AFTER = 16384  # bytes done with, before the peer is told: a frame a message would cost more than the message
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, tries
-GOAWAY_GRACE_S = 0.1  # for streams that were opened before the peer read that it should open none
-_GOODBYE = b"goodbye!"  # of the last PING
+# For streams that were opened before the peer read that it should open none: after its answer to the PING behind the
+# first GOAWAY, and for a peer that does not answer.
+_GOAWAY_GRACE_S, GOAWAY_TIMEOUT_S = 0.1, 2.0
+_NO_MORE, _GOODBYE = b"no more!", b"goodbye!"  # of the PINGs behind the first GOAWAY, and before the end
 _KEPT_CLOSED = 128  # streams that this side reset, whose late frames are no error
 _KEPT_SKIPPED = 16
 _FRAMES_A_TURN = 64
@@ -471,8 +473,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             return
         self._goaway_at = MAX_WINDOW
         # In two steps, as RFC 9113, 6.8 advises: streams that are on their way now will be answered.
-        self._write(frame(GOAWAY, 0, 0, struct.pack(">II", MAX_WINDOW, NO_ERROR)))
-        self._drain_timer = self._loop.call_later(GOAWAY_GRACE_S, self._stop_streams)
+        self._write(frame(GOAWAY, 0, 0, struct.pack(">II", MAX_WINDOW, NO_ERROR)) + frame(PING, 0, 0, _NO_MORE))
+        self._drain_timer = self._loop.call_later(GOAWAY_TIMEOUT_S, self._stop_streams)
 
     def end_later(self, age_s: float, end: "Callable[[Connection[HeadT]], None]") -> None:
         """Call `end` with the connection at that age, unless it is over."""
@@ -743,6 +745,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._control(frame(PING, ACK, 0, payload))
         elif payload == _GOODBYE:
             self.close()
+        elif payload == _NO_MORE and self._goaway_at == MAX_WINDOW and self._drain_timer is not None:
+            end = self._loop.time() + _GOAWAY_GRACE_S
+            if end < self._drain_timer.when():  # not again for each further answer
+                self._drain_timer.cancel()
+                self._drain_timer = self._loop.call_at(end, self._stop_streams)
 
     def _on_window_update(self, stream_id: int, flags: int, payload: bytes) -> None:
         if len(payload) != 4:
