@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ from ganserve_server.transport import new_server
 from ganserve_server.workers import Parent
 
 _log = logging.getLogger(__name__)
+
+# Python's 5 ms would be waited for at each step of a batch whose thread needs the interpreter while a burst of frames
+# keeps the event loop busy.
+_SWITCH_INTERVAL_S = 0.001
 
 
 async def serve_models(
@@ -102,6 +107,7 @@ async def serve_models(
     # What is there by now stays. To look through it again and again took a fifth of the time of a call.
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     if parent:
         parent.tell(facts)
         following = asyncio.create_task(parent.follow(stop, functools.partial(_answer, lifecycle, security)))
