@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -209,6 +209,7 @@ class _Lane:
         self._turn = turn
         self._callers: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self.images = 0
+        self.images_of: dict[Hashable, int] = {}  # by caller
         self.jobs = 0
 
     def put(self, job: Job) -> None:
@@ -216,18 +217,33 @@ class _Lane:
         if jobs is None:
             jobs = self._callers[job.caller] = deque()
         jobs.append(job)
-        self.images += job.count
+        self._count(job.caller, job.count)
         self.jobs += 1
 
     def drop(self, job: Job) -> None:
         """Leave a job out of the count; it is passed over when its turn comes."""
-        self.images -= job.count - job.taken
+        self._count(job.caller, job.taken - job.count)
         self.jobs -= 1
         jobs = self._callers.get(job.caller)
         if jobs is not None and jobs and jobs[0] is job:
             jobs.popleft()
             if not jobs:
                 del self._callers[job.caller]
+
+    def _count(self, caller: Hashable, more: int) -> None:
+        """Add to the images that wait, and to those of a caller."""
+        self.images += more
+        if images := self.images_of.get(caller, 0) + more:
+            self.images_of[caller] = images
+        else:
+            del self.images_of[caller]
+
+    def newest(self, caller: Hashable) -> Job | None:
+        """Return the last job that a caller queued, if none of it is in a batch and the queue's limit counts it."""
+        jobs = self._callers.get(caller)
+        while jobs and jobs[-1].over:
+            jobs.pop()
+        return jobs[-1] if jobs and jobs[-1].counted and not jobs[-1].taken else None
 
     def images_before(self, caller: Hashable) -> float:
         """Return how many go before a caller's new job at most, if the others go on sending such as wait now."""
@@ -255,7 +271,7 @@ class _Lane:
                 whole = stop - start == job.count
                 batch.append(Part(job, start, job.draw if whole else job.draw.part(start, stop)))
                 job.taken = stop
-                self.images -= stop - start
+                self._count(caller, start - stop)
                 left -= stop - start
                 if stop == job.count:
                     self.jobs -= 1
@@ -331,7 +347,7 @@ class Batcher:
             tally: of the call, where it may have several draws.
 
         Raises:
-            QueueFull: too many images wait already.
+            QueueFull: too many images wait already, and no other caller has more of them.
             DeadlineTooShort: by what images took so far, it would be done only after the deadline, for what waits.
             DeadlineExceeded: it would be so even if nothing waited.
         """
@@ -340,12 +356,13 @@ class Batcher:
         if bulk:
             lane = self._bulk
         # An empty queue takes any request: one that is larger than the bound would else be refused for ever.
-        if not accepted and self._counted_images and self._counted_images + count > self._max_queue_images:
-            raise QueueFull(
-                f"the queue of model {self.model.name} holds {self._max_queue_images} images and has no room for "
-                f"{count} more; try again later",
-                retry_after_s=waiting * self._pace_s,
-            )
+        if (
+            not accepted
+            and self._counted_images
+            and self._counted_images + count > self._max_queue_images
+            and not self._make_room(caller, count, (self._bulk,) if bulk else (self._bulk, self._large, self._small))
+        ):
+            raise self._full(count)
         if deadline is not None and not accepted and (waiting or self._running_images):
             # In turn, no job that waits goes before this one with more images than this one has.
             jobs = self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)
@@ -376,6 +393,35 @@ class Batcher:
         self._tell_waiting()
         self._scheduler.wake(self)
         return job
+
+    def _full(self, count: int) -> QueueFull:
+        return QueueFull(
+            f"the queue of model {self.model.name} holds {self._max_queue_images} images and has no room for "
+            f"{count} more; try again later",
+            retry_after_s=self.waiting * self._pace_s,
+        )
+
+    def _make_room(self, caller: Hashable, count: int, lanes: "tuple[_Lane, ...]") -> bool:
+        """Refuse the newest jobs of the callers with the most images, for one that has less than its share."""
+        own = sum(lane.images_of.get(caller, 0) for lane in lanes) + count
+        # Under overload thousands of requests a second are refused: nearly all of them here, by two sums.
+        callers = max(len(lane.images_of) for lane in lanes) + (own == count)
+        if own > self._max_queue_images // callers:
+            return False
+        images: Counter[Hashable] = Counter()
+        for lane in lanes:
+            images.update(lane.images_of)
+        while self._counted_images + count > self._max_queue_images:
+            largest, most = images.most_common(1)[0] if images else (caller, 0)
+            if most <= own:
+                return False
+            job = next(filter(None, (lane.newest(largest) for lane in lanes)), None)
+            if job is None:
+                del images[largest]
+                continue
+            images[largest] -= job.count
+            job.fail(self._full(job.count))
+        return True
 
     async def make(
         self,

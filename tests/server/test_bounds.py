@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 import trustme
+from benchmarks.worst_case import fill_connection
 from hpack import Encoder
 from tests.conftest import RunningServer
 from tests.server.test_http2 import granted, memory_kib, setting
@@ -49,7 +50,6 @@ from ganserve_server.errors import Unauthenticated
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport import grpc_server
 from ganserve_server.transport.grpc_server import GrpcServer
-from ganserve_server.transport.http2 import literal
 from ganserve_server.transport.interface import Call, Method, RequestSink
 from ganserve_server.transport.limits import Limits
 
@@ -732,25 +732,13 @@ def test_the_page_has_the_bounds_of_the_defaults_which_fit_in_a_gibibyte() -> No
 
 def test_a_connection_keeps_no_more_than_the_page_says(start_server: Start) -> None:
     running = start_server()
-    fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/x"), (b"content-type", b"text/html")]
-    request_ = b"".join(literal(name, value) for name, value in fields)
     with Peer(running.address) as peer:
         peer.call(request())
     before = memory_kib(running)
     with ExitStack() as peers:
         connections = [peers.enter_context(Peer(running.address)) for _ in range(200)]
         for peer in connections:
-            # The header table's 4 KiB, in entries of its least size, and all headers that are remembered.
-            peer.head([*head("/x"), *((f"{number:x}", "") for number in range(100))], END_HEADERS | END_STREAM)
-            for number in range(8):
-                block = request_ + b"".join(literal(b"%c" % letter, b"%d" % number) for letter in range(97, 109))
-                peer.send(HEADERS, END_HEADERS | END_STREAM, peer.new_id(), block + literal(b"z", bytes(b"v" * 400)))
-            peer.ping()
-            stream = peer.new_id()
-            peer.send(HEADERS, 0, stream, bytes(16_000))
-            for _ in range(3):
-                peer.send(CONTINUATION, 0, stream, bytes(16_000))
-            peer.write(frame(CONTINUATION, 0, stream, bytes(16_384))[:-1])
+            fill_connection(peer)
         # All of it is read once a later connection's request is answered.
         with Peer(running.address) as last:
             for _ in range(20):
