@@ -5,6 +5,7 @@ import gzip
 import os
 import socket
 import ssl
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
@@ -344,6 +345,66 @@ async def test_acknowledgements_that_are_not_read_are_bounded(small: Callable[..
 
 
 # Time.
+
+
+async def test_the_largest_message_fits_the_window_after_one_that_is_not_granted_again(
+    small: Callable[..., Small],
+) -> None:
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            values = dict(struct.iter_unpack(">HI", peer.until(SETTINGS).payload))
+            # Of a message of 16,383 bytes nothing is granted yet; the next has 5 bytes of prefix.
+            assert values[INITIAL_WINDOW_SIZE] - 16383 >= Limits().max_request_bytes + 5
+
+    await aside(work)
+
+
+async def test_places_are_counted_off_once_whenever_a_handshake_is_cancelled(small: Callable[..., Small]) -> None:
+    """Counted off twice, they let in any number of connections; never, none."""
+    server = small(max_connections=20)
+    host, _, port = server.address.rpartition(":")
+    with ExitStack() as peers:
+        for _ in range(8):
+            for _ in range(60):
+                peer = peers.enter_context(socket.socket())
+                peer.setblocking(False)
+                peer.connect_ex((host, int(port)))
+            async with asyncio.timeout(60):
+                while server.server.load[0] != 20:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+    async with asyncio.timeout(60):
+        while server.server.load[0]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    def work() -> None:
+        with ExitStack() as busy:
+            for _ in range(20):
+                peer = busy.enter_context(Peer(server.address))
+                peer.start(b"", head("/t.T/Hold"))
+                peer.ping()
+            with Peer(server.address) as late, pytest.raises((ConnectionError, AssertionError)):
+                late.ping()
+
+    await aside(work)
+
+
+async def test_what_is_left_of_an_answer_keeps_no_more_than_itself(small: Callable[..., Small]) -> None:
+    server = small()
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: MIB - 100}) as peer:
+
+        def read() -> None:
+            granted(peer, 0, 64 * MIB)
+            peer.start(str(MIB).encode(), head("/t.T/Answer"))
+            while len(peer.answers.get(1, Answer()).data) < MIB - 100:
+                assert peer.read() is not None
+
+        await aside(read)
+        (connection,) = server.server._connections
+        (stream,) = connection.streams.values()
+        assert stream.waiting is not None
+        assert [type(part) for part in stream.waiting] == [bytes]  # a view would keep all
 
 
 async def test_a_request_has_a_time_to_come(small: Callable[..., Small]) -> None:

@@ -255,6 +255,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._flushing = False
         self._writable = True
         self._control_bytes = 0  # written while it takes no more
+        self._below: asyncio.WriteTransport | None = None  # TLS's own
         self._output = Holding(answers, self, self.abandon)  # that buffer, while the peer does not read
         # Ends.
         self._goaway_at: int | None = None  # no stream above this is answered
@@ -295,9 +296,9 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             setattr(transport, "max_size", READ_BYTES)  # noqa: B010 (not of the abstract class)
         if hasattr(transport, "set_read_buffer_limits"):  # TLS
             transport.set_read_buffer_limits(high=READ_BYTES)
-        below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
-        if isinstance(below, asyncio.WriteTransport):
-            below.set_write_buffer_limits(high=1, low=0)
+        self._below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
+        if self._below is not None:
+            self._below.set_write_buffer_limits(high=1, low=0)
         with contextlib.suppress(OSError):  # the peer is gone already; connection_lost comes next
             # A peer that was switched off says no goodbye, and would count as a connection for ever.
             connected = transport.get_extra_info("socket")
@@ -347,12 +348,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     def pause_writing(self) -> None:
         """Let answers wait: the peer does not read."""
         self._writable = False
-        self._output.resize(self.transport.get_write_buffer_size())
+        self._output.resize(self._buffered())
 
     def resume_writing(self) -> None:
         """Send what waits."""
         self._writable, self._control_bytes = True, 0
-        self._output.resize(0)
+        self._output.resize(self._buffered())
         self._send_waiting()
 
     # What LoopTurns call.
@@ -504,10 +505,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         """Take note of what the peer did since the last look: of streams that it opened, and of output that it read."""
         if busy or self._last_id != self._last_id_seen:
             self._last_id_seen, self.idle_since = self._last_id, now
-        if self._output.size:
-            size, unread = self.transport.get_write_buffer_size(), self._unread()
-            if size < self._output.size or unread != self._unread_seen:
-                self._output.resize(size)
+        size = self._buffered()
+        if size or self._output.size:
+            unread = self._unread()
+            progress = size < self._output.size or unread != self._unread_seen
+            self._output.resize(size)
+            if progress:
                 self._output.progress()
             self._unread_seen = unread
 
@@ -882,7 +885,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             if not self.transport.is_closing():
                 self.transport.write(data)
                 if not self._writable:
-                    self._output.resize(self.transport.get_write_buffer_size())
+                    self._output.resize(self._buffered())
 
     def _control(self, data: bytes) -> None:
         """Answer a control frame, unless the peer asks for more answers than it reads."""
@@ -954,6 +957,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             return
         self._unread_seen = unread
         self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self._abort_unread)
+
+    def _buffered(self) -> int:
+        """Return how many bytes of output wait for the kernel."""
+        size = self.transport.get_write_buffer_size()
+        return size if self._below is None else size + self._below.get_write_buffer_size()
 
     def _unread(self) -> int:
         """Return how many bytes the peer has not acknowledged, of those that the kernel has."""
