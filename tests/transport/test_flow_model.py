@@ -803,7 +803,7 @@ def turns_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same actions have the same outcome, on a busy machine too: turns end after a number of frames alone."""
     monkeypatch.setattr(turns, "_SLICE_S", math.inf)
     monkeypatch.setattr(turns, "_ITERATION_S", math.inf)
-    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: 0.0, thread_time=lambda: 0.0))
 
 
 def test_flow_control_is_as_the_model_says() -> None:
