@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -49,7 +50,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.bounds import CONNECTION_BYTES, page, worst_case_bytes
 from ganserve_server.errors import Unauthenticated
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport import grpc_server
+from ganserve_server.transport import grpc_server, http2, pools
 from ganserve_server.transport.grpc_server import GrpcServer
 from ganserve_server.transport.interface import Call, Method, RequestSink
 from ganserve_server.transport.limits import Limits
@@ -274,7 +275,58 @@ def test_metadata_of_open_calls_is_not_kept(start_server: Start) -> None:
         assert memory_kib(running) - before < 40 * KIB
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time by which pools weigh what they keep."""
+    now = [0.0]
+    monkeypatch.setattr(pools, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
 # Memory: answers.
+
+
+async def test_an_answer_that_is_read_is_kept_rather_than_a_smaller_one_that_is_not(
+    small: Callable[..., Small], clock: list[float]
+) -> None:
+    server = small(answer_bytes=MIB, answer_bytes_each=MIB)
+
+    def work() -> None:
+        with (
+            deaf(server.address, 400 * KIB) as slow,
+            deaf(server.address, 300 * KIB) as hoarder,
+        ):
+            clock[0] = 10
+            granted(slow, 1, 1000)
+            slow.until(DATA)
+            clock[0] = 11
+            with deaf(server.address, 400 * KIB) as third:
+                assert hoarder.answer(1).reset is not None or hoarder.answer(1).status == RESOURCE_EXHAUSTED
+                for peer in (slow, third):
+                    granted(peer, 0, MIB)
+                    granted(peer, 1, MIB)
+                    assert peer.answer(1).status == OK
+
+    await aside(work)
+
+
+async def test_pings_between_answers_are_not_counted(
+    small: Callable[..., Small], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients in Go send one for each round trip, while data comes."""
+    monkeypatch.setattr(http2, "IDLE_FRAMES", (10, 0.1))
+    server = small()
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            for _ in range(50):
+                assert ask(peer, b"5").status == OK
+                peer.ping()
+            with pytest.raises((ConnectionError, AssertionError)):  # noqa: PT012
+                for _ in range(50):
+                    peer.ping()
+
+    await aside(work)
 
 
 async def test_answers_that_are_not_read_take_no_room_of_others(small: Callable[..., Small]) -> None:
