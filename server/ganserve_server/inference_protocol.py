@@ -4,10 +4,11 @@ Limits, checks and batches are GenerationService's; what differs is how tensors 
 """
 
 import importlib.metadata
+import itertools
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,13 @@ from numpy.typing import NDArray
 from ganserve_server.administration import check_repository
 from ganserve_server.batcher import Batcher, Made
 from ganserve_server.engine import Draw
-from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
+from ganserve_server.errors import (
+    InvalidRequest,
+    MalformedMessage,
+    MessageTooLarge,
+    PermissionDenied,
+    ServingError,
+)
 from ganserve_server.health import SERVING, HealthServicer
 from ganserve_server.inference import grpc_service_pb2 as pb
 from ganserve_server.lifecycle import ModelTable
@@ -52,6 +59,25 @@ _SEEDS = {
     "INT64": ("<i8", "int64_contents"),
 }
 _INPUTS = {"latent": _FLOATS, "seed": _SEEDS, "label": _LABELS}
+# What a request may have of each, so that no request takes the event loop for long.
+_MAX_INPUTS, _MAX_OUTPUTS, _MAX_PARAMETERS, _MAX_ID_BYTES = len(_INPUTS), 3, 16, 1024
+_TOLD = 8  # numbers of a shape in an error
+# protobuf takes up to 2 µs for two bytes of a message: for this many about 2 ms. Of larger messages a scan comes first.
+_FREELY_PARSED_BYTES = 16 << 10
+_BYTES_PER_IMAGE = 20  # a seed and a label, each a varint
+_MAX_SCANNED_FIELDS = 256
+_VARINT, _FIXED64, _FIXED32 = 0, 1, 5  # protobuf's other wire types
+_MAX_VARINT_BYTES = 10
+# By number, the fields in which the scan looks for fields, and what it finds there; None: numbers that are only copied.
+_Fields = Mapping[int, "_Fields | None"]
+_SCANNED: _Fields = {
+    pb.ModelInferRequest.INPUTS_FIELD_NUMBER: {
+        pb.ModelInferRequest.InferInputTensor.CONTENTS_FIELD_NUMBER: {
+            pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER: None
+        }
+    },
+    pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER: None,
+}
 _NOT_HERE = (
     "models are not loaded or unloaded by calls to this address, but to the server's --admin-address; "
     "or add a version to the repository's folder, or remove it"
@@ -83,7 +109,7 @@ class InferenceServicer:
         handlers = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 getattr(self, method.name),
-                request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
+                request_deserializer=_bounded(message_factory.GetMessageClass(method.input_type).FromString),
                 response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
             )
             for method in _DESCRIPTOR.methods
@@ -93,14 +119,15 @@ class InferenceServicer:
 
     def _model_infer(self, call: Call, content: bytes) -> None:
         """Make all images, then answer. No task: one costs as much as a small model's image."""
-        request = read_message(pb.ModelInferRequest.FromString, content)
+        request = self.read(content)
         batcher, draw, options = self.check(request, call)
+        request_id = request.id  # alone: the request's tensors may have megabytes
 
         def done(made: Made | ServingError) -> None:
             if isinstance(made, ServingError):
                 call.fail(made)
             else:
-                call.reply(_respond(request, batcher.model, made))
+                call.reply(_respond(request_id, batcher.model, made))
 
         deadline = _earlier(call.deadline, options.deadline)
         call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=deadline, bulk=options.bulk)
@@ -110,6 +137,16 @@ class InferenceServicer:
         """Answer each request of a stream, in order."""
         return _InferStream(self, call).sink
 
+    def read(self, content: bytes) -> pb.ModelInferRequest:
+        """Read a request, if that does not take long.
+
+        Raises:
+            ServingError: it is none, or one of too many parts.
+        """
+        if len(content) > _FREELY_PARSED_BYTES:
+            _scan(content, _FREELY_PARSED_BYTES + _BYTES_PER_IMAGE * self._settings.max_images_per_request)
+        return read_message(pb.ModelInferRequest.FromString, content)
+
     def check(self, request: pb.ModelInferRequest, call: Call) -> "tuple[Batcher, Draw, _Options]":
         """Find the model, and check the request and its caller's rate.
 
@@ -117,6 +154,7 @@ class InferenceServicer:
             ServingError: it cannot be answered.
         """
         batcher = self._find(request.model_name, request.model_version, call)
+        _check_counts(request)
         options = _options(request)
         limit = images_limit(batcher.model, self._settings.max_images_per_request)
         draw = _draw(request, batcher.model, limit, options.truncation)
@@ -211,28 +249,119 @@ class _InferStream(RequestStream):
 
     def take(self, content: bytes) -> Turn:
         """Read, check and queue a request."""
-        turn, request = Turn(), pb.ModelInferRequest()
+        turn, request_id = Turn(), ""
         try:
-            request = read_message(pb.ModelInferRequest.FromString, content)
+            request = self._servicer.read(content)
+            request_id = request.id
             batcher, draw, options = self._servicer.check(request, self._call)
 
             def done(made: Made | ServingError) -> None:
                 if isinstance(made, ServingError):
-                    turn.answer = _stream_error(request, made)
+                    turn.answer = _stream_error(request_id, made)
                 else:
-                    turn.answer = embedded(_RESPONSE_TAG, _respond(request, batcher.model, made, _FINAL))
+                    turn.answer = embedded(_RESPONSE_TAG, _respond(request_id, batcher.model, made, _FINAL))
 
             deadline = _earlier(self._call.deadline, options.deadline)
             self.submit([turn], batcher, draw, done, deadline=deadline, bulk=options.bulk)
             turn.pixel_bytes = draw.count * batcher.model.pixel_bytes
         except ServingError as error:
-            turn.answer = _stream_error(request, error)
+            turn.answer = _stream_error(request_id, error)
         return turn
 
 
-def _stream_error(request: pb.ModelInferRequest, error: ServingError) -> bytes:
-    response = pb.ModelInferResponse(id=request.id, parameters=_FINAL)  # the id says which request failed
+def _stream_error(request_id: str, error: ServingError) -> bytes:
+    if len(request_id.encode()) > _MAX_ID_BYTES:
+        request_id = ""
+    response = pb.ModelInferResponse(id=request_id, parameters=_FINAL)  # the id says which request failed
     return pb.ModelStreamInferResponse(error_message=str(error), infer_response=response).SerializeToString()
+
+
+def _bounded(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a function that reads only messages that protobuf reads in little time."""
+
+    def read_small(content: bytes) -> Any:
+        if len(content) > _FREELY_PARSED_BYTES:
+            raise MessageTooLarge(
+                f"the request has {len(content)} bytes; one of this method may have {_FREELY_PARSED_BYTES}"
+            )
+        return read(content)
+
+    return read_small
+
+
+def _scan(content: bytes, most_bytes: int) -> None:
+    """Refuse a large ModelInferRequest that protobuf would take long to read: one of thousands of small parts.
+
+    Args:
+        content: the request, serialised.
+        most_bytes: how many it may have beside the contents of raw_input_contents and fp32_contents.
+
+    Raises:
+        ServingError: it has more, or more fields than are scanned, or is no message.
+    """
+    found, copied_bytes = 0, 0
+    parts = [(0, len(content), _SCANNED)]
+    while parts:
+        position, end, known = parts.pop()
+        while position < end:
+            found += 1
+            if found > _MAX_SCANNED_FIELDS:
+                raise InvalidRequest(
+                    "inputs",
+                    f"the request has {len(content)} bytes and more than {_MAX_SCANNED_FIELDS} fields, which only one "
+                    f"of up to {_FREELY_PARSED_BYTES} bytes may have; send numbers in raw_input_contents, or packed",
+                )
+            tag, position = _varint(content, position)
+            number, kind = tag >> 3, tag & 7
+            size = 0
+            if kind == _LENGTH_DELIMITED:
+                size, position = _varint(content, position)
+                if number in known:
+                    inner = known[number]
+                    if inner is None:
+                        copied_bytes += size
+                    else:
+                        parts.append((position, position + size, inner))
+            elif kind == _VARINT:
+                _, position = _varint(content, position)
+            elif kind in (_FIXED64, _FIXED32):
+                size = 8 if kind == _FIXED64 else 4
+            else:
+                raise MalformedMessage("the request has a group; this method's messages have none")
+            position += size
+            if position > end:
+                raise MalformedMessage("the request ends within a field")
+    if (rest := len(content) - copied_bytes) > most_bytes:
+        raise InvalidRequest(
+            "inputs",
+            f"the request has {rest} bytes beside raw_input_contents and fp32_contents; {most_bytes} are allowed here",
+        )
+
+
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    """Read a number; return it and the position after it."""
+    value = 0
+    for index, byte in enumerate(content[position : position + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            return value, position + index + 1
+    raise MalformedMessage("the request has a number that does not end")
+
+
+def _check_counts(request: pb.ModelInferRequest) -> None:
+    """Check how many parts a request has, before any loop over them."""
+    if (count := len(request.inputs)) > _MAX_INPUTS:
+        raise _too_many("inputs", count, _MAX_INPUTS)
+    if (count := len(request.outputs)) > _MAX_OUTPUTS:
+        raise _too_many("outputs", count, _MAX_OUTPUTS)
+    if (count := len(request.parameters)) > _MAX_PARAMETERS:
+        raise _too_many("parameters", count, _MAX_PARAMETERS)
+    if (size := len(request.id.encode())) > _MAX_ID_BYTES:
+        raise InvalidRequest("id", f"the id has {size} bytes; it may have {_MAX_ID_BYTES}")
+
+
+def _too_many(field: str, count: int, most: int) -> InvalidRequest:
+    return InvalidRequest(field, f"the request has {count} {field}; it may have {most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,15 +413,14 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
         if output.name != _OUTPUT:
             raise InvalidRequest("outputs", f"there is no output {output.name!r}; there is {_OUTPUT}")
         _check_no_parameters(output.name, output.parameters)
-    tensors = _tensors(request, model)
+    tensors = _tensors(request, model, limit)
     latents, seeds, labels = tensors.get("latent"), tensors.get("seed"), tensors.get("label")
     given = seeds if latents is None else latents
     if given is None or (latents is not None and seeds is not None):
         raise InvalidRequest("inputs", f"model {model.name} takes one of the inputs latent and seed")
     count = len(given)
-    if not 1 <= count <= limit:
-        name = "seed" if latents is None else "latent"
-        raise InvalidRequest(name, f"{name} is for {count} images; one call may ask for 1 to {limit} images here")
+    if not count:
+        raise _wrong_count("seed" if latents is None else "latent", count, limit)
     if latents is not None:
         latents = scaled(latents, truncation, "latent")
         if labels is None and model.classes:
@@ -309,8 +437,12 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
     return Draw(count, seeds, latents, labels, truncation)
 
 
-def _tensors(request: pb.ModelInferRequest, model: ModelVersion) -> dict[str, NDArray[Any]]:
-    """Read the inputs: latent [n, latent_dim], seed and label [n]."""
+def _wrong_count(name: str, count: int, limit: int) -> InvalidRequest:
+    return InvalidRequest(name, f"{name} is for {count} images; one call may ask for 1 to {limit} images here")
+
+
+def _tensors(request: pb.ModelInferRequest, model: ModelVersion, limit: int) -> dict[str, NDArray[Any]]:
+    """Read the inputs: latent [n, latent_dim], seed and label [n], with n up to the limit."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest(
@@ -333,17 +465,35 @@ def _tensors(request: pb.ModelInferRequest, model: ModelVersion) -> dict[str, ND
         if raw and tensor.HasField("contents"):
             raise InvalidRequest(name, f"{name} has contents, but the request has raw_input_contents; send one of them")
         _check_shape(name, tensor.shape, model)
+        if tensor.shape[0] > limit:
+            raise _wrong_count(name, tensor.shape[0], limit)
         item = np.dtype(kind).itemsize
-        content = raw[index] if raw else np.array(getattr(tensor.contents, field), kind).tobytes()
-        if len(content) != (size := math.prod(tensor.shape)) * item:
+        # Their number first: to convert millions of numbers takes hundreds of milliseconds.
+        content = raw[index] if raw else b""
+        given = len(content) if raw else len(getattr(tensor.contents, field)) * item
+        if given != (size := math.prod(tensor.shape)) * item:
             raise InvalidRequest(
                 name,
-                f"{name} has {len(content)} bytes of content; its shape {list(tensor.shape)} of {tensor.datatype} "
+                f"{name} has {given} bytes of content; its shape {list(tensor.shape)} of {tensor.datatype} "
                 f"takes {size * item}",
             )
-        values: NDArray[Any] = np.frombuffer(content, kind)
+        values: NDArray[Any] = np.frombuffer(content if raw else _content(tensor.contents, field, kind), kind)
         tensors[name] = values.reshape(-1, model.card.latent_dim) if name == "latent" else values
     return tensors
+
+
+def _content(contents: pb.InferTensorContents, field: str, kind: str) -> bytes:
+    """Return the numbers of a field, little-endian."""
+    numbers = getattr(contents, field)
+    if field != "fp32_contents" or not numbers:
+        return np.array(numbers, kind).tobytes()
+    # NumPy converts a million of them one by one, in 200 ms. Serialised, they are the end of a message of them alone.
+    size = len(numbers) * np.dtype(kind).itemsize
+    for other, _ in contents.ListFields():
+        if other.name != field:
+            contents.ClearField(other.name)
+    contents.DiscardUnknownFields()  # type: ignore[attr-defined]
+    return contents.SerializeToString()[-size:]
 
 
 def _check_shape(name: str, shape: Sequence[int], model: ModelVersion) -> None:
@@ -352,14 +502,16 @@ def _check_shape(name: str, shape: Sequence[int], model: ModelVersion) -> None:
     fits = (len(shape) == 2 and shape[1] == width) or (len(shape) == 1 and count_alone)
     if not fits or shape[0] < 0:
         wanted = "[n] or [n, 1]" if count_alone else f"[n, {width}]"
-        raise InvalidRequest(name, f"{name} has shape {list(shape)}; model {model.name} takes {wanted}")
+        given = str(list(shape[:_TOLD])) if len(shape) <= _TOLD else f"of {len(shape)} dimensions"
+        raise InvalidRequest(name, f"{name} has shape {given}; model {model.name} takes {wanted}")
 
 
 def _check_no_parameters(name: str, parameters: Mapping[str, pb.InferParameter]) -> None:
     if parameters:
+        one = min(itertools.islice(parameters, _MAX_PARAMETERS))
         raise InvalidRequest(
             name,
-            f"{name} has parameter {min(parameters)!r}; tensors have none here: no shared memory is read or written, "
+            f"{name} has parameter {one!r}; tensors have none here: no shared memory is read or written, "
             "send the values in the message",
         )
 
@@ -375,7 +527,7 @@ def _version(text: str) -> int | None:
 
 
 def _respond(
-    request: pb.ModelInferRequest,
+    request_id: str,
     model: ModelVersion,
     made: Made,
     parameters: Mapping[str, pb.InferParameter] | None = None,
@@ -384,7 +536,7 @@ def _respond(
     response = pb.ModelInferResponse(
         model_name=model.name,
         model_version=str(model.version),
-        id=request.id,
+        id=request_id,
         parameters=parameters,
         outputs=[{"name": _OUTPUT, "datatype": "UINT8", "shape": made.pixels.shape}],
     )

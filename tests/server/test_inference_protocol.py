@@ -31,10 +31,10 @@ from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.administration import RepositoryServicer
 from ganserve_server.batcher import Made
-from ganserve_server.errors import ModelNotFound
+from ganserve_server.errors import InvalidRequest, ModelNotFound
 from ganserve_server.health import HealthServicer
 from ganserve_server.inference import grpc_service_pb2
-from ganserve_server.inference_protocol import SERVICE, InferenceServicer
+from ganserve_server.inference_protocol import SERVICE, InferenceServicer, _draw
 from ganserve_server.lifecycle import ModelTable
 from ganserve_server.repository import load_version
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
@@ -333,6 +333,46 @@ BAD_MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         "takes [n] or [n, 1]",
     ),
     "an empty parameter": ({"parameters": {"truncation": triton_pb.InferParameter()}}, "None; it must be a number"),
+    "too many inputs": ({"inputs": [{"name": "seed"}] * 4}, "the request has 4 inputs; it may have 3"),
+    "too many outputs": ({"outputs": [{"name": "image"}] * 4}, "the request has 4 outputs; it may have 3"),
+    "too many parameters": (
+        {"parameters": {str(number): triton_pb.InferParameter(int64_param=1) for number in range(17)}},
+        "the request has 17 parameters; it may have 16",
+    ),
+    "a long id": ({"id": "é" * 513}, "the id has 1026 bytes; it may have 1024"),
+    "thousands of outputs": ({"outputs": [{}] * 100_000}, "has 200030 bytes and more than 256 fields"),
+    "thousands of parameters of an input": (
+        {
+            "inputs": [
+                {"name": "seed", "parameters": {str(number): triton_pb.InferParameter() for number in range(5000)}}
+            ]
+        },
+        "more than 256 fields",
+    ),
+    "thousands of texts": (
+        {"inputs": [{"name": "seed", "contents": {"bytes_contents": [b""] * 10_000}}]},
+        "more than 256 fields",
+    ),
+    "thousands of packed numbers": (
+        {"inputs": [{"name": "seed", "contents": {"int64_contents": [1] * 40_000}}]},
+        "40029 bytes beside raw_input_contents and fp32_contents; 36864 are allowed",
+    ),
+    "more seeds than images": (
+        {
+            "inputs": [
+                {"name": "seed", "datatype": "UINT32", "shape": [1025], "contents": {"uint_contents": [1] * 1025}}
+            ]
+        },
+        "seed is for 1025 images; one call may ask for 1 to 1024 images here",
+    ),
+    "more labels than images": (
+        {
+            "inputs": [
+                {"name": "label", "datatype": "INT64", "shape": [2000], "contents": {"int64_contents": [1] * 2000}}
+            ]
+        },
+        "label is for 2000 images",
+    ),
 }
 
 
@@ -347,6 +387,76 @@ def test_a_message_that_contradicts_itself_is_refused(kind: str, stub: triton_pb
     error: Any = caught.value
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert text in error.details()
+
+
+@pytest.mark.parametrize("size", [3, 100_000_000])
+def test_numbers_are_counted_before_they_are_converted(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(*_: Any) -> None:
+        raise AssertionError("they are converted")
+
+    monkeypatch.setattr(np, "array", convert)
+    request = grpc_service_pb2.ModelInferRequest(model_name="mlp-mnist")
+    request.inputs.add(
+        name="seed",
+        datatype="INT64",
+        shape=[size],
+        contents=grpc_service_pb2.InferTensorContents(int64_contents=[1, 2]),
+    )
+    model: Any = SimpleNamespace(name="mlp-mnist", card=SimpleNamespace(latent_dim=100))
+    with pytest.raises(InvalidRequest):
+        _draw(request, model, 1024, 1.0)
+
+
+def test_as_many_latents_as_a_request_may_have_are_read_as_numbers_too(
+    stub: triton_pb_grpc.GRPCInferenceServiceStub,
+) -> None:
+    latents = np.random.RandomState(8).standard_normal((1024, LATENT_DIM)).astype("<f4")
+    latent = {"name": "latent", "datatype": "FP32", "shape": latents.shape}
+    label = {"name": "label", "datatype": "INT64", "shape": (1024,)}
+    labels = np.arange(1024, dtype="<i8") % 10
+    raw = triton_pb.ModelInferRequest(
+        model_name="cdcgan-mnist",
+        inputs=[latent, label],
+        raw_input_contents=[latents.tobytes(), labels.tobytes()],
+    )
+    # Beside them is what no other reader looks at: numbers of another type, and a field that is unknown.
+    contents = triton_pb.InferTensorContents(fp32_contents=latents.ravel(), fp64_contents=[1.0], int_contents=[1])
+    contents.MergeFromString(b"\x78\x01")
+    typed = triton_pb.ModelInferRequest(
+        model_name="cdcgan-mnist",
+        inputs=[latent | {"contents": contents}, label | {"contents": {"int64_contents": labels}}],
+    )
+    assert stub.ModelInfer(typed).raw_output_contents == stub.ModelInfer(raw).raw_output_contents
+
+
+BROKEN = {
+    "a field that is cut off": (b"\x3a\xff\xff\x7f" + bytes(20_000), "ends within a field"),
+    "a number that is cut off": (b"\x3a\xa0\x9c\x01" + bytes(20_000) + b"\x08\xff", "a number that does not end"),
+    "a number without end": (b"\xff" * 20_000, "a number that does not end"),
+    "a group": (b"\x7b" * 20_000, "has a group"),
+    "thousands of unknown fields": (b"\x78\x01" * 10_000, "more than 256 fields"),
+    "fixed numbers": (b"\x79" + bytes(8) + b"\x7d" + bytes(4) + b"\x3a\xff", "a number that does not end"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_large_message_that_is_none_is_refused(kind: str, server: RunningServer) -> None:
+    content, text = BROKEN[kind]
+    if len(content) < 20_000:
+        content = b"\x3a\xa0\x9c\x01" + bytes(20_000) + content
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match=text) as caught:
+        channel.unary_unary(f"/{SERVICE}/ModelInfer")(content)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_other_methods_take_small_messages_only(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        call = channel.unary_unary(f"/{SERVICE}/RepositoryModelLoad")
+        with pytest.raises(grpc.RpcError, match=r"has 20000 bytes; one of this method may have 16384") as caught:
+            call(b"\x1a\x00" * 10_000)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 TENSORS = st.builds(
