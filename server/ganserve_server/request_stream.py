@@ -16,7 +16,7 @@ from ganserve_server.transport.interface import Call, RequestSink
 
 # Of one stream.
 _MAX_RUNNING = 256
-_MAX_RUNNING_BYTES = 16 << 20  # of pixels: answers are kept while those before them are made
+_MAX_RUNNING_BYTES = 16 << 20  # of requests and of pixels: answers are kept while those before them are made
 _MAX_PENDING_BYTES = 1 << 20
 _MAX_AT_ONCE = 64  # requests; one that is refused takes 10 to 20 µs of the event loop
 _NOTHING: "deque[Any]" = deque(maxlen=0)  # of a stream without requests: an empty deque of its own takes 600 bytes
@@ -25,12 +25,12 @@ _NOTHING: "deque[Any]" = deque(maxlen=0)  # of a stream without requests: an emp
 class Turn:
     """One request, and its answer once it is there."""
 
-    __slots__ = ("answer", "job", "pixel_bytes")
+    __slots__ = ("answer", "job", "pixel_bytes", "request_bytes")
 
     def __init__(self) -> None:
         self.job: Job | None = None
         self.answer: bytes | None = None
-        self.pixel_bytes = 0
+        self.pixel_bytes = self.request_bytes = 0
 
 
 class RequestStream(ABC):
@@ -89,12 +89,16 @@ class RequestStream(ABC):
 
     def send_answers(self) -> None:
         """Send the answers whose turn it is, and begin what their going makes room for."""
-        call, running, answers = self._call, self._running, []
+        call, running, answers, request_bytes = self._call, self._running, [], 0
         while running and (answer := running[0].answer) is not None:
-            self._running_bytes -= running.popleft().pixel_bytes
+            turn = running.popleft()
+            self._running_bytes -= turn.pixel_bytes + turn.request_bytes
+            request_bytes += turn.request_bytes
             answers.append(answer)
         if answers:
             call.send(*answers)
+            # Not before: what is made of a request (latents, an id that comes back) takes as much as the request.
+            call.consumed(request_bytes, len(answers))
         if call.pending_bytes > _MAX_PENDING_BYTES and not self._waits:
             self._waits = True
             call.spawn(self._resume_once_sent(), cancel=self._cancel)
@@ -127,7 +131,7 @@ class RequestStream(ABC):
 
     def _begin(self) -> bool:
         """Take requests while there is room; tell whether there was one."""
-        taken = taken_bytes = 0
+        taken = 0
         while (
             self._unread
             and taken < _MAX_AT_ONCE
@@ -136,13 +140,13 @@ class RequestStream(ABC):
             and not self._waits
         ):
             content = self._unread.popleft()
-            taken, taken_bytes = taken + 1, taken_bytes + len(content)
+            taken += 1
             turn = self.take(content)
+            turn.request_bytes = len(content)
             self._running.append(turn)
-            self._running_bytes += turn.pixel_bytes
+            self._running_bytes += turn.pixel_bytes + turn.request_bytes
         if taken:
             self.queue_taken()
-            self._call.consumed(taken_bytes, taken)
         return taken > 0
 
     async def _resume_once_sent(self) -> None:

@@ -19,6 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from ganserve.v1 import generation_pb2 as generation_pb
 from ganserve_server.inference import grpc_service_pb2 as pb
+from ganserve_server.request_stream import RequestStream, Turn
 
 Start = Callable[..., RunningServer]
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -117,6 +118,65 @@ def test_the_failed_request_is_named_by_its_id(stream: Callable[..., Any]) -> No
     assert [bool(answer.error_message) for answer in answers] == [False, True, True, True, False]
     assert [answer.infer_response.id for answer in answers] == ["a", "b", "", "c", "d"]
     assert [len(answer.infer_response.raw_output_contents) for answer in answers] == [1, 0, 0, 0, 1]
+
+
+def test_an_id_that_is_too_long_does_not_come_back(stream: Callable[..., Any]) -> None:
+    first, second = stream(iter([request(1, id="a" * 1025), request(2, id="b" * 1024)]))
+    assert first.error_message == "the id has 1025 bytes; it may have 1024"
+    assert (first.infer_response.id, second.infer_response.id) == ("", "b" * 1024)
+
+
+class FakeCall:
+    """A call of no connection, which does what is put off when it is told."""
+
+    over, pending_bytes, turn_of = False, 0, "caller"
+
+    def __init__(self) -> None:
+        self.todo: list[Callable[[float], None]] = []
+        self.consumed_bytes: list[tuple[int, int]] = []
+        self.sent: list[bytes] = []
+
+    def soon(self, work: Callable[[float], None]) -> None:
+        self.todo.append(work)
+
+    def work_on(self) -> None:
+        while self.todo:
+            self.todo.pop(0)(0.0)
+
+    def send(self, *messages: bytes) -> None:
+        self.sent += messages
+
+    def consumed(self, message_bytes: int, messages: int) -> None:
+        self.consumed_bytes.append((message_bytes, messages))
+
+    def fail(self, error: BaseException) -> None:
+        raise error
+
+
+def test_requests_count_until_they_are_answered() -> None:
+    turns: list[Turn] = []
+
+    class Stream(RequestStream):
+        def take(self, content: bytes) -> Turn:
+            turns.append(Turn())
+            return turns[-1]
+
+    call: Any = FakeCall()
+    stream = Stream(call)
+    content = bytes(4 << 20)
+    for _ in range(10):
+        stream.sink[0](content)
+    call.work_on()
+    assert len(turns) == 4  # have 16 MiB
+    turns[1].answer = b"second"
+    stream.send_answers()
+    assert (call.sent, call.consumed_bytes) == ([], [])
+    turns[0].answer = b"first"
+    stream.send_answers()
+    call.work_on()
+    assert call.sent == [b"first", b"second"]
+    assert call.consumed_bytes == [(8 << 20, 2)]
+    assert len(turns) == 6
 
 
 def test_thousands_of_wrong_requests_in_a_row_are_answered(stream: Callable[..., Any]) -> None:
