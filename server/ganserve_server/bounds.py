@@ -10,6 +10,7 @@ from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 # Bytes of one connection that has filled all that is its own: header table, remembered headers, a header block without
 # end, and input that waits for its turn; measured, rounded up. TLS comes on top.
 CONNECTION_BYTES, TLS_BYTES = 144 << 10, 64 << 10
+MAX_REFLECTION_STREAMS = 20  # at a time; here, for what serves would load the engine
 
 
 class Bound(NamedTuple):
@@ -74,6 +75,7 @@ def bounds(limits: Limits) -> list[Bound]:
             "",
             f"{refused}: of the connection with the most",
         ),
+        Bound("streams of reflection", "token, or connection", str(MAX_REFLECTION_STREAMS), "", "", refused),
         Bound(
             "answers that are not read",
             "token, or connection",

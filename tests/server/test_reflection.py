@@ -1,7 +1,7 @@
 """Reflection, by its two versions."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -10,8 +10,9 @@ from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 from tests.conftest import RunningServer
 from tests.server.test_security import write_tokens
-from tests.wire import Peer, head
+from tests.wire import CANCEL, RST_STREAM, Answer, Peer, head, message
 
+from ganserve_server import reflection
 from ganserve_server.reflection import ReflectionServicer
 
 Start = Callable[..., RunningServer]
@@ -93,24 +94,88 @@ def test_a_large_request_is_refused(ask: Callable[..., list[Any]]) -> None:
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_between_two_requests_others_have_their_turn() -> None:
-    async def requests() -> AsyncIterator[Any]:
-        for _ in range(100):
-            yield pb.ServerReflectionRequest(list_services="")
+class Call:
+    """A call of a connection without a peer, which does what is put off a piece at a time."""
 
-    turns = 0
+    over, pending_bytes, turn_of = False, 0, "connection"
 
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
+    def __init__(self, todo: deque[tuple["Call", Callable[[float], None]]]) -> None:
+        self.todo = todo
+        self.sent: list[bytes] = []
 
-    task = asyncio.create_task(other())
-    async for _ in ReflectionServicer((), ())._answer(requests(), None):  # type: ignore[arg-type]
+    def soon(self, work: Callable[[float], None]) -> None:
+        self.todo.append((self, work))
+
+    def send(self, *messages: bytes) -> None:
+        self.sent += messages
+
+    def consumed(self, message_bytes: int, messages: int) -> None:
         pass
-    task.cancel()
-    assert turns >= 100
+
+    def fail(self, error: BaseException) -> None:
+        raise error
+
+
+def test_streams_answer_in_their_connections_turns_some_requests_at_a_time() -> None:
+    """Not as tasks, of which each would have one step in each iteration of the event loop."""
+    todo: deque[tuple[Call, Callable[[float], None]]] = deque()
+    calls: list[Any] = [Call(todo) for _ in range(3)]
+    servicer = ReflectionServicer((), ())
+    content = pb.ServerReflectionRequest(list_services="").SerializeToString()
+    for call in calls:
+        take, _ = servicer._open(call)
+        for _ in range(150):
+            take(content)
+    assert [call for call, _ in todo] == calls  # each waits once, and nothing is answered outside a turn
+    assert not any(call.sent for call in calls)
+    turns = []
+    while todo:
+        call, work = todo.popleft()
+        before = len(call.sent)
+        work(0.0)
+        turns.append((calls.index(call), len(call.sent) - before))
+    assert [number for number, _ in turns[:9]] == [0, 1, 2] * 3
+    assert max(count for _, count in turns) <= 64
+    assert [len(call.sent) for call in calls] == [150] * 3
+
+
+def test_a_file_is_serialised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    servicer = ReflectionServicer((), ())
+    content = pb.ServerReflectionRequest(file_containing_symbol=SERVICES[3]).SerializeToString()
+    first = servicer.answer(content)
+    monkeypatch.delattr(reflection, "_response")
+    assert servicer.answer(content) == first
+    assert pb.ServerReflectionResponse.FromString(first).original_request.file_containing_symbol == SERVICES[3]
+
+
+def test_a_connection_has_twenty_streams_at_a_time(server: RunningServer) -> None:
+    asked = message(pb.ServerReflectionRequest(list_services="").SerializeToString())
+    with Peer(server.address) as peer, Peer(server.address) as other:
+        streams = [peer.head(head(path("v1alpha" if number % 2 else "v1"))) for number in range(20)]
+
+        def ask_one_more(peer: Peer) -> Answer:
+            stream = peer.head(head(path("v1")))
+            peer.body(stream, asked)
+            return peer.answer(stream)
+
+        for _ in range(2):
+            refused = ask_one_more(peer)
+            assert refused.status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+            assert "may have 20 streams of reflection" in refused.blocks[-1]["grpc-message"]
+        assert ask_one_more(other).status == 0
+        # A place is free when a stream ends: with its last request, by an error, or by its caller's leaving.
+        peer.body(streams[0], asked)
+        assert peer.answer(streams[0]).status == 0
+        assert ask_one_more(peer).status == 0
+        too_large = message(pb.ServerReflectionRequest(host="a" * 5000).SerializeToString())
+        peer.body(streams[1], too_large, end=False)
+        assert peer.answer(streams[1]).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert ask_one_more(peer).status == 0
+        peer.send(RST_STREAM, 0, streams[2], CANCEL.to_bytes(4, "big"))
+        assert ask_one_more(peer).status == 0
+        for _ in range(3):
+            peer.head(head(path("v1")))
+        assert ask_one_more(peer).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
