@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import Metric
 
+import ganserve
 from ganserve_server.metrics import Load, Metrics
 from ganserve_server.settings import BUNDLED_MODELS, ENVIRONMENT_PREFIX, ServerSettings
 from ganserve_trainer.settings import Settings
@@ -70,6 +72,17 @@ def _imported(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.append(node.module)
     return names
+
+
+def test_the_sdk_s_public_modules_are_those_that_users_import() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(ganserve.__path__)}
+    assert {name for name in modules if not name.startswith("_")} == {"errors", "images", "models", "provenance", "v1"}
+
+
+def test_no_public_name_of_the_sdk_hides_a_module() -> None:
+    """`import ganserve.latents as m` once gave the function `latents`."""
+    modules = {module.name for module in pkgutil.iter_modules(ganserve.__path__)}
+    assert not modules & set(ganserve.__all__)
 
 
 def test_importing_the_sdk_loads_nothing_heavy() -> None:

@@ -14,8 +14,10 @@ from importlib.metadata import version as _version
 if _os.path.basename((_sys.argv or [""])[0]) == "ganserve":
     _os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from ganserve.async_client import AsyncClient
-from ganserve.client import Client
+from ganserve._async_client import AsyncClient
+from ganserve._client import Client
+from ganserve._latents import latents, linear, slerp
+from ganserve._replicas import Replica
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -30,10 +32,8 @@ from ganserve.errors import (
     UnavailableError,
 )
 from ganserve.images import GeneratedImage, ImageBatch
-from ganserve.latents import latents, linear, slerp
 from ganserve.models import Model, QualityMetric
 from ganserve.provenance import Interpolation, Provenance, read_provenance
-from ganserve.replicas import Replica
 
 __all__ = [
     "AsyncClient",

@@ -20,7 +20,7 @@ from ganserve.provenance import Interpolation, Provenance
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ganserve.pictures import Sheet
+    from ganserve._pictures import Sheet
 
 # What a notebook shows: so many images, or of large ones as many as have so many pixels; enlarged up to such a width.
 _SHOWN_IMAGES = 100
@@ -149,7 +149,7 @@ class GeneratedImage:
                 there.
             OSError: the file can't be written.
         """
-        from ganserve.pictures import write
+        from ganserve._pictures import write
 
         made = self.provenance if provenance else None
         if not isinstance(path, str | PathLike):
@@ -263,7 +263,7 @@ class ImageBatch:
             TypeError: it is an open file.
             OSError: a file can't be written.
         """
-        from ganserve.pictures import format_of
+        from ganserve._pictures import format_of
 
         if not isinstance(pattern, str | PathLike):
             raise TypeError(
@@ -289,7 +289,7 @@ class ImageBatch:
         Raises:
             ValueError: there are no images, or columns or scale is below 1.
         """
-        from ganserve.pictures import Sheet, lay_out
+        from ganserve._pictures import Sheet, lay_out
 
         provenance = self.provenance
         columns = math.ceil(math.sqrt(len(self))) if columns is None else columns
@@ -345,7 +345,7 @@ class ImageBatch:
             ValueError: there are no images, the ending is another, frame_ms is below 20, or scale below 1.
             OSError: the file can't be written.
         """
-        from ganserve.pictures import animate
+        from ganserve._pictures import animate
 
         origin = self.provenance
         _check_positive(scale=scale)

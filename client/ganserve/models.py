@@ -5,8 +5,8 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
+from ganserve._names import did_you_mean, matching
 from ganserve.errors import InvalidRequestError
-from ganserve.names import did_you_mean, matching
 
 
 @dataclass(frozen=True, slots=True)

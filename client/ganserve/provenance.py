@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from ganserve._latents import WAYS
 from ganserve.errors import NoProvenanceError
-from ganserve.latents import WAYS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -27,7 +27,7 @@ from ganserve import Client, Interpolation, Provenance, read_provenance
 WATCHED = """
 import signal
 import sys
-from ganserve.cli import main
+from ganserve._cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -20,9 +20,9 @@ from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
 
 import ganserve as sdk
-from ganserve import Client, pictures, read_provenance
-from ganserve.cli import app
-from ganserve.cli.outcome import EXIT_STATUSES
+from ganserve import Client, _pictures, read_provenance
+from ganserve._cli import app
+from ganserve._cli.outcome import EXIT_STATUSES
 from ganserve.v1 import generation_pb2 as pb
 
 
@@ -89,7 +89,7 @@ def test_a_picture_that_cannot_say_how_it_was_made_is_told(server: RunningServer
 
 
 def test_every_other_picture_says_how_it_was_made(server: RunningServer, tmp_path: Path) -> None:
-    for ending in (*pictures.ENDINGS, ".jfif", ".apng"):
+    for ending in (*_pictures.ENDINGS, ".jfif", ".apng"):
         for name in ("digits", "{seed}"):
             out = tmp_path / f"{name}{ending}"
             done = ganserve("generate", "mlp-mnist", "--count", "1", "--seed", "5", "-o", out, address=server.address)

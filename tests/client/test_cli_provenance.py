@@ -246,7 +246,7 @@ def test_a_large_npz_is_made_again_without_reading_it_whole(server: RunningServe
         assert ganserve(*arguments, address=server.address).returncode == 0
     program = (
         "import resource, sys\n"
-        "from ganserve.cli import main\n"
+        "from ganserve._cli import main\n"
         "try: main()\n"
         "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
     )

@@ -31,7 +31,7 @@ from ganserve import (
     linear,
     slerp,
 )
-from ganserve.transport import DEFAULT_ADDRESS
+from ganserve._endpoint import DEFAULT_ADDRESS
 from ganserve.v1 import generation_pb2 as pb
 
 

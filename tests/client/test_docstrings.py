@@ -6,7 +6,6 @@ import contextlib
 import doctest
 import inspect
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,25 +20,26 @@ from ganserve import (
     AsyncClient,
     Client,
     GanserveError,
-    async_client,
-    client,
+    _async_client,
+    _client,
+    _latents,
+    _replicas,
     errors,
     images,
     models,
     provenance,
-    replicas,
 )
 
 MODULES = (
     ganserve,
-    client,
-    async_client,
+    _client,
+    _async_client,
+    _latents,
+    _replicas,
     errors,
     images,
     models,
     provenance,
-    replicas,
-    sys.modules["ganserve.latents"],
 )
 
 

@@ -25,7 +25,7 @@ from ganserve import (
     ModelNotFoundError,
     RequestCancelledError,
     UnavailableError,
-    replicas,
+    _replicas,
 )
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.settings import BUNDLED_MODELS
@@ -211,11 +211,11 @@ def test_a_name_stands_for_all_its_addresses(server: RunningServer, monkeypatch:
         ]
 
     monkeypatch.setattr(socket, "getaddrinfo", known)
-    assert replicas.targets("dns:///both:7") == ["ipv4:10.0.0.1:7", "ipv4:10.0.0.2:7"]
-    assert replicas.targets("dns:///new:7") == ["ipv6:[::1]:7", "ipv6:[fe80::2]:7"]
-    assert replicas.targets("dns:///list:7") == ["ipv4:10.0.0.1:7"]
-    assert replicas.targets("ipv4:10.0.0.1:1, 10.0.0.2:2") == ["ipv4:10.0.0.1:1", "ipv4:10.0.0.2:2"]
-    assert replicas.targets("unix:/run/ganserve.sock") == ["unix:/run/ganserve.sock"]
+    assert _replicas.targets("dns:///both:7") == ["ipv4:10.0.0.1:7", "ipv4:10.0.0.2:7"]
+    assert _replicas.targets("dns:///new:7") == ["ipv6:[::1]:7", "ipv6:[fe80::2]:7"]
+    assert _replicas.targets("dns:///list:7") == ["ipv4:10.0.0.1:7"]
+    assert _replicas.targets("ipv4:10.0.0.1:1, 10.0.0.2:2") == ["ipv4:10.0.0.1:1", "ipv4:10.0.0.2:2"]
+    assert _replicas.targets("unix:/run/ganserve.sock") == ["unix:/run/ganserve.sock"]
 
 
 def test_the_program_asks_and_waits_for_every_address(two: list[tuple[RunningServer, Path]]) -> None:

@@ -27,9 +27,9 @@ from ganserve import (
     DeadlineExceededError,
     InvalidRequestError,
     UnavailableError,
-    transport,
+    _endpoint,
 )
-from ganserve.transport import Readiness
+from ganserve._endpoint import Readiness
 from ganserve.v1 import generation_pb2 as pb
 
 
@@ -136,7 +136,7 @@ def dns() -> Iterator[Dns]:
 
 
 def test_replicas_that_come_and_go_are_followed(dns: Dns, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "DNS_MIN_INTERVAL_S", 0.05)
+    monkeypatch.setattr(_endpoint, "DNS_MIN_INTERVAL_S", 0.05)
     with ExitStack() as old, serving(honest, "127.0.0.3:0") as (second, stays):
         port = second.rpartition(":")[2]
         _, goes = old.enter_context(serving(honest, f"127.0.0.2:{port}"))
@@ -198,7 +198,7 @@ def test_calls_are_encrypted_by_argument_or_environment(
 
 @both
 def test_both_sides_can_show_certificates(twin: Twin, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_PATIENCE_WITH_STRANGERS_S", 0.2)
+    monkeypatch.setattr(_endpoint, "_PATIENCE_WITH_STRANGERS_S", 0.2)
     with serving(honest, credentials=authority.server(mutual=True)) as (address, _):
         options = {"ca_file": authority.ca_file}
         with pytest.raises((UnavailableError, AuthenticationError), match="certificate_file"):
@@ -241,7 +241,7 @@ def test_a_certificate_of_a_stranger_or_another_host_is_not_trusted(
 def test_encryption_that_only_one_side_wants_is_said(
     twin: Twin, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "_PATIENCE_WITH_STRANGERS_S", 0.2)
+    monkeypatch.setattr(_endpoint, "_PATIENCE_WITH_STRANGERS_S", 0.2)
     with serving(honest) as (address, _), pytest.raises(AuthenticationError, match="does not speak TLS") as caught:
         ask(twin, address, "models", options={"tls": True})
     assert caught.value.reason == "not_encrypted"
@@ -334,7 +334,7 @@ def test_two_clients_have_connections_of_their_own_which_end_with_them(twin: Twi
 
 @both
 def test_an_idle_connection_is_kept_alive(twin: Twin, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "KEEPALIVE_S", 0.02)
+    monkeypatch.setattr(_endpoint, "KEEPALIVE_S", 0.02)
     enough, pings, rest = threading.Event(), Counter[str](), bytearray()
 
     def count(data: bytes) -> None:
@@ -371,11 +371,11 @@ def test_the_client_takes_the_largest_answer_of_the_server() -> None:
     from ganserve_server import requests
 
     beside_pixels = pb.GenerateImagesResponse(seeds=[2**32 - 1] * 10**6, labels=[2**32 - 1] * 10**6).ByteSize()
-    assert requests._MAX_PIXEL_BYTES + beside_pixels <= transport.MAX_ANSWER_BYTES
+    assert requests._MAX_PIXEL_BYTES + beside_pixels <= _endpoint.MAX_ANSWER_BYTES
 
 
 def test_the_budget_bounds_retries() -> None:
-    budget = transport.RetryBudget()
+    budget = _endpoint.RetryBudget()
     taken = sum(budget.withdraw() for _ in range(2000))
     assert 1000 <= taken <= 1010  # time gives ten a second
     for _ in range(50):
@@ -385,7 +385,7 @@ def test_the_budget_bounds_retries() -> None:
 
 def test_the_delays_are_jittered_and_bounded() -> None:
     for failures, most in ((1, 0.1), (2, 0.2), (5, 1.6), (6, 2.0), (10**6, 2.0)):
-        delays = [transport.full_jitter_s(failures) for _ in range(300)]
+        delays = [_endpoint.full_jitter_s(failures) for _ in range(300)]
         assert 0 <= min(delays) < 0.2 * most < 0.8 * most < max(delays) <= most
 
 
@@ -416,8 +416,8 @@ if case == "busy":
     for worker in workers:
         worker.start()
     running.wait()
-    from ganserve import transport
-    while not transport._inside:
+    from ganserve import _endpoint
+    while not _endpoint._inside:
         pass
 if case == "connected":
     loop = asyncio.new_event_loop()

@@ -1,6 +1,6 @@
 """Reads the calls that have many answers, over and over until all images are there: StreamImages and GenerateEach.
 
-A call that breaks is made again for the images that have not come. What those are, and what is to be sent, `conversion`
+A call that breaks is made again for the images that have not come. What those are, and what is to be sent, `_messages`
 keeps (`StreamProgress`, `EachProgress`), the same for threads and asyncio; here is only the reading and the waiting.
 In a forked child its parent's calls cannot be read: each image is followed by a look at that.
 """
@@ -17,11 +17,11 @@ from typing import Any
 
 import grpc
 
-from ganserve.calls import AsyncCalls, Calls, readable
-from ganserve.conversion import EachProgress, StreamProgress
+from ganserve._calls import AsyncCalls, Calls, readable
+from ganserve._endpoint import Attempts, check_fork, enter_call, leave_call, leave_to_parent, lost_in_fork
+from ganserve._messages import EachProgress, StreamProgress
 from ganserve.errors import GanserveError
 from ganserve.images import GeneratedImage, ImageBatch
-from ganserve.transport import Attempts, check_fork, enter_call, leave_call, leave_to_parent, lost_in_fork
 from ganserve.v1 import generation_pb2 as pb
 
 

@@ -1,4 +1,4 @@
-"""`AsyncClient`: the twin of `Client` for asyncio."""
+"""`AsyncClient`: the methods of `Client` for asyncio."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from numpy.typing import ArrayLike
 
-from ganserve.calls import AsyncCalls
-from ganserve.conversion import (
+from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
+from ganserve._calls import AsyncCalls
+from ganserve._endpoint import Readiness
+from ganserve._messages import (
     Label,
     to_batch,
     to_health_request,
@@ -18,14 +20,12 @@ from ganserve.conversion import (
     to_request,
     to_seeds,
 )
+from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
+from ganserve._streams import each_async, one_by_one_async, stream_async
 from ganserve.errors import GanserveError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
 from ganserve.provenance import Provenance
-from ganserve.replicas import Replica, awaited, not_everywhere, refusal, targets
-from ganserve.streams import each_async, one_by_one_async, stream_async
-from ganserve.transport import Readiness
-from ganserve.twin import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
 from ganserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from ganserve.cli.connection import Connection, with_connection
-from ganserve.cli.outcome import ExitStatus
-from ganserve.cli.output import print_json
-from ganserve.client import Client
+from ganserve import Client
+from ganserve._cli.connection import Connection, with_connection
+from ganserve._cli.outcome import ExitStatus
+from ganserve._cli.output import print_json
+from ganserve._replicas import refusal, silent
 from ganserve.errors import AuthenticationError, ServerError
-from ganserve.replicas import refusal, silent
 
 
 @with_connection

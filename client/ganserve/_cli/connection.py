@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ganserve.async_client import AsyncClient
-from ganserve.client import Client
+from ganserve import AsyncClient, Client
 
 _PANEL = "Server"
 # The SDK reads the environment: what is given here goes before it.

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve.conversion import EachProgress, Label, to_labels, to_request
+from ganserve._endpoint import endpoint
+from ganserve._latents import WAYS, between, uint32
+from ganserve._messages import EachProgress, Label, to_labels, to_request
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -19,10 +21,8 @@ from ganserve.errors import (
     ServerError,
     UnavailableError,
 )
-from ganserve.latents import WAYS, between, uint32
 from ganserve.models import Model
 from ganserve.provenance import Interpolation, Provenance
-from ganserve.transport import endpoint
 
 DEFAULT_TIMEOUT_S = 30.0
 STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from ganserve.cli.connection import Connection, with_connection
-from ganserve.client import Client
+from ganserve import Client
+from ganserve._cli.connection import Connection, with_connection
 from ganserve.errors import InvalidRequestError
 
 _TIMEOUT_S = 10.0  # who looks at the page should not wait longer to read what is wrong
@@ -24,7 +24,7 @@ def playground(
     Needs the extra `playground` of the package. Example: ganserve playground --port 8000 --no-browser
     """
     try:
-        from ganserve.playground import run
+        from ganserve._playground import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("ganserve"):
             raise

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ganserve import pictures
-from ganserve.cli.connection import Connection, with_connection
-from ganserve.cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
-from ganserve.conversion import Label
+from ganserve import _pictures
+from ganserve._cli.connection import Connection, with_connection
+from ganserve._cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
+from ganserve._messages import Label
 from ganserve.images import ImageBatch, gathered, listed
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ganserve models` lists it.")]
@@ -96,8 +96,8 @@ def generate(
         content = encoded(batch.sheet(columns, scale=scale), pillow_format)
         write_picture(out, content)
         files = [out]
-    if pillow_format not in pictures.WITH_PROVENANCE:
-        known = ", ".join(pictures.WITH_PROVENANCE)
+    if pillow_format not in _pictures.WITH_PROVENANCE:
+        known = ", ".join(_pictures.WITH_PROVENANCE)
         text = f"{out} does not say how it was made, for {pillow_format} has no place for that; {known} have"
         print(f"ganserve: {text}", file=sys.stderr)
     if as_json:
@@ -186,7 +186,7 @@ def format_of(out: str, named: str | None) -> str:
         CommandLineError: there is no such format, or the file's ending is of none, or of another.
     """
     try:
-        pillow_format = pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
+        pillow_format = _pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     check_ending(out, pillow_format)
@@ -201,7 +201,7 @@ def check_ending(out: str, file_format: str) -> None:
     """
     by_ending = file_format
     with suppress(ValueError):  # a name like no picture's may hold any
-        by_ending = pictures.format_of(out)
+        by_ending = _pictures.format_of(out)
     if by_ending.lower() != file_format.lower():
         raise typer.BadParameter(
             f"--format says {file_format.lower()}, and {out} is the name of a {by_ending.lower()}; give one of them"

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ganserve._endpoint import HOST_PORT
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -12,7 +13,6 @@ from ganserve.errors import (
     ServerError,
     UnavailableError,
 )
-from ganserve.transport import HOST_PORT
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`Client`: images by calls that block. `async_client` has its twin for asyncio: every method exists in both."""
+"""`Client`: images by blocking calls. `AsyncClient` in `_async_client` has the same methods for asyncio."""
 
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from numpy.typing import ArrayLike
 
-from ganserve.calls import Calls
-from ganserve.conversion import (
+from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
+from ganserve._calls import Calls
+from ganserve._endpoint import Readiness
+from ganserve._messages import (
     Label,
     to_batch,
     to_health_request,
@@ -19,14 +21,12 @@ from ganserve.conversion import (
     to_request,
     to_seeds,
 )
+from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
+from ganserve._streams import each, one_by_one, stream
 from ganserve.errors import GanserveError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
 from ganserve.provenance import Provenance
-from ganserve.replicas import Replica, awaited, not_everywhere, refusal, targets
-from ganserve.streams import each, one_by_one, stream
-from ganserve.transport import Readiness
-from ganserve.twin import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
 from ganserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:

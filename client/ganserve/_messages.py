@@ -13,6 +13,8 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike, NDArray
 
+from ganserve._latents import uint32
+from ganserve._names import did_you_mean, matching
 from ganserve.errors import (
     GanserveError,
     InvalidRequestError,
@@ -23,9 +25,7 @@ from ganserve.errors import (
     translate_answer,
 )
 from ganserve.images import GeneratedImage, ImageBatch
-from ganserve.latents import uint32
 from ganserve.models import Model, QualityMetric
-from ganserve.names import did_you_mean, matching
 from ganserve.v1 import generation_pb2 as pb
 
 Label = int | str

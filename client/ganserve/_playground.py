@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gradio as gr
 
-from ganserve.client import Client
+from ganserve import Client
 from ganserve.errors import FLAGS, GanserveError, UnavailableError
 from ganserve.images import ImageBatch
 from ganserve.models import Model

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve.client import Client
-from ganserve.conversion import Label
+from ganserve import Client
+from ganserve._messages import Label
 from ganserve.errors import NoProvenanceError
 from ganserve.images import ImageBatch
 from ganserve.provenance import Provenance

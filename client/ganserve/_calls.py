@@ -1,6 +1,6 @@
 """How calls are made: on a connection of the client's own, again where that helps, and as their requests were meant.
 
-`Calls` for threads and `AsyncCalls` for asyncio. `streams` reads the calls that have many answers.
+`Calls` for threads and `AsyncCalls` for asyncio. `_streams` reads the calls that have many answers.
 """
 
 import asyncio
@@ -13,7 +13,17 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ganserve.conversion import correct, question_about, reword, to_health
+from ganserve._endpoint import (
+    Attempts,
+    Endpoint,
+    RetryPolicy,
+    check_fork,
+    enter_call,
+    leave_call,
+    leave_to_parent,
+    lose_in_fork,
+)
+from ganserve._messages import correct, question_about, reword, to_health
 from ganserve.errors import (
     REQUEST_ID_KEY,
     GanserveError,
@@ -23,16 +33,6 @@ from ganserve.errors import (
     ServerError,
     too_late,
     translate,
-)
-from ganserve.transport import (
-    Attempts,
-    Endpoint,
-    RetryPolicy,
-    check_fork,
-    enter_call,
-    leave_call,
-    leave_to_parent,
-    lose_in_fork,
 )
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc

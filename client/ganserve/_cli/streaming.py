@@ -14,12 +14,12 @@ from typing import Annotated, Protocol
 import numpy as np
 import typer
 
-from ganserve.cli.connection import Connection, with_connection
-from ganserve.cli.data_sets import SEED_LIMIT, Archive, Plan
-from ganserve.cli.generating import Labels, ModelName, Version, labels_of
-from ganserve.cli.output import print_json, whole_file, write_file
-from ganserve.cli.waiting import progress
-from ganserve.client import Client
+from ganserve import Client
+from ganserve._cli.connection import Connection, with_connection
+from ganserve._cli.data_sets import SEED_LIMIT, Archive, Plan
+from ganserve._cli.generating import Labels, ModelName, Version, labels_of
+from ganserve._cli.output import print_json, whole_file, write_file
+from ganserve._cli.waiting import progress
 from ganserve.errors import GanserveError, InvalidRequestError, NoProvenanceError
 from ganserve.images import ImageBatch
 

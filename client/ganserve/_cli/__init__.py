@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from ganserve import __version__
-from ganserve.cli import bench, cards, generating, health, playground, provenance, streaming
-from ganserve.cli.outcome import EXIT_STATUSES, ExitStatus, guarded, outcome
-from ganserve.cli.waiting import told
+from ganserve._cli import bench, cards, generating, health, playground, provenance, streaming
+from ganserve._cli.outcome import EXIT_STATUSES, ExitStatus, guarded, outcome
+from ganserve._cli.waiting import told
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
 

@@ -19,12 +19,12 @@ from PIL import Image, ImageSequence
 from rich.table import Table
 from rich.text import Text
 
-from ganserve.cli.connection import Connection, with_connection
-from ganserve.cli.data_sets import Archive, Plan
-from ganserve.cli.outcome import ExitStatus, outcome
-from ganserve.cli.output import STDOUT, encoded, print_json, show
-from ganserve.cli.waiting import progress
-from ganserve.client import Client
+from ganserve import Client
+from ganserve._cli.connection import Connection, with_connection
+from ganserve._cli.data_sets import Archive, Plan
+from ganserve._cli.outcome import ExitStatus, outcome
+from ganserve._cli.output import STDOUT, encoded, print_json, show
+from ganserve._cli.waiting import progress
 from ganserve.errors import InvalidRequestError, ModelNotFoundError, NoProvenanceError
 from ganserve.images import ImageBatch
 from ganserve.provenance import Provenance, read_provenance

@@ -15,9 +15,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ganserve.cli.connection import Connection, with_connection
-from ganserve.cli.output import console_on_stdout, print_json, show, write_file
-from ganserve.cli.terminal_pictures import TerminalPicture
+from ganserve._cli.connection import Connection, with_connection
+from ganserve._cli.output import console_on_stdout, print_json, show, write_file
+from ganserve._cli.terminal_pictures import TerminalPicture
 from ganserve.models import Model
 
 # The figures that the table has a column for.
