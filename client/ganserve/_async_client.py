@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike
 
 from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
 from ganserve._calls import AsyncCalls
-from ganserve._endpoint import Readiness
 from ganserve._messages import (
     Label,
     to_batch,
@@ -20,6 +19,7 @@ from ganserve._messages import (
     to_request,
     to_seeds,
 )
+from ganserve._readiness import Readiness
 from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
 from ganserve._streams import each_async, one_by_one_async, stream_async
 from ganserve.errors import GanserveError, UnavailableError
@@ -243,7 +243,7 @@ class AsyncClient(Twin):
             last = None
             try:
                 if await self._calls.serving(request, readiness.remaining_s()):
-                    readiness.over()
+                    readiness.ready()
                     return
             except NOT_READY_YET as error:
                 last = error
@@ -263,7 +263,7 @@ class AsyncClient(Twin):
 
         async def ask(target: str) -> Replica:
             async with places:
-                one = self._calls.alone(target)
+                one = self._calls.to_one_address(target)
                 try:
                     serving = await one.serving(health, timeout_s)
                     if request is not None:
@@ -296,7 +296,7 @@ class AsyncClient(Twin):
                 if (hopeless := refusal(found)) is not None:
                     raise hopeless
                 if (last := not_everywhere(found)) is None:
-                    readiness.over()
+                    readiness.ready()
                     return found
             except UnavailableError as error:
                 last = error

@@ -13,17 +13,10 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ganserve._endpoint import (
-    Attempts,
-    Endpoint,
-    RetryPolicy,
-    check_fork,
-    enter_call,
-    leave_call,
-    leave_to_parent,
-    lose_in_fork,
-)
+from ganserve._endpoint import Endpoint
+from ganserve._forks import check_fork, enter_call, leave_call, leave_to_parent, lose_in_fork
 from ganserve._messages import correct, question_about, reword, to_health
+from ganserve._retries import Attempts, RetryPolicy
 from ganserve.errors import (
     REQUEST_ID_KEY,
     GanserveError,
@@ -76,9 +69,9 @@ class _Calls:
         """Whether no more calls are made."""
         return self._closing.is_set()
 
-    def alone(self, target: str) -> Self:
-        """Return the calls to one of the addresses alone, which are not retried."""
-        return type(self)(self.endpoint.alone(target), retries=False)
+    def to_one_address(self, target: str) -> Self:
+        """Return an object that calls one of the addresses only, without retries."""
+        return type(self)(self.endpoint.of_one_address(target), retries=False)
 
     def check_open(self) -> None:
         """Raise RequestCancelledError if no more calls are made."""
@@ -151,7 +144,7 @@ class Calls(_Calls):
             else:
                 self.policy.succeeded()
                 if attempts is not None:
-                    attempts.over()
+                    attempts.answered()
                 return response
             finally:
                 leave_call(thread)
@@ -272,7 +265,7 @@ class AsyncCalls(_Calls):
             else:
                 self.policy.succeeded()
                 if attempts is not None:
-                    attempts.over()
+                    attempts.answered()
                 return response
             if once:
                 raise failure

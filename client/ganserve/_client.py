@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 
 from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
 from ganserve._calls import Calls
-from ganserve._endpoint import Readiness
 from ganserve._messages import (
     Label,
     to_batch,
@@ -21,6 +20,7 @@ from ganserve._messages import (
     to_request,
     to_seeds,
 )
+from ganserve._readiness import Readiness
 from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
 from ganserve._streams import each, one_by_one, stream
 from ganserve.errors import GanserveError, UnavailableError
@@ -350,7 +350,7 @@ class Client(Twin):
             last = None
             try:
                 if self._calls.serving(request, readiness.remaining_s()):
-                    readiness.over()
+                    readiness.ready()
                     return
             except NOT_READY_YET as error:
                 last = error
@@ -381,7 +381,7 @@ class Client(Twin):
         self._calls.check_open()
 
         def ask(target: str) -> Replica:
-            with closing(self._calls.alone(target)) as one:
+            with closing(self._calls.to_one_address(target)) as one:
                 try:
                     serving = one.serving(health, timeout_s)
                     if request is not None:
@@ -419,7 +419,7 @@ class Client(Twin):
                 if (hopeless := refusal(found)) is not None:
                     raise hopeless
                 if (last := not_everywhere(found)) is None:
-                    readiness.over()
+                    readiness.ready()
                     return found
             except UnavailableError as error:
                 last = error

@@ -18,8 +18,9 @@ from typing import Any
 import grpc
 
 from ganserve._calls import AsyncCalls, Calls, readable
-from ganserve._endpoint import Attempts, check_fork, enter_call, leave_call, leave_to_parent, lost_in_fork
+from ganserve._forks import check_fork, enter_call, leave_call, leave_to_parent, lost_in_fork
 from ganserve._messages import EachProgress, StreamProgress
+from ganserve._retries import Attempts
 from ganserve.errors import GanserveError
 from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.v1 import generation_pb2 as pb
@@ -36,7 +37,7 @@ def stream(calls: Calls, request: pb.GenerateImagesRequest, timeout_s: float) ->
                 stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=calls.named(request_id))
             ) as call:
                 for response in call:
-                    attempts.over()
+                    attempts.answered()
                     yield progress.take(response.chunk)
                     check_fork()
             progress.end()
@@ -61,7 +62,7 @@ async def stream_async(
                 stubs.stream_images(progress.rest(), timeout=timeout_s, metadata=calls.named(request_id))
             ) as call:
                 async for response in call:
-                    attempts.over()
+                    attempts.answered()
                     yield progress.take(readable(response).chunk)
                     check_fork()
             progress.end()
@@ -104,7 +105,7 @@ def each(calls: Calls, progress: EachProgress, seeds: Iterator[int]) -> Generato
                     for answer in call:
                         if progress.take(answer):
                             calls.policy.succeeded()
-                            attempts.over()
+                            attempts.answered()
                             while (image := progress.next_image()) is not None:
                                 yield image
                                 check_fork()
@@ -148,7 +149,7 @@ async def each_async(
                         async for answer in call:
                             if progress.take(readable(answer)):
                                 calls.policy.succeeded()
-                                attempts.over()
+                                attempts.answered()
                                 while (image := progress.next_image()) is not None:
                                     yield image
                                     check_fork()

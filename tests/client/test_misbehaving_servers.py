@@ -70,6 +70,10 @@ from ganserve import (
     ServerError,
     UnavailableError,
     _endpoint,
+    _forks,
+    _readiness,
+    _retries,
+    _wait_log,
 )
 from ganserve.v1 import generation_pb2 as pb
 
@@ -188,7 +192,8 @@ def test_what_nobody_answers_is_tried_until_just_before_the_deadline(
     twin: Twin, method: str, arguments: tuple[Any, ...], raised: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The back-off would not fit: what is tried again is tried at the end.
-    monkeypatch.setattr(_endpoint, "full_jitter_s", lambda failures: 0.0 if failures < 3 else 60.0)
+    for module in (_retries, _readiness):
+        monkeypatch.setattr(module, "full_jitter_s", lambda failures: 0.0 if failures < 3 else 60.0)
     tried: list[float] = []
 
     def behave(number: int, request: Any, context: Any) -> None:
@@ -222,7 +227,7 @@ def test_a_last_try_that_has_too_little_time_says_what_was_wrong_before(twin: Tw
 
 @both
 def test_a_client_without_a_budget_does_not_retry(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_endpoint, "_BUDGET", 0.0)
+    monkeypatch.setattr(_retries, "_BUDGET", 0.0)
     with serving(fails_first(grpc.StatusCode.UNAVAILABLE)) as (address, servicer):
         with pytest.raises(UnavailableError):
             ask(twin, address, "generate", "any")
@@ -502,7 +507,7 @@ def test_closing_the_client_ends_a_wait_for_the_next_try() -> None:
 
         def close() -> None:
             came.wait(WAIT_S)
-            while _endpoint._inside:  # the call is not over
+            while _forks._inside:  # the call is not over
                 pass
             client.close()
 
@@ -555,7 +560,7 @@ def test_a_server_that_restarts_on_its_port_is_found_again(twin: Twin) -> None:
 def test_a_server_that_was_there_is_waited_for_longer_than_one_that_never_was(
     twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_endpoint, "_PATIENCE_WITH_STRANGERS_S", 0.0)
+    monkeypatch.setattr(_retries, "_PATIENCE_BEFORE_FIRST_ANSWER_S", 0.0)
     with serving(honest) as (address, _):
 
         def handle(door: Gate, number: int, connection: socket.socket) -> None:
@@ -838,8 +843,8 @@ def test_waiting_until_ready_is_logged(twin: Twin, caplog: pytest.LogCaptureFixt
 def test_a_long_wait_is_told_ever_more_seldom_and_each_try_in_debug(
     twin: Twin, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_endpoint, "_TELL_AGAIN_S", 0.2)
-    monkeypatch.setattr(_endpoint, "_LONGEST_DELAY_S", 0.02)
+    monkeypatch.setattr(_wait_log, "_LOG_AGAIN_S", 0.2)
+    monkeypatch.setattr(_retries, "_LONGEST_DELAY_S", 0.02)
 
     def behave(number: int, request: Any, context: Any) -> Any:
         if number % 2:
@@ -1001,7 +1006,7 @@ def _http(status: str) -> tuple[int, int, bytes]:
 def test_what_is_no_answer_of_grpc_is_a_typed_error(
     twin: Twin, parts: list[tuple[int, int, bytes]], kind: type[GanserveError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_endpoint, "_PATIENCE_WITH_STRANGERS_S", 0.5)
+    monkeypatch.setattr(_retries, "_PATIENCE_BEFORE_FIRST_ANSWER_S", 0.5)
     with gate(lambda _, number, connection: _answering(connection, *parts)) as door:
         for method, options in (
             ("models", {}),
@@ -1017,7 +1022,7 @@ def test_what_is_no_answer_of_grpc_is_a_typed_error(
 @both
 @pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", bytes(64)])
 def test_what_is_no_http2_is_unavailable(twin: Twin, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_endpoint, "_PATIENCE_WITH_STRANGERS_S", 0.5)
+    monkeypatch.setattr(_retries, "_PATIENCE_BEFORE_FIRST_ANSWER_S", 0.5)
 
     def handle(_: Gate, number: int, connection: socket.socket) -> None:
         connection.sendall(said)

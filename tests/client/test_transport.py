@@ -28,8 +28,9 @@ from ganserve import (
     InvalidRequestError,
     UnavailableError,
     _endpoint,
+    _retries,
 )
-from ganserve._endpoint import Readiness
+from ganserve._readiness import Readiness
 from ganserve.v1 import generation_pb2 as pb
 
 
@@ -198,7 +199,7 @@ def test_calls_are_encrypted_by_argument_or_environment(
 
 @both
 def test_both_sides_can_show_certificates(twin: Twin, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_endpoint, "_PATIENCE_WITH_STRANGERS_S", 0.2)
+    monkeypatch.setattr(_retries, "_PATIENCE_BEFORE_FIRST_ANSWER_S", 0.2)
     with serving(honest, credentials=authority.server(mutual=True)) as (address, _):
         options = {"ca_file": authority.ca_file}
         with pytest.raises((UnavailableError, AuthenticationError), match="certificate_file"):
@@ -241,7 +242,7 @@ def test_a_certificate_of_a_stranger_or_another_host_is_not_trusted(
 def test_encryption_that_only_one_side_wants_is_said(
     twin: Twin, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_endpoint, "_PATIENCE_WITH_STRANGERS_S", 0.2)
+    monkeypatch.setattr(_retries, "_PATIENCE_BEFORE_FIRST_ANSWER_S", 0.2)
     with serving(honest) as (address, _), pytest.raises(AuthenticationError, match="does not speak TLS") as caught:
         ask(twin, address, "models", options={"tls": True})
     assert caught.value.reason == "not_encrypted"
@@ -375,7 +376,7 @@ def test_the_client_takes_the_largest_answer_of_the_server() -> None:
 
 
 def test_the_budget_bounds_retries() -> None:
-    budget = _endpoint.RetryBudget()
+    budget = _retries.RetryBudget()
     taken = sum(budget.withdraw() for _ in range(2000))
     assert 1000 <= taken <= 1010  # time gives ten a second
     for _ in range(50):
@@ -385,7 +386,7 @@ def test_the_budget_bounds_retries() -> None:
 
 def test_the_delays_are_jittered_and_bounded() -> None:
     for failures, most in ((1, 0.1), (2, 0.2), (5, 1.6), (6, 2.0), (10**6, 2.0)):
-        delays = [_endpoint.full_jitter_s(failures) for _ in range(300)]
+        delays = [_retries.full_jitter_s(failures) for _ in range(300)]
         assert 0 <= min(delays) < 0.2 * most < 0.8 * most < max(delays) <= most
 
 
@@ -416,8 +417,8 @@ if case == "busy":
     for worker in workers:
         worker.start()
     running.wait()
-    from ganserve import _endpoint
-    while not _endpoint._inside:
+    from ganserve import _forks
+    while not _forks._inside:
         pass
 if case == "connected":
     loop = asyncio.new_event_loop()
