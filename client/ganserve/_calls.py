@@ -17,15 +17,13 @@ from ganserve._endpoint import Endpoint
 from ganserve._forks import check_fork, enter_call, leave_call, leave_to_parent, lose_in_fork
 from ganserve._messages import correct, question_about, reword, to_health
 from ganserve._retries import Attempts, RetryPolicy
+from ganserve._statuses import REQUEST_ID_KEY, too_late, translate
 from ganserve.errors import (
-    REQUEST_ID_KEY,
     GanserveError,
     InvalidRequestError,
     ModelNotFoundError,
     RequestCancelledError,
     ServerError,
-    too_late,
-    translate,
 )
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc

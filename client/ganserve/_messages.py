@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ganserve._latents import uint32
 from ganserve._names import did_you_mean, matching
+from ganserve._statuses import translate_answer
 from ganserve.errors import (
     GanserveError,
     InvalidRequestError,
@@ -22,7 +23,6 @@ from ganserve.errors import (
     OverloadedError,
     ServerError,
     UnavailableError,
-    translate_answer,
 )
 from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.models import Model, QualityMetric

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from tests.client.servers import serving
 
 import ganserve
-from ganserve import GanserveError, InvalidRequestError, OverloadedError, UnavailableError, errors
+from ganserve import GanserveError, InvalidRequestError, OverloadedError, UnavailableError, _statuses, errors
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
@@ -50,7 +50,7 @@ def details(message: error_details_pb2.RetryInfo | error_details_pb2.ErrorInfo) 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_every_status_has_an_exception(end: End, code: grpc.StatusCode) -> None:
-    error = errors.translate(end(code, ("x-request-id", "id-1")), "here:1")
+    error = _statuses.translate(end(code, ("x-request-id", "id-1")), "here:1")
     assert isinstance(error, GanserveError)
     assert type(error) is not GanserveError
     assert (error.code, error.request_id) == (code, "id-1")
@@ -60,32 +60,32 @@ def test_every_status_has_an_exception(end: End, code: grpc.StatusCode) -> None:
 
 def test_the_server_may_name_the_reason(end: End) -> None:
     info = error_details_pb2.ErrorInfo(reason="queue_full")
-    error = errors.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED, details(info)), "here:1")
+    error = _statuses.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED, details(info)), "here:1")
     assert error.reason == "queue_full"
-    assert errors.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED), "here:1").reason == "overloaded"
+    assert _statuses.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED), "here:1").reason == "overloaded"
 
 
 def test_an_error_of_the_server_asks_to_be_reported_with_its_id(end: End) -> None:
-    error = errors.translate(end(grpc.StatusCode.INTERNAL, ("x-request-id", "id-1")), "here:1")
+    error = _statuses.translate(end(grpc.StatusCode.INTERNAL, ("x-request-id", "id-1")), "here:1")
     assert "id-1" in str(error)
 
 
 def test_an_overloaded_server_says_when_to_come_back(end: End) -> None:
     retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=250_000_000))
-    error = errors.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED, details(retry)), "here:1")
+    error = _statuses.translate(end(grpc.StatusCode.RESOURCE_EXHAUSTED, details(retry)), "here:1")
     assert isinstance(error, OverloadedError)
     assert error.retry_after_s == pytest.approx(0.25)
 
 
 def test_unreadable_details_do_not_hide_the_error(end: End) -> None:
     broken = ("grpc-status-details-bin", b"\xff\xff\xff")
-    error = errors.translate(end(grpc.StatusCode.INVALID_ARGUMENT, broken), "here:1")
+    error = _statuses.translate(end(grpc.StatusCode.INVALID_ARGUMENT, broken), "here:1")
     assert isinstance(error, InvalidRequestError)
     assert error.field is None
 
 
 def test_an_unreachable_server_is_named_with_what_to_do(end: End) -> None:
-    error = errors.translate(end(grpc.StatusCode.UNAVAILABLE), "here:1")
+    error = _statuses.translate(end(grpc.StatusCode.UNAVAILABLE), "here:1")
     assert isinstance(error, UnavailableError)
     assert "here:1" in str(error)
     assert "GANSERVE_ADDRESS" in str(error)
@@ -95,7 +95,7 @@ def test_the_docstring_draws_every_exception() -> None:
     assert errors.__doc__ is not None
     tree = {line.strip("├│└─ ").split(" ")[0] for line in errors.__doc__.splitlines() if "Error" in line}
     defined = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GanserveError)}
-    assert len(defined) >= len(set(errors.ERROR_OF_STATUS.values()))
+    assert len(defined) >= len(set(_statuses.ERROR_OF_STATUS.values()))
     assert {kind.__name__ for kind in defined} <= tree
     assert {kind.__name__ for kind in defined} <= set(ganserve.__all__)
 
@@ -154,12 +154,12 @@ SSL = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007
     ],
 )
 def test_what_grpc_says_of_a_connection_is_cut_down_to_what_happened(said: str, words: str) -> None:
-    assert errors.in_words(said) == words
+    assert _statuses.in_words(said) == words
 
 
 def test_a_text_of_the_server_is_left_as_it_is(end: End) -> None:
     said = "Stream removed (as you asked)."
-    error = errors.translate(end(grpc.StatusCode.INVALID_ARGUMENT, ("x-request-id", "id-1"), said=said), "here:1")
+    error = _statuses.translate(end(grpc.StatusCode.INVALID_ARGUMENT, ("x-request-id", "id-1"), said=said), "here:1")
     assert str(error) == said
 
 
@@ -178,7 +178,7 @@ TROUBLES = [
 def test_advice_names_arguments_or_the_programs_flags(
     end: End, code: grpc.StatusCode, said: str, argument: str, flag: str
 ) -> None:
-    error = errors.translate(end(code, said=said), "here:1")
+    error = _statuses.translate(end(code, said=said), "here:1")
     assert argument in str(error)
     assert flag not in str(error)
     assert flag in error.told(errors.FLAGS)
@@ -191,13 +191,13 @@ def test_advice_names_nothing_that_has_no_name(end: End) -> None:
     assert errors.FLAGS.keys() == errors._ARGUMENTS.keys()
     named = set()
     for code, said, _, _ in TROUBLES:
-        advice = errors.translate(end(code, said=said), "here:1").advice
+        advice = _statuses.translate(end(code, said=said), "here:1").advice
         named |= {name for _, name, _, _ in string.Formatter().parse(advice) if name}
     assert named == errors.FLAGS.keys()
 
 
 def test_an_error_can_go_to_another_process(end: End) -> None:
-    error = errors.translate(end(grpc.StatusCode.UNAUTHENTICATED, ("x-request-id", "id-1")), "here:1")
+    error = _statuses.translate(end(grpc.StatusCode.UNAUTHENTICATED, ("x-request-id", "id-1")), "here:1")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.code, again.reason) == (type(error), str(error), error.code, error.reason)
     assert again.told(errors.FLAGS) == error.told(errors.FLAGS)
