@@ -85,6 +85,12 @@ def test_no_public_name_of_the_sdk_hides_a_module() -> None:
     assert not modules & set(ganserve.__all__)
 
 
+def test_one_module_of_the_sdk_knows_the_messages() -> None:
+    modules = (path for path in (ROOT / "client" / "ganserve").rglob("*.py") if path.parent.name != "v1")
+    knows = [path.name for path in modules if any(re.search(r"\.v1\b", name) for name in _imported(path))]
+    assert knows == ["_messages.py"]
+
+
 def test_importing_the_sdk_loads_nothing_heavy() -> None:
     code = "import sys, ganserve; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

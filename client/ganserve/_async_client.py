@@ -8,25 +8,27 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from numpy.typing import ArrayLike
 
+from ganserve._arguments import Label, seed_iterator
 from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
 from ganserve._calls import AsyncCalls
+from ganserve._each import each_async
 from ganserve._messages import (
-    Label,
+    health_request,
+    image_count,
+    images_request,
+    model_request,
+    models_request,
     to_batch,
-    to_health_request,
     to_model,
-    to_model_request,
-    to_request,
-    to_seeds,
+    to_models,
 )
 from ganserve._readiness import Readiness
 from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
-from ganserve._streams import each_async, one_by_one_async, stream_async
+from ganserve._streams import one_by_one_async, stream_async
 from ganserve.errors import GanserveError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
 from ganserve.provenance import Provenance
-from ganserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,10 +62,10 @@ class AsyncClient(Twin):
 
         >>> batch = await client.generate("cdcgan-mnist", count=2, seed=1)
         """
-        request = to_request(
+        request = images_request(
             model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
         )
-        images = request.count or 1
+        images = image_count(request)
         timeout_s = self._timeout_s(timeout_s, images)
         if images > STREAM_ABOVE:
             return concatenate([batch async for batch in stream_async(self._calls, request, timeout_s)])
@@ -106,10 +108,10 @@ class AsyncClient(Twin):
         >>> async for batch in client.stream_batches("mlp-mnist", count=1000):
         ...     print(len(batch))
         """
-        request = to_request(
+        request = images_request(
             model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
         )
-        return stream_async(self._calls, request, self._timeout_s(timeout_s, request.count))
+        return stream_async(self._calls, request, self._timeout_s(timeout_s, image_count(request)))
 
     def generate_each(
         self,
@@ -127,7 +129,8 @@ class AsyncClient(Twin):
         ...     print(image.seed)
         """
         progress = self._each_progress(model, label, truncation, version, timeout_s)
-        return each_async(self._calls, progress, aiter(seeds) if isinstance(seeds, AsyncIterable) else to_seeds(seeds))
+        reader = aiter(seeds) if isinstance(seeds, AsyncIterable) else seed_iterator(seeds)
+        return each_async(self._calls, progress, reader)
 
     async def interpolate(
         self,
@@ -214,30 +217,30 @@ class AsyncClient(Twin):
 
         >>> names = [model.name for model in await client.models()]
         """
-        response = await self._calls.unary("list_models", pb.ListModelsRequest(), self._timeout_s(timeout_s))
-        return [to_model(model) for model in response.models]
+        response = await self._calls.unary("list_models", models_request(), self._timeout_s(timeout_s))
+        return to_models(response)
 
     async def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a model, as Client.model does.
 
         >>> latent_dim = (await client.model("cdcgan-mnist")).latent_dim
         """
-        request = to_model_request(name, version)
-        return to_model((await self._calls.unary("get_model", request, self._timeout_s(timeout_s))).model)
+        request = model_request(name, version)
+        return to_model(await self._calls.unary("get_model", request, self._timeout_s(timeout_s)))
 
     async def health(self, model: str | None = None, *, timeout_s: float | None = None) -> bool:
         """Say whether the server, or one of its models, is serving, as Client.health does.
 
         >>> serving = await client.health()
         """
-        return await self._calls.serving(to_health_request(model), self._timeout_s(timeout_s))
+        return await self._calls.serving(health_request(model), self._timeout_s(timeout_s))
 
     async def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
         """Return as soon as the server, or one of its models, is serving, as Client.wait_until_ready does.
 
         >>> await client.wait_until_ready(10, model="cdcgan-mnist")
         """
-        request = to_health_request(model)
+        request = health_request(model)
         readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
         while True:
             last = None
@@ -256,7 +259,7 @@ class AsyncClient(Twin):
 
         >>> found = await client.replicas("cdcgan-mnist", 1)
         """
-        health, request = to_health_request(model), None if version is None else to_model_request(model, version)
+        health, request = health_request(model), None if version is None else model_request(model, version)
         timeout_s = self._timeout_s(timeout_s)
         self._calls.check_open()
         places = asyncio.Semaphore(REPLICAS_AT_ONCE)

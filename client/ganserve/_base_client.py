@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ganserve._arguments import UINT32_LIMIT, Label, label_list, uint32
+from ganserve._each import EachProgress
 from ganserve._endpoint import endpoint
-from ganserve._latents import WAYS, between, uint32
-from ganserve._messages import EachProgress, Label, to_labels, to_request
+from ganserve._latents import WAYS, between
+from ganserve._messages import EachRequests, images_request
 from ganserve.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -34,7 +36,6 @@ OF_ONE_REPLICA = (*NOT_READY_YET, AuthenticationError, ServerError)
 _TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
 _SHEET_ROWS_UNCONDITIONAL = 4
-_UINT32_LIMIT = 1 << 32
 
 FilePath = str | os.PathLike[str]
 
@@ -107,10 +108,10 @@ class Twin:
         version: int | None,
         timeout_s: float | None,
     ) -> EachProgress:
-        request = to_request(
+        request = images_request(
             model, count=None, seed=None, latents=None, label=None, truncation=truncation, version=version
         )
-        return EachProgress(request, label, self._timeout_s(timeout_s), self.address)
+        return EachProgress(EachRequests(request), label, self._timeout_s(timeout_s), self.address)
 
     @staticmethod
     def _sheet_rows(
@@ -121,7 +122,7 @@ class Twin:
             raise InvalidRequestError(f"columns is {columns!r}; it must be an integer, 1 or more")
         if not model.conditional and label is None:
             return _SHEET_ROWS_UNCONDITIONAL * columns, None, []
-        rows = [model.label(row) for row in (range(len(model.class_names)) if label is None else to_labels(label))]
+        rows = [model.label(row) for row in (range(len(model.class_names)) if label is None else label_list(label))]
         each: list[Label] = [row for row in rows for _ in range(columns)]
         return len(each), each, [model.class_names[row] for row in rows]
 
@@ -178,7 +179,7 @@ class Twin:
 
     @staticmethod
     def _consecutive(seeds: tuple[int, ...]) -> bool:
-        return all((a + 1) % _UINT32_LIMIT == b for a, b in itertools.pairwise(seeds))
+        return all((a + 1) % UINT32_LIMIT == b for a, b in itertools.pairwise(seeds))
 
 
 # Python's TypeError for an argument that is unknown has this name.

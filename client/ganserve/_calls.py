@@ -1,21 +1,30 @@
-"""How calls are made: on a connection of the client's own, again where that helps, and as their requests were meant.
+"""Makes calls: on the client's own connection, with retries, and with corrected requests where the meaning is clear.
 
-`Calls` for threads and `AsyncCalls` for asyncio. `_streams` reads the calls that have many answers.
+`Calls` is for threads and `AsyncCalls` for asyncio. `_streams` and `_each` read the calls with many answers.
 """
 
 import asyncio
+import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ganserve._endpoint import Endpoint
-from ganserve._forks import check_fork, enter_call, leave_call, leave_to_parent, lose_in_fork
-from ganserve._messages import correct, question_about, reword, to_health
+from ganserve._forks import (
+    check_fork,
+    enter_call,
+    leave_call,
+    leave_to_parent,
+    lose_in_fork,
+    lost_in_fork,
+)
+from ganserve._messages import Stubs, correct, explain_missing_label, is_serving, question_about
 from ganserve._retries import Attempts, RetryPolicy
 from ganserve._statuses import REQUEST_ID_KEY, too_late, translate
 from ganserve.errors import (
@@ -25,32 +34,12 @@ from ganserve.errors import (
     RequestCancelledError,
     ServerError,
 )
-from ganserve.v1 import generation_pb2 as pb
-from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 _SHORTEST_TIMEOUT_S = 0.001
-_GENERATE_EACH = f"/{pb.DESCRIPTOR.services_by_name['GenerationService'].full_name}/GenerateEach"
 
 
-class Stubs:
-    """The methods of a channel."""
-
-    def __init__(self, channel: Any) -> None:
-        self.channel = channel
-        service = pb_grpc.GenerationServiceStub(channel)
-        self.generate_images = service.GenerateImages
-        self.stream_images = service.StreamImages
-        # Requests that are alike are serialised by who makes them.
-        self.generate_each = channel.stream_stream(
-            _GENERATE_EACH, response_deserializer=pb.GenerateEachResponse.FromString
-        )
-        self.list_models = service.ListModels
-        self.get_model = service.GetModel
-        self.health = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
-
-
-class _Calls:
-    """What both have in common: where the calls go, and what their ends mean."""
+class _BaseCalls:
+    """What both kinds share: where calls go, what the end of a call means, and what happens in a forked process."""
 
     def __init__(self, endpoint: Endpoint, *, retries: bool) -> None:
         self.endpoint = endpoint
@@ -64,7 +53,7 @@ class _Calls:
 
     @property
     def closed(self) -> bool:
-        """Whether no more calls are made."""
+        """Whether the client is closed."""
         return self._closing.is_set()
 
     def to_one_address(self, target: str) -> Self:
@@ -72,16 +61,16 @@ class _Calls:
         return type(self)(self.endpoint.of_one_address(target), retries=False)
 
     def check_open(self) -> None:
-        """Raise RequestCancelledError if no more calls are made."""
+        """Raise RequestCancelledError if the client is closed."""
         if self.closed:
             raise RequestCancelledError("this client is closed", reason="closed")
 
-    def named(self, request_id: str) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of a call that is to have this id."""
+    def metadata_with(self, request_id: str) -> tuple[tuple[str, str], ...]:
+        """Return the metadata of a call with this request id."""
         return (*(self.metadata or ()), (REQUEST_ID_KEY, request_id))
 
     def after_fork(self) -> None:
-        """Begin anew in a child process: the parent's connections are not its own."""
+        """Start afresh in a child process: the connections belong to the parent."""
         closed, self._closing = self.closed, threading.Event()
         if closed:
             self._closing.set()
@@ -102,11 +91,11 @@ class _Calls:
         return RequestCancelledError("the client was closed during the call", reason="closed")
 
 
-class Calls(_Calls):
-    """Calls that block; safe to share between threads."""
+class Calls(_BaseCalls):
+    """Blocking calls; safe to share between threads."""
 
     def connected(self) -> Stubs:
-        """Return the methods to call; connect first if need be."""
+        """Return the methods to call; connects if there is no connection."""
         if (stubs := self._stubs) is not None:
             return stubs
         with self._lock:
@@ -122,16 +111,22 @@ class Calls(_Calls):
             return self._stubs
 
     def unary(self, method: str, request: Any, timeout_s: float, *, once: bool = False) -> Any:
-        """Make a call that has one answer, and return that; `once` makes it just once, as it is.
+        """Make a call with one answer, and return the answer.
+
+        Args:
+            method: an attribute of `Stubs`.
+            request: the request.
+            timeout_s: for the call with its retries.
+            once: make one attempt, without retries and corrections.
 
         Raises:
-            GanserveError: it failed.
+            GanserveError: the call failed.
         """
         given_s, deadline = timeout_s, time.monotonic() + timeout_s
         attempts = None
         while True:
-            # Without a request id, by which a timeout could be found in the server's log: a new one for each call
-            # defeats the compression of headers, and takes 60 µs of a call's 400.
+            # Without a request id, which would identify a call that timed out in the server's log: a new id for each
+            # call defeats the compression of headers, and costs 60 µs of a call's 400 µs.
             send = getattr(self.connected(), method)
             thread = threading.get_ident()
             enter_call(thread)
@@ -149,19 +144,19 @@ class Calls(_Calls):
             if once:
                 raise failure
             attempts = attempts or Attempts(self.policy)
-            request = self.again(failure, request, attempts, deadline) or request
+            request = self.prepare_retry(failure, request, attempts, deadline) or request
             timeout_s = deadline - time.monotonic()
 
     def failure(
         self, error: Exception, timeout_s: float, request_id: str | None = None, *, late: bool = False
     ) -> GanserveError:
-        """Return what the end of a call means; raise it if it is none.
+        """Return the failure that ended a call; raise the error if it is not a failure of the call.
 
         Args:
-            error: how it ended.
-            timeout_s: what it was given, with its retries.
-            request_id: that it was given, if it was.
-            late: whether it took too long.
+            error: what the call raised.
+            timeout_s: the call's, including its retries.
+            request_id: the id that the call was sent with, if any.
+            late: whether the call took too long.
         """
         if isinstance(error, grpc.RpcError):
             return self._translated(error, timeout_s, request_id, late=late)
@@ -169,11 +164,11 @@ class Calls(_Calls):
             raise error
         raise self._closed_meanwhile() from None  # gRPC's ValueError for a closed channel
 
-    def again(self, failure: GanserveError, request: Any, attempts: Attempts, deadline: float) -> Any:
-        """Return when a call that failed may be made again: what its request meant, or None where that was sound.
+    def prepare_retry(self, failure: GanserveError, request: Any, attempts: Attempts, deadline: float) -> Any:
+        """Wait until a failed call may be repeated; return the corrected request, or None to repeat it unchanged.
 
         Raises:
-            GanserveError: the failure, if another try is of no use.
+            GanserveError: the failure, if a retry is useless or not allowed.
         """
         corrected = self.corrected(failure, request, deadline)
         if corrected is None:
@@ -181,38 +176,38 @@ class Calls(_Calls):
         return corrected
 
     def corrected(self, failure: GanserveError, request: Any, deadline: float) -> Any:
-        """Return what was meant by a request that the server refused; None if asking the server can't tell.
+        """Return what a request that the server refused meant; None if the server cannot help to find out.
 
         Raises:
-            GanserveError: the failure, which then says what was probably meant.
+            GanserveError: the failure, whose text now says what was probably meant.
         """
-        reword(failure, request)
+        explain_missing_label(failure, request)
         question = question_about(failure, request)
         if question is None:
             return None
-        method = "list_models" if isinstance(question, pb.ListModelsRequest) else "get_model"
+        left_s = max(_SHORTEST_TIMEOUT_S, deadline - time.monotonic())
         try:
-            answer = self.unary(method, question, max(_SHORTEST_TIMEOUT_S, deadline - time.monotonic()), once=True)
+            answer = self.unary(*question, left_s, once=True)
         except GanserveError:
             raise failure from None
         return correct(failure, request, answer)
 
-    def serving(self, request: health_pb2.HealthCheckRequest, timeout_s: float) -> bool:
-        """Ask once for the health of a server or a model; the error for a model that it has not says which it has."""
+    def serving(self, request: Any, timeout_s: float) -> bool:
+        """Ask once for the health of a server or a model. The error for an unknown model lists the known ones."""
         deadline = time.monotonic() + timeout_s
         try:
-            return to_health(self.unary("health", request, timeout_s, once=True))
+            return is_serving(self.unary("health", request, timeout_s, once=True))
         except ModelNotFoundError as error:
             self.corrected(error, request, deadline)
             raise
 
     def pause(self, delay_s: float) -> None:
-        """Wait for so long, or until no more calls are made."""
+        """Wait, and raise RequestCancelledError if the client is closed meanwhile."""
         if self._closing.wait(delay_s):
             raise self._closed_meanwhile()
 
     def close(self) -> None:
-        """End the calls that are running, and make no more."""
+        """End the running calls, and make no more."""
         with self._lock:
             self._closing.set()
             stubs, self._stubs = self._stubs, None
@@ -220,20 +215,20 @@ class Calls(_Calls):
             stubs.channel.close()
 
 
-class AsyncCalls(_Calls):
-    """Calls that are awaited. They belong to the event loop of the first, until that is closed."""
+class AsyncCalls(_BaseCalls):
+    """Calls for asyncio. They belong to the event loop of the first call until that loop is closed."""
 
     _loop: asyncio.AbstractEventLoop | None = None
 
     def after_fork(self) -> None:
-        """Do as Calls.after_fork does."""
+        """Start afresh in a child process, as Calls.after_fork does."""
         if self._stubs is not None:
-            # Its thread waits inside gRPC, whether there are calls or not.
+            # Its thread waits inside gRPC even without calls.
             lose_in_fork("an AsyncClient connected")
         super().after_fork()
 
     def connected(self) -> Stubs:
-        """Return the methods to call; connect first if need be."""
+        """Return the methods to call; connects if there is no connection."""
         loop = asyncio.get_running_loop()
         if (stubs := self._stubs) is not None and self._loop is loop:
             return stubs
@@ -251,7 +246,7 @@ class AsyncCalls(_Calls):
         return stubs
 
     async def unary(self, method: str, request: Any, timeout_s: float, *, once: bool = False) -> Any:
-        """Make a call that has one answer, as Calls.unary does."""
+        """Make a call with one answer, as Calls.unary does."""
         given_s, deadline = timeout_s, time.monotonic() + timeout_s
         attempts = None
         while True:
@@ -268,15 +263,16 @@ class AsyncCalls(_Calls):
             if once:
                 raise failure
             attempts = attempts or Attempts(self.policy)
-            request = await self.again(failure, request, attempts, deadline) or request
+            request = await self.prepare_retry(failure, request, attempts, deadline) or request
             timeout_s = deadline - time.monotonic()
 
     def failure(
         self, error: BaseException, timeout_s: float, request_id: str | None = None, *, late: bool = False
     ) -> GanserveError:
-        """Return what the end of a call means, as Calls.failure does.
+        """Return the failure that ended a call, as Calls.failure does.
 
-        It tells the end of a call, or of the channel, from that of a task, whose owner must see just that.
+        A cancelled call or a closed channel is a failure of the call; a cancelled task is not, and its owner must see
+        the CancelledError.
         """
         if isinstance(error, grpc.RpcError):
             return self._translated(error, timeout_s, request_id, late=late)
@@ -287,38 +283,37 @@ class AsyncCalls(_Calls):
                 return too_late(self.address, timeout_s, request_id)
         raise error
 
-    async def again(self, failure: GanserveError, request: Any, attempts: Attempts, deadline: float) -> Any:
-        """Return when a call that failed may be made again, as Calls.again does."""
+    async def prepare_retry(self, failure: GanserveError, request: Any, attempts: Attempts, deadline: float) -> Any:
+        """Wait until a failed call may be repeated, as Calls.prepare_retry does."""
         corrected = await self.corrected(failure, request, deadline)
         if corrected is None:
             await asyncio.sleep(attempts.delay_s(failure, deadline))
         return corrected
 
     async def corrected(self, failure: GanserveError, request: Any, deadline: float) -> Any:
-        """Return what was meant by a request that the server refused, as Calls.corrected does."""
-        reword(failure, request)
+        """Return what a request that the server refused meant, as Calls.corrected does."""
+        explain_missing_label(failure, request)
         question = question_about(failure, request)
         if question is None:
             return None
-        method = "list_models" if isinstance(question, pb.ListModelsRequest) else "get_model"
         left_s = max(_SHORTEST_TIMEOUT_S, deadline - time.monotonic())
         try:
-            answer = await self.unary(method, question, left_s, once=True)
+            answer = await self.unary(*question, left_s, once=True)
         except GanserveError:
             raise failure from None
         return correct(failure, request, answer)
 
-    async def serving(self, request: health_pb2.HealthCheckRequest, timeout_s: float) -> bool:
+    async def serving(self, request: Any, timeout_s: float) -> bool:
         """Ask once for the health of a server or a model, as Calls.serving does."""
         deadline = time.monotonic() + timeout_s
         try:
-            return to_health(await self.unary("health", request, timeout_s, once=True))
+            return is_serving(await self.unary("health", request, timeout_s, once=True))
         except ModelNotFoundError as error:
             await self.corrected(error, request, deadline)
             raise
 
     async def close(self) -> None:
-        """End the calls that are running, and make no more."""
+        """End the running calls, and make no more."""
         self._closing.set()
         stubs, self._stubs = self._stubs, None
         if stubs is not None and self._loop is asyncio.get_running_loop():
@@ -326,23 +321,46 @@ class AsyncCalls(_Calls):
 
 
 def readable(answer: Any) -> Any:
-    """Return the answer of an awaited call.
+    """Return the answer of a call for asyncio.
 
     Raises:
-        ServerError: it is None, by which grpc.aio tells of bytes that are no message.
+        ServerError: the answer is None: grpc.aio could not parse it.
     """
     if answer is None:
         raise ServerError("the server's answer cannot be read: it is of another protocol")
     return answer
 
 
+@contextlib.contextmanager
+def cancelled_on_exit(call: Any) -> Iterator[Any]:
+    """Give a call whose answers are read; cancel what is left of it on exit."""
+    enter_call(call)
+    try:
+        with cancelled_on_exit_async(call):
+            yield call
+    finally:
+        leave_call(call)
+
+
+@contextlib.contextmanager
+def cancelled_on_exit_async(call: Any) -> Iterator[Any]:
+    """Give a call for asyncio, as `cancelled_on_exit` does for threads."""
+    try:
+        yield call
+    finally:
+        if lost_in_fork():
+            leave_to_parent(call)
+        elif not sys.is_finalizing():  # otherwise a dead thread of gRPC's may hold the lock of the call
+            call.cancel()
+
+
 def _cancelled() -> bool:
-    """Whether somebody has cancelled the task that runs."""
+    """Return whether the current task has been cancelled."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
-_all: "weakref.WeakSet[_Calls]" = weakref.WeakSet()
+_all: "weakref.WeakSet[_BaseCalls]" = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:

@@ -9,25 +9,27 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from numpy.typing import ArrayLike
 
+from ganserve._arguments import Label, seed_iterator
 from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
 from ganserve._calls import Calls
+from ganserve._each import each
 from ganserve._messages import (
-    Label,
+    health_request,
+    image_count,
+    images_request,
+    model_request,
+    models_request,
     to_batch,
-    to_health_request,
     to_model,
-    to_model_request,
-    to_request,
-    to_seeds,
+    to_models,
 )
 from ganserve._readiness import Readiness
 from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
-from ganserve._streams import each, one_by_one, stream
+from ganserve._streams import one_by_one, stream
 from ganserve.errors import GanserveError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
 from ganserve.provenance import Provenance
-from ganserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,10 +84,10 @@ class Client(Twin):
             DeadlineExceededError: the timeout passed.
             ServerError: the server failed.
         """
-        request = to_request(
+        request = images_request(
             model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
         )
-        images = request.count or 1
+        images = image_count(request)
         timeout_s = self._timeout_s(timeout_s, images)
         if images > STREAM_ABOVE:
             return concatenate(list(stream(self._calls, request, timeout_s)))
@@ -136,10 +138,10 @@ class Client(Twin):
         >>> sum(len(batch) for batch in client.stream_batches("mlp-mnist", count=1000))
         1000
         """
-        request = to_request(
+        request = images_request(
             model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
         )
-        return stream(self._calls, request, self._timeout_s(timeout_s, request.count))
+        return stream(self._calls, request, self._timeout_s(timeout_s, image_count(request)))
 
     def generate_each(
         self,
@@ -180,7 +182,7 @@ class Client(Twin):
             Exception: what `seeds` or `label` raises, after the images of those before.
         """
         progress = self._each_progress(model, label, truncation, version, timeout_s)
-        return each(self._calls, progress, to_seeds(seeds))
+        return each(self._calls, progress, seed_iterator(seeds))
 
     def interpolate(
         self,
@@ -308,8 +310,8 @@ class Client(Twin):
         >>> [model.name for model in client.models()][:2]
         ['cdcgan-fashion-mnist', 'cdcgan-mnist']
         """
-        response = self._calls.unary("list_models", pb.ListModelsRequest(), self._timeout_s(timeout_s))
-        return [to_model(model) for model in response.models]
+        response = self._calls.unary("list_models", models_request(), self._timeout_s(timeout_s))
+        return to_models(response)
 
     def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a model; None takes its newest version.
@@ -320,8 +322,8 @@ class Client(Twin):
         Raises:
             ModelNotFoundError: there is no such model or version.
         """
-        request = to_model_request(name, version)
-        return to_model(self._calls.unary("get_model", request, self._timeout_s(timeout_s)).model)
+        request = model_request(name, version)
+        return to_model(self._calls.unary("get_model", request, self._timeout_s(timeout_s)))
 
     def health(self, model: str | None = None, *, timeout_s: float | None = None) -> bool:
         """Say whether the server, or one of its models, is serving. Not retried: it tells what is now.
@@ -333,7 +335,7 @@ class Client(Twin):
             ModelNotFoundError: the server knows no such model.
             UnavailableError: the server cannot be reached.
         """
-        return self._calls.serving(to_health_request(model), self._timeout_s(timeout_s))
+        return self._calls.serving(health_request(model), self._timeout_s(timeout_s))
 
     def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
         """Return as soon as the server, or one of its models, is serving; it need not be there yet.
@@ -344,7 +346,7 @@ class Client(Twin):
             DeadlineExceededError: it took longer than `timeout_s`; the text says what was wrong last.
             AuthenticationError: the token, or a certificate, is not accepted.
         """
-        request = to_health_request(model)
+        request = health_request(model)
         readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
         while True:
             last = None
@@ -376,7 +378,7 @@ class Client(Twin):
             InvalidRequestError: an argument makes no sense, or the address is of a kind that has no list.
             UnavailableError: DNS does not know the name.
         """
-        health, request = to_health_request(model), None if version is None else to_model_request(model, version)
+        health, request = health_request(model), None if version is None else model_request(model, version)
         timeout_s = self._timeout_s(timeout_s)
         self._calls.check_open()
 

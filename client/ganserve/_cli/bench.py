@@ -20,11 +20,11 @@ import typer
 from numpy.typing import NDArray
 
 from ganserve import AsyncClient
+from ganserve._arguments import Label
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.generating import Labels, ModelName, Version, labels_in_turn
 from ganserve._cli.outcome import ExitStatus, one_line
 from ganserve._cli.output import print_json
-from ganserve._messages import Label
 from ganserve.errors import GanserveError
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)

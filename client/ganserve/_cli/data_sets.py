@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve import Client
-from ganserve._messages import Label
+from ganserve._arguments import Label
 from ganserve.errors import NoProvenanceError
 from ganserve.images import ImageBatch
 from ganserve.provenance import Provenance

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from ganserve import _pictures
+from ganserve._arguments import Label
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
-from ganserve._messages import Label
 from ganserve.images import ImageBatch, gathered, listed
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ganserve models` lists it.")]

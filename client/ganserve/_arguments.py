@@ -1,0 +1,120 @@
+"""Checks of arguments: each error names the argument, its value, and what it must be."""
+
+import operator
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ganserve.errors import InvalidRequestError
+
+Label = int | str
+
+UINT32_LIMIT = 1 << 32
+_A_LABEL = "it must be an index, 0 or more, or a name of a class"
+
+
+def invalid(field: str, text: str) -> InvalidRequestError:
+    """Return an error about this argument."""
+    error = InvalidRequestError(text)
+    error.field = field
+    return error
+
+
+def uint32(field: str, value: object, least: int = 0) -> int:
+    """Return an integer that a uint32 field of a message can hold.
+
+    Raises:
+        InvalidRequestError: the value is not one; the error's `field` names it.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if least <= number < UINT32_LIMIT:
+        return number
+    raise invalid(field, f"{field} is {value!r}; it must be an integer from {least} to {UINT32_LIMIT - 1}")
+
+
+def model_name(model: Any) -> str:
+    """Return the name of a model.
+
+    Raises:
+        InvalidRequestError: a message cannot hold it.
+    """
+    try:
+        model.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise invalid("model", f"model is {model!a}; it must be a name, as models() lists them") from error
+    return str(model)
+
+
+def seed_iterator(seeds: Iterable[int]) -> Iterator[int]:
+    """Return an iterator over seeds.
+
+    Raises:
+        InvalidRequestError: they are not iterable, or their items are not seeds.
+    """
+    try:
+        if isinstance(seeds, str | bytes | bytearray | Mapping):
+            raise TypeError
+        return iter(seeds)
+    except TypeError as error:
+        text = f"seeds is {reprlib.repr(seeds)}; it must be an iterable of integers"
+        raise invalid("seeds", text) from error
+
+
+def latent_rows(latents: ArrayLike) -> NDArray[np.float32]:
+    """Return one latent or several as [count, latent_dim].
+
+    Raises:
+        InvalidRequestError: they are not an array of numbers of one or two dimensions.
+    """
+    try:
+        if np.asarray(latents).dtype.kind not in "fiu":
+            raise TypeError
+        rows = np.asarray(latents, np.float32)
+    except (TypeError, ValueError) as error:
+        raise invalid("latents", "latents is no array of numbers; it must be [count, latent_dim]") from error
+    if rows.ndim not in (1, 2) or not rows.size:
+        raise invalid("latents", f"latents is {list(rows.shape)}; it must be [count, latent_dim]")
+    return np.atleast_2d(rows)
+
+
+def label_value(label: Any) -> Label:
+    """Return one label.
+
+    Raises:
+        InvalidRequestError: it is neither an index nor a name.
+    """
+    try:
+        if isinstance(label, str):
+            label.encode()
+            return label
+        return uint32("label", label)
+    except (UnicodeEncodeError, InvalidRequestError) as error:  # half of a surrogate pair is no text
+        text = ascii(label) if isinstance(label, str) else reprlib.repr(label)
+        raise invalid("label", f"label is {text}; {_A_LABEL}") from error
+
+
+def label_list(label: Any) -> list[Any]:
+    """Return a list of labels, or one label as a list.
+
+    Raises:
+        InvalidRequestError: `label` is a container that cannot hold labels in order.
+    """
+    check_label_container(label)
+    alone = isinstance(label, str) or not hasattr(label, "__len__")
+    return [label] if alone or getattr(label, "ndim", 1) == 0 else list(label)
+
+
+def check_label_container(label: Any) -> None:
+    """Reject an iterable that does not give one label after the other.
+
+    Raises:
+        InvalidRequestError: `label` is one.
+    """
+    if isinstance(label, bytes | bytearray | memoryview | Set | Mapping) or getattr(label, "ndim", 1) > 1:
+        raise invalid("label", f"label is {reprlib.repr(label)}; {_A_LABEL}, or a list with one for each image")
