@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from numpy.typing import ArrayLike
 
 from ganserve._arguments import Label, seed_iterator
-from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
+from ganserve._base_client import (
+    NOT_READY_YET,
+    OF_ONE_REPLICA,
+    REPLICA_TIMEOUT_S,
+    REPLICAS_AT_ONCE,
+    STREAM_ABOVE,
+    BaseClient,
+    FilePath,
+)
 from ganserve._calls import AsyncCalls
 from ganserve._each import each_async
+from ganserve._endpoint import endpoint
 from ganserve._messages import (
     health_request,
     image_count,
@@ -34,7 +43,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class AsyncClient(Twin):
+class AsyncClient(BaseClient):
     """A client for asyncio, with the methods of `Client`.
 
     It belongs to the event loop of its first call, until that is closed.
@@ -44,7 +53,25 @@ class AsyncClient(Twin):
     """
 
     _calls: AsyncCalls
-    _kind_of_calls = AsyncCalls
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        retries: bool = True,
+        token: str | None = None,
+        tls: bool | None = None,
+        ca_file: FilePath | None = None,
+        certificate_file: FilePath | None = None,
+        key_file: FilePath | None = None,
+    ) -> None:
+        """Make a client, as Client does."""
+        where = endpoint(
+            address, token=token, tls=tls, ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
+        )
+        super().__init__(where.address, timeout_s)
+        self._calls = AsyncCalls(where, retries=retries)
 
     async def generate(
         self,

@@ -1,16 +1,16 @@
-"""What `Client` and `AsyncClient` share: where to and how long, and how to ask for what takes several calls."""
+"""The base class of `Client` and `AsyncClient`: what does not depend on threads or asyncio."""
 
 import itertools
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ganserve._arguments import UINT32_LIMIT, Label, label_list, uint32
+from ganserve._calls import AsyncCalls, Calls
 from ganserve._each import EachProgress
-from ganserve._endpoint import endpoint
 from ganserve._latents import WAYS, between
 from ganserve._messages import EachRequests, images_request
 from ganserve.errors import (
@@ -27,64 +27,28 @@ from ganserve.models import Model
 from ganserve.provenance import Interpolation, Provenance
 
 DEFAULT_TIMEOUT_S = 30.0
-STREAM_ABOVE = 256  # more images than this come as a stream: one message should not hold them
+STREAM_ABOVE = 256  # images: more than these come as a stream, for one message should not hold them
 REPLICAS_AT_ONCE = 16
-REPLICA_TIMEOUT_S = 5.0  # for one of them, where all are waited for
+REPLICA_TIMEOUT_S = 5.0  # for one replica, while waiting for all
 NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)
-# What is so of one replica, and says nothing of the others.
+# Errors of one replica, which say nothing about the others.
 OF_ONE_REPLICA = (*NOT_READY_YET, AuthenticationError, ServerError)
-_TIMEOUT_S_PER_IMAGE = 0.02  # what a call for many images may take longer
-_LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC takes much longer ones for none at all
+_TIMEOUT_S_PER_IMAGE = 0.02  # added to the default timeout for each image
+_LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC treats much longer timeouts as none
 _SHEET_ROWS_UNCONDITIONAL = 4
 
 FilePath = str | os.PathLike[str]
 
 
-class Twin:
-    """A client without its methods."""
+class BaseClient:
+    """The base class of `Client` and `AsyncClient`: settings, and the arithmetic of methods with several calls."""
 
-    _calls: Any
-    _kind_of_calls: ClassVar[Any]
+    _calls: Calls | AsyncCalls
 
-    def __init__(
-        self,
-        address: str | None = None,
-        *,
-        timeout_s: float | None = None,
-        retries: bool = True,
-        token: str | None = None,
-        tls: bool | None = None,
-        ca_file: FilePath | None = None,
-        certificate_file: FilePath | None = None,
-        key_file: FilePath | None = None,
-    ) -> None:
-        """Make a client; it connects with the first call.
-
-        Args:
-            address: HOST:PORT, whose calls go to all replicas that DNS knows under the name, in turn; or several
-                IP:PORT with commas; or a gRPC target such as unix:/run/ganserve.sock. None takes the environment's
-                GANSERVE_ADDRESS, or 127.0.0.1:50051.
-            timeout_s: for each call, with its retries; None gives 30 s, and 0.02 s more for each image.
-            retries: whether to make calls again that no server answered, or that one sent away.
-            token: sent with every call as `authorization: Bearer TOKEN`; None takes GANSERVE_TOKEN. It is sent in plain
-                text only on this machine, or with tls=False.
-            tls: whether to encrypt; None takes GANSERVE_TLS (1 or 0), or encrypts if one of the files is given.
-            ca_file: certificates (PEM) of those who may sign the server's; None takes GANSERVE_CA_FILE, or the
-                system's.
-            certificate_file: this client's certificate (PEM), for servers that want one; None takes
-                GANSERVE_CERTIFICATE_FILE.
-            key_file: its key (PEM); None takes GANSERVE_KEY_FILE.
-
-        Raises:
-            InvalidRequestError: an argument makes no sense, a file cannot be read, or the token would go in plain text.
-        """
-        where = endpoint(
-            address, token=token, tls=tls, ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
-        )
-        self.address = where.address
+    def __init__(self, address: str, timeout_s: float | None) -> None:
+        self.address = address
         self.timeout_s = timeout_s
         self._timeout_s(None)
-        self._calls = self._kind_of_calls(where, retries=retries)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address}{' closed' if self._calls.closed else ''}>"
@@ -137,7 +101,7 @@ class Twin:
 
     @staticmethod
     def _nearer_labels(way: Interpolation, model: Model) -> list[Label] | None:
-        """Return for each image the class that the seed of its nearer end has."""
+        """Return the label of each image: the class of the seed at its nearer end."""
         if not model.conditional:
             return None
         ends: list[Label] = [seed % len(model.class_names) for seed in (way.seed_a, way.seed_b)]
@@ -151,10 +115,10 @@ class Twin:
 
     @staticmethod
     def _sources(provenance: Provenance) -> tuple[tuple[int, ...], list[Label] | None]:
-        """Return the seeds of images, none where they are an interpolation's, and their labels.
+        """Return the seeds of images, or no seeds for an interpolation, and their labels.
 
         Raises:
-            NoProvenanceError: it does not say of each what it was made from.
+            NoProvenanceError: the provenance does not say what each image was made from.
         """
         seeds: tuple[int, ...] | None = ()
         if provenance.interpolation is None:
@@ -180,7 +144,3 @@ class Twin:
     @staticmethod
     def _consecutive(seeds: tuple[int, ...]) -> bool:
         return all((a + 1) % UINT32_LIMIT == b for a, b in itertools.pairwise(seeds))
-
-
-# Python's TypeError for an argument that is unknown has this name.
-Twin.__init__.__qualname__ = "Client.__init__"

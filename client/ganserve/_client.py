@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from numpy.typing import ArrayLike
 
 from ganserve._arguments import Label, seed_iterator
-from ganserve._base_client import NOT_READY_YET, OF_ONE_REPLICA, REPLICA_TIMEOUT_S, REPLICAS_AT_ONCE, STREAM_ABOVE, Twin
+from ganserve._base_client import (
+    NOT_READY_YET,
+    OF_ONE_REPLICA,
+    REPLICA_TIMEOUT_S,
+    REPLICAS_AT_ONCE,
+    STREAM_ABOVE,
+    BaseClient,
+    FilePath,
+)
 from ganserve._calls import Calls
 from ganserve._each import each
+from ganserve._endpoint import endpoint
 from ganserve._messages import (
     health_request,
     image_count,
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Client(Twin):
+class Client(BaseClient):
     """A blocking client; safe to share between threads, and with child processes that are forked between its calls.
 
     >>> with Client("127.0.0.1:50051") as client:
@@ -44,7 +53,45 @@ class Client(Twin):
     """
 
     _calls: Calls
-    _kind_of_calls = Calls
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        retries: bool = True,
+        token: str | None = None,
+        tls: bool | None = None,
+        ca_file: FilePath | None = None,
+        certificate_file: FilePath | None = None,
+        key_file: FilePath | None = None,
+    ) -> None:
+        """Make a client; it connects with the first call.
+
+        Args:
+            address: HOST:PORT, whose calls go to all replicas that DNS knows under the name, in turn; or several
+                IP:PORT with commas; or a gRPC target such as unix:/run/ganserve.sock. None takes the environment's
+                GANSERVE_ADDRESS, or 127.0.0.1:50051.
+            timeout_s: for each call, with its retries; None gives 30 s, and 0.02 s more for each image.
+            retries: whether to repeat calls that no server answered, or that a server rejected for lack of room.
+            token: sent with every call as `authorization: Bearer TOKEN`; None takes GANSERVE_TOKEN. The client sends it
+                in plain text only on this machine, or with tls=False.
+            tls: whether to encrypt; None takes GANSERVE_TLS (1 or 0), or encrypts if one of the files is given.
+            ca_file: certificates (PEM) of the authorities that may sign the server's certificate; None takes
+                GANSERVE_CA_FILE, or the system's.
+            certificate_file: this client's certificate (PEM), for servers that require one; None takes
+                GANSERVE_CERTIFICATE_FILE.
+            key_file: the certificate's key (PEM); None takes GANSERVE_KEY_FILE.
+
+        Raises:
+            InvalidRequestError: an argument is invalid, a file cannot be read, or the token would be sent in plain
+                text.
+        """
+        where = endpoint(
+            address, token=token, tls=tls, ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
+        )
+        super().__init__(where.address, timeout_s)
+        self._calls = Calls(where, retries=retries)
 
     def generate(
         self,
