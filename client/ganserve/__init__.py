@@ -10,7 +10,7 @@ import os as _os
 import sys as _sys
 from importlib.metadata import version as _version
 
-# The program tells in its own words what is wrong. gRPC reads this when it is imported.
+# The program `ganserve` reports errors itself. gRPC reads this variable when it is imported.
 if _os.path.basename((_sys.argv or [""])[0]) == "ganserve":
     _os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 class AsyncClient(BaseClient):
     """A client for asyncio, with the methods of `Client`.
 
-    It belongs to the event loop of its first call, until that is closed.
+    It belongs to the event loop of its first call until that loop is closed.
 
     >>> async with AsyncClient("127.0.0.1:50051") as client:
     ...     batch = await client.generate("cdcgan-mnist", count=4, label=7)
@@ -256,14 +256,14 @@ class AsyncClient(BaseClient):
         return to_model(await self._calls.unary("get_model", request, self._timeout_s(timeout_s)))
 
     async def health(self, model: str | None = None, *, timeout_s: float | None = None) -> bool:
-        """Say whether the server, or one of its models, is serving, as Client.health does.
+        """Return whether the server, or one of its models, is serving now, as Client.health does.
 
         >>> serving = await client.health()
         """
         return await self._calls.serving(health_request(model), self._timeout_s(timeout_s))
 
     async def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
-        """Return as soon as the server, or one of its models, is serving, as Client.wait_until_ready does.
+        """Wait until the server, or one of its models, is serving, as Client.wait_until_ready does.
 
         >>> await client.wait_until_ready(10, model="cdcgan-mnist")
         """
@@ -307,14 +307,14 @@ class AsyncClient(BaseClient):
         found = await asyncio.to_thread(targets, self._calls.endpoint.target)
         answers = await asyncio.gather(*(ask(target) for target in found), return_exceptions=True)
         asked = []
-        for answer in answers:  # all have ended: no task is left behind an error
+        for answer in answers:  # all tasks have ended: an error leaves none behind
             if isinstance(answer, BaseException):
                 raise answer
             asked.append(answer)
         return asked
 
     async def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
-        """Return as soon as every replica serves this version of a model, as Client.wait_for_version does.
+        """Wait until every replica serves this version of a model, as Client.wait_for_version does.
 
         >>> found = await client.wait_for_version("cdcgan-mnist", 1, 10)
         """
@@ -333,7 +333,7 @@ class AsyncClient(BaseClient):
             await asyncio.sleep(readiness.delay_s(last))
 
     async def close(self) -> None:
-        """Close the connections; calls that are running end with RequestCancelledError.
+        """Close the connections; running calls end with RequestCancelledError.
 
         >>> await client.close()
         """

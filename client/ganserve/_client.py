@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Client(BaseClient):
-    """A blocking client; safe to share between threads, and with child processes that are forked between its calls.
+    """A blocking client; threads may share it, and so may child processes that are forked between its calls.
 
     >>> with Client("127.0.0.1:50051") as client:
     ...     client.generate("cdcgan-mnist", count=4, label=7).pixels.shape
@@ -112,20 +112,21 @@ class Client(BaseClient):
 
         Args:
             model: the model's name, as `models()` lists it.
-            count: how many; None makes 1, or one for each of several labels or latents. More than 256 come as a stream.
-            seed: of the first image; image i has seed + i, modulo 2^32. None lets the server draw one, which the
-                batch reports. A call that is made again then gets other images; nobody saw the first ones.
-            label: for conditional models: an index or a class name, for all images, or a list with one an image. None
-                takes the classes in turn: the image of seed s has class s modulo the number of classes.
-            latents: instead of a seed: your own, float32 [count, latent_dim].
-            truncation: factor on the latents, 0 to 2; below 1 gives more typical, less varied images.
-            version: of the model; None takes the newest.
-            timeout_s: for this call, with its retries.
+            count: the number of images; None makes 1, or one for each of several labels or latents. More than 256 come
+                as a stream.
+            seed: the first image's; image i has seed + i, modulo 2^32. None lets the server draw a seed, which the
+                batch reports. A retry of the call then gets other images; nobody saw the first ones.
+            label: for conditional models: an index or a class name for all images, or a list with one for each image.
+                None takes the classes in turn: the image of seed s has class s modulo the number of classes.
+            latents: your own latents instead of a seed, float32 [count, latent_dim].
+            truncation: a factor on the latents, 0 to 2; below 1 gives more typical, less varied images.
+            version: the model's; None takes the newest.
+            timeout_s: for this call with its retries.
 
         Raises:
             InvalidRequestError: an argument is wrong.
             ModelNotFoundError: there is no such model or version.
-            AuthenticationError: the token, or a certificate, is not accepted.
+            AuthenticationError: the server rejects the token, or one side rejects the other's certificate.
             OverloadedError: the server's queue is full.
             UnavailableError: the server cannot be reached.
             DeadlineExceededError: the timeout passed.
@@ -151,10 +152,10 @@ class Client(BaseClient):
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[GeneratedImage, None, None]:
-        """Make any number of images, and yield them one by one, in order, as they come.
+        """Make any number of images, and yield them one by one and in order, as they come.
 
-        The server makes no more than a message ahead of the reader, and memory holds no more. Closing the iterator
-        cancels what is left. A stream that breaks is resumed with the next image, of the same version.
+        The server stays at most one message ahead of the reader, so memory holds no more than that. Closing the
+        iterator cancels the rest. A stream that breaks resumes with the next image, of the same version.
 
         >>> for image in client.stream("mlp-mnist", count=3, seed=1):
         ...     print(image.seed)
@@ -162,7 +163,7 @@ class Client(BaseClient):
         2
         3
 
-        Arguments and errors are `generate`'s; `timeout_s` is for all images, and includes what the reader takes.
+        Arguments and errors are those of `generate`; `timeout_s` is for all images, and includes the reader's time.
         """
         batches = self.stream_batches(
             model, count=count, seed=seed, label=label, truncation=truncation, version=version, timeout_s=timeout_s
@@ -180,7 +181,7 @@ class Client(BaseClient):
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[ImageBatch, None, None]:
-        """Do as `stream` does, but yield the images in batches, as large as the server makes them: less work for each.
+        """Yield images in batches of the server's size, as `stream` does one by one: with less work for each image.
 
         >>> sum(len(batch) for batch in client.stream_batches("mlp-mnist", count=1000))
         1000
@@ -200,11 +201,11 @@ class Client(BaseClient):
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[GeneratedImage, None, None]:
-        """Make the image of each of these seeds, which need not follow one another, and yield them in their order.
+        """Make the image of each of these seeds, which need not be consecutive, and yield the images in their order.
 
-        One call for all of them, where a loop of `generate` makes one for each: several times as many images a second.
-        Seeds are read as they are needed, at most 256 ahead of the images, and may be endless. Closing the iterator
-        cancels what is left. A call that breaks is made again for what has not come, of the same version.
+        It is one call, where a loop of `generate` makes one for each seed: several times as many images a second. The
+        client reads seeds as it needs them, at most 256 ahead of the images, so they may be endless. Closing the
+        iterator cancels the rest. A call that breaks is repeated for the missing images, of the same version.
 
         >>> for image in client.generate_each("cdcgan-mnist", [3, 99, 17], label=[7, 7, 1]):
         ...     print(image.seed, image.label)
@@ -215,18 +216,18 @@ class Client(BaseClient):
         Args:
             model: the model's name.
             seeds: any iterable of integers from 0 to 2^32-1.
-            label: for conditional models: an index or a class name, for all images, or an iterable with one for each
+            label: for conditional models: an index or a class name for all images, or an iterable with one for each
                 seed. None gives the image of seed s class s modulo the number of classes.
             truncation: as for `generate`.
             version: as for `generate`.
-            timeout_s: for the next image, from when it is waited for, with its retries; None gives 30 s. What the
-                reader takes, and the seeds, is not counted.
+            timeout_s: for the next image with its retries, from the time when the client waits for it; None gives 30 s.
+                The time that the reader and the seeds take does not count.
 
         Raises:
-            InvalidRequestError: an argument is wrong, or a seed or a label, after the images of those before; or there
-                are more of one than of the other.
+            InvalidRequestError: an argument is wrong; or, after the images of the seeds before, a seed or a label is
+                wrong, or there are more of one than of the other.
             GanserveError: as `generate` does.
-            Exception: what `seeds` or `label` raises, after the images of those before.
+            Exception: what `seeds` or `label` raises, after the images of the seeds before.
         """
         progress = self._each_progress(model, label, truncation, version, timeout_s)
         return each(self._calls, progress, seed_iterator(seeds))
@@ -244,21 +245,21 @@ class Client(BaseClient):
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
-        """Make the images between those of two seeds; the first and the last are just theirs.
+        """Make the images between those of two seeds; the first and the last image are those of the seeds.
 
         >>> len(client.interpolate("cdcgan-mnist", 1, 2, 8, label=7))
         8
 
         Args:
             model: the model's name.
-            seed_a: of the first image.
-            seed_b: of the last image.
-            steps: how many images, with both ends; 2 or more.
-            kind: "slerp", on the great circle, along which all latents are as typical as the ends; or "linear".
-            label: as for `generate`; None gives each image the class that the seed of its nearer end has.
+            seed_a: the first image's.
+            seed_b: the last image's.
+            steps: the number of images with both ends, 2 or more.
+            kind: "slerp", along the great circle, on which all latents are as typical as the ends; or "linear".
+            label: as for `generate`; None gives each image the class of the seed at its nearer end.
             truncation: as for `generate`.
             version: as for `generate`.
-            timeout_s: for each of the two calls that it makes.
+            timeout_s: for each of two calls.
 
         Raises:
             GanserveError: as `generate` does.
@@ -276,22 +277,22 @@ class Client(BaseClient):
         return replace(batch, interpolation=way)
 
     def reproduce(self, provenance: Provenance, *, timeout_s: float | None = None) -> ImageBatch:
-        """Make images again, by what a file or a batch says of them.
+        """Make images again from the provenance in a file or of a batch.
 
-        The pixels are the same if the server's version is of the same file (`digest`) and runs on the same kind of
-        machine; on others they may differ by a grey level.
+        The pixels are identical if the server's version is the same file (`digest`) and runs on the same kind of
+        machine; on another kind they may differ by a grey level.
 
         >>> client.generate("cdcgan-mnist", count=4, seed=1, label=7).sheet().save("sevens.png")
         >>> client.reproduce(read_provenance("sevens.png")).seeds
         (1, 2, 3, 4)
 
         Args:
-            provenance: of one image or several, as `read_provenance` gives it.
-            timeout_s: for each of the calls that it makes, two at most; where the seeds do not follow one another, as
-                for `generate_each`.
+            provenance: of one image or several, as `read_provenance` returns it.
+            timeout_s: for each call, of which there are at most two; if the seeds are not consecutive, as for
+                `generate_each`.
 
         Raises:
-            NoProvenanceError: it does not say what each image was made from.
+            NoProvenanceError: the provenance does not say what each image was made from.
             GanserveError: as `generate` does.
         """
         seeds, labels = self._sources(provenance)
@@ -321,19 +322,19 @@ class Client(BaseClient):
         scale: int = 2,
         timeout_s: float | None = None,
     ) -> "Image":
-        """Make a picture of many images: for a conditional model a named row for each class.
+        """Make a picture of many images, with a named row for each class of a conditional model.
 
         >>> client.contact_sheet("cdcgan-mnist", columns=5).save("digits.png")
 
         Args:
             model: the model's name.
-            columns: images a row; an unconditional model gets four rows.
-            label: of the rows: an index or a class name, or a list with one for each row. None takes all classes.
-            seed: of the first image, which is at the upper left; row by row.
+            columns: the number of images in a row; an unconditional model gets four rows.
+            label: the rows': an index or a class name, or a list with one for each row. None takes all classes.
+            seed: the first image's, which is at the upper left; the others follow row by row.
             truncation: as for `generate`.
             version: as for `generate`.
             scale: enlarges every pixel to a square of scale x scale.
-            timeout_s: for each of the two calls that it makes.
+            timeout_s: for each of two calls.
 
         Raises:
             GanserveError: as `generate` does.
@@ -373,25 +374,25 @@ class Client(BaseClient):
         return to_model(self._calls.unary("get_model", request, self._timeout_s(timeout_s)))
 
     def health(self, model: str | None = None, *, timeout_s: float | None = None) -> bool:
-        """Say whether the server, or one of its models, is serving. Not retried: it tells what is now.
+        """Return whether the server, or one of its models, is serving now. There are no retries.
 
         >>> client.health()
         True
 
         Raises:
-            ModelNotFoundError: the server knows no such model.
+            ModelNotFoundError: the server has no such model.
             UnavailableError: the server cannot be reached.
         """
         return self._calls.serving(health_request(model), self._timeout_s(timeout_s))
 
     def wait_until_ready(self, timeout_s: float = 60.0, *, model: str | None = None) -> None:
-        """Return as soon as the server, or one of its models, is serving; it need not be there yet.
+        """Wait until the server, or one of its models, is serving; the server may not be running yet.
 
         >>> client.wait_until_ready(10, model="cdcgan-mnist")
 
         Raises:
             DeadlineExceededError: it took longer than `timeout_s`; the text says what was wrong last.
-            AuthenticationError: the token, or a certificate, is not accepted.
+            AuthenticationError: the server rejects the token, or one side rejects the other's certificate.
         """
         request = health_request(model)
         readiness = Readiness(self._timeout_s(timeout_s), self.address if model is None else f"model {model}")
@@ -408,21 +409,21 @@ class Client(BaseClient):
     def replicas(
         self, model: str | None = None, version: int | None = None, *, timeout_s: float | None = None
     ) -> list[Replica]:
-        """Ask every address that this client calls in turn whether it serves, not just the next one.
+        """Ask every address that this client calls in turn whether it serves, and not just the next one.
 
-        They are those of the list, or all that DNS has for the name now; behind a proxy there is one, the proxy's. Each
-        is asked once, on a connection of its own.
+        The addresses are those of the list, or those that DNS has for the name now; a proxy has one address. Each gets
+        one question, on its own connection.
 
         >>> [replica.serving for replica in client.replicas("cdcgan-mnist", 1)]
         [True]
 
         Args:
-            model: ask for this model; None for the server.
-            version: ask for this version of it; None for any.
+            model: the model to ask for; None asks for the server.
+            version: the version of the model; None asks for any.
             timeout_s: for each address.
 
         Raises:
-            InvalidRequestError: an argument makes no sense, or the address is of a kind that has no list.
+            InvalidRequestError: an argument is invalid, or the address is of a kind that cannot be listed.
             UnavailableError: DNS does not know the name.
         """
         health, request = health_request(model), None if version is None else model_request(model, version)
@@ -443,22 +444,22 @@ class Client(BaseClient):
             return list(threads.map(ask, targets(self._calls.endpoint.target)))
 
     def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
-        """Return as soon as every replica serves this version of a model: what `replicas` lists.
+        """Wait until every replica that `replicas` lists serves this version of a model.
 
-        DNS is asked again and again: replicas that come meanwhile are waited for, those that go are not.
+        Each round asks DNS again: the wait includes replicas that start meanwhile, and not those that stop.
 
         >>> len(client.wait_for_version("cdcgan-mnist", 1, 10))
         1
 
         Args:
-            model: the model's name; None waits for every replica to serve anything.
-            version: of the model; None waits for any.
-            timeout_s: for all of it.
+            model: the model's name; None waits until every replica serves.
+            version: the model's; None waits for any version.
+            timeout_s: for the whole wait.
 
         Raises:
             DeadlineExceededError: it took longer than `timeout_s`; the text says which replicas lack it, and why.
             InvalidRequestError: as `replicas` does.
-            AuthenticationError: a replica does not accept the token, or a certificate is not accepted.
+            AuthenticationError: a replica rejects the token, or one side rejects the other's certificate.
         """
         readiness = Readiness(self._timeout_s(timeout_s), awaited(self.address, model, version))
         while True:
@@ -475,7 +476,7 @@ class Client(BaseClient):
             self._calls.pause(readiness.delay_s(last))
 
     def close(self) -> None:
-        """Close the connections; calls that are running end with RequestCancelledError. Closing again does nothing.
+        """Close the connections; running calls end with RequestCancelledError. Closing again does nothing.
 
         >>> client.close()
         """

@@ -1,4 +1,4 @@
-"""Pictures as files: sheets, animations, and what pillow writes with them."""
+"""Pictures as files: sheets and animations, with their provenance as metadata."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from ganserve.provenance import EXIF_IMAGE_DESCRIPTION, PNG_KEYWORD, Provenance
 _GAP = 2  # pixels between the images of a sheet
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
 WITH_PROVENANCE = ("PNG", "JPEG", "WEBP", "GIF", "TIFF")  # Pillow's names of the formats that have a place for it
-_SHORTEST_FRAME_MS = 20  # browsers take a shorter one for a slip, and show the frame for 100 ms
+_SHORTEST_FRAME_MS = 20  # browsers show shorter frames for 100 ms
 
 
 class Sheet(Image.Image):

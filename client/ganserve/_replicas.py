@@ -1,4 +1,4 @@
-"""The replicas that a client's address stands for, when each of them is to be asked, and not just the next."""
+"""The replicas behind a client's address, for questions to all of them and not just to the next one."""
 
 import socket
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ganserve.errors import (
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One of a client's addresses, and whether it serves what was asked for.
+    """One of a client's addresses, and whether it serves what `Client.replicas` asks for.
 
     >>> [replica.serving for replica in client.replicas("cdcgan-mnist")]
     [True]
@@ -25,7 +25,7 @@ class Replica:
     Attributes:
         address: IP:PORT.
         serving: whether it serves now.
-        error: what it, or gRPC, said instead; None where it serves, and where it just says that it does not.
+        error: why it does not serve; None if it serves, or if it answers that it does not.
     """
 
     address: str
@@ -39,13 +39,13 @@ class Replica:
 
 
 def targets(target: str) -> list[str]:
-    """Return a gRPC target for each address that one stands for now. It asks the system's DNS, and waits for it.
+    """Return a gRPC target for each address behind a target now. It asks DNS through the system, and blocks meanwhile.
 
-    Of a name with addresses of both kinds only those of IPv4 count: most likely the others are the same replicas'.
+    If a name has IPv4 and IPv6 addresses, only IPv4 counts: most likely both belong to the same replicas.
 
     Raises:
         UnavailableError: DNS does not know the name, or does not answer.
-        InvalidRequestError: the target has no addresses to be asked one by one.
+        InvalidRequestError: the target has no list of addresses.
     """
     scheme, _, rest = target.partition(":")
     if scheme in ("ipv4", "ipv6"):
@@ -67,24 +67,24 @@ def targets(target: str) -> list[str]:
 
 
 def awaited(address: str, model: str | None, version: int | None) -> str:
-    """Say what is waited for."""
+    """Name what a client waits for."""
     what = "the server" if model is None else f"model {model}" if version is None else f"version {version} of {model}"
     return f"{what} at each address of {address}"
 
 
 def silent(replicas: Sequence[Replica]) -> bool:
-    """Say whether none of them answered."""
+    """Return whether none of them answered."""
     return all(isinstance(replica.error, UnavailableError | DeadlineExceededError) for replica in replicas)
 
 
 def refusal(replicas: Sequence[Replica]) -> GanserveError | None:
-    """Return the error of a replica that no waiting mends, or None if there is none."""
+    """Return an error that waiting does not resolve, or None."""
     errors = (replica.error for replica in replicas)
     return next((error for error in errors if isinstance(error, AuthenticationError | ServerError)), None)
 
 
 def not_everywhere(replicas: Sequence[Replica]) -> UnavailableError | None:
-    """Return an error that says which replicas do not serve, or None if all do."""
+    """Return an error that names the replicas that do not serve, or None if all do."""
     missing = [str(replica) for replica in replicas if not replica.serving]
     if not missing:
         return None
