@@ -4,13 +4,10 @@
 """
 
 import asyncio
-import contextlib
 import os
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from typing import Any, Self
 
 import grpc
@@ -22,7 +19,6 @@ from ganserve._forks import (
     leave_call,
     leave_to_parent,
     lose_in_fork,
-    lost_in_fork,
 )
 from ganserve._messages import Stubs, correct, explain_missing_label, is_serving, question_about
 from ganserve._retries import Attempts, RetryPolicy
@@ -329,29 +325,6 @@ def readable(answer: Any) -> Any:
     if answer is None:
         raise ServerError("the server's answer cannot be read: it is of another protocol")
     return answer
-
-
-@contextlib.contextmanager
-def cancelled_on_exit(call: Any) -> Iterator[Any]:
-    """Give a call whose answers are read; cancel what is left of it on exit."""
-    enter_call(call)
-    try:
-        with cancelled_on_exit_async(call):
-            yield call
-    finally:
-        leave_call(call)
-
-
-@contextlib.contextmanager
-def cancelled_on_exit_async(call: Any) -> Iterator[Any]:
-    """Give a call for asyncio, as `cancelled_on_exit` does for threads."""
-    try:
-        yield call
-    finally:
-        if lost_in_fork():
-            leave_to_parent(call)
-        elif not sys.is_finalizing():  # otherwise a dead thread of gRPC's may hold the lock of the call
-            call.cancel()
 
 
 def _cancelled() -> bool:

@@ -20,8 +20,8 @@ from typing import Any
 import grpc
 
 from ganserve._arguments import Label, check_label_container, invalid, label_value, uint32
-from ganserve._calls import AsyncCalls, Calls, cancelled_on_exit, cancelled_on_exit_async, readable
-from ganserve._forks import check_fork, lost_in_fork
+from ganserve._calls import AsyncCalls, Calls, readable
+from ganserve._forks import cancelled_on_exit, cancelled_on_exit_async, check_fork, lost_in_fork
 from ganserve._messages import EachError, EachRequests, to_each
 from ganserve._retries import Attempts
 from ganserve._statuses import translate_answer
@@ -299,7 +299,8 @@ def each(calls: Calls, progress: EachProgress, seeds: Iterator[int]) -> Generato
                             attempts.succeeded()
                             while (image := progress.next_image()) is not None:
                                 yield image
-                                check_fork()
+                                if lost_in_fork:
+                                    check_fork()
                         progress.read(seeds)
                         progress.wait()
                         if progress.over:
@@ -342,7 +343,8 @@ async def each_async(
                                 attempts.succeeded()
                                 while (image := progress.next_image()) is not None:
                                     yield image
-                                    check_fork()
+                                    if lost_in_fork:
+                                        check_fork()
                             await source.read()
                             progress.wait()
                             if progress.over:
@@ -388,7 +390,7 @@ def _watched(progress: EachProgress, end_call: Callable[[], object]) -> Iterator
     finally:
         # Nothing waits for the thread: it is gone if the program ends before the iterator. A forked child does not
         # have it, and a lock that it held at the fork stays locked.
-        if not lost_in_fork() and not sys.is_finalizing():
+        if not lost_in_fork and not sys.is_finalizing():
             over.set()
 
 

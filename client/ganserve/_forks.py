@@ -1,11 +1,17 @@
 """Detects forks during a call: gRPC does not survive them, and the child process may hang or crash (grpcio 1.85)."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 from ganserve.errors import UnavailableError
 
+# What was inside gRPC when this process was forked; empty if gRPC is usable. Streams read it after every image.
+lost_in_fork: list[str] = []
+
 _inside: dict[object, None] = {}  # what is inside gRPC now: a thread's number, or a stream
-_lost: list[str] = []  # what was inside gRPC when this process was forked; empty if gRPC is usable
 # Objects of the parent process. The child keeps them alive: ending them would end connections that it does not own.
 _of_parents: list[object] = []
 
@@ -20,14 +26,32 @@ def leave_call(call: object) -> None:
     _inside.pop(call, None)
 
 
+@contextlib.contextmanager
+def cancelled_on_exit(call: Any) -> Iterator[Any]:
+    """Give a call whose answers are read; cancel what is left of it on exit."""
+    enter_call(call)
+    try:
+        with cancelled_on_exit_async(call):
+            yield call
+    finally:
+        leave_call(call)
+
+
+@contextlib.contextmanager
+def cancelled_on_exit_async(call: Any) -> Iterator[Any]:
+    """Give a call for asyncio, as `cancelled_on_exit` does for threads."""
+    try:
+        yield call
+    finally:
+        if lost_in_fork:
+            leave_to_parent(call)
+        elif not sys.is_finalizing():  # otherwise a dead thread of gRPC's may hold the lock of the call
+            call.cancel()
+
+
 def lose_in_fork(what: str) -> None:
     """Note, in a child process, that gRPC is unusable in it."""
-    _lost.append(what)
-
-
-def lost_in_fork() -> bool:
-    """Return whether gRPC is unusable in this process because of what its parent had inside gRPC."""
-    return bool(_lost)
+    lost_in_fork.append(what)
 
 
 def leave_to_parent(owned: object) -> None:
@@ -37,9 +61,9 @@ def leave_to_parent(owned: object) -> None:
 
 def check_fork() -> None:
     """Raise UnavailableError if this process was forked while calls were running."""
-    if _lost:
+    if lost_in_fork:
         raise UnavailableError(
-            f"this process was forked while its parent had {_lost[0]}, which gRPC does not survive; "
+            f"this process was forked while its parent had {lost_in_fork[0]}, which gRPC does not survive; "
             "fork before, or use multiprocessing's 'spawn' or 'forkserver'",
             reason="forked",
         )

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 
 from ganserve._arguments import UINT32_LIMIT
-from ganserve._calls import AsyncCalls, Calls, cancelled_on_exit, cancelled_on_exit_async, readable
-from ganserve._forks import check_fork
+from ganserve._calls import AsyncCalls, Calls, readable
+from ganserve._forks import cancelled_on_exit, cancelled_on_exit_async, check_fork, lost_in_fork
 from ganserve._messages import first_seed, image_count, images_per_stream, stream_request, to_chunk
 from ganserve._retries import Attempts
 from ganserve.errors import ServerError
@@ -96,7 +96,8 @@ def stream(calls: Calls, request: Any, timeout_s: float) -> Generator[ImageBatch
                 for response in call:
                     attempts.answered()
                     yield progress.take(response)
-                    check_fork()
+                    if lost_in_fork:
+                        check_fork()
             progress.check_end()
             attempts.succeeded()
         except (grpc.RpcError, ValueError) as error:
@@ -122,7 +123,8 @@ async def stream_async(calls: AsyncCalls, request: Any, timeout_s: float) -> Asy
                 async for response in call:
                     attempts.answered()
                     yield progress.take(readable(response))
-                    check_fork()
+                    if lost_in_fork:
+                        check_fork()
             progress.check_end()
             attempts.succeeded()
         except (grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError) as error:
