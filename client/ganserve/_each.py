@@ -21,7 +21,7 @@ import grpc
 
 from ganserve._arguments import Label, check_label_container, invalid, label_value, uint32
 from ganserve._calls import AsyncCalls, Calls, readable
-from ganserve._forks import cancelled_on_exit, cancelled_on_exit_async, check_fork, lost_in_fork
+from ganserve._forks import answers_of, cancelled_on_exit, check_fork, lost_in_fork
 from ganserve._messages import EachError, EachRequests, to_each
 from ganserve._retries import Attempts
 from ganserve._statuses import translate_answer
@@ -328,17 +328,16 @@ async def each_async(
     attempts, source = Attempts(calls.policy), _SeedReader(progress, seeds)
     try:
         await source.read()
-        with _watched_async(progress, lambda: call is not None and call.cancel()):
+        with _WatchedAsync(progress, lambda: call is not None and call.cancel()):
             while not progress.complete:
                 stubs, requests, request_id = calls.connected(), asyncio.Queue[bytes | None](), uuid.uuid4().hex
                 failure: GanserveError | None
                 progress.wait()
                 try:
-                    with cancelled_on_exit_async(
-                        stubs.generate_each(_until_none(requests), metadata=calls.metadata_with(request_id))
-                    ) as call:
+                    call = stubs.generate_each(_until_none(requests), metadata=calls.metadata_with(request_id))
+                    async with answers_of(call) as answers:
                         progress.begin(requests.put_nowait, request_id)
-                        async for answer in call:
+                        async for answer in answers:
                             if progress.take(readable(answer)):
                                 attempts.succeeded()
                                 while (image := progress.next_image()) is not None:
@@ -394,24 +393,26 @@ def _watched(progress: EachProgress, end_call: Callable[[], object]) -> Iterator
             over.set()
 
 
-@contextlib.contextmanager
-def _watched_async(progress: EachProgress, end_call: Callable[[], object]) -> Iterator[None]:
-    """End a call whose next image is late, as `_watched` does."""
-    loop = asyncio.get_running_loop()
-    timer: asyncio.TimerHandle | None = None
+class _WatchedAsync:
+    """Ends a call whose next image is late, as `_watched` does.
 
-    def watch() -> None:
-        nonlocal timer
-        if progress.late:
-            end_call()
-        timer = loop.call_later(progress.patience_s(), watch)
+    A class, because a function that schedules itself is a cycle of references, which would keep the call alive.
+    """
 
-    watch()
-    try:
-        yield
-    finally:
-        if timer is not None:
-            timer.cancel()
+    def __init__(self, progress: EachProgress, end_call: Callable[[], object]) -> None:
+        self._progress, self._end_call = progress, end_call
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> None:
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._progress.late:
+            self._end_call()
+        self._timer = self._loop.call_later(self._progress.patience_s(), self._watch)
+
+    def __exit__(self, *exception: object) -> None:
+        self._timer.cancel()
 
 
 class _SeedReader:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from ganserve.errors import UnavailableError
@@ -31,22 +31,32 @@ def cancelled_on_exit(call: Any) -> Iterator[Any]:
     """Give a call whose answers are read; cancel what is left of it on exit."""
     enter_call(call)
     try:
-        with cancelled_on_exit_async(call):
-            yield call
-    finally:
-        leave_call(call)
-
-
-@contextlib.contextmanager
-def cancelled_on_exit_async(call: Any) -> Iterator[Any]:
-    """Give a call for asyncio, as `cancelled_on_exit` does for threads."""
-    try:
         yield call
     finally:
-        if lost_in_fork:
-            leave_to_parent(call)
-        elif not sys.is_finalizing():  # otherwise a dead thread of gRPC's may hold the lock of the call
-            call.cancel()
+        try:
+            _cancel(call)
+        finally:
+            leave_call(call)
+
+
+@contextlib.asynccontextmanager
+async def answers_of(call: Any) -> AsyncIterator[AsyncIterator[Any]]:
+    """Give the answers of a call for asyncio; cancel what is left of it on exit."""
+    answers = aiter(call)
+    try:
+        yield answers
+    finally:
+        _cancel(call)
+        if not lost_in_fork:
+            # A suspended iterator and its call refer to each other, and a call that exists keeps its connection open.
+            await answers.aclose()
+
+
+def _cancel(call: Any) -> None:
+    if lost_in_fork:
+        leave_to_parent(call)
+    elif not sys.is_finalizing():  # otherwise a dead thread of gRPC's may hold the lock of the call
+        call.cancel()
 
 
 def lose_in_fork(what: str) -> None:

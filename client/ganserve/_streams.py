@@ -15,7 +15,7 @@ import grpc
 
 from ganserve._arguments import UINT32_LIMIT
 from ganserve._calls import AsyncCalls, Calls, readable
-from ganserve._forks import cancelled_on_exit, cancelled_on_exit_async, check_fork, lost_in_fork
+from ganserve._forks import answers_of, cancelled_on_exit, check_fork, lost_in_fork
 from ganserve._messages import first_seed, image_count, images_per_stream, stream_request, to_chunk
 from ganserve._retries import Attempts
 from ganserve.errors import ServerError
@@ -115,12 +115,12 @@ async def stream_async(calls: AsyncCalls, request: Any, timeout_s: float) -> Asy
     while not progress.complete:
         stubs, request_id = calls.connected(), uuid.uuid4().hex
         try:
-            with cancelled_on_exit_async(
+            async with answers_of(
                 stubs.stream_images(
                     progress.next_request(), timeout=timeout_s, metadata=calls.metadata_with(request_id)
                 )
-            ) as call:
-                async for response in call:
+            ) as answers:
+                async for response in answers:
                     attempts.answered()
                     yield progress.take(readable(response))
                     if lost_in_fork:

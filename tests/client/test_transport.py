@@ -1,6 +1,7 @@
 """Addresses, certificates, tokens, keepalive, load balancing, forks, and the budget of retries."""
 
 import asyncio
+import gc
 import os
 import socket
 import struct
@@ -16,7 +17,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
-from tests.client.servers import WAIT_S, Gate, Twin, ask, both, gate, honest, serving
+from tests.client.servers import WAIT_S, Gate, Twin, answer, ask, both, chunks, each_answer, gate, honest, serving
 from tests.conftest import RunningServer
 from tests.wire import ACK, PING, PREFACE
 
@@ -331,6 +332,61 @@ def test_two_clients_have_connections_of_their_own_which_end_with_them(twin: Twi
         with gate(handle) as door:
             use_blocking(door) if twin is Client else asyncio.run(use(door))
             assert door.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "ending"),
+    [
+        ("generate", "read"),
+        *((method, ending) for method in ("stream", "generate_each") for ending in ("read", "left", "lost")),
+    ],
+)
+async def test_connections_end_with_their_async_client_and_not_with_its_garbage(method: str, ending: str) -> None:
+    """A call that exists keeps its connection open, so no call may be left in a cycle of references."""
+    connections: list[tuple[socket.socket, threading.Event]] = []
+    dropped = threading.Event()
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if method == "generate":
+            return answer(request)
+        answers = chunks(request) if method == "stream" else map(each_answer, request)
+        return paused(answers) if number == 0 else answers
+
+    def paused(answers: Iterator[Any]) -> Iterator[Any]:
+        yield next(answers)
+        if ending == "lost":
+            dropped.wait(WAIT_S)
+        yield from answers
+
+    def handle(door: Gate, number: int, connection: socket.socket) -> None:
+        connections.append((connection, ended := threading.Event()))
+        door.pass_on(connection, address)
+        ended.set()
+
+    with serving(behave) as (address, _), gate(handle) as door:
+        gc.collect()
+        gc.disable()
+        try:
+            client = AsyncClient(door.address)
+            if method == "generate":
+                await client.generate("any")
+            else:
+                given: Any = {"count": 12} if method == "stream" else {"seeds": range(12)}
+                images = getattr(client, method)("any", **given)
+                await anext(images)
+                if ending == "lost":
+                    connections[0][0].shutdown(socket.SHUT_RDWR)
+                    dropped.set()
+                if ending == "left":
+                    await images.aclose()
+                else:
+                    assert len([image async for image in images]) == 11
+            await client.close()
+            assert len(connections) == 1 + (ending == "lost")
+            for _, ended in connections:
+                assert await asyncio.to_thread(ended.wait, WAIT_S)
+        finally:
+            gc.enable()
 
 
 @both
