@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint stubs locks sbom clean
+.PHONY: demo test lint docs stubs locks sbom clean
 
 demo: $(VENV)/.server
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+
+# The documentation as a site, in dist/site; a broken link or a page that is missing from mkdocs.yml fails it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open dist/site/index.html"
 
 # Regenerates what is committed under client/ganserve/v1 and server/ganserve_server/inference.
 stubs: $(VENV)/.dev
@@ -58,6 +63,10 @@ $(VENV)/.server: $(VENV)/.python pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[server,trainer,dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

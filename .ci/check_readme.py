@@ -1,4 +1,4 @@
-"""Check that every ganserve command in the shell blocks of the README and of docs/ has only options that it knows."""
+"""Check that every ganserve command in the shell blocks of the documentation has only options that it knows."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ def help_of(program: Path, *command: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([program, *command, "--help"], capture_output=True, text=True, check=False, env=environment)
 
 
-pages = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+pages = [*sorted(Path().glob("*.md")), *sorted(Path("docs").rglob("*.md"))]
 lines = []
 for page in pages:
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(), re.DOTALL)

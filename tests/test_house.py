@@ -1,4 +1,4 @@
-"""What the house promises: fresh stubs, rooms that keep apart, a README that names every setting and metric."""
+"""What the house promises: fresh stubs, packages that keep apart, pages that list every setting, metric and path."""
 
 import ast
 import dataclasses
@@ -112,31 +112,32 @@ def test_onnxruntime_is_told_not_to_report_its_use(module: str) -> None:
     assert done.stdout == "1\n"
 
 
-def test_the_readme_lists_every_setting_and_metric() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_reference_lists_every_setting_and_metric() -> None:
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text()
     rows = []
     for name, field in ServerSettings.model_fields.items():
         told = "the bundled models" if field.default == BUNDLED_MODELS else f"`{field.default}`"
         default = f" {told} " if field.default != "" else " "
         flag, variable = name.replace("_", "-"), (ENVIRONMENT_PREFIX + name).upper()
         rows.append(f"| `--{flag}` | `{variable}` |{default}| {field.description} |\n")
-    assert "".join(rows) in readme, "the README's table of settings should be:\n" + "".join(rows)
+    assert "".join(rows) in page, "the table in docs/reference/settings.md should be:\n" + "".join(rows)
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     every = itertools.chain(Metrics().registry.collect(), Load(lambda: (0, 0)).collect())
     own: list[Metric] = [metric for metric in every if metric.name.startswith("ganserve_")]
     assert len(own) > 5
     for metric in own:
         suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
-        assert f"`{metric.name}{suffix}`" in readme
-        assert metric.documentation.rstrip(".") in readme, f"the README describes {metric.name} otherwise"
+        assert f"`{metric.name}{suffix}`" in page
+        assert metric.documentation.rstrip(".") in page, f"docs/reference/metrics.md describes {metric.name} otherwise"
 
 
-def test_the_page_on_training_has_a_row_for_every_setting() -> None:
-    page = (ROOT / "docs" / "training.md").read_text()
+def test_the_reference_has_a_row_for_every_setting_of_the_trainer() -> None:
+    page = (ROOT / "docs" / "reference" / "trainer-settings.md").read_text()
     for field in dataclasses.fields(Settings):
         if field.name != "preset":
             default = "none" if field.default in (None, "") else str(field.default)
             row = f"| `--{field.name.replace('_', '-')}` | {default} | {field.metadata['help']} |"
-            assert row in page, f"docs/training.md lacks: {row}"
+            assert row in page, f"docs/reference/trainer-settings.md lacks: {row}"
 
 
 def _without_code(page: Path) -> str:
@@ -148,10 +149,10 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
 
 
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", _without_code(page)):
         if "://" not in target:
@@ -161,10 +162,29 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in _anchors(wanted), f"{page.name} links to {target}"
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    named = set(re.findall(r"\S+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    for page in PAGES:
+        inside = page.is_relative_to(ROOT / "docs")
+        name = str(page.relative_to(ROOT / "docs")) if inside else f"repository/{page.name}"
+        assert ("index.md" if page.name == "README.md" and not inside else name) in named
+
+
+def test_the_readme_leads_to_every_page_and_is_short() -> None:
+    """The pages of one kind, such as the decision records, have a page that lists them."""
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) <= 1200
     linked = set(re.findall(r"\]\(([^)#]+)", _without_code(ROOT / "README.md")))
-    for page in PAGES[1:]:
-        assert str(page.relative_to(ROOT)) in linked
+    for page in PAGES:
+        if page.name != "README.md" and page.parent.name not in ("adr", "api"):
+            assert str(page.relative_to(ROOT)) in linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_paths_that_a_page_names_exist(page: Path) -> None:
+    rooms = "client|server|trainer|proto|tests|benchmarks|deploy|examples|docs|requirements|.ci"
+    for path in re.findall(rf"`((?:{rooms})/[\w./-]*)", page.read_text()):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
 def _third_party_imports(root: Path) -> set[str]:

@@ -528,9 +528,9 @@ def test_help_has_an_example_and_the_exit_statuses() -> None:
         shown = ganserve(name, "--help", env=environment(COLUMNS="200")).stdout
         assert f"Example: ganserve {name}" in shown
         assert "130 stopped by Ctrl-C" in shown
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "exit-statuses.md").read_text()
     for status, meaning in EXIT_STATUSES.items():
-        assert f"| {status:d} | {meaning} |" in readme
+        assert f"| {status:d} | {meaning} |" in page
     bare = ganserve()
     assert bare.returncode == 2
     assert all(f" {name} " in bare.stdout for name in names)
