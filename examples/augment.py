@@ -1,11 +1,11 @@
-"""Augment a training set: a classifier learns from 100 real digits alone, then from these and generated ones.
+"""Augments a training set: a classifier learns from 100 real digits alone, then from these and generated ones.
 
 python examples/augment.py --data-root data
 
-Both train for as many steps and are tested on the real test images. Mind what this shows: the generator has seen all
-60,000 training images, so it brings to the 100 what it learned from the others, in a file of 1.7 MB.
+Both train for the same number of steps and are tested on the real test images. The generator has seen all 60,000
+training images: it adds what it learned from the others to the 100, in a file of 1.7 MB.
 
-Needs torch (pip install '.[trainer]') and MNIST: DIR/MNIST/raw as torchvision lays it out, or DIR with the IDX files.
+Needs torch (pip install '.[trainer]') and MNIST: DIR/MNIST/raw in torchvision's layout, or DIR with the IDX files.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH_SIZE = 64
 
 
 def read_idx(data_root: Path, name: str) -> NDArray[np.uint8]:
-    """Read one of MNIST's files, packed or not (yann.lecun.com/exdb/mnist, 1998)."""
+    """Read one of MNIST's files, compressed or not (yann.lecun.com/exdb/mnist, 1998)."""
     for folder in (data_root / "MNIST" / "raw", data_root):
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
@@ -37,7 +37,7 @@ def read_idx(data_root: Path, name: str) -> NDArray[np.uint8]:
 
 
 def few_of_each(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Take the first ten of each class."""
+    """Return the first ten of each class."""
     kept = np.concatenate([np.flatnonzero(labels == label)[:REAL_PER_CLASS] for label in range(10)])
     return images[kept], labels[kept]
 
@@ -71,10 +71,10 @@ def accuracy(network: nn.Sequential, images: NDArray[np.uint8], labels: NDArray[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--address", help="HOST:PORT of the server, else GANSERVE_ADDRESS or 127.0.0.1:50051")
+    parser.add_argument("--address", help="HOST:PORT of the server; default: GANSERVE_ADDRESS, or 127.0.0.1:50051")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--generated", type=int, default=10_000, help="images to add")
-    parser.add_argument("--steps", type=int, default=1000, help="of training, in batches of 64")
+    parser.add_argument("--generated", type=int, default=10_000, help="number of images to add")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps, in batches of 64")
     options = parser.parse_args()
 
     read = [
@@ -87,7 +87,7 @@ def main() -> None:
     alone = accuracy(train(images, labels, options.steps), test_images, test_labels)
     print(f"{len(images)} real images: {alone:.4f} of {len(test_images)} test images are right")
 
-    # Without labels the classes come in turn: as many of each.
+    # Without labels the server takes the classes in turn, so each class has the same number of images.
     with Client(options.address) as client:
         made = client.generate(MODEL, count=options.generated, seed=1)
     images = np.concatenate([images, made.pixels[..., 0]])

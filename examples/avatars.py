@@ -1,9 +1,9 @@
-"""A web service of avatars: /avatar/NAME.png is always the same picture for a name. FastAPI in front, ganserve behind.
+"""A web service of avatars, with FastAPI: /avatar/NAME.png is always the same picture for the same name.
 
 pip install '.[examples]'
 uvicorn --app-dir examples avatars:app
 
-Settings: GANSERVE_ADDRESS, and AVATAR_MODEL (cdcgan-fashion-mnist).
+Environment variables: GANSERVE_ADDRESS, and AVATAR_MODEL (default: cdcgan-fashion-mnist).
 """
 
 import hashlib
@@ -31,9 +31,9 @@ STATUS_OF_ERROR: dict[type[GanserveError], int] = {
     OverloadedError: 503,
     UnavailableError: 503,
     DeadlineExceededError: 504,
-    GanserveError: 502,  # all others: what is wrong is behind us, not with the caller
+    GanserveError: 502,  # all others: the cause is the server behind this one, not the caller
 }
-TIMEOUT_S = 5.0  # a browser waits for it
+TIMEOUT_S = 5.0  # a browser is waiting
 
 
 @asynccontextmanager
@@ -48,7 +48,7 @@ app = FastAPI(title="avatars", lifespan=lifespan)
 
 @app.exception_handler(GanserveError)
 async def answer(_: Request, error: GanserveError) -> JSONResponse:
-    """Tell an error of the SDK as HTTP does."""
+    """Answer an error of the SDK with an HTTP status."""
     status = next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
     headers = {}
     if status == 503:
@@ -61,17 +61,17 @@ async def answer(_: Request, error: GanserveError) -> JSONResponse:
 async def avatar(
     request: Request,
     name: str,
-    size: Annotated[int, Query(ge=28, le=1024, description="pixels a side, at most")] = 224,
+    size: Annotated[int, Query(ge=28, le=1024, description="maximum pixels a side")] = 224,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     client: AsyncClient = request.app.state.client
-    # sha256 and not hash(): Python's differs from process to process.
+    # sha256 instead of hash(), which differs from process to process.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    batch = await client.generate(MODEL, seed=seed)  # without a label, the seed decides the class too
+    batch = await client.generate(MODEL, seed=seed)  # without a label, the seed also decides the class
     file = io.BytesIO()
     batch.sheet(scale=max(1, size // max(batch.pixels.shape[1:3]))).save(file, "PNG")
     headers = {
-        # The pixels change with the model's version only; a day later a browser asks whether they did.
+        # The pixels change with the model's version only; after a day, a browser asks again.
         "ETag": f'"{hashlib.sha256(file.getvalue()).hexdigest()[:32]}"',
         "Cache-Control": "public, max-age=86400",
     }

@@ -1,9 +1,9 @@
-"""Serve a generator that was trained elsewhere: any torch module, as a version of a model repository.
+"""Publishes a generator that was trained elsewhere: any torch module, as a version in a model repository.
 
 python examples/bring_a_generator.py --repository models --name blobs
 ganserve-server --models models
 
-Needs torch (pip install '.[trainer]'). Put your own network in place of `Generator`, and give its weights by --weights.
+Needs torch (pip install '.[trainer]'). Replace `Generator` by your own network, and pass its weights with --weights.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CLASS_NAMES = ("red", "green", "blue")
 
 
 class Generator(nn.Module):
-    """Stands for yours: latents [n, 32] and labels [n] to images [n, 3, 16, 16] from -1 to 1."""
+    """A placeholder for your network: latents [n, 32] and labels [n] to images [n, 3, 16, 16] from -1 to 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Generator(nn.Module):
 
 
 class Served(nn.Module):
-    """The same with the inputs and the output that a server expects; all of it becomes part of the file."""
+    """The network with the inputs and the output that a server expects; all of it becomes part of the file."""
 
     def __init__(self, generator: nn.Module) -> None:
         super().__init__()
@@ -52,10 +52,8 @@ class Served(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, default=Path("models"))
-    parser.add_argument("--name", default="blobs", help="of the model; each export is its next version")
-    parser.add_argument(
-        "--weights", type=Path, help="a state_dict, as torch.save writes it; without one random weights"
-    )
+    parser.add_argument("--name", default="blobs", help="name of the model; each export is its next version")
+    parser.add_argument("--weights", type=Path, help="a state_dict written by torch.save; default: random weights")
     options = parser.parse_args()
 
     torch.manual_seed(0)

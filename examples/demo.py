@@ -1,4 +1,4 @@
-"""The main job in one minute: start a server on free ports, ask it for pictures, write demo.png, stop it."""
+"""A tour in one minute: start a server on free ports, ask it for images, write demo.png, stop the server."""
 
 import json
 import subprocess
@@ -75,7 +75,7 @@ def main() -> None:
         "\nnext:\n"
         "  1. run a server:       .venv/bin/ganserve-server\n"
         "  2. ask it for sevens:  .venv/bin/ganserve generate cdcgan-mnist --label 7 --seed 1 --out sevens.png\n"
-        "  3. train your own:     README.md, 'Train, serve, call'"
+        "  3. train your own:     docs/get-started.md"
     )
 
 

@@ -1,4 +1,4 @@
-"""A walk through the latent space, from picture to picture and back to the first, as an animation.
+"""Writes an animation of a walk through the latent space, from picture to picture and back to the first.
 
 python examples/latent_walk.py --label 7 --out walk.gif
 """
@@ -12,11 +12,11 @@ from ganserve.images import concatenate
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--address", help="HOST:PORT of the server, else GANSERVE_ADDRESS or 127.0.0.1:50051")
+    parser.add_argument("--address", help="HOST:PORT of the server; default: GANSERVE_ADDRESS, or 127.0.0.1:50051")
     parser.add_argument("--model", default="cdcgan-mnist")
-    parser.add_argument("--label", help="class of a conditional model, by index or name", default=None)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4], help="of the pictures to pass through")
-    parser.add_argument("--steps", type=int, default=16, help="pictures from one to the next")
+    parser.add_argument("--label", help="class of a conditional model, as index or name", default=None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4], help="seeds of the pictures on the way")
+    parser.add_argument("--steps", type=int, default=16, help="pictures from one seed to the next")
     parser.add_argument("--out", default="walk.gif", help="ending in .gif or .webp")
     options = parser.parse_args()
 
@@ -27,7 +27,7 @@ def main() -> None:
             given = options.label or "0"
             label = model.label(int(given) if given.isdecimal() else given)
         stages = pairwise([*options.seeds, options.seeds[0]])
-        # Each stage ends where the next one starts: that picture is wanted once.
+        # Each stage ends where the next one starts; keep that picture once.
         walk = concatenate(
             [client.interpolate(model.name, a, b, options.steps + 1, label=label)[:-1] for a, b in stages]
         )
