@@ -23,10 +23,10 @@ from reference_models import NAMES, checkpoint_of
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.settings import BUNDLED_MODELS
-from ganserve_trainer.evaluation import compare, load_parts
-from ganserve_trainer.exporting import CARD_KEY, latents, run_session, to_onnx
-from ganserve_trainer.quantising import to_int8
-from ganserve_trainer.variants import calibration
+from ganserve_trainer.evaluation.evaluate import compare, load_parts
+from ganserve_trainer.export.publish import CARD_KEY, latents, run_session, to_onnx
+from ganserve_trainer.export.quantising import to_int8
+from ganserve_trainer.export.variants import calibration
 
 BUNDLED = ("mlp-mnist", "cdcgan-mnist", "cdcgan-fashion-mnist", "dcgan-mnist")
 BATCH_SIZE = 64

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ganserve_trainer.checkpoints import Checkpoint, save_checkpoint
-from ganserve_trainer.datasets import Dataset
-from ganserve_trainer.exporting import export
-from ganserve_trainer.networks import ImageSpec
+from ganserve_trainer.data.datasets import Dataset
+from ganserve_trainer.export.publish import export
+from ganserve_trainer.networks.generator import ImageSpec
 from ganserve_trainer.settings import from_preset
-from ganserve_trainer.training import Run
+from ganserve_trainer.train.checkpoints import Checkpoint, save_checkpoint
+from ganserve_trainer.train.run import Run
 
 _SHAPES = {
     "mlp28": ("mlp", {"width": 64, "latent_dim": 100}, ImageSpec(1, 28, 28, ())),

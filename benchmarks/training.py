@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from ganserve_trainer.datasets import Dataset, load_dataset
-from ganserve_trainer.devices import best_device, bf16_is_fast
-from ganserve_trainer.networks import Generator, build_discriminator, build_generator
+from ganserve_trainer.data.datasets import Dataset, load_dataset
+from ganserve_trainer.networks.generator import Generator, build_discriminator, build_generator
 from ganserve_trainer.settings import Settings, from_preset
-from ganserve_trainer.training import Run
+from ganserve_trainer.train.devices import best_device, bf16_is_fast
+from ganserve_trainer.train.run import Run
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -206,7 +206,7 @@ def speed(arguments: argparse.Namespace, device: torch.device, precision: str) -
 
 
 def quality(arguments: argparse.Namespace, device: torch.device, precision: str) -> None:
-    from ganserve_trainer.evaluation import quick_measure
+    from ganserve_trainer.evaluation.evaluate import quick_measure
 
     settings = from_preset(arguments.preset, {"precision": precision, "dataset": arguments.dataset})
     dataset = load_dataset(settings.dataset, arguments.data_root, train=True)

@@ -13,7 +13,7 @@ import torch
 from tests.conftest import RunningServer
 
 from ganserve import Client
-from ganserve_trainer.checkpoints import load_checkpoint
+from ganserve_trainer.train.checkpoints import load_checkpoint
 
 
 def ganserve_trainer(*arguments: str | Path) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ganserve_trainer.boards import Board
-from ganserve_trainer.history import Alarm, Measurement, Point
+from ganserve_trainer.report.events import Board
+from ganserve_trainer.report.history import Alarm, Measurement, Point
 
 
 def point(images_seen: int) -> Point:
@@ -58,6 +58,6 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -
 
 
 def test_tensorboard_is_loaded_only_by_a_board() -> None:
-    code = "import sys, ganserve_trainer.boards; print([name for name in sys.modules if 'tensorboard' in name])"
+    code = "import sys, ganserve_trainer.report.events; print([name for name in sys.modules if 'tensorboard' in name])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ganserve_trainer.clustering import cluster_bounds, k_means
-from ganserve_trainer.datasets import load_dataset
+from ganserve_trainer.data.clustering import cluster_bounds, k_means
+from ganserve_trainer.data.datasets import load_dataset
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.networks import ImageSpec, build_generator
+from ganserve_trainer.networks.generator import ImageSpec, build_generator
 from ganserve_trainer.settings import from_preset
-from ganserve_trainer.training import Run
+from ganserve_trainer.train.run import Run
 
 SPEC = ImageSpec(1, 28, 28, ())
 

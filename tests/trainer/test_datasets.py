@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tests.conftest import ordinary_user
 
-from ganserve_trainer import datasets
-from ganserve_trainer.datasets import DATASETS, Dataset, load_dataset
+from ganserve_trainer.data import datasets
+from ganserve_trainer.data.datasets import DATASETS, Dataset, load_dataset
 from ganserve_trainer.errors import TrainerError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

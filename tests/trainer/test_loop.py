@@ -16,20 +16,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ganserve_trainer.checkpoints import all_finite, load_checkpoint, save_checkpoint
 from ganserve_trainer.cli import OTHER_NAMES, main
-from ganserve_trainer.datasets import load_dataset
-from ganserve_trainer.ema import EMA
+from ganserve_trainer.data.datasets import load_dataset
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.exporting import export, fold_batch_norm
-from ganserve_trainer.history import Alarm, Point
-from ganserve_trainer.layers import UnflattenPixels
-from ganserve_trainer.loop import train
-from ganserve_trainer.monitoring import DISCRIMINATOR_OVERPOWERS, MODE_COLLAPSE, Monitor
-from ganserve_trainer.networks import Generator, ImageSpec, build_generator
+from ganserve_trainer.export.publish import export, fold_batch_norm
+from ganserve_trainer.networks.generator import Generator, ImageSpec, build_generator
+from ganserve_trainer.networks.layers import UnflattenPixels
+from ganserve_trainer.report.history import Alarm, Point
 from ganserve_trainer.settings import PRESETS, Settings, from_preset
-from ganserve_trainer.training import Run
-from ganserve_trainer.weights import Weights
+from ganserve_trainer.train.checkpoints import all_finite, load_checkpoint, save_checkpoint
+from ganserve_trainer.train.ema import EMA
+from ganserve_trainer.train.loop import train
+from ganserve_trainer.train.monitoring import DISCRIMINATOR_OVERPOWERS, MODE_COLLAPSE, Monitor
+from ganserve_trainer.train.run import Run
+from ganserve_trainer.train.weights import Weights
 
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 DIGITS = tuple(str(digit) for digit in range(10))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ganserve_trainer.metrics import (
+from ganserve_trainer.evaluation.metrics import (
     class_histogram,
     data_copying,
     density_coverage,

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ganserve_trainer.datasets import load_dataset
-from ganserve_trainer.history import Alarm, Point
-from ganserve_trainer.monitoring import (
+from ganserve_trainer.data.datasets import load_dataset
+from ganserve_trainer.report.history import Alarm, Point
+from ganserve_trainer.train.monitoring import (
     DISCRIMINATOR_OVERPOWERS,
     MODE_COLLAPSE,
     Monitor,

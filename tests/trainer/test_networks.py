@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from ganserve_trainer.augmentation import augment
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.layers import MinibatchDiscrimination, MinibatchStdDev, SelfAttention, growth_after
-from ganserve_trainer.networks import ImageSpec, build_discriminator, build_generator, parameter_count
+from ganserve_trainer.networks.augmentation import augment
+from ganserve_trainer.networks.generator import ImageSpec, build_discriminator, build_generator, parameter_count
+from ganserve_trainer.networks.layers import MinibatchDiscrimination, MinibatchStdDev, SelfAttention, growth_after
 from ganserve_trainer.settings import AUGMENTATIONS, PRESETS, Settings, from_preset
 
 DIGITS = tuple(str(digit) for digit in range(10))

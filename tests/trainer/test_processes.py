@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ganserve_trainer.checkpoints import load_checkpoint
+from ganserve_trainer.train.checkpoints import load_checkpoint
 
 # Without momentum Adam's first steps are the gradients' signs, which rounding turns where a gradient is nearly zero.
 ADAM = ["--learning-rate", "2e-4", "--beta1", "0.5", "--beta2", "0.999"]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ganserve_trainer.charts import Series, bar_chart, line_chart
-from ganserve_trainer.history import Alarm, History, Measurement, Point
-from ganserve_trainer.networks import ImageSpec
-from ganserve_trainer.pictures import save_interpolations, slerp
-from ganserve_trainer.report import write_report
+from ganserve_trainer.networks.generator import ImageSpec
+from ganserve_trainer.report.charts import Series, bar_chart, line_chart
+from ganserve_trainer.report.history import Alarm, History, Measurement, Point
+from ganserve_trainer.report.page import write_report
+from ganserve_trainer.report.pictures import save_interpolations, slerp
 from ganserve_trainer.settings import Settings
 
 SECTIONS = (

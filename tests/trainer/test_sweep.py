@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from ganserve_trainer.checkpoints import load_checkpoint
 from ganserve_trainer.cli import main
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.history import Alarm, History, Point
-from ganserve_trainer.monitoring import MODE_COLLAPSE
-from ganserve_trainer.sweep import combinations, outcome, parse_axis, table
+from ganserve_trainer.report.history import Alarm, History, Point
+from ganserve_trainer.train.checkpoints import load_checkpoint
+from ganserve_trainer.train.monitoring import MODE_COLLAPSE
+from ganserve_trainer.train.sweep import combinations, outcome, parse_axis, table
 
 
 def test_axes_are_read_as_their_settings_types() -> None:

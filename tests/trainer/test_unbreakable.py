@@ -13,11 +13,11 @@ import pytest
 import torch
 from tests.conftest import ordinary_user
 
-from ganserve_trainer.checkpoints import Checkpoint, checkpoint_files, load_checkpoint, save_checkpoint
-from ganserve_trainer.datasets import load_dataset
+from ganserve_trainer.data.datasets import load_dataset
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.loop import train
 from ganserve_trainer.settings import Settings, from_preset
+from ganserve_trainer.train.checkpoints import Checkpoint, checkpoint_files, load_checkpoint, save_checkpoint
+from ganserve_trainer.train.loop import train
 
 KILLS = 20
 LONGEST_START_S = 0.6
@@ -48,7 +48,7 @@ def assert_same_weights(one: Checkpoint, other: Checkpoint) -> None:
 def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(data_root: Path, tmp_path: Path) -> None:
     # The fork server has imported torch already: what is killed is training, not importing.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ganserve_trainer.loop", "torch.utils.tensorboard", "torchmetrics"])
+    context.set_forkserver_preload(["ganserve_trainer.train.loop", "torch.utils.tensorboard", "torchmetrics"])
     moments = random.Random(0)
     settings = tiny(images=6_400)
     reached = set()

@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.repository import load_version
-from ganserve_trainer import cli, variants
-from ganserve_trainer import judge as judge_module
-from ganserve_trainer.checkpoints import load_checkpoint
-from ganserve_trainer.datasets import load_dataset
+from ganserve_trainer import cli
+from ganserve_trainer.data.datasets import load_dataset
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.exporting import CARD_KEY, export, latents, load_session, run_session, to_onnx
-from ganserve_trainer.loop import train
-from ganserve_trainer.quantising import to_int8
+from ganserve_trainer.evaluation import judge as judge_module
+from ganserve_trainer.export import variants
+from ganserve_trainer.export.publish import CARD_KEY, export, latents, load_session, run_session, to_onnx
+from ganserve_trainer.export.quantising import to_int8
+from ganserve_trainer.export.variants import calibration
 from ganserve_trainer.settings import ExportPrecision, from_preset
-from ganserve_trainer.variants import calibration
+from ganserve_trainer.train.checkpoints import load_checkpoint
+from ganserve_trainer.train.loop import train
 
 INT8, FP16 = ExportPrecision.INT8, ExportPrecision.FP16
 IMAGES = 200

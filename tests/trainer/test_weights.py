@@ -3,10 +3,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ganserve_trainer.layers import FromImage, ToImage
-from ganserve_trainer.networks import ImageSpec, build_discriminator
+from ganserve_trainer.networks.generator import ImageSpec, build_discriminator
+from ganserve_trainer.networks.layers import FromImage, ToImage
 from ganserve_trainer.settings import from_preset
-from ganserve_trainer.weights import Weights
+from ganserve_trainer.train.weights import Weights
 
 
 def network() -> nn.Sequential:

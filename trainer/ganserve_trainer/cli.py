@@ -22,8 +22,8 @@ from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.settings import FREE_ON_RESUME, PRESETS, ExportPrecision, Settings, from_preset, read_config
 
 if TYPE_CHECKING:
-    from ganserve_trainer.history import Point
-    from ganserve_trainer.loop import Report
+    from ganserve_trainer.report.history import Point
+    from ganserve_trainer.train.loop import Report
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -108,11 +108,11 @@ def train(
 
     Several GPUs or machines: torchrun --nproc-per-node 2 -m ganserve_trainer train …, a batch each.
     """
-    from ganserve_trainer import loop
-    from ganserve_trainer.checkpoints import checkpoint_files, load_checkpoint
-    from ganserve_trainer.datasets import load_dataset
-    from ganserve_trainer.evaluation import quick_measure
-    from ganserve_trainer.report import FILE_NAME
+    from ganserve_trainer.data.datasets import load_dataset
+    from ganserve_trainer.evaluation.evaluate import quick_measure
+    from ganserve_trainer.report.page import FILE_NAME
+    from ganserve_trainer.train import loop
+    from ganserve_trainer.train.checkpoints import checkpoint_files, load_checkpoint
 
     begun = resume and bool(checkpoint_files(out))
     if resume and not begun and preset is None and config is None:
@@ -199,12 +199,12 @@ def sweep(
 
     A sweep that was stopped goes on where it was, and leaves alone what is complete.
     """
-    from ganserve_trainer import loop
-    from ganserve_trainer.checkpoints import load_checkpoint
-    from ganserve_trainer.datasets import load_dataset
-    from ganserve_trainer.evaluation import quick_measure
-    from ganserve_trainer.sweep import parse_axis
-    from ganserve_trainer.sweep import sweep as run_sweep
+    from ganserve_trainer.data.datasets import load_dataset
+    from ganserve_trainer.evaluation.evaluate import quick_measure
+    from ganserve_trainer.train import loop
+    from ganserve_trainer.train.checkpoints import load_checkpoint
+    from ganserve_trainer.train.sweep import parse_axis
+    from ganserve_trainer.train.sweep import sweep as run_sweep
 
     load = functools.lru_cache(maxsize=1)(load_dataset)
 
@@ -245,7 +245,7 @@ def evaluate(
 
     A run's evaluation is kept beside its checkpoint, and its export writes it into the model card.
     """
-    from ganserve_trainer import evaluation
+    from ganserve_trainer.evaluation import evaluate as evaluation
 
     metrics = evaluation.evaluate(model, str(dataset) if dataset else None, data_root, images, out, _say)
     for metric in metrics:
@@ -270,10 +270,10 @@ def export(
 
     In fp16 and int8 only if its images are as good as in fp32, judged as `evaluate` does: that takes the data set.
     """
-    from ganserve_trainer import exporting, variants
+    from ganserve_trainer.export import publish, variants
 
     if precision is ExportPrecision.FP32:
-        file = exporting.export(checkpoint, repository, name)
+        file = publish.export(checkpoint, repository, name)
     else:
         file = variants.export(checkpoint, repository, name, precision, data_root, gate_images, _say)
     print(file)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ganserve_trainer import processes
+from ganserve_trainer.train import processes
 
 _COPIED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 _EPSILON = 1e-8  # Adam's own (Kingma & Ba, 2015)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ganserve_trainer.checkpoints import replace_atomically
-from ganserve_trainer.datasets import Dataset, load_dataset
-from ganserve_trainer.devices import best_device, bf16_is_fast
-from ganserve_trainer.networks import ImageSpec
+from ganserve_trainer.data.datasets import Dataset, load_dataset
+from ganserve_trainer.networks.generator import ImageSpec
+from ganserve_trainer.train.checkpoints import replace_atomically
+from ganserve_trainer.train.devices import best_device, bf16_is_fast
 
 FEATURES = 128
 STACKED_MNIST = "stacked-mnist"

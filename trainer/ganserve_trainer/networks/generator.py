@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.layers import (
+from ganserve_trainer.networks.layers import (
     FlattenPixels,
     FromImage,
     MinibatchDiscrimination,

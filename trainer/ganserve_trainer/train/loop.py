@@ -16,9 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ganserve_trainer import processes
-from ganserve_trainer.boards import Board
-from ganserve_trainer.checkpoints import (
+from ganserve_trainer.data.datasets import Dataset
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.losses import LOSSES
+from ganserve_trainer.networks.generator import Generator, ImageSpec, parameter_count
+from ganserve_trainer.report.events import Board
+from ganserve_trainer.report.history import Alarm, Measurement, Point
+from ganserve_trainer.report.page import report_on
+from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolations
+from ganserve_trainer.settings import FREE_ON_RESUME, Settings, write_config
+from ganserve_trainer.train import processes
+from ganserve_trainer.train.checkpoints import (
     FOLDER_NAME,
     Checkpoint,
     checkpoint_files,
@@ -26,17 +34,9 @@ from ganserve_trainer.checkpoints import (
     replace_atomically,
     save_checkpoint,
 )
-from ganserve_trainer.datasets import Dataset
-from ganserve_trainer.devices import best_device, bf16_is_fast
-from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.history import Alarm, Measurement, Point
-from ganserve_trainer.losses import LOSSES
-from ganserve_trainer.monitoring import MODE_COLLAPSE, Monitor, build_probe, diversity
-from ganserve_trainer.networks import Generator, ImageSpec, parameter_count
-from ganserve_trainer.pictures import save_contact_sheet, save_interpolations
-from ganserve_trainer.report import report_on
-from ganserve_trainer.settings import FREE_ON_RESUME, Settings, write_config
-from ganserve_trainer.training import Run, derived_seed, diverged
+from ganserve_trainer.train.devices import best_device, bf16_is_fast
+from ganserve_trainer.train.monitoring import MODE_COLLAPSE, Monitor, build_probe, diversity
+from ganserve_trainer.train.run import Run, derived_seed, diverged
 
 Report = Callable[[Point, float], None]  # the latest point, images per second
 Measure = Callable[[Generator], dict[str, float]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ganserve_trainer.history import Alarm, Point
+from ganserve_trainer.report.history import Alarm, Point
 
 MODE_COLLAPSE = "mode collapse"
 DISCRIMINATOR_OVERPOWERS = "discriminator overpowers"

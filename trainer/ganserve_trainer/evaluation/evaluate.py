@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_trainer import metrics as figures
-from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, replace_atomically, run_folder
-from ganserve_trainer.datasets import Dataset, load_dataset
-from ganserve_trainer.devices import best_device
+from ganserve_trainer.data.datasets import Dataset, load_dataset
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.exporting import (
+from ganserve_trainer.evaluation import metrics as figures
+from ganserve_trainer.evaluation.judge import Judge, judge_of, train_network
+from ganserve_trainer.export.publish import (
     CARD_KEY,
     EVALUATION_FILE_NAME,
     UInt8Generator,
@@ -32,11 +31,12 @@ from ganserve_trainer.exporting import (
     load_session,
     run_session,
 )
-from ganserve_trainer.judge import Judge, judge_of, train_network
-from ganserve_trainer.networks import Generator
-from ganserve_trainer.pictures import save_contact_sheet
-from ganserve_trainer.report import report_on
+from ganserve_trainer.networks.generator import Generator
+from ganserve_trainer.report.page import report_on
+from ganserve_trainer.report.pictures import save_contact_sheet
 from ganserve_trainer.settings import Settings
+from ganserve_trainer.train.checkpoints import Checkpoint, load_checkpoint, replace_atomically, run_folder
+from ganserve_trainer.train.devices import best_device
 
 # latent [n, latent_dim], label [n], which unconditional generators overlook -> uint8 [n, height, width, channels]
 Generate = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.uint8]]

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor
 
-from ganserve_trainer.networks import Generator
-from ganserve_trainer.weights import Weights
+from ganserve_trainer.networks.generator import Generator
+from ganserve_trainer.train.weights import Weights
 
 
 class EMA:

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_trainer.checkpoints import Checkpoint, load_checkpoint, run_folder, sync_directory
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.layers import UnflattenPixels
-from ganserve_trainer.networks import Generator, parameter_count
+from ganserve_trainer.networks.generator import Generator, parameter_count
+from ganserve_trainer.networks.layers import UnflattenPixels
 from ganserve_trainer.settings import ExportPrecision
+from ganserve_trainer.train.checkpoints import Checkpoint, load_checkpoint, run_folder, sync_directory
 
 CARD_KEY = "ganserve.model_card"
 MODEL_FILE_NAME = "model.onnx"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ganserve_trainer.history import Alarm, Measurement, Point
+from ganserve_trainer.report.history import Alarm, Measurement, Point
 
 
 class Board:

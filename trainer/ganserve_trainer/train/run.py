@@ -10,19 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ganserve_trainer import processes
-from ganserve_trainer.augmentation import augment
-from ganserve_trainer.checkpoints import Checkpoint, all_finite
-from ganserve_trainer.clustering import cluster_bounds, k_means
-from ganserve_trainer.datasets import Dataset
-from ganserve_trainer.devices import keep_freed_memory
-from ganserve_trainer.ema import EMA
+from ganserve_trainer.data.clustering import cluster_bounds, k_means
+from ganserve_trainer.data.datasets import Dataset
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.history import History
 from ganserve_trainer.losses import LOSSES, feature_matching, gradient_penalty, r1_penalty
-from ganserve_trainer.networks import build_discriminator, build_generator
+from ganserve_trainer.networks.augmentation import augment
+from ganserve_trainer.networks.generator import build_discriminator, build_generator
+from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
-from ganserve_trainer.weights import Weights
+from ganserve_trainer.train import processes
+from ganserve_trainer.train.checkpoints import Checkpoint, all_finite
+from ganserve_trainer.train.devices import keep_freed_memory
+from ganserve_trainer.train.ema import EMA
+from ganserve_trainer.train.weights import Weights
 
 
 class Run:

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from ganserve_trainer.charts import Mark, Series, bar_chart, line_chart
-from ganserve_trainer.checkpoints import Checkpoint, replace_atomically
-from ganserve_trainer.history import History
-from ganserve_trainer.networks import ImageSpec
+from ganserve_trainer.networks.generator import ImageSpec
+from ganserve_trainer.report.charts import Mark, Series, bar_chart, line_chart
+from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import PRESETS, Settings, versions
+from ganserve_trainer.train.checkpoints import Checkpoint, replace_atomically
 
 FILE_NAME = "report.html"
 

@@ -14,10 +14,9 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_trainer.checkpoints import load_checkpoint
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.evaluation import Generate, Metric, Report, compare, load_parts
-from ganserve_trainer.exporting import (
+from ganserve_trainer.evaluation.evaluate import Generate, Metric, Report, compare, load_parts
+from ganserve_trainer.export.publish import (
     card_of,
     check_name,
     latents,
@@ -28,8 +27,9 @@ from ganserve_trainer.exporting import (
     to_onnx_in_fp16,
     with_card,
 )
-from ganserve_trainer.quantising import to_int8
+from ganserve_trainer.export.quantising import to_int8
 from ganserve_trainer.settings import ExportPrecision
+from ganserve_trainer.train.checkpoints import load_checkpoint
 
 # By how much a variant's figures may exceed fp32's. Better figures pass: they are no reason to keep a model out.
 LIMITS = {"label_accuracy_loss": 0.002, "fid_over_fp32": 1.02, "grey_level_difference_mean": 2.0}

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.history import History
-from ganserve_trainer.networks import Generator, ImageSpec, build_generator
+from ganserve_trainer.networks.generator import Generator, ImageSpec, build_generator
+from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import Settings
 
 FORMAT = 4
