@@ -23,10 +23,12 @@ from reference_models import NAMES, checkpoint_of
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.settings import BUNDLED_MODELS
-from ganserve_trainer.evaluation.evaluate import compare, load_parts
-from ganserve_trainer.export.publish import CARD_KEY, latents, run_session, to_onnx
+from ganserve_trainer.evaluation.evaluate import load_parts
+from ganserve_trainer.evaluation.measure import compare
+from ganserve_trainer.export.graph import to_onnx
 from ganserve_trainer.export.quantising import to_int8
 from ganserve_trainer.export.variants import calibration
+from ganserve_trainer.model_file import CARD_KEY, latents, run_session
 
 BUNDLED = ("mlp-mnist", "cdcgan-mnist", "cdcgan-fashion-mnist", "dcgan-mnist")
 BATCH_SIZE = 64

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ganserve_trainer.data.datasets import Dataset
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.export.publish import export
-from ganserve_trainer.networks.generator import ImageSpec
 from ganserve_trainer.settings import from_preset
 from ganserve_trainer.train.checkpoints import Checkpoint, save_checkpoint
 from ganserve_trainer.train.run import Run

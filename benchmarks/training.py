@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from ganserve_trainer.data.datasets import Dataset, load_dataset
-from ganserve_trainer.networks.generator import Generator, build_discriminator, build_generator
+from ganserve_trainer.networks.discriminator import build_discriminator
+from ganserve_trainer.networks.generator import Generator, build_generator
 from ganserve_trainer.settings import Settings, from_preset
 from ganserve_trainer.train.devices import best_device, bf16_is_fast
 from ganserve_trainer.train.run import Run

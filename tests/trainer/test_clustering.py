@@ -5,8 +5,9 @@ import torch
 
 from ganserve_trainer.data.clustering import cluster_bounds, k_means
 from ganserve_trainer.data.datasets import load_dataset
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.networks.generator import ImageSpec, build_generator
+from ganserve_trainer.networks.generator import build_generator
 from ganserve_trainer.settings import from_preset
 from ganserve_trainer.train.run import Run
 

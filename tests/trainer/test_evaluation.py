@@ -17,19 +17,14 @@ from torch import Tensor
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.data.datasets import Dataset, load_dataset
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation import evaluate as evaluation_module
 from ganserve_trainer.evaluation import judge as judge_module
-from ganserve_trainer.evaluation.evaluate import (
-    Generate,
-    QuickEvaluation,
-    classification_accuracy_score,
-    evaluate,
-    measure,
-)
+from ganserve_trainer.evaluation.evaluate import evaluate
 from ganserve_trainer.evaluation.judge import FEATURES, Judge, judge_of
+from ganserve_trainer.evaluation.measure import Generate, QuickEvaluation, classification_accuracy_score, measure
 from ganserve_trainer.export.publish import export
-from ganserve_trainer.networks.generator import ImageSpec
 from ganserve_trainer.settings import from_preset
 from ganserve_trainer.train.checkpoints import checkpoint_files, load_checkpoint
 from ganserve_trainer.train.loop import train

@@ -18,9 +18,11 @@ from torch import nn
 
 from ganserve_trainer.cli import OTHER_NAMES, main
 from ganserve_trainer.data.datasets import load_dataset
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.export.publish import export, fold_batch_norm
-from ganserve_trainer.networks.generator import Generator, ImageSpec, build_generator
+from ganserve_trainer.export.graph import fold_batch_norm
+from ganserve_trainer.export.publish import export
+from ganserve_trainer.networks.generator import Generator, build_generator
 from ganserve_trainer.networks.layers import UnflattenPixels
 from ganserve_trainer.report.history import Alarm, Point
 from ganserve_trainer.settings import PRESETS, Settings, from_preset

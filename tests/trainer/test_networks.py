@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.networks.augmentation import augment
-from ganserve_trainer.networks.generator import ImageSpec, build_discriminator, build_generator, parameter_count
+from ganserve_trainer.networks.discriminator import build_discriminator
+from ganserve_trainer.networks.generator import build_generator
 from ganserve_trainer.networks.layers import MinibatchDiscrimination, MinibatchStdDev, SelfAttention, growth_after
 from ganserve_trainer.settings import AUGMENTATIONS, PRESETS, Settings, from_preset
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ganserve_trainer.networks.generator import ImageSpec
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.report.charts import Series, bar_chart, line_chart
 from ganserve_trainer.report.history import Alarm, History, Measurement, Point
 from ganserve_trainer.report.page import write_report

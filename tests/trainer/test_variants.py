@@ -17,9 +17,11 @@ from ganserve_trainer.data.datasets import load_dataset
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation import judge as judge_module
 from ganserve_trainer.export import variants
-from ganserve_trainer.export.publish import CARD_KEY, export, latents, load_session, run_session, to_onnx
+from ganserve_trainer.export.graph import to_onnx
+from ganserve_trainer.export.publish import export
 from ganserve_trainer.export.quantising import to_int8
 from ganserve_trainer.export.variants import calibration
+from ganserve_trainer.model_file import CARD_KEY, latents, load_session, run_session
 from ganserve_trainer.settings import ExportPrecision, from_preset
 from ganserve_trainer.train.checkpoints import load_checkpoint
 from ganserve_trainer.train.loop import train

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ganserve_trainer.networks.generator import ImageSpec, build_discriminator
+from ganserve_trainer.data.spec import ImageSpec
+from ganserve_trainer.networks.discriminator import build_discriminator
 from ganserve_trainer.networks.layers import FromImage, ToImage
 from ganserve_trainer.settings import from_preset
 from ganserve_trainer.train.weights import Weights

@@ -245,12 +245,13 @@ def evaluate(
 
     A run's evaluation is kept beside its checkpoint, and its export writes it into the model card.
     """
-    from ganserve_trainer.evaluation import evaluate as evaluation
+    from ganserve_trainer.evaluation.evaluate import evaluate as evaluate_model
+    from ganserve_trainer.evaluation.measure import JUDGE
 
-    metrics = evaluation.evaluate(model, str(dataset) if dataset else None, data_root, images, out, _say)
+    metrics = evaluate_model(model, str(dataset) if dataset else None, data_root, images, out, _say)
     for metric in metrics:
-        print(f"{metric['name']} {metric['value']:.4f}  ({metric['method'].partition(evaluation.JUDGE)[0]})")
-    print(metrics[0]["method"].partition(evaluation.JUDGE)[2])
+        print(f"{metric['name']} {metric['value']:.4f}  ({metric['method'].partition(JUDGE)[0]})")
+    print(metrics[0]["method"].partition(JUDGE)[2])
     if model.suffix != ".onnx":
         print(f"next: ganserve-trainer export {model} --repository DIR --name NAME")
 

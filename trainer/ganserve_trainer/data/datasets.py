@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ganserve_trainer.data.image_folders import read_image_folder
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.networks.generator import ImageSpec
 
 
 @dataclass(frozen=True, slots=True)

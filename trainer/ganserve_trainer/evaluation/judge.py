@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ganserve_trainer.data.datasets import Dataset, load_dataset
-from ganserve_trainer.networks.generator import ImageSpec
-from ganserve_trainer.train.checkpoints import replace_atomically
+from ganserve_trainer.data.spec import ImageSpec
+from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.train.devices import best_device, bf16_is_fast
 
 FEATURES = 128

@@ -15,19 +15,14 @@ from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.evaluation.evaluate import Generate, Metric, Report, compare, load_parts
-from ganserve_trainer.export.publish import (
-    card_of,
-    check_name,
-    latents,
-    load_session,
-    publish,
-    run_session,
-    to_onnx,
-    to_onnx_in_fp16,
-    with_card,
-)
+from ganserve_trainer.evaluation.evaluate import load_parts
+from ganserve_trainer.evaluation.kept import Metric
+from ganserve_trainer.evaluation.measure import Generate, Report, compare
+from ganserve_trainer.export.card import card_of, with_card
+from ganserve_trainer.export.graph import to_onnx, to_onnx_in_fp16
+from ganserve_trainer.export.publish import check_name, publish
 from ganserve_trainer.export.quantising import to_int8
+from ganserve_trainer.model_file import latents, load_session, run_session
 from ganserve_trainer.settings import ExportPrecision
 from ganserve_trainer.train.checkpoints import load_checkpoint
 

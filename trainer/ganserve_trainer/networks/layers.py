@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LEAK = 0.2
-
-
+LEAK = 0.2  # LeakyReLU's negative slope (Radford et al., 2015)
 _FEW_CHANNELS = 3
 
 
@@ -237,14 +235,14 @@ class ProgressiveDiscriminator(nn.Module):
             *_conv(widths[0] + extra, widths[0]),
             nn.Flatten(),
             _EqualizedLinear(widths[0] * start[0] * start[1], self.features),
-            nn.LeakyReLU(_LEAK),
+            nn.LeakyReLU(LEAK),
         )
         self.blocks = nn.ModuleList(
             nn.Sequential(*_conv(here, here), *_conv(here, coarser), nn.AvgPool2d(2))
             for coarser, here in itertools.pairwise(widths)
         )
         self.from_image = nn.ModuleList(
-            nn.Sequential(_EqualizedConv(image_channels, width, 1), nn.LeakyReLU(_LEAK)) for width in widths
+            nn.Sequential(_EqualizedConv(image_channels, width, 1), nn.LeakyReLU(LEAK)) for width in widths
         )
         self.growth_images = growth_images
         self.growth = 0.0
@@ -269,7 +267,7 @@ class ProgressiveDiscriminator(nn.Module):
 
 
 def _conv(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-    return _EqualizedConv(inputs, outputs, 3), nn.LeakyReLU(_LEAK)
+    return _EqualizedConv(inputs, outputs, 3), nn.LeakyReLU(LEAK)
 
 
 def _repeat(image: Tensor, doublings: int) -> Tensor:

@@ -8,21 +8,20 @@ from PIL import Image
 from ganserve_trainer.report.history import Alarm, Measurement, Point
 
 
-class Board:
-    """One folder of TensorBoard events. Close it, or use it in a `with` statement, to have all of them written."""
+class TensorBoardWriter:
+    """Writes one folder of TensorBoard events. Closing it, or leaving its `with` statement, writes the last of them."""
 
     def __init__(self, folder: Path, *, resume_at: int | None = None) -> None:
-        """Begin to write.
+        """Open the folder.
 
         Args:
-            folder: of the events, which is made if need be.
-            resume_at: the images seen by the checkpoint that a run goes on from; TensorBoard then forgets what came
-                after them.
+            folder: the folder of the events; it is created if it does not exist.
+            resume_at: the images seen at the checkpoint that the run resumes from; TensorBoard then drops later events.
         """
-        # Here, because importing tensorboard takes a second, and most commands never write to one.
+        # Imported here, because importing tensorboard takes a second and most commands write no events.
         from torch.utils.tensorboard import SummaryWriter
 
-        # What has the step itself is purged too, and is of the past that the checkpoint holds.
+        # purge_step itself is purged too, and the event at `resume_at` is part of the history that the checkpoint has.
         purge_step = None if resume_at is None else resume_at + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
@@ -61,7 +60,7 @@ class Board:
         """Write what is left."""
         self._writer.close()
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "TensorBoardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:

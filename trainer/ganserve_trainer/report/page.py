@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from ganserve_trainer.networks.generator import ImageSpec
+from ganserve_trainer.data.spec import ImageSpec
+from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.report.charts import Mark, Series, bar_chart, line_chart
 from ganserve_trainer.report.history import History
-from ganserve_trainer.settings import PRESETS, Settings, versions
-from ganserve_trainer.train.checkpoints import Checkpoint, replace_atomically
+from ganserve_trainer.settings import Settings
 
 FILE_NAME = "report.html"
 
@@ -27,24 +27,6 @@ _PICTURE_BYTES = 400_000
 _TABLE_ROWS = 50
 
 T = TypeVar("T")
-
-
-def report_on(checkpoint: Checkpoint, out: Path) -> None:
-    """Write `report.html` into a run's folder, as of this checkpoint."""
-    settings = checkpoint.settings
-    write_report(
-        out,
-        settings,
-        checkpoint.spec,
-        checkpoint.history,
-        versions(),
-        preset=PRESETS[settings.preset].settings,
-        images_seen=checkpoint.images_seen,
-        elapsed_s=checkpoint.elapsed_s,
-        device=checkpoint.device,
-        finished=settings.are_fulfilled(checkpoint.images_seen, checkpoint.elapsed_s),
-        checkpoint_digest=checkpoint.digest(),
-    )
 
 
 def write_report(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from ganserve_trainer.train.checkpoints import replace_atomically
+from ganserve_trainer.files import replace_atomically
 
 
 def save_contact_sheet(images: Tensor, columns: int, path: Path) -> None:

@@ -3,23 +3,22 @@
 A run keeps its last two, `checkpoints/<images seen>.pt`: should a disk lose the newest, the one before goes on.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
-import os
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.networks.generator import Generator, ImageSpec, build_generator
+from ganserve_trainer.files import replace_atomically
+from ganserve_trainer.networks.generator import Generator, build_generator
 from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import Settings
 
@@ -73,34 +72,6 @@ class Checkpoint:
 def all_finite(state: dict[str, Tensor]) -> bool:
     """Tell whether every value of a state_dict is a finite number."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
-
-
-@contextlib.contextmanager
-def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place on success: a reader finds the old content or the new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        # A failed write carries no name, and that of the file beside would mean nothing to anybody.
-        error.filename = str(path)
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def sync_directory(folder: Path) -> None:
-    """Make a rename in this folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> Path:

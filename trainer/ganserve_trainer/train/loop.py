@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ganserve_trainer.data.datasets import Dataset
+from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.losses import LOSSES
-from ganserve_trainer.networks.generator import Generator, ImageSpec, parameter_count
-from ganserve_trainer.report.events import Board
+from ganserve_trainer.networks.architecture import parameter_count
+from ganserve_trainer.networks.generator import Generator
+from ganserve_trainer.report.events import TensorBoardWriter
 from ganserve_trainer.report.history import Alarm, Measurement, Point
-from ganserve_trainer.report.page import report_on
 from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolations
 from ganserve_trainer.settings import FREE_ON_RESUME, Settings, write_config
 from ganserve_trainer.train import processes
@@ -31,11 +33,11 @@ from ganserve_trainer.train.checkpoints import (
     Checkpoint,
     checkpoint_files,
     load_checkpoint,
-    replace_atomically,
     save_checkpoint,
 )
 from ganserve_trainer.train.devices import best_device, bf16_is_fast
 from ganserve_trainer.train.monitoring import MODE_COLLAPSE, Monitor, build_probe, diversity
+from ganserve_trainer.train.reporting import report_on
 from ganserve_trainer.train.run import Run, derived_seed, diverged
 
 Report = Callable[[Point, float], None]  # the latest point, images per second
@@ -102,7 +104,7 @@ def _train(
     def due(every: int) -> bool:
         return bool(every) and run.images_seen // every > (run.images_seen - run.images_a_step) // every
 
-    with _stop_signals() as stop, folder.board if folder is not None else nullcontext():
+    with _stop_signals() as stop, folder.tensorboard if folder is not None else nullcontext():
         last = settings.are_fulfilled(run.images_seen, run.elapsed_s)
         while not last:
             recent.append(run.step())
@@ -137,14 +139,14 @@ def _train(
             if folder is not None:
                 for alarm in alarms:
                     folder.ring(alarm)
-                folder.board.point(point)
+                folder.tensorboard.point(point)
                 report(point, rate)
                 if evaluate and measure is not None:
                     measurement = Measurement(run.images_seen, run.elapsed_s, measure(run.ema.network))
                     run.history.measurements.append(measurement)
-                    folder.board.measurement(measurement)
+                    folder.tensorboard.measurement(measurement)
                 if save or ends:
-                    folder.board.flush()
+                    folder.tensorboard.flush()
                     save_checkpoint(run.checkpoint(), out)
                 if sample or ends:
                     folder.sample(run)
@@ -199,7 +201,7 @@ class _Folder:
         with replace_atomically(out / CONFIG_FILE_NAME) as file:
             file.write(write_config(run.settings).encode())
         (out / "samples").mkdir(exist_ok=True)
-        self.board = Board(out / "tensorboard", resume_at=run.images_seen or None)
+        self.tensorboard = TensorBoardWriter(out / "tensorboard", resume_at=run.images_seen or None)
         classes = min(len(run.spec.class_names), _SHEET_ROWS) if run.settings.conditional else 0
         rows = classes or _SHEET_ROWS
         self._latent = _fixed_latents(run.settings, "sheet", rows * _SHEET_COLUMNS)
@@ -208,7 +210,7 @@ class _Folder:
     def ring(self, alarm: Alarm) -> None:
         """Tell of an alarm."""
         print(f"ALARM after {alarm.images_seen} images: {alarm.name}. {alarm.message}", file=sys.stderr, flush=True)
-        self.board.alarm(alarm)
+        self.tensorboard.alarm(alarm)
 
     def sample(self, run: Run) -> None:
         """Write what the EMA generator makes of the run's fixed latents, and the report."""
@@ -216,7 +218,7 @@ class _Folder:
         save_contact_sheet(run.show(self._latent, self._label), _SHEET_COLUMNS, path)
         rows = None if self._label is None else self._label[::_SHEET_COLUMNS]
         save_interpolations(run.show, run.settings.latent_dim, self.out / "interpolations.png", label=rows)
-        self.board.sheet(path, run.images_seen)
+        self.tensorboard.sheet(path, run.images_seen)
         report_on(run.checkpoint(), self.out)
 
 

@@ -15,7 +15,8 @@ from ganserve_trainer.data.datasets import Dataset
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.losses import LOSSES, feature_matching, gradient_penalty, r1_penalty
 from ganserve_trainer.networks.augmentation import augment
-from ganserve_trainer.networks.generator import build_discriminator, build_generator
+from ganserve_trainer.networks.discriminator import build_discriminator
+from ganserve_trainer.networks.generator import build_generator
 from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
 from ganserve_trainer.train import processes

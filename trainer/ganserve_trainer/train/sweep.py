@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import Settings
-from ganserve_trainer.train.checkpoints import checkpoint_files, load_checkpoint, replace_atomically
+from ganserve_trainer.train.checkpoints import checkpoint_files, load_checkpoint
 from ganserve_trainer.train.monitoring import MODE_COLLAPSE, WARM_UP_IMAGES
 
 RESULTS_FILE_NAME = "results.json"

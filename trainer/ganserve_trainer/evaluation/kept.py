@@ -1,0 +1,76 @@
+"""The evaluation that is kept beside a run's checkpoints: `evaluate` writes it, `export` reads it for the card."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from google.protobuf import json_format
+from torch import Tensor
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.files import replace_atomically
+from ganserve_trainer.report.pictures import save_contact_sheet
+from ganserve_trainer.train.checkpoints import Checkpoint, run_folder
+
+EVALUATION_FILE_NAME = "evaluation.json"
+NEIGHBOURS_FILE_NAME = "neighbours.png"
+
+
+class Metric(TypedDict):
+    """One figure of a model card."""
+
+    name: str
+    value: float
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured; `details` says on what, and holds what is no single figure."""
+
+    metrics: list[Metric]
+    details: dict[str, Any]
+    neighbours: Tensor  # uint8 [rows, columns, channels, height, width]: a sample and its nearest training images
+
+
+def images_evaluated(path: Path, checkpoint: Checkpoint) -> int:
+    """Tell on how many images an evaluation of this checkpoint was made; 0 if there is none that can be read."""
+    try:
+        kept = json.loads(path.read_text())
+        return int(kept["images"]) if kept["checkpoint"] == checkpoint.digest() else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def write_evaluation(evaluation: Evaluation, checkpoint: Checkpoint | None, folder: Path) -> None:
+    """Write evaluation.json and neighbours.png; `checkpoint` is what was measured, None for a model file."""
+    content: dict[str, Any] = {"checkpoint": checkpoint.digest()} if checkpoint else {}
+    content |= {**evaluation.details, "metrics": evaluation.metrics}
+    neighbours = evaluation.neighbours.float() / 127.5 - 1
+    save_contact_sheet(neighbours.flatten(0, 1), neighbours.shape[1], folder / NEIGHBOURS_FILE_NAME)
+    with replace_atomically(folder / EVALUATION_FILE_NAME) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+
+
+def read_metrics(checkpoint_path: Path, checkpoint: Checkpoint) -> list[pb.QualityMetric]:
+    """Find what `evaluate` measured on this very checkpoint; nothing if it was not called."""
+    path = run_folder(checkpoint_path) / EVALUATION_FILE_NAME
+    try:
+        evaluation = json.loads(path.read_text())
+        metrics = [json_format.ParseDict(metric, pb.QualityMetric()) for metric in evaluation["metrics"]]
+        measured = evaluation["checkpoint"]
+    except FileNotFoundError:
+        print(
+            f"the card is written without quality figures: ganserve-trainer evaluate {checkpoint_path} measures them",
+            file=sys.stderr,
+        )
+        return []
+    except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
+        raise TrainerError(f"{path} cannot be read; delete it, or evaluate again") from error
+    if measured != checkpoint.digest():
+        print(f"{path} is of another checkpoint: the card is written without it; evaluate again", file=sys.stderr)
+        return []
+    return metrics

@@ -1,0 +1,69 @@
+"""The model card: what a model file says of itself, with golden images and the figures of an evaluation."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf import json_format
+from PIL import Image
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_trainer.model_file import CARD_KEY, latents, load_session, run_session
+from ganserve_trainer.networks.architecture import parameter_count
+from ganserve_trainer.settings import ExportPrecision
+from ganserve_trainer.train.checkpoints import Checkpoint
+
+_GOLDEN_SEEDS = range(10)
+
+
+def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPrecision) -> pb.ModelCard:
+    """Describe an exported model, golden images and all, but for how good it is."""
+    session = load_session(model.SerializeToString())
+    settings, spec = checkpoint.settings, checkpoint.spec
+    configuration = {key: str(value) for key, value in dataclasses.asdict(settings).items()}
+    configuration["dataset_digest"] = checkpoint.dataset_digest
+    card = pb.ModelCard(
+        architecture=settings.preset,
+        dataset=settings.dataset,
+        latent_dim=settings.latent_dim,
+        height=spec.height,
+        width=spec.width,
+        channels=spec.channels,
+        class_names=spec.class_names if settings.conditional else (),
+        generator_parameters=parameter_count(checkpoint.ema_generator()),
+        training=pb.Training(images_seen=checkpoint.images_seen, device=checkpoint.device, configuration=configuration),
+        golden_images=golden_images(session, settings.latent_dim, len(spec.class_names) if settings.conditional else 0),
+        trainer_version=importlib.metadata.version("ganserve"),
+        precision=precision,
+    )
+    card.training.duration.FromMilliseconds(round(checkpoint.elapsed_s * 1000))
+    card.created_at.GetCurrentTime()
+    return card
+
+
+def golden_images(session: onnxruntime.InferenceSession, latent_dim: int, classes: int) -> list[pb.GoldenImage]:
+    """Make the images of a few seeds, by which a server checks that the model computes as it did here."""
+    golden = []
+    for seed in _GOLDEN_SEEDS:
+        label = np.array([seed % classes]) if classes else None
+        pixels = run_session(session, latents(np.array([seed]), latent_dim), label)[0]
+        file = io.BytesIO()
+        Image.fromarray(pixels.squeeze()).save(file, format="PNG", optimize=True)
+        digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
+        golden.append(
+            pb.GoldenImage(seed=seed, label=None if label is None else label[0], digest=digest, png=file.getvalue())
+        )
+    return golden
+
+
+def with_card(model: onnx.ModelProto, card: pb.ModelCard) -> bytes:
+    """Return the file's content: the checked model, with the card in its metadata."""
+    entry = model.metadata_props.add()
+    entry.key = CARD_KEY
+    entry.value = json_format.MessageToJson(card)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()

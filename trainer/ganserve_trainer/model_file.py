@@ -1,0 +1,34 @@
+"""The model file as its readers see it: names, the latent of a seed, and images by onnxruntime.
+
+`export` writes the file and `evaluation` reads it. Its inputs are `latent`, float32 [N, latent_dim], and, for a
+conditional model, `label`, int64 [N]. Its output is `image`, uint8 [N, height, width, channels]. Its metadata hold the
+model card as JSON.
+"""
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+CARD_KEY = "ganserve.model_card"
+MODEL_FILE_NAME = "model.onnx"
+
+
+def latents(seeds: NDArray[np.int64], latent_dim: int) -> NDArray[np.float32]:
+    """Draw the latents of these seeds, [n, latent_dim], by the contract of generation.proto."""
+    rows = [np.random.RandomState(seed).standard_normal(latent_dim) for seed in seeds]
+    return np.stack(rows).astype(np.float32)
+
+
+def load_session(model: bytes | str) -> onnxruntime.InferenceSession:
+    """Open a model on the CPU."""
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, latent: NDArray[np.float32], label: NDArray[np.int64] | None
+) -> NDArray[np.uint8]:
+    """Make images, [n, height, width, channels]; `label` is None for an unconditional model."""
+    feeds = {"latent": latent} if label is None else {"latent": latent, "label": label}
+    (image,) = session.run(["image"], feeds)
+    pixels: NDArray[np.uint8] = image
+    return pixels

@@ -1,0 +1,58 @@
+"""What the two networks of one architecture have in common: classes, sizes and widths."""
+
+import torch
+from torch import Tensor, nn
+
+from ganserve_trainer.data.spec import ImageSpec
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.settings import Settings
+
+_LARGEST_START = 7  # pixels a side that a convolutional generator begins with
+_MOST_WIDTHS = 8  # a convolutional layer has at most this many times `width` channels
+
+
+def class_count(settings: Settings, spec: ImageSpec) -> int:
+    """Return the number of classes, or of clusters in their place, that both networks see; 0 for neither.
+
+    Raises:
+        TrainerError: the network is conditional and the data set has no classes.
+    """
+    if settings.conditional and not spec.class_names:
+        raise TrainerError(
+            "a conditional network needs classes, and the data set has none: take --no-conditional, "
+            "or sort the images into one sub-folder a class"
+        )
+    return len(spec.class_names) if settings.conditional else settings.clusters
+
+
+def start_and_doublings(spec: ImageSpec) -> tuple[tuple[int, int], int]:
+    """Return the size that a convolutional generator begins with, and how often it doubles it (at least twice)."""
+    height, width, doublings = spec.height, spec.width, 0
+    while height % 2 == width % 2 == 0 and (doublings < 2 or min(height, width) > _LARGEST_START):
+        height, width, doublings = height // 2, width // 2, doublings + 1
+    if doublings < 2 or min(height, width) < 1:
+        raise TrainerError(
+            f"a convolutional network makes images whose sides are multiples of 4; these are "
+            f"{spec.height}x{spec.width}: take --image-size {max(4, round(spec.height / 4) * 4)}, or --preset mlp"
+        )
+    return (height, width), doublings
+
+
+def channel_widths(width: int, count: int) -> list[int]:
+    """Return the channels of `count` layers, the one next to the image first, each with twice as many as the last."""
+    return [width * min(2**layer, _MOST_WIDTHS) for layer in range(count)]
+
+
+def one_hot(label: Tensor, classes: int, like: Tensor) -> Tensor:
+    """Return the labels as one-hot rows, [n, classes], with the type and the device of `like`."""
+    return torch.eye(classes, dtype=like.dtype, device=like.device)[label]
+
+
+def product(shape: tuple[int, ...]) -> int:
+    """Return the number of values of a tensor of this shape."""
+    return int(torch.Size(shape).numel())
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Count the trainable parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
