@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.settings import FREE_ON_RESUME, PRESETS, ExportPrecision, Settings, from_preset, read_config
+from ganserve_trainer.settings import (
+    FREE_ON_RESUME,
+    PRESETS,
+    ExportPrecision,
+    Settings,
+    choices_of,
+    from_preset,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from ganserve_trainer.report.history import Point
@@ -61,10 +69,10 @@ def _option_type(field: "dataclasses.Field[Any]") -> Any:
     kind: Any = field.type
     if isinstance(kind, types.UnionType):
         kind = next(each for each in typing.get_args(kind) if each is not types.NoneType)
-    if typing.get_origin(kind) is Literal:
+    if choices := choices_of(field):
         # mypy knows enumerations only as literals.
         make: Any = StrEnum
-        kind = make(field.name, {value: value for value in typing.get_args(kind)})
+        kind = make(field.name, {value: value for value in choices})
     return kind | None
 
 

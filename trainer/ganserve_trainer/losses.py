@@ -1,25 +1,52 @@
-"""GAN losses and penalties on logits. They know nothing of the networks or the loop.
+"""Adversarial losses on logits, and the table of those that `--loss` may name. They know no network and no run.
 
-A discriminator's loss takes the logits of real and of generated images, [n] each, and where it has targets to smooth,
-by how much; a generator's takes the logits of its images. All are averaged over the batch.
+A discriminator's loss takes the logits of real and of generated images, [n] each, and how far to smooth the targets of
+each. A generator's loss takes the logits of its images and, where the loss compares both kinds, those of real images.
+Each returns a mean over the batch. A new loss is its function and its line in `LOSSES`: nothing else names a loss.
+
+`settings` reads the table, and the command line reads `settings` and must start fast: torch is imported in functions.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class AdversarialLoss:
-    """A loss for each side."""
+    """A loss for each network, and what it needs of the rest of a step."""
 
     discriminator: Callable[[Tensor, Tensor, float, float], Tensor]  # real logits, fake logits, smoothing of each
-    generator: Callable[[Tensor], Tensor]
-    # A critic's logits have no zero that parts real from fake (Arjovsky et al., 2017).
+    generator: Callable[[Tensor, Tensor | None], Tensor]  # fake logits, and real logits if `is_paired`
+    has_targets: bool = False  # label smoothing can move its targets
+    is_paired: bool = False  # compares each generated image with a real one, in the generator's step too
+    # A critic's logits have no zero that separates real from fake (Arjovsky et al., 2017).
     is_critic: bool = False
+    clips_weights: bool = False  # bounds the critic's weights (Arjovsky et al., 2017)
+    penalises_gradient: bool = False  # adds WGAN-GP's penalty (Gulrajani et al., 2017)
+
+
+def paired(loss: Callable[[Tensor, Tensor], Tensor]) -> AdversarialLoss:
+    """Make a loss for both networks of one function, as relativistic GANs do (Jolicoeur-Martineau, 2018).
+
+    Args:
+        loss: takes two logits [n] each, and is low where the first ones exceed the second ones. The discriminator
+            minimises loss(real, fake), the generator loss(fake, real).
+    """
+
+    def discriminator(real_logits: Tensor, fake_logits: Tensor, _real: float = 0.0, _fake: float = 0.0) -> Tensor:
+        return loss(real_logits, fake_logits)
+
+    def generator(fake_logits: Tensor, real_logits: Tensor | None) -> Tensor:
+        assert real_logits is not None
+        return loss(fake_logits, real_logits)
+
+    return AdversarialLoss(discriminator, generator, is_paired=True)
 
 
 def cross_entropy_discriminator(
@@ -31,7 +58,7 @@ def cross_entropy_discriminator(
     leaves the second at 0.
     """
     # -t log sigmoid(x) - (1 - t) log(1 - sigmoid(x)) = softplus(x) - t x, and softplus(x) - x = softplus(-x)
-    loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    loss = _softplus(-real_logits).mean() + _softplus(fake_logits).mean()
     if smooth_real:
         loss = loss + smooth_real * real_logits.mean()
     if smooth_fake:
@@ -39,14 +66,14 @@ def cross_entropy_discriminator(
     return loss
 
 
-def non_saturating_generator(fake_logits: Tensor) -> Tensor:
+def non_saturating_generator(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """Maximise log D(G(z)) (Goodfellow et al., 2014, section 3)."""
-    return F.softplus(-fake_logits).mean()
+    return _softplus(-fake_logits).mean()
 
 
-def minimax_generator(fake_logits: Tensor) -> Tensor:
+def minimax_generator(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """Minimise log(1 - D(G(z))) (Goodfellow et al., 2014, eq. 1); its gradient vanishes where D is sure."""
-    return -F.softplus(fake_logits).mean()
+    return -_softplus(fake_logits).mean()
 
 
 def least_squares_discriminator(
@@ -56,14 +83,14 @@ def least_squares_discriminator(
     return 0.5 * ((real_logits - 1 + smooth_real).square().mean() + (fake_logits - smooth_fake).square().mean())
 
 
-def least_squares_generator(fake_logits: Tensor) -> Tensor:
+def least_squares_generator(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """Half the squared distance to 1 (LSGAN, Mao et al., 2017, eq. 9)."""
     return 0.5 * (fake_logits - 1).square().mean()
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor, _real: float = 0.0, _fake: float = 0.0) -> Tensor:
     """Hinge loss with margins at 1 and -1 (Lim & Ye, 2017; Miyato et al., 2018, eq. 16)."""
-    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+    return (1 - real_logits).relu().mean() + (1 + fake_logits).relu().mean()
 
 
 def wasserstein_discriminator(
@@ -73,51 +100,26 @@ def wasserstein_discriminator(
     return fake_logits.mean() - real_logits.mean()
 
 
-def wasserstein_generator(fake_logits: Tensor) -> Tensor:
+def wasserstein_generator(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """Raise the critic's logits of generated images (Arjovsky et al., 2017); hinge's generator does the same."""
     return -fake_logits.mean()
 
 
 LOSSES = {
-    "non-saturating": AdversarialLoss(cross_entropy_discriminator, non_saturating_generator),
-    "minimax": AdversarialLoss(cross_entropy_discriminator, minimax_generator),
-    "least-squares": AdversarialLoss(least_squares_discriminator, least_squares_generator),
+    "non-saturating": AdversarialLoss(cross_entropy_discriminator, non_saturating_generator, has_targets=True),
+    "minimax": AdversarialLoss(cross_entropy_discriminator, minimax_generator, has_targets=True),
+    "least-squares": AdversarialLoss(least_squares_discriminator, least_squares_generator, has_targets=True),
     "hinge": AdversarialLoss(hinge_discriminator, wasserstein_generator),
-    "wasserstein-clip": AdversarialLoss(wasserstein_discriminator, wasserstein_generator, is_critic=True),
-    "wasserstein-gp": AdversarialLoss(wasserstein_discriminator, wasserstein_generator, is_critic=True),
+    "wasserstein-clip": AdversarialLoss(
+        wasserstein_discriminator, wasserstein_generator, is_critic=True, clips_weights=True
+    ),
+    "wasserstein-gp": AdversarialLoss(
+        wasserstein_discriminator, wasserstein_generator, is_critic=True, penalises_gradient=True
+    ),
 }
 
 
-def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, share: Tensor) -> Tensor:
-    """WGAN-GP's penalty, (|gradient| - 1)^2, before its weight (Gulrajani et al., 2017, eq. 3).
+def _softplus(x: Tensor) -> Tensor:
+    from torch.nn import functional as F
 
-    Args:
-        critic: images [n, c, h, w] to logits [n].
-        real: real images.
-        fake: as many generated ones, without gradient.
-        share: how much of the real image each point between has, in 0…1, [n, 1, 1, 1].
-    """
-    between = torch.lerp(fake.float(), real.float(), share).requires_grad_(True)
-    gradient = _image_gradient(critic(between), between).flatten(1)
-    length: Tensor = torch.linalg.vector_norm(gradient, dim=1)
-    return (length - 1).square().mean()
-
-
-def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
-    """Half the squared gradient at real images, before its weight (Mescheder et al., 2018, eq. 9)."""
-    real = real.detach().requires_grad_(True)
-    return 0.5 * _image_gradient(discriminator(real), real).flatten(1).square().sum(1).mean()
-
-
-def _image_gradient(logits: Tensor, images: Tensor) -> Tensor:
-    gradient: Tensor
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.float()
-
-
-def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:
-    """Squared distance between the mean features of real and generated images (Salimans et al., 2016, section 3.1).
-
-    Features are [n, f]; averaged over f, so that a weight means the same for every width.
-    """
-    return (real_features.mean(0) - fake_features.mean(0)).square().mean()
+    return F.softplus(x)

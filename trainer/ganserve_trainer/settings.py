@@ -12,16 +12,16 @@ import platform
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.losses import LOSSES, AdversarialLoss
 
 Architecture = Literal["mlp", "dcgan", "progressive"]
 Conditioning = Literal["label-channels", "projection"]
-Loss = Literal["non-saturating", "minimax", "least-squares", "hinge", "wasserstein-clip", "wasserstein-gp"]
 MinibatchLayer = Literal["none", "stddev", "discrimination"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -38,10 +38,17 @@ _VERSIONS_OF = ("ganserve", "torch", "torchvision", "numpy")
 AUGMENTATIONS = ("color", "translation", "cutout")
 
 
-def _setting(default: Any, panel: str, text: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    return dataclasses.field(
-        default=default, metadata={"panel": panel, "help": text, "minimum": minimum, "maximum": maximum}
-    )
+def _setting(
+    default: Any,
+    panel: str,
+    text: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Collection[str] = (),
+) -> Any:
+    metadata = {"panel": panel, "help": text, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Settings:
         60_000, "Networks", "progressive: images to fade a resolution in, and to train it before the next.", minimum=1
     )
 
-    loss: Loss = _setting("non-saturating", "Loss", "The adversarial loss.")
+    loss: str = _setting("non-saturating", "Loss", "The adversarial loss.", choices=LOSSES)
     label_smoothing: float = _setting(
         0.0, "Loss", "The discriminator's target for real images is 1 minus this.", minimum=0, maximum=0.49
     )
@@ -164,6 +171,11 @@ class Settings:
             of_discriminator = self.learning_rate
         return share * self.learning_rate, share * of_discriminator
 
+    @property
+    def adversarial_loss(self) -> AdversarialLoss:
+        """The loss that `loss` names."""
+        return LOSSES[self.loss]
+
     def augmentations(self) -> tuple[str, ...]:
         """Return the differentiable augmentations to apply, in order."""
         return tuple(name for name in self.augment.split("+") if name)
@@ -179,10 +191,14 @@ FREE_ON_RESUME = (
     "stop_on_collapse",
 )
 
-_CRITIC_LOSSES = ("wasserstein-clip", "wasserstein-gp")
-_UNSMOOTHED_LOSSES = ("hinge", *_CRITIC_LOSSES)
 # Images that a minibatch layer compares: 4 by Karras et al., 2018, section 3.
 MINIBATCH_GROUPS: dict[MinibatchLayer, int] = {"none": 1, "stddev": 4, "discrimination": 16}
+
+
+def choices_of(field: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    """Return the values that a setting may have, if there is a list of them."""
+    named = typing.get_args(field.type) if typing.get_origin(field.type) is Literal else ()
+    return (*named, *field.metadata.get("choices", ()))
 
 
 def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
@@ -192,9 +208,9 @@ def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
         return
     (kind,) = (option for option in allowed if option is not types.NoneType)
     minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise TrainerError(f"{field.name} is {value!r}; choose one of {', '.join(typing.get_args(kind))}")
+    if choices := choices_of(field):
+        if value not in choices:
+            raise TrainerError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
         return
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
@@ -216,7 +232,7 @@ def _check_together(settings: Settings) -> None:
             f"minibatch {settings.minibatch} compares groups of {group} images; "
             f"batch_size {settings.batch_size} is no multiple of that"
         )
-    if settings.label_smoothing and settings.loss in _UNSMOOTHED_LOSSES:
+    if settings.label_smoothing and not settings.adversarial_loss.has_targets:
         raise TrainerError(f"label_smoothing moves the targets of a loss that has some; {settings.loss} has none")
     if settings.attention and settings.architecture != "dcgan":
         raise TrainerError("attention is for the dcgan architecture; leave it out, or take architecture dcgan")

@@ -20,7 +20,6 @@ from ganserve_trainer.data.datasets import Dataset
 from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.files import replace_atomically
-from ganserve_trainer.losses import LOSSES
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.networks.generator import Generator
 from ganserve_trainer.report.events import TensorBoardWriter
@@ -96,7 +95,7 @@ def _train(
     probe_latent = _fixed_latents(settings, "probe", probe.size)
     if folder is not None:
         _announce(run, dataset)
-    monitor = Monitor(run.history.points, critic=LOSSES[settings.loss].is_critic)
+    monitor = Monitor(run.history.points, critic=settings.adversarial_loss.is_critic)
     recent: list[Tensor] = []
     started = time.monotonic() - run.elapsed_s
     last_point = (run.elapsed_s, run.images_seen)

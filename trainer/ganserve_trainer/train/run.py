@@ -13,12 +13,12 @@ from torch import Tensor
 from ganserve_trainer.data.clustering import cluster_bounds, k_means
 from ganserve_trainer.data.datasets import Dataset
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.losses import LOSSES, feature_matching, gradient_penalty, r1_penalty
 from ganserve_trainer.networks.augmentation import augment
 from ganserve_trainer.networks.discriminator import build_discriminator
 from ganserve_trainer.networks.generator import build_generator
+from ganserve_trainer.objectives import Batch, Objective
 from ganserve_trainer.report.history import History
-from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
+from ganserve_trainer.settings import Settings
 from ganserve_trainer.train import processes
 from ganserve_trainer.train.checkpoints import Checkpoint, all_finite
 from ganserve_trainer.train.devices import keep_freed_memory
@@ -66,9 +66,9 @@ class Run:
         if settings.compile:
             self.generator.layers.compile()
             self.discriminator.trunk.compile()
-        self._loss = LOSSES[settings.loss]
-        self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-        self._augment = partial(augment, names=settings.augmentations())
+        self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+        augmented = partial(augment, names=settings.augmentations())
+        self._objective = Objective(settings, self.discriminator, self._classes, augmented, self._autocast)
         # What the networks would convert images to anyway.
         self._image_type = torch.bfloat16 if bf16 and not settings.augmentations() else torch.float32
         self._grow()
@@ -86,82 +86,30 @@ class Run:
         self.generator_weights.learning_rate, self.discriminator_weights.learning_rate = rates
         judged = []
         for index in range(settings.discriminator_steps):
-            real, label = self._real_batch()
-            latent, fake_label = self._draw("step")
-            # The generator's own step goes on from the images of the last discriminator step.
-            with torch.set_grad_enabled(index == settings.discriminator_steps - 1), self._autocast():
-                fake = self.generator(latent, fake_label).to(self._image_type)
-            judged.append(self._discriminator_step(real, label, fake, fake_label))
+            real = self._real_batch()
+            # The generator's own step continues with the images of the last discriminator step.
+            with torch.set_grad_enabled(index == settings.discriminator_steps - 1):
+                fake = self._fake_batch("step")
+            objective, figures = self._objective.of_discriminator(real, fake, self.images_seen // self._batch)
+            self.discriminator_weights.descend(objective)
+            if settings.adversarial_loss.clips_weights:
+                self.discriminator_weights.clip(settings.weight_clip)
+            judged.append(figures)
             self.images_seen += self._batch
 
         self.discriminator_weights.requires_grad_(False)
         losses = []
         for index in range(settings.generator_steps):
             if index:
-                latent, fake_label = self._draw(f"generator step {index}")
-                with self._autocast():
-                    fake = self.generator(latent, fake_label).to(self._image_type)
-            losses.append(self._generator_step(real, label, fake, fake_label))
+                fake = self._fake_batch(f"generator step {index}")
+            objective, loss = self._objective.of_generator(real, fake)
+            self.generator_weights.descend(objective)
+            losses.append(loss)
         self.discriminator_weights.requires_grad_(True)
         self.ema.update(self.generator_weights, self.images_a_step, self.images_seen)
         self._grow()
         d_loss, real_accuracy, fake_accuracy = torch.stack(judged).mean(0)
         return torch.stack([d_loss, torch.stack(losses).mean(), real_accuracy, fake_accuracy])
-
-    def _discriminator_step(
-        self, real: Tensor, label: Tensor | None, fake: Tensor, fake_label: Tensor | None
-    ) -> Tensor:
-        """Return the loss and the accuracies on real and on generated images, [3]."""
-        settings, size = self.settings, len(real)
-        images, labels = [real, fake.detach()], [label, fake_label]
-        if settings.mismatched_labels and label is not None:
-            # Real images with a wrong label are fakes too: a discriminator must look at the label (Reed et al., 2016).
-            group = MINIBATCH_GROUPS[settings.minibatch]
-            mismatched = int(size * settings.mismatched_labels) // group * group
-            shift = torch.randint(1, self._classes, (mismatched,), device=self.device)
-            images.append(real[:mismatched])
-            labels.append((label[:mismatched] + shift) % self._classes)
-        with self._autocast():
-            # One pass over all of them: the discriminator has no statistics that would mix them.
-            seen = self._augment(torch.cat(images))
-            logits = self.discriminator(seen, _joined(labels))
-        real_logits, fake_logits = logits[:size], logits[size:]
-        smooth = settings.label_smoothing
-        loss = self._loss.discriminator(
-            real_logits, fake_logits, smooth, smooth if settings.two_sided_smoothing else 0.0
-        )
-        objective = loss
-        if settings.loss == "wasserstein-gp" and settings.gradient_penalty:
-            share = torch.rand(size, 1, 1, 1, device=self.device)
-            critic = partial(self._judge_augmented, label=label)
-            objective = objective + settings.gradient_penalty * gradient_penalty(critic, real, fake.detach(), share)
-        if settings.r1 and self.images_seen // self._batch % settings.r1_every_steps == 0:
-            weight = settings.r1 * settings.r1_every_steps
-            objective = objective + weight * r1_penalty(partial(self._judge_augmented, label=label), real)
-        self.discriminator_weights.descend(objective)
-        if settings.loss == "wasserstein-clip":
-            self.discriminator_weights.clip(settings.weight_clip)
-        accuracies = ((real_logits > 0).float().mean(), (fake_logits[:size] < 0).float().mean())
-        return torch.stack([loss.detach(), *accuracies])
-
-    def _judge_augmented(self, images: Tensor, label: Tensor | None) -> Tensor:
-        """Judge for a penalty: without torch.compile, which has no gradient of a gradient."""
-        with torch.compiler.set_stance("force_eager"), self._autocast():
-            logits: Tensor = self.discriminator(self._augment(images), label)
-        return logits
-
-    def _generator_step(self, real: Tensor, label: Tensor | None, fake: Tensor, fake_label: Tensor | None) -> Tensor:
-        weight = self.settings.feature_matching
-        with self._autocast():
-            features = self.discriminator.features(self._augment(fake), fake_label)
-            loss = self._loss.generator(self.discriminator.judge(features, fake_label))
-            objective = loss
-            if weight:
-                with torch.no_grad():
-                    real_features = self.discriminator.features(self._augment(real), label)
-                objective = loss + weight * feature_matching(real_features.float(), features.float())
-        self.generator_weights.descend(objective)
-        return loss.detach()
 
     def gradient_norms(self) -> Tensor:
         """Return the norms of the last step's gradients over all parameters, discriminator's and generator's, [2]."""
@@ -193,8 +141,14 @@ class Run:
             torch.cuda.manual_seed(seed)
         return latent, label
 
-    def _real_batch(self) -> tuple[Tensor, Tensor | None]:
-        """Take this process's next images of the epoch's order: [n, c, h, w] in -1…1, and their labels [n]."""
+    def _fake_batch(self, purpose: str) -> Batch:
+        """Generate this process's share of a batch."""
+        latent, label = self._draw(purpose)
+        with self._autocast():
+            return Batch(self.generator(latent, label).to(self._image_type), label)
+
+    def _real_batch(self) -> Batch:
+        """Take this process's next images of the epoch's order."""
         size, batches = self.settings.batch_size, len(self.images) // self._batch
         epoch, batch = divmod(self.images_seen // self._batch, batches)
         if epoch != self._epoch:
@@ -209,7 +163,7 @@ class Run:
             label = self.labels[index]
         elif self.settings.clusters:
             label = self._clusters[index]
-        return images.to(self._image_type, memory_format=torch.channels_last), label
+        return Batch(images.to(self._image_type, memory_format=torch.channels_last), label)
 
     @torch.no_grad()
     def show(self, latent: Tensor, label: Tensor | None) -> Tensor:
@@ -275,8 +229,3 @@ def derived_seed(seed: int, purpose: str, count: int) -> int:
     """Return a seed of 63 bits for one purpose at one time of the run."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{count}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _joined(labels: list[Tensor | None]) -> Tensor | None:
-    given = [label for label in labels if label is not None]
-    return torch.cat(given) if given else None
