@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.export.publish import export_module
+from ganserve_trainer.export import export_module
 
 LATENT_DIM = 32
 CLASS_NAMES = ("red", "green", "blue")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ganserve import Client
 from ganserve_server.repository import load_version
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.export.publish import export_module
+from ganserve_trainer.export import export_module
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "bring_a_generator.py"
 
