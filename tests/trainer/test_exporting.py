@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from tests.conftest import RunningServer
@@ -63,6 +64,23 @@ def test_a_generator_from_elsewhere_is_served_as_torch_makes_it(
     assert np.abs(batch.pixels.astype(int) - wanted).max() <= 1
     served = load_version("blobs", 1, models / "blobs" / "1" / "model.onnx", max_model_mib=1, provider="cpu", threads=1)
     assert [golden.label for golden in served.card.golden_images] == [seed % 3 for seed in range(10)]
+
+
+class Grey(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return torch.round(latent.clamp(0, 255)).to(torch.uint8).reshape(-1, 2, 2, 1)
+
+
+def test_a_published_file_has_no_stack_traces_of_the_exporter(tmp_path: Path) -> None:
+    file = export_module(Grey(), tmp_path / "models", "mine", latent_dim=4)
+    graph = onnx.load(file).graph
+    assert len(graph.node) >= 4
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        assert not part.metadata_props
+        assert not part.doc_string
+    content = file.read_bytes()
+    for note in (b"stack_trace", b"site-packages", Path(__file__).name.encode()):
+        assert note not in content
 
 
 class Floats(nn.Module):
