@@ -1,5 +1,5 @@
-"""What the trainer tells its user in one line, without a stack trace."""
+"""The error that the trainer reports in one line, without a stack trace."""
 
 
 class TrainerError(Exception):
-    """Something the user can put right: the text says what was wrong and what to do. Exit status 2."""
+    """An error that the user can fix: the text says what was wrong and what to do. Exit status 2."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever ends the process."""
+"""Writes files atomically: a reader, or a process after a crash, finds the whole file or none."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import IO
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place on success: a reader finds the old content or the new."""
+    """Open a temporary file beside `path` that replaces it on success: a reader finds the old content or the new."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
@@ -19,7 +19,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
         beside.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        # A failed write carries no name, and that of the file beside would mean nothing to anybody.
+        # A failed write carries no file name, and the temporary file's name would mean nothing to the user.
         error.filename = str(path)
         raise
     finally:
@@ -27,7 +27,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_directory(folder: Path) -> None:
-    """Make a rename in this folder last through a power failure."""
+    """Make a rename in this folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

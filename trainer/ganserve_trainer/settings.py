@@ -159,7 +159,7 @@ class Settings:
         _check_together(self)
 
     def are_fulfilled(self, images_seen: int, elapsed_s: float) -> bool:
-        """Tell whether a run that is so far is complete."""
+        """Return whether a run with this progress is complete."""
         return images_seen >= self.images or (self.minutes > 0 and elapsed_s >= 60 * self.minutes)
 
     def learning_rates(self, images_seen: int) -> tuple[float, float]:
@@ -306,7 +306,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the settings of a TOML file; the table [versions] that a run's own file has is left out.
 
     Raises:
-        TrainerError: the file is no TOML.
+        TrainerError: the file is not valid TOML.
         OSError: it cannot be read.
     """
     try:

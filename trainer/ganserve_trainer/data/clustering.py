@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LARGEST_SIDE = 16  # images are averaged down to so many pixels first
+_LARGEST_SIDE = 16  # images are averaged down to this many pixels first
 _ITERATIONS = 30
 _ROWS_AT_ONCE = 10_000
 
@@ -13,7 +13,7 @@ def k_means(images: Tensor, clusters: int) -> Tensor:
     """Sort images, uint8 [n, c, h, w], into clusters by Lloyd's algorithm, from k-means++'s centres with a fixed seed.
 
     Returns:
-        Each image's cluster, int64 [n], on the images' device. A cluster may be empty where images are few or alike.
+        Each image's cluster, int64 [n], on the images' device. A cluster may be empty if images are few or identical.
     """
     size = (min(images.shape[2], _LARGEST_SIDE), min(images.shape[3], _LARGEST_SIDE))
     parts = [F.adaptive_avg_pool2d(part.float().div(255), size).flatten(1) for part in images.split(_ROWS_AT_ONCE)]
@@ -24,7 +24,7 @@ def k_means(images: Tensor, clusters: int) -> Tensor:
     distance = torch.full_like(points[:, 0], torch.inf)
     for _ in range(min(clusters, len(points)) - 1):
         distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(1))
-        weight = distance.cpu() + 1e-12  # where all images are alike
+        weight = distance.cpu() + 1e-12  # in case all images are identical
         chosen.append(int(torch.multinomial(weight, 1, generator=generator)))
     centres = points[chosen]
     cluster = torch.empty(0)

@@ -63,7 +63,7 @@ class Dataset:
     skipped: int = 0  # files of this part that were left out
 
     def digest(self) -> str:
-        """Name the content: sha256 over images and labels. Shape and class names are the spec's to tell."""
+        """Return the name of the content: sha256 over images and labels, without shape and class names."""
         content = hashlib.sha256(self.images.numpy().tobytes())
         content.update(self.labels.numpy().tobytes())
         return f"sha256:{content.hexdigest()}"
@@ -83,7 +83,7 @@ def load_dataset(name: str, data_root: Path, *, train: bool, image_size: int | N
             or its equal in torch: without antialiasing FID changes by points (Parmar et al., 2022).
 
     Raises:
-        TrainerError: there is no such data set, it is nowhere to be found, or its files are damaged; of a folder, see
+        TrainerError: there is no such data set, its files are missing or damaged, or, for a folder, see
             `read_image_folder`.
     """
     if "/" in name or name.startswith("."):
@@ -138,7 +138,7 @@ def _load_source(name: str, data_root: Path, train: bool) -> tuple[Tensor, Tenso
             raise ValueError(f"{images.shape[0]} images and {labels.shape[0]} labels")
         if int(labels.max()) >= len(source.class_names):
             raise ValueError(f"label {int(labels.max())} of {len(source.class_names)} classes")
-    except Exception as error:  # torchvision's readers raise whatever the bytes lead them to
+    except Exception as error:  # torchvision's readers raise anything on damaged files
         raise TrainerError(
             f"{name}: the files in {DEBIAN_FASHION_MNIST if debian else place} are missing, incomplete or damaged "
             f"({type(error).__name__}: {error}). {_layout(source)}"
@@ -151,11 +151,11 @@ def _layout(source: _Source) -> str:
 
 
 def _download(source: _Source, data_root: Path) -> None:
-    """Download beside, then move into place: a download that broke off leaves nothing behind."""
+    """Download to a temporary folder, then move it into place: an interrupted download leaves nothing behind."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             source.reader(scratch, train=True, download=True)
-        except Exception as error:  # URLError, IncompleteRead, RuntimeError, …: all mean that there is no data
+        except Exception as error:  # URLError, IncompleteRead, RuntimeError, …: the download failed
             debian = (
                 "Install Debian's package dataset-fashion-mnist, which is found by itself."
                 if source.reader is torchvision.datasets.FashionMNIST

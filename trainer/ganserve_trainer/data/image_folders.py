@@ -1,7 +1,7 @@
 """Reads any folder of images for `datasets`: classes from sub-folders, a part kept for testing.
 
-Files that are no images, or broken ones, are named, skipped and counted. AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM,
-TIFF and WebP are read: the first picture of each, upright as its EXIF data say, on white where it is transparent.
+Files that are not images, and damaged images, are named, skipped and counted. It reads AVIF, BMP, GIF, JPEG, JPEG 2000,
+PNG, PPM, TIFF and WebP: the first picture of each file, rotated by its EXIF data, on white where it is transparent.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torch import Tensor
 from ganserve_trainer.errors import TrainerError
 
 Image.init()  # here, not by the first of the threads that decode
-# Named one by one: Pillow would hand EPS to Ghostscript, and takes many a file that is no image for a TGA.
+# An explicit list: Pillow would pass EPS to Ghostscript, and takes many other files for TGA images.
 _READ: tuple[str, ...] = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FORMATS = [name for name in _READ if name in Image.OPEN]  # AVIF: from Pillow 11.3
 _LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")  # ignored, as is what starts with a dot
@@ -39,7 +39,7 @@ _LAYOUT = (
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file of the folder, whatever it turns out to be."""
+    """A file of the folder, which may not be an image."""
 
     path: Path
     name: str  # from the folder on
@@ -50,7 +50,7 @@ class _File:
 def read_image_folder(
     folder: Path, *, train: bool, image_size: int | None
 ) -> tuple[Tensor, Tensor, tuple[str, ...], int]:
-    """Read one part of a folder; what is skipped of it is said on stderr.
+    """Read one part of a folder; print on stderr which files are skipped.
 
     Both parts are decoded, so that they agree on channels, size and classes, and so that a training picture that is
     also in the test part, as a copy or by a link, is left out of the training part.
@@ -172,7 +172,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _decode_all(files: list[_File], image_size: int | None) -> Iterator[tuple[_File, NDArray[np.uint8] | str]]:
-    """Decode in threads (Pillow lets go of the GIL), a few hundred files at once, so that Ctrl-C is heard."""
+    """Decode in threads (Pillow releases the GIL), a few hundred files at once, so that Ctrl-C takes effect."""
     # As many threads as cores: small pictures are mostly Python's work, 6 threads on 2 cores took 1.5 times as long.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about pictures that it reads all the same
@@ -199,14 +199,14 @@ def _decode(path: Path, image_size: int | None) -> NDArray[np.uint8] | str:
             picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
         return "not an image, or of a format that is not read here"
-    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
         return str(getattr(error, "strerror", None) or error or type(error).__name__)
     pixels = np.asarray(picture).transpose(2, 0, 1)
     return np.ascontiguousarray(pixels[:1] if (pixels == pixels[:1]).all() else pixels)
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    """Convert to RGB; what is transparent shows white, as on paper."""
+    """Convert to RGB, on white where the picture is transparent."""
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips to 0…255

@@ -1,8 +1,8 @@
 """The network that judges images: a small CNN, trained by us on a data set's training part, with a fixed seed.
 
-Its penultimate layer gives the features that FID, recall and the like are computed on; its last layer tells the class.
-Figures compare only if they come from the same judge, so its digest and its accuracy are published with each of them.
-A judge is kept in the user's cache folder, and trained again when it is not there, damaged, or of an older recipe.
+Its penultimate layer gives the features for FID, recall and similar metrics; its last layer predicts the class.
+Metrics compare only if they come from the same judge, so each is published with the judge's digest and accuracy. A
+judge is kept in the user's cache folder, and is trained again if it is missing, damaged or of an older recipe.
 """
 
 import hashlib
@@ -25,23 +25,23 @@ from ganserve_trainer.train.devices import best_device, bf16_is_fast
 FEATURES = 128
 STACKED_MNIST = "stacked-mnist"
 
-# Goes up with every change to what is below that changes the weights.
+# Increase it with every change below that changes the weights.
 _RECIPE = 2
 _BATCH_SIZE = 128
 _EPOCHS = 10
-_LEAST_STEPS = 150  # a small data set is shown more often
+_LEAST_STEPS = 150  # a small data set is repeated until then
 _LEARNING_RATE = 2e-3
 _SHIFT_PIXELS = 2
-_MIRRORED = ("fashion-mnist", "cifar10")  # whose images mean the same the other way round
+_MIRRORED = ("fashion-mnist", "cifar10")  # data sets whose images keep their meaning when mirrored
 _JUDGED_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A trained network; on stacked MNIST it is MNIST's own and judges each of the three channels alone."""
+    """A trained network; for stacked MNIST it is MNIST's, and judges each of the three channels separately."""
 
     network: nn.Sequential
-    task: str  # what it was trained to tell
+    task: str  # what it was trained to recognise
     stacked: bool = False
 
     def features(self, images: Tensor) -> Tensor:
@@ -55,14 +55,14 @@ class Judge:
         return torch.cat(parts)
 
     def labels(self, features: Tensor) -> Tensor:
-        """Tell the classes of images, int64 [n], by their features."""
+        """Predict the classes of images, int64 [n], from their features."""
         device = next(self.network.parameters()).device
         with torch.no_grad():
             label: Tensor = self.network[-1](features.to(device).view(-1, FEATURES)).argmax(1).cpu()
         return label.view(-1, 3) @ torch.tensor([100, 10, 1]) if self.stacked else label
 
     def accuracy(self, test: Dataset) -> float:
-        """Return the share of real images whose class, or without classes whose way up, the judge tells right."""
+        """Return the share of real images whose class, or orientation without classes, the judge predicts correctly."""
         if test.spec.class_names:
             return _share(self.labels(self.features(test.images)) == test.labels)
         way = torch.arange(len(test.images)) % _ways_up(test.spec)
@@ -70,17 +70,17 @@ class Judge:
         return _share(self.labels(self.features(turned)) == way)
 
     def digest(self) -> str:
-        """Name the judge: sha256 over its weights."""
+        """Return the judge's name: sha256 over its weights."""
         return _digest(self.network.state_dict())
 
 
 def judge_of(train: Dataset, data_root: Path, report: Callable[[str], None] = lambda _: None) -> Judge:
-    """Find the judge of a data set in the cache, or train it on the data set's training part and keep it there.
+    """Load the judge of a data set from the cache, or train it on the data set's training part and cache it.
 
     Args:
         train: the training part.
         data_root: where MNIST is, for stacked MNIST.
-        report: told when the training starts.
+        report: called when the training starts.
     """
     stacked = train.name == STACKED_MNIST
     if stacked:
@@ -105,7 +105,7 @@ def train_network(dataset: Dataset) -> nn.Sequential:
     """Train the network that judges on all images of the data set, with a fixed seed.
 
     Images are shifted by up to two pixels; clothes and photographs are mirrored too. On images without classes it
-    learns which way up they are (Gidaris et al., 2018, "Unsupervised representation learning by predicting image
+    learns to predict their orientation (Gidaris et al., 2018, "Unsupervised representation learning by predicting image
     rotations").
     """
     device = best_device()
@@ -214,19 +214,19 @@ def _cache_folder() -> Path:
 
 
 def _load(network: nn.Sequential, path: Path) -> bool:
-    """Take the weights from the cache; False if they are not there, damaged or of another network."""
+    """Load the weights from the cache; return False if they are missing, damaged or of another network."""
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept["digest"] != _digest(kept["network"]):
             return False
         network.load_state_dict(kept["network"])
-    except Exception:  # what a damaged file makes of zip's and pickle's readers
+    except Exception:  # zip's and pickle's readers raise anything on a damaged file
         return False
     return True
 
 
 def _save(network: nn.Sequential, path: Path) -> None:
-    """Keep the weights; without a place for them, only say so."""
+    """Cache the weights; if they cannot be written, only print that."""
     state = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
     content = io.BytesIO()
     torch.save({"digest": _digest(state), "network": state}, content)

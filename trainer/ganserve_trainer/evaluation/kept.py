@@ -20,7 +20,7 @@ NEIGHBOURS_FILE_NAME = "neighbours.png"
 
 
 class Metric(TypedDict):
-    """One figure of a model card."""
+    """One metric of a model card."""
 
     name: str
     value: float
@@ -29,7 +29,7 @@ class Metric(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was measured; `details` says on what, and holds what is no single figure."""
+    """The metrics; `details` has what they were measured on, and results that are more than one number."""
 
     metrics: list[Metric]
     details: dict[str, Any]
@@ -37,7 +37,7 @@ class Evaluation:
 
 
 def images_evaluated(path: Path, checkpoint: Checkpoint) -> int:
-    """Tell on how many images an evaluation of this checkpoint was made; 0 if there is none that can be read."""
+    """Return how many images this checkpoint was evaluated on; 0 if there is no readable evaluation."""
     try:
         kept = json.loads(path.read_text())
         return int(kept["images"]) if kept["checkpoint"] == checkpoint.digest() else 0
@@ -56,7 +56,7 @@ def write_evaluation(evaluation: Evaluation, checkpoint: Checkpoint | None, fold
 
 
 def read_metrics(checkpoint_path: Path, checkpoint: Checkpoint) -> list[pb.QualityMetric]:
-    """Find what `evaluate` measured on this very checkpoint; nothing if it was not called."""
+    """Return what `evaluate` measured on exactly this checkpoint; nothing if it has not run."""
     path = run_folder(checkpoint_path) / EVALUATION_FILE_NAME
     try:
         evaluation = json.loads(path.read_text())

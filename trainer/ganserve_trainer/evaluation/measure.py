@@ -1,7 +1,7 @@
-"""Measures a generator, whatever makes its images: in full, beside one of higher precision, or quickly in training.
+"""Measures a function that generates images: in full, beside one of higher precision, or quickly during training.
 
-The real images that generated ones are compared with are the test part's, which no generator has seen; the floor of a
-distance is what real training images get. `metrics` has the figures, `judge` the network.
+Generated images are compared with the real images of the test part, which no generator has seen. The floor of a
+distance is its value for real training images. `metrics` computes, `judge` gives the features.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from ganserve_trainer.evaluation.judge import Judge, judge_of, train_network
 from ganserve_trainer.evaluation.kept import Evaluation, Metric
 from ganserve_trainer.model_file import latents
 
-# latent [n, latent_dim], label [n], which unconditional generators overlook -> uint8 [n, height, width, channels]
+# latent [n, latent_dim], label [n], which unconditional generators ignore -> uint8 [n, height, width, channels]
 Generate = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.uint8]]
 
 Report = Callable[[str], None]
 
-JUDGE = "; judge: "  # stands before the part of a method's text that all metrics have in common
+JUDGE = "; judge: "  # precedes the part of a method's text that all metrics share
 
 _DEFAULT_IMAGES = 10_000
 _GENERATED_AT_ONCE = 500
-_TEST_IMAGES = 10_000  # that generated ones are compared with, at most
-_TRAINING_IMAGES = 60_000  # that neighbours are looked for among, at most
-_QUERIES = 5_000  # that neighbours are looked for, at most
+_TEST_IMAGES = 10_000  # at most, to compare generated images with
+_TRAINING_IMAGES = 60_000  # at most, as candidates for neighbours
+_QUERIES = 5_000  # at most, whose neighbours are computed
 # Images of the classification accuracy score come from seeds that no other figure uses.
 _FIRST_TRAINING_SEED = 2**20
 # As many as VEEGAN (Srivastava et al., 2017) and PacGAN (Lin et al., 2018) count modes in.
@@ -51,7 +51,7 @@ def measure(
     images: int,
     report: Report = lambda _: None,
 ) -> Evaluation:
-    """Measure a generator by both parts of a data set; see `evaluate`. Of the card, latent_dim and classes count."""
+    """Measure a generator on both parts of a data set, see `evaluate`; it reads latent_dim and classes of the card."""
     judge = judge_of(train, data_root, report)
     judge_accuracy = judge.accuracy(test)
     judged_by = _described(judge, judge_accuracy, train)
@@ -199,9 +199,9 @@ def _compare(real: Tensor, others: Tensor) -> dict[str, float]:
 
 
 class QuickEvaluation:
-    """Some of the metrics on few images, for a look at a generator in training; of the test part, the same each time.
+    """Some of the metrics on few images, for a generator in training; always on the same test images.
 
-    Nothing here draws from torch's global random state: a run with a look ends with the weights of one without.
+    Nothing here draws from torch's global random state: a run that measures ends with the weights of one that does not.
 
     Args:
         train: the training part, which the judge is trained on if it is not in the cache.
@@ -209,8 +209,8 @@ class QuickEvaluation:
         data_root: where MNIST is, for stacked MNIST.
         latent_dim: the generator's.
         conditional: whether it takes labels; then label accuracy is measured too.
-        images: how many images a look generates, from seeds 0, 1, …
-        report: told when a judge is trained.
+        images: how many images to generate, from seeds 0, 1, …
+        report: called when a judge is trained.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class QuickEvaluation:
         self._latent_dim = latent_dim
         self._conditional = conditional
         self._asked = torch.arange(images) % (len(train.spec.class_names) if conditional else 1)
-        # All test images for FID, whose estimate they steady; as many as are generated for the rest.
+        # All test images for FID, whose variance they reduce; for the other metrics as many as are generated.
         self._real = _test_features(self._judge, test)
         self.fid_floor = figures.fid(self._real, self._judge.features(_some(train.images, images)))
 
@@ -250,7 +250,7 @@ def _test_features(judge: Judge, test: Dataset) -> Tensor:
 
 
 def _images(generate: Generate, first_seed: int, labels: Tensor, latent_dim: int) -> Tensor:
-    """Make one image a label, of consecutive seeds; uint8 [n, channels, height, width]."""
+    """Generate one image per label, from consecutive seeds; uint8 [n, channels, height, width]."""
     parts = []
     for start in range(0, len(labels), _GENERATED_AT_ONCE):
         label = labels[start : start + _GENERATED_AT_ONCE].numpy()
@@ -260,7 +260,7 @@ def _images(generate: Generate, first_seed: int, labels: Tensor, latent_dim: int
 
 
 def _some(images: Tensor, count: int) -> Tensor:
-    """Choose images at random, always the same ones: a folder's are sorted by class."""
+    """Choose images at random, always the same ones: the images of a folder are sorted by class."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 

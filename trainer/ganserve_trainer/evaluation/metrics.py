@@ -1,4 +1,4 @@
-"""Figures on features and labels of images, real and generated; pure functions, whatever network gave the features.
+"""Metrics on features and labels of real and generated images: pure functions, for the features of any network.
 
 Features are float [n, d], labels int64 [n], counts int64 [classes]. Distances are Euclidean.
 """
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-_ROWS_AT_ONCE = 1000  # distances are computed for so many rows at a time: 10,000 x 10,000 would be 400 MB
+_ROWS_AT_ONCE = 1000  # rows whose distances are computed at a time: 10,000 x 10,000 would be 400 MB
 
 
 class _Features(nn.Module):
-    """What torchmetrics asks for features when it is given features."""
+    """The feature network that torchmetrics expects, for inputs that are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _Features(nn.Module):
 def fid(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance of the two Gaussians fitted to the features (Heusel et al., 2017), by torchmetrics; 0 is equal.
 
-    It falls with the number of images, so compare figures of equal numbers only.
+    It falls with the number of images, so compare only values for equal numbers of images.
     """
     metric = FrechetInceptionDistance(_Features(real.shape[1]))
     metric.update(real.double(), real=True)
@@ -56,7 +56,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     """Improved precision and recall (Kynkäänniemi et al., 2019).
 
     Precision is the share of generated images that lie in the ball of a real one, which reaches to its k-th nearest
-    real neighbour; recall is the same with the parts exchanged.
+    real neighbour; recall is the same with real and generated images exchanged.
     """
     real_radius, generated_radius = _squared_radii(real, k), _squared_radii(generated, k)
     covered = torch.zeros(len(real), dtype=torch.bool)
@@ -90,7 +90,7 @@ def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def data_copying(generated_to_train: Tensor, test_to_train: Tensor) -> float:
-    """Tell how often a generated image is nearer to its nearest training image than a real test image is to its own.
+    """Return how often a generated image is nearer to its nearest training image than a real test image is to its own.
 
     The statistic of the data-copying test of Meehan et al. (2020), over all pairs, ties counting half: 0.5 is what new
     real images get, near 1 is a generator that copies training images, near 0 one whose images are far from real ones.
@@ -116,7 +116,7 @@ def class_histogram(labels: Tensor, classes: int) -> Tensor:
 
 
 def kl_divergence(counts: Tensor, reference: Tensor) -> float:
-    """Kullback-Leibler divergence of the classes' distribution from a reference, in nats; infinite where that has none.
+    """Kullback-Leibler divergence of the classes' distribution from a reference, in nats; infinite where that is 0.
 
     On stacked MNIST this is the "KL" of VEEGAN (Srivastava et al., 2017) and PacGAN (Lin et al., 2018): generated
     images' modes against the data's.
@@ -127,7 +127,7 @@ def kl_divergence(counts: Tensor, reference: Tensor) -> float:
 
 
 def _squared_distances(points: Tensor, among: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Give the squared distances of some rows at a time, [rows, len(among)], with the first row's number."""
+    """Yield the squared distances of some rows at a time, [rows, len(among)], with the first row's index."""
     # Centred, for the rounding error of |a|² + |b|² - 2ab grows with the norms. Not torch.cdist: it takes 3 x as long.
     centre = among.mean(0)
     points, among = points - centre, among - centre

@@ -21,7 +21,7 @@ _GOLDEN_SEEDS = range(10)
 
 
 def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPrecision) -> pb.ModelCard:
-    """Describe an exported model, golden images and all, but for how good it is."""
+    """Describe an exported model, with golden images, without quality metrics."""
     session = load_session(model.SerializeToString())
     settings, spec = checkpoint.settings, checkpoint.spec
     configuration = {key: str(value) for key, value in dataclasses.asdict(settings).items()}

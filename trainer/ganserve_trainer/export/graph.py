@@ -27,7 +27,7 @@ _OPSET = 18
 def fold_batch_norm(layers: nn.Module) -> nn.Module:
     """Merge every BatchNorm of a stack into the dense or transposed convolutional layer before it, for evaluation.
 
-    Dense features are brought into the order of the ONNX operators, channels first, so that nothing is transposed.
+    It reorders dense features to the order of the ONNX operators, channels first, so that the graph needs no transpose.
     """
     folded: list[nn.Module] = []
     layers = copy.deepcopy(layers).eval()
@@ -63,7 +63,7 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
 
 
 def to_onnx_in_fp16(checkpoint: Checkpoint) -> onnx.ModelProto:
-    """Export the EMA generator with layers in fp16; what decides the cluster and what makes grey levels stays fp32."""
+    """Export the EMA generator with layers in fp16; the choice of the cluster and the grey levels stay in fp32."""
     folded = checkpoint.ema_generator()
     folded.layers = nn.Sequential(_To(torch.float16), fold_batch_norm(folded.layers).half(), _To(torch.float32))
     settings = checkpoint.settings
@@ -86,7 +86,7 @@ def trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.Mode
     if conditional:
         arguments["label"] = torch.zeros(3, dtype=torch.int64)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        # The exporter warns of its own internals, and says what it is doing on standard output.
+        # The exporter warns about its own internals and prints its progress on standard output.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         path = Path(scratch) / MODEL_FILE_NAME
@@ -108,7 +108,7 @@ def trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.Mode
 
 
 def _strip_exporter_notes(model: onnx.ModelProto) -> None:
-    """Leave out the exporter's stack traces: they are half the size of a small graph, and paths of this machine."""
+    """Remove the exporter's stack traces: they are half the size of a small graph and contain paths of this machine."""
     graph = model.graph
     del graph.metadata_props[:]
     parts: tuple[Any, ...] = (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)

@@ -26,7 +26,7 @@ from ganserve_trainer.model_file import latents, load_session, run_session
 from ganserve_trainer.settings import ExportPrecision
 from ganserve_trainer.train.checkpoints import load_checkpoint
 
-# By how much a variant's figures may exceed fp32's. Better figures pass: they are no reason to keep a model out.
+# How far a variant's metrics may exceed fp32's. Better metrics pass: they are no reason to reject a model.
 LIMITS = {"label_accuracy_loss": 0.002, "fid_over_fp32": 1.02, "grey_level_difference_mean": 2.0}
 
 # Seeds that no figure is measured on.
@@ -53,7 +53,7 @@ def export(
         precision: fp16 or int8.
         data_root: where the data set lies that the run was trained on.
         images: how many images of each precision to compare.
-        report: told what is being done.
+        report: called with a line on each stage.
 
     Raises:
         TrainerError: as exporting.export; the data set to judge by is missing or another; or the gate keeps it out.
@@ -105,7 +105,7 @@ def check_gate(metrics: list[Metric], precision: ExportPrecision) -> None:
     Raises:
         TrainerError: a figure is beyond its limit; the text has all of those.
     """
-    # Written so that a figure which is no number fails.
+    # Negated, so that NaN fails.
     failed = [
         f"{metric['name']} is {metric['value']:.4f}, the limit {LIMITS[metric['name']]}"
         for metric in metrics

@@ -26,7 +26,7 @@ def class_count(settings: Settings, spec: ImageSpec) -> int:
 
 
 def start_and_doublings(spec: ImageSpec) -> tuple[tuple[int, int], int]:
-    """Return the size that a convolutional generator begins with, and how often it doubles it (at least twice)."""
+    """Return the size that a convolutional generator begins with, and the number of doublings (at least two)."""
     height, width, doublings = spec.height, spec.width, 0
     while height % 2 == width % 2 == 0 and (doublings < 2 or min(height, width) > _LARGEST_START):
         height, width, doublings = height // 2, width // 2, doublings + 1

@@ -22,7 +22,7 @@ def _color(images: Tensor) -> Tensor:
 
 
 def _translation(images: Tensor) -> Tensor:
-    """Shift by up to an eighth of each side; what comes in is black."""
+    """Shift by up to an eighth of each side; the uncovered pixels are black."""
     n, _, height, width = images.shape
     reach_y, reach_x = max(height // 8, 1), max(width // 8, 1)
     padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y), value=-1.0)

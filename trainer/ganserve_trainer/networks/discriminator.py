@@ -57,7 +57,7 @@ class Discriminator(nn.Module):
         return self.judge(self.features(image, label), label)
 
     def grow_to(self, images_seen: int) -> None:
-        """Set the resolution that a progressive discriminator has after so many images."""
+        """Set a progressive discriminator's resolution for this number of images seen."""
         if isinstance(self.trunk, ProgressiveDiscriminator):
             self.trunk.grow_to(images_seen)
 
@@ -108,9 +108,9 @@ def _mlp_trunk(inputs: int, width: int, settings: Settings) -> tuple[nn.Sequenti
 def _dcgan_trunk(
     channels: int, start: tuple[int, int], widths: list[int], settings: Settings
 ) -> tuple[nn.Sequential, int]:
-    """Strided convolutions that each halve the size, then a hidden dense layer; PyTorch's own first weights.
+    """Strided convolutions that each halve the size, then a hidden dense layer, with PyTorch's initial weights.
 
-    DCGAN's small ones leave a discriminator without BatchNorm almost blind to the label at first.
+    DCGAN's small initial weights leave a discriminator without BatchNorm almost blind to the label at first.
     """
     layers: list[nn.Module] = []
     for index, outputs in enumerate(widths):
@@ -136,7 +136,7 @@ def _dcgan_trunk(
 
 
 def _with_minibatch_layer(layers: list[nn.Module], features: int, settings: Settings) -> tuple[nn.Sequential, int]:
-    """Close a trunk whose features are [n, f] with what the settings name."""
+    """End a trunk whose features are [n, f] with the minibatch layer that the settings name."""
     group = MINIBATCH_GROUPS[settings.minibatch]
     if settings.minibatch == "stddev":
         return nn.Sequential(*layers, MinibatchStdDev(group)), features + 1

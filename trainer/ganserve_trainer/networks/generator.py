@@ -31,7 +31,7 @@ class Generator(nn.Module):
             self.register_buffer("bounds", torch.zeros(classes - 1))
 
     def cluster(self, latent: Tensor) -> Tensor:
-        """Tell the cluster of each latent, int64 [n]: between which bounds its first value lies."""
+        """Return the cluster of each latent, int64 [n]: the interval between bounds that holds its first value."""
         return (latent[:, :1] > self.bounds).sum(1)
 
     def forward(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
@@ -44,7 +44,7 @@ class Generator(nn.Module):
         return image
 
     def grow_to(self, images_seen: int) -> None:
-        """Set the resolution that a progressive generator has after so many images; others have only one."""
+        """Set a progressive generator's resolution for this number of images seen; other generators have only one."""
         if isinstance(self.layers, ProgressiveGenerator):
             self.layers.grow_to(images_seen)
 

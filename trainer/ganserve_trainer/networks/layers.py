@@ -14,7 +14,7 @@ _FEW_CHANNELS = 3
 class FromImage(nn.Conv2d):
     """The convolution next to the image: halves the size, by 4x4 pixels.
 
-    Where an image's gradient is asked for, it goes by blocks of 2x2 pixels: the CPU's kernels (oneDNN) are slow at
+    When the image needs a gradient, it computes on blocks of 2x2 pixels: the CPU's kernels (oneDNN) are slow at
     gradients of one or three channels.
     """
 
@@ -29,7 +29,7 @@ class FromImage(nn.Conv2d):
 
 
 class ToImage(nn.ConvTranspose2d):
-    """The transposed convolution next to the image: doubles the size; trained by blocks, as FromImage."""
+    """The transposed convolution next to the image: doubles the size; trained on blocks, as FromImage is."""
 
     def __init__(self, inputs: int, image_channels: int) -> None:
         super().__init__(inputs, image_channels, 4, stride=2, padding=1)
@@ -198,7 +198,7 @@ class ProgressiveGenerator(nn.Module):
         self.growth = 0.0
 
     def grow_to(self, images_seen: int) -> None:
-        """Take the resolution that belongs to so many images."""
+        """Set the resolution for this number of images seen."""
         self.growth = growth_after(images_seen, self.growth_images, len(self.blocks))
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class ProgressiveGenerator(nn.Module):
 
 
 class ProgressiveDiscriminator(nn.Module):
-    """The mirror of ProgressiveGenerator: full-size images, averaged down to the resolution of the day, to features."""
+    """The mirror of ProgressiveGenerator: full-size images, averaged down to the current resolution, to features."""
 
     def __init__(
         self,
@@ -248,7 +248,7 @@ class ProgressiveDiscriminator(nn.Module):
         self.growth = 0.0
 
     def grow_to(self, images_seen: int) -> None:
-        """Take the resolution that belongs to so many images."""
+        """Set the resolution for this number of images seen."""
         self.growth = growth_after(images_seen, self.growth_images, len(self.from_image))
 
     def forward(self, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run remembers of itself: one point every few steps, metrics now and then, and the alarms that rang."""
+"""The record of a run: a point every few steps, metrics at intervals, and the alarms that rang."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Measurement(NamedTuple):
 
 
 class Alarm(NamedTuple):
-    """Something that a person should look at."""
+    """A condition that a person should look at."""
 
     images_seen: int
     name: str  # "mode collapse" or "discriminator overpowers"
@@ -36,14 +36,14 @@ class Alarm(NamedTuple):
 
 @dataclass(slots=True)
 class History:
-    """A run's whole past; it lives in the checkpoint, so that a resumed run goes on with it."""
+    """The whole record of a run; the checkpoint holds it, so that a resumed run continues it."""
 
     points: list[Point] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
 
     def to_plain(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Return plain tuples, which a checkpoint loads without running code."""
+        """Return plain tuples, which load from a checkpoint without running code."""
         return {
             "points": [tuple(point) for point in self.points],
             "measurements": [tuple(measurement) for measurement in self.measurements],

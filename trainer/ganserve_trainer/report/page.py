@@ -1,4 +1,4 @@
-"""One page a run: `report.html`, a single file that needs nothing else and is complete without JavaScript."""
+"""The page of a run: `report.html`, one self-contained file that is complete without JavaScript."""
 
 import base64
 import dataclasses
@@ -46,16 +46,16 @@ def write_report(
     """Write `report.html` into a run's folder, from the history and from what lies there.
 
     Args:
-        out: the run's folder; of it are shown `samples/*.png`, named by images seen, `interpolations.png`,
-            `neighbours.png` and `evaluation.json`, as far as they are there and readable.
+        out: the run's folder; the page shows its `samples/*.png`, named by images seen, `interpolations.png`,
+            `neighbours.png` and `evaluation.json`, if they exist and are readable.
         settings: the run's.
         spec: the data set's images.
         history: the run's past.
         versions: of the software, by name.
         preset: what the run's preset fills in; settings that differ from it are marked.
-        images_seen: how far the run is.
+        images_seen: the images that the run has seen.
         elapsed_s: how long it took to get there.
-        device: what it computed on.
+        device: the device it ran on.
         finished: whether it ended as planned.
         checkpoint_digest: of the EMA generator; an evaluation of another one is marked as such.
 
@@ -90,7 +90,7 @@ def write_report(
     title = escape(f"{settings.preset} on {settings.dataset}")
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        # What the page does not hold itself it may not load either, whatever a class's name says.
+        # The page may load nothing from outside, even if a class's name contains HTML.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -100,7 +100,7 @@ def write_report(
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
     with replace_atomically(out / FILE_NAME) as file:
-        # The name of a folder need not be text: what cannot be encoded is shown as an escape.
+        # A folder's name may not be valid text: characters that cannot be encoded are written as escapes.
         file.write(page.encode("utf-8", "backslashreplace"))
 
 
@@ -215,7 +215,7 @@ def _timeline(sheets: list[tuple[int, Path]]) -> str:
     note = "The same latents all along" + (
         f"; {len(chosen)} of {len(sheets)} sheets" if len(chosen) < len(sheets) else ""
     )
-    # The slider is the script's to show: without it all sheets are.
+    # The script shows the slider; without JavaScript all sheets are shown.
     last = len(figures) - 1
     return (
         f'<p class="note">{note}.</p><div id="slider" hidden><button type="button">Play</button>'
@@ -339,7 +339,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-# Colours by Okabe and Ito (2008), which the colour-blind can tell apart; lighter ones on a dark page.
+# Colours by Okabe and Ito (2008), which colour-blind people can distinguish; lighter ones on a dark page.
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--card:#f6f7f9;--ink:#1b1f24;--dim:#5b6570;--rule:#d8dde3;
 --a:#0072b2;--b:#d55e00;--bad:#b3123b;--badcard:#fdecef;--good:#12734f}

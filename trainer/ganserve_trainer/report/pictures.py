@@ -1,4 +1,4 @@
-"""What a run shows: contact sheets, and walks between latents."""
+"""Contact sheets, and interpolations between latents."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def save_interpolations(
     columns: int = 12,
     seed: int = 0,
 ) -> None:
-    """Write walks along the sphere from one latent to another, a row each.
+    """Write spherical interpolations from one latent to another, one per row.
 
     Args:
         generate: the generator: latents [n, latent_dim] and labels [n], or None, to images in -1…1.

@@ -1,6 +1,6 @@
-"""Checkpoints: written atomically, loaded without running code from them, the newest good one found by itself.
+"""Checkpoints: written atomically, loaded without running code; the newest undamaged one of a run is found.
 
-A run keeps its last two, `checkpoints/<images seen>.pt`: should a disk lose the newest, the one before goes on.
+A run keeps its last two, `checkpoints/<images seen>.pt`: if the newest is damaged, the run resumes from the other.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _KEPT = 2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything that a run needs to go on, and that an export needs."""
+    """Everything that a run needs to resume, and that an export needs."""
 
     settings: Settings
     spec: ImageSpec
@@ -61,7 +61,7 @@ class Checkpoint:
         return generator.eval().requires_grad_(False)
 
     def digest(self) -> str:
-        """Name the generator that `ema_generator` builds: sha256 over its tensors."""
+        """Return the name of the generator that `ema_generator` builds: sha256 over its tensors."""
         content = hashlib.sha256()
         for name, tensor in self.ema.items():
             content.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -70,17 +70,17 @@ class Checkpoint:
 
 
 def all_finite(state: dict[str, Tensor]) -> bool:
-    """Tell whether every value of a state_dict is a finite number."""
+    """Return whether every value of a state_dict is finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> Path:
-    """Write the checkpoint into the run's folder, atomically, and let go of all but the newest two; return the file."""
+    """Write the checkpoint into the run's folder, atomically, and delete all but the newest two; return the file."""
     fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     fields["settings"] = dataclasses.asdict(checkpoint.settings)
     fields["spec"] = dataclasses.asdict(checkpoint.spec)
     fields["history"] = checkpoint.history.to_plain()
-    # Not straight into the file: torch's writer hides the operating system's error behind one of its own.
+    # Not directly into the file: torch's writer replaces the operating system's error with its own.
     content = io.BytesIO()
     torch.save({"format": FORMAT, **fields}, content)
     folder = run / FOLDER_NAME
@@ -99,7 +99,7 @@ def checkpoint_files(run: Path) -> list[Path]:
 
 
 def run_folder(path: Path) -> Path:
-    """Return the folder of the run that a path means: the folder itself, or one of its checkpoints."""
+    """Return the folder of a run, given the folder or one of its checkpoints."""
     if path.is_dir():
         return path
     return path.parent.parent if path.parent.name == FOLDER_NAME else path.parent
@@ -108,7 +108,7 @@ def run_folder(path: Path) -> Path:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, or the newest good one of a run's folder, onto the CPU.
 
-    A damaged one is named on standard error, and the one before is taken.
+    A damaged checkpoint is named on standard error, and the one before it is loaded.
 
     Raises:
         TrainerError: the file is missing, damaged, or of another version.
@@ -142,7 +142,7 @@ def _read(path: Path) -> Checkpoint:
         fields = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # what a damaged file makes of zip's and pickle's readers
+    except Exception as error:  # zip's and pickle's readers raise anything on a damaged file
         raise _DamagedError(f"{path} is not a readable checkpoint of ganserve-trainer") from error
     if damaged:
         raise _DamagedError(f"{path} is damaged ({damaged} has a wrong checksum)")

@@ -14,7 +14,7 @@ def best_device() -> torch.device:
     """Return this process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Else the backward pass of a convolution may add up in any order, and a resumed run would end elsewhere.
+    # Otherwise a convolution's backward pass may add in any order, and a resumed run would end with other weights.
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -22,16 +22,16 @@ def best_device() -> torch.device:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 in hardware."""
+    """Return whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, for the rest of this process; nothing on other systems.
+    """Make glibc keep freed memory for the rest of this process; no effect on other systems.
 
-    It gives large tensors back to the kernel otherwise, which clears their pages anew at the next step.
+    Otherwise glibc returns large tensors to the kernel, which clears their pages again at the next step.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "mallopt"):

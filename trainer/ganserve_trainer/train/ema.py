@@ -13,7 +13,7 @@ class EMA:
     """Averages a generator's weights over training (Yazıcı et al., 2018), with a half-life counted in images.
 
     The half-life grows with training, to at most `half_life_images`: it is `warm_up` times the images seen, so that the
-    random start is soon forgotten (the ramp-up of Karras et al., 2020, ADA, with 0.05). 0 is no warm-up.
+    initial weights decay fast (the ramp-up of Karras et al., 2020, ADA, with 0.05). 0 is no warm-up.
     """
 
     def __init__(self, network: Generator, half_life_images: int, warm_up: float) -> None:

@@ -1,4 +1,4 @@
-"""The way of a run through time: steps, points of its history, alarms, samples, checkpoints, report, and its end."""
+"""Runs a training from start to end: steps, history, alarms, samples, checkpoints, report."""
 
 import fcntl
 import math
@@ -61,7 +61,7 @@ def train(
         settings: what to make.
         dataset: the training part.
         out: the run's folder.
-        resume: go on with the run in `out`, if there is one.
+        resume: continue the run in `out`, if there is one.
         report: called with every point of the history.
         measure: called with the EMA generator every `settings.evaluate_every_images` images, untimed.
 
@@ -109,10 +109,10 @@ def _train(
             recent.append(run.step())
             run.elapsed_s = time.monotonic() - started
             enough = stop.is_set() or settings.are_fulfilled(run.images_seen, run.elapsed_s)
-            # Less and less often, in steps, so that the history of a long run does not outgrow its weights.
+            # Less and less often, so that the history of a long run does not outgrow its weights.
             point_due = len(recent) >= max(_POINT_EVERY_STEPS, run.images_seen // run.images_a_step // _SPARSENESS)
             if processes.count() > 1:
-                # All processes must agree, and asking costs: only now and then.
+                # All processes must agree, and the exchange takes time: only when a point is due.
                 enough = point_due and processes.any_is_true(enough, run.device)
             last = enough or run.images_seen >= settings.images
             sample = last or due(settings.sample_every_images)
@@ -121,7 +121,7 @@ def _train(
             if not (point_due or sample or save or evaluate):
                 continue
 
-            # One read-back for all these steps: reading each one's loss would stall a GPU.
+            # One transfer for all these steps: reading each step's loss would stall a GPU.
             means = processes.average(torch.stack(recent).mean(0))
             recent.clear()
             diverse = diversity(run.show(probe_latent, probe.label), probe)
@@ -150,7 +150,7 @@ def _train(
                 if sample or ends:
                     folder.sample(run)
             if evaluate:
-                # Measuring is not training: it does not count against `minutes`, nor in images per second.
+                # Measuring is not training: it counts neither in `minutes` nor in images per second.
                 started = time.monotonic() - run.elapsed_s
             last_point = (run.elapsed_s, run.images_seen)
             if ends and collapse is not None:
@@ -177,7 +177,7 @@ def _begin(settings: Settings, dataset: Dataset, out: Path, *, resume: bool) -> 
 
 
 def _announce(run: Run, dataset: Dataset) -> None:
-    """Say on stderr what is about to be trained, on what, where."""
+    """Print on stderr what is trained, on which data and on which device."""
     settings = run.settings
     few = replace(dataset.spec, class_names=dataset.spec.class_names[:10])
     more = ", …" if len(dataset.spec.class_names) > 10 else ""
@@ -192,7 +192,7 @@ def _announce(run: Run, dataset: Dataset) -> None:
 
 
 class _Folder:
-    """What is written into a run's folder besides its checkpoints."""
+    """Writes a run's folder, except its checkpoints."""
 
     def __init__(self, out: Path, run: Run) -> None:
         self.out = out
@@ -207,12 +207,12 @@ class _Folder:
         self._label = torch.arange(rows).repeat_interleave(_SHEET_COLUMNS) if classes else None
 
     def ring(self, alarm: Alarm) -> None:
-        """Tell of an alarm."""
+        """Print and record an alarm."""
         print(f"ALARM after {alarm.images_seen} images: {alarm.name}. {alarm.message}", file=sys.stderr, flush=True)
         self.tensorboard.alarm(alarm)
 
     def sample(self, run: Run) -> None:
-        """Write what the EMA generator makes of the run's fixed latents, and the report."""
+        """Write the EMA generator's images of the run's fixed latents, and the report."""
         path = self.out / "samples" / f"{run.images_seen:012d}.png"
         save_contact_sheet(run.show(self._latent, self._label), _SHEET_COLUMNS, path)
         rows = None if self._label is None else self._label[::_SHEET_COLUMNS]
@@ -227,7 +227,7 @@ def _fixed_latents(settings: Settings, purpose: str, count: int) -> Tensor:
 
 
 def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset) -> None:
-    """Allow a resumed run to last longer and to show itself more or less often, and to differ in nothing else."""
+    """Refuse to resume with settings or data that differ; only its length and how often it reports may change."""
     before, now = asdict(checkpoint.settings), asdict(settings)
     free = FREE_ON_RESUME if settings.decay_from >= 1 else tuple(name for name in FREE_ON_RESUME if name != "images")
     differing = [name for name in before if name not in free and before[name] != now[name]]
@@ -254,7 +254,7 @@ def _described(spec: ImageSpec) -> str:
 
 @contextmanager
 def _only_trainer_of(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process, however it ends."""
+    """Hold the folder's lock, which the kernel releases when the process ends."""
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -267,7 +267,7 @@ def _only_trainer_of(out: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Delete the files that a killed process was writing; nobody else writes here while the lock is held."""
+    """Delete the temporary files of a killed process; no other process writes here while the lock is held."""
     for folder in (out, out / FOLDER_NAME, out / "samples"):
         for path in folder.glob(".*.[0-9]*"):
             path.unlink()
@@ -275,7 +275,7 @@ def _remove_leftovers(out: Path) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Set the event on SIGINT and SIGTERM; a second one acts as usual."""
+    """Set the event on SIGINT and SIGTERM; a second signal has its usual effect."""
     stop = threading.Event()
     previous: dict[int, Any] = {}
 

@@ -98,7 +98,7 @@ class Monitor:
     """Decides, point by point, whether an alarm rings.
 
     *Mode collapse*: after 20,000 images, the diversity is under 0.1 at five points in a row. It clears when it is over
-    0.15 as often.
+    0.15 at five points in a row.
 
     *Discriminator overpowers*: the mean over ten points of the accuracy on real images and that of the accuracy on
     generated ones are both 0.995 or more. The generator's gradient then vanishes (minimax loss; Goodfellow et al.,

@@ -21,7 +21,7 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leave the group; nothing if there is none."""
+    """Leave the group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -57,7 +57,7 @@ def average(values: Tensor) -> Tensor:
 
 
 def any_is_true(value: bool, device: torch.device) -> bool:
-    """Tell whether it is true in any process; all of them must ask."""
+    """Return whether the value is true in any process; all processes must call this."""
     return bool(average(torch.tensor(float(value), device=device)).item() > 0)
 
 
@@ -113,7 +113,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:
-    """Put SynchronisedBatchNorm in the place of every BatchNorm, with the same weights; nothing for one process."""
+    """Replace every BatchNorm by SynchronisedBatchNorm, with the same weights, if there are several processes."""
     if count() == 1:
         return
     for parent in list(network.modules()):

@@ -1,4 +1,4 @@
-"""One run: networks, optimisers and EMA on one device, and what a step does to them.
+"""A run: networks, optimisers and EMA on one device, and one step of training.
 
 Progress is counted in images seen, and every step's random state is derived from it and the seed: a run that was
 stopped and resumed ends with the same weights as one that was not (on the same device and library versions).
@@ -53,7 +53,7 @@ class Run:
         self.generator = build_generator(settings, self.spec)
         self.discriminator = build_discriminator(settings, self.spec)
         if settings.clusters:
-            # The labels of a self-conditioned GAN (Liu et al., 2020), by k-means on the images themselves.
+            # The labels of a self-conditioned GAN (Liu et al., 2020): clusters of the images by k-means.
             self._clusters = k_means(self.images, settings.clusters)
             self.generator.bounds.copy_(cluster_bounds(self._clusters, settings.clusters))
         for network in (self.generator, self.discriminator):
@@ -69,14 +69,14 @@ class Run:
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         augmented = partial(augment, names=settings.augmentations())
         self._objective = Objective(settings, self.discriminator, self._classes, augmented, self._autocast)
-        # What the networks would convert images to anyway.
+        # The type to which the networks would convert images.
         self._image_type = torch.bfloat16 if bf16 and not settings.augmentations() else torch.float32
         self._grow()
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def step(self) -> Tensor:
-        """Train the discriminator, as often as the settings say, and then the generator.
+        """Take the discriminator's steps, as many as the settings say, and then the generator's.
 
         Returns both losses and the discriminator's accuracies on real and on generated images, [4], as means over
         the step, of this process.
@@ -135,7 +135,7 @@ class Run:
         elif settings.clusters:
             label = self.generator.cluster(latent)
         seed = derived_seed(settings.seed, f"{purpose}, layers of process {rank}", self.images_seen)
-        # torch.manual_seed takes down a stack trace each time, for GPUs that it has not seen yet.
+        # torch.manual_seed records a stack trace at each call, for GPUs that are not initialised yet.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -172,7 +172,7 @@ class Run:
         return images
 
     def checkpoint(self) -> Checkpoint:
-        """Take down the whole state.
+        """Return the whole state.
 
         Raises:
             TrainerError: the weights are no longer finite.
@@ -196,7 +196,7 @@ class Run:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint's state.
+        """Restore a checkpoint's state.
 
         Raises:
             TrainerError: its weights are those of other networks.

@@ -69,8 +69,8 @@ def sweep(
 ) -> str:
     """Train and measure every combination; return the table, which is also in `out` with all figures as JSON.
 
-    What is complete already is not trained or measured again, so a sweep that was stopped goes on. A combination that
-    the settings refuse, or that diverges, is a row that says so, and the others go on.
+    A complete run is not trained or measured again, so the same call resumes a sweep that was stopped. A combination
+    that the settings refuse, or that diverges, becomes a row that says so; the others continue.
 
     Args:
         out: a folder for each run, named after its values, `results.json` and `results.md`.
@@ -111,7 +111,7 @@ def sweep(
 def _refuse_hopeless_values(
     chosen: Sequence[dict[str, Any]], settings_of: Callable[[dict[str, Any]], Settings]
 ) -> None:
-    """Raise before any hour is spent if a value is refused whatever it is combined with."""
+    """Raise before any training if a value is refused in every combination."""
     reasons: dict[tuple[str, Any], TrainerError] = {}
     possible: set[tuple[str, Any]] = set()
     for values in chosen:
@@ -155,7 +155,7 @@ def _one(settings: Settings, folder: Path, train_one: TrainOne, measure_one: Mea
 
 
 def outcome(history: History) -> str:
-    """Say how a run went, by its alarms; before the one for mode collapse could ring, that is not known."""
+    """Summarise a run by its alarms; a run too short for the alarm for mode collapse is too early to tell."""
     names = {alarm.name for alarm in history.alarms}
     if MODE_COLLAPSE in names:
         return "collapsed"

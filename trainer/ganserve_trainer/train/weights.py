@@ -33,12 +33,12 @@ class Weights:
             for name, parameter in layer.named_parameters(path, recurse=False):
                 self._copies[name] = nn.Parameter(parameter.detach().to(torch.bfloat16))
                 setattr(layer, name.rpartition(".")[2], self._copies[name])
-        # Kept as lists: to look for them takes longer than to use them.
+        # Kept as lists: collecting them takes longer than using them.
         self._held = list(network.parameters())
         self.buffers = list(network.buffers())  # BatchNorm's statistics, for one
 
     def requires_grad_(self, wanted: bool) -> None:
-        """Say whether gradients with respect to the weights are computed."""
+        """Set whether gradients with respect to the weights are computed."""
         for parameter in self._held:
             parameter.requires_grad_(wanted)
 
@@ -95,7 +95,7 @@ class Weights:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], optimizer_state: dict[str, dict[str, Tensor]]) -> None:
-        """Take over what `state_dict` and `optimizer_state` gave.
+        """Load what `state_dict` and `optimizer_state` returned.
 
         Raises:
             RuntimeError: the state is that of another network.
