@@ -1,5 +1,5 @@
-"""What a run remembers of itself (`history`), and how people see it: an HTML page, contact sheets, TensorBoard.
+"""The record of a run (`history`), and how people see it: an HTML page, contact sheets, TensorBoard.
 
-This package may import `settings`, `files` and the image's specification in `data`. It trains and measures nothing:
-`train` and `evaluation` hand it values.
+This package may import `settings`, `files` and `data.spec`. It trains and measures nothing: `train` and `evaluation`
+pass it values.
 """
