@@ -83,6 +83,20 @@ def test_all_images_that_the_discriminator_sees_are_augmented() -> None:
     assert of_generator(contrast) == pytest.approx(4.5 + 156.25)
 
 
+def test_the_discriminators_objective_has_no_gradient_for_the_generator() -> None:
+    # The generator's step uses the same images.
+    pixels = FAKE.images.clone().requires_grad_(True)
+    real = Batch(REAL.images.clone().requires_grad_(True), REAL.labels)
+    scalar, _ = build().of_discriminator(real, Batch(pixels, FAKE.labels), 0)
+    scalar.backward()
+    assert pixels.grad is None
+    scalar, _ = build().of_generator(REAL, Batch(pixels, FAKE.labels))
+    scalar.backward()
+    assert pixels.grad is not None
+    # Minus (1 + label) of each, over 2.
+    assert pixels.grad.flatten().tolist() == [-1.5, -0.5]
+
+
 @pytest.mark.parametrize(("step", "expected"), [(0, -3.25), (1, -5.75), (7, -5.75), (8, -3.25)])
 def test_r1_is_computed_at_every_nth_step_and_is_n_times_as_strong(step: int, expected: float) -> None:
     # The gradients are 1 and 2: 0.5 · (1² + 2²) / 2 = 1.25, times a weight of 0.5, times 4 steps: 2.5.
