@@ -34,6 +34,24 @@ def test_descend_is_adam() -> None:
     torch.testing.assert_close(weights.state_dict(), theirs.state_dict())
 
 
+def test_betas_may_be_whole_numbers_as_a_file_of_settings_writes_them() -> None:
+    whole, decimal = (Weights(network(), betas, bf16=False) for betas in ((0, 0.99), (0.0, 0.99)))
+    for weights in (whole, decimal):
+        weights.learning_rate = 1
+        weights.descend(objective(weights.network, 0))
+    torch.testing.assert_close(whole.state_dict(), decimal.state_dict(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_before_the_first_step_has_the_state_of_every_weight() -> None:
+    weights = Weights(network(), (0.5, 0.99), bf16=False)
+    state = weights.optimizer_state()
+    assert list(state) == list(weights.masters)
+    for name, weight in weights.masters.items():
+        assert list(state[name]) == ["exp_avg", "exp_avg_sq", "step"]
+        assert state[name]["exp_avg"].shape == state[name]["exp_avg_sq"].shape == weight.shape
+        assert not any(values.any() for values in state[name].values())
+
+
 def test_a_weight_without_a_gradient_stays_and_counts_no_step() -> None:
     net = network()
     weights = Weights(net, (0.0, 0.99), bf16=True)
