@@ -19,7 +19,7 @@ from pathlib import Path
 import trustme
 from running import Running, h2load, metrics, serving
 
-from ganserve_server import tokens
+from ganserve_server.auth import tokens
 
 LOADS = {"L1": (1, 1, 1), "L2": (8, 8, 1), "L3": (8, 1, 64)}  # connections, calls in flight on each, images a call
 CONNECTIONS = 300

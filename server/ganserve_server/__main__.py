@@ -12,7 +12,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it asks for is what a start does
     try:
-        from ganserve_server.cli import main as run
+        from ganserve_server.cli.main import main as run
 
         run()
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ from tests.conftest import RunningServer
 from tests.server.test_security import write_tokens
 from tests.wire import Peer, head
 
-from ganserve_server.reflection import ReflectionServicer
+from ganserve_server.services.reflection import ReflectionServicer
 
 Start = Callable[..., RunningServer]
 SERVICES = [

@@ -18,8 +18,8 @@ from tests.conftest import RunningServer, ordinary_user
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server import machine
-from ganserve_server.engine import Engine, ProviderUnavailable
-from ganserve_server.repository import (
+from ganserve_server.compute.engine import Engine, ProviderUnavailable
+from ganserve_server.repository.verify import (
     CARD_KEY,
     ModelRejected,
     ModelVersion,

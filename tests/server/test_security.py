@@ -48,10 +48,11 @@ from ganserve.v1 import administration_pb2 as admin_pb
 from ganserve.v1 import administration_pb2_grpc as admin_pb_grpc
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server import errors, tls, tokens
+from ganserve_server import errors
+from ganserve_server.auth import tls, tokens
+from ganserve_server.auth.security import Security
 from ganserve_server.errors import RateLimited
-from ganserve_server.requests import varint
-from ganserve_server.security import Security
+from ganserve_server.services.messages import varint
 from ganserve_server.settings import ServerSettings
 
 Start = Callable[..., RunningServer]

@@ -34,10 +34,10 @@ from tests.conftest import START_TIMEOUT_S, RunningServer, ordinary_user
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.addresses import StartError, bind
-from ganserve_server.endpoint import Endpoint
+from ganserve_server.observe.http_endpoint import Endpoint
+from ganserve_server.processes.systemd import notify
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
-from ganserve_server.systemd import notify
+from ganserve_server.transport.addresses import StartError, bind
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -284,7 +284,7 @@ import os, signal, sys
 
 class Finder:
     def find_spec(self, name, *_):
-        if name == "ganserve_server.cli":
+        if name == "ganserve_server.cli.main":
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 sum(range(1000))
@@ -749,7 +749,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ganserve_server.endpoint._MAX_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("ganserve_server.observe.http_endpoint._MAX_TIMEOUT_S", 0.5)
     assert endpoint.address is not None
     host, _, port = endpoint.address.rpartition(":")
     with socket.create_connection((host, int(port)), START_TIMEOUT_S) as peer:
@@ -764,7 +764,7 @@ def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: Endpoint, monkeypatc
 
 
 def test_of_too_many_scrapers_the_oldest_is_closed(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ganserve_server.endpoint._MAX_CONNECTIONS", 3)
+    monkeypatch.setattr("ganserve_server.observe.http_endpoint._MAX_CONNECTIONS", 3)
     assert endpoint.address is not None
     host, _, port = endpoint.address.rpartition(":")
     with contextlib.ExitStack() as peers:

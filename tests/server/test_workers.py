@@ -24,8 +24,8 @@ from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.machine import cores
+from ganserve_server.processes.supervisor import Board, Turns
 from ganserve_server.settings import BUNDLED_MODELS
-from ganserve_server.workers import Board, Turns
 
 Start = Callable[..., RunningServer]
 

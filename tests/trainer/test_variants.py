@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.repository import load_version
+from ganserve_server.repository.verify import load_version
 from ganserve_trainer import cli, variants
 from ganserve_trainer import judge as judge_module
 from ganserve_trainer.checkpoints import load_checkpoint

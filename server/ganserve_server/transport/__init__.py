@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 # Not here: settings import this package, and grpc takes long to import, and reads its environment then.
 if TYPE_CHECKING:
-    from ganserve_server.security import Security
+    from ganserve_server.auth.security import Security
     from ganserve_server.transport.interface import Server
 
 

@@ -9,9 +9,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from ganserve_server.errors import ServingError, status_details
+from ganserve_server.processes.supervisor import Board
 from ganserve_server.transport.interface import Call, Method, RequestSink, read_message
 from ganserve_server.transport.limits import Limits
-from ganserve_server.workers import Board
 
 CallT = TypeVar("CallT")
 

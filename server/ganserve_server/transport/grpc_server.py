@@ -19,13 +19,13 @@ import grpc
 
 from ganserve_server.errors import Unavailable
 from ganserve_server.machine import give_back_memory
+from ganserve_server.processes.supervisor import Turns
 from ganserve_server.transport.answering import BaseServer
 from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
 from ganserve_server.transport.http2 import CANCEL, GOAWAY_TIMEOUT_S, Connection
 from ganserve_server.transport.limits import Limits
 from ganserve_server.transport.pools import Pool
 from ganserve_server.transport.turns import LoopTurns
-from ganserve_server.workers import Turns
 
 _log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any, NoReturn, cast
 
 import grpc
 
+from ganserve_server.auth.tls import Pem
 from ganserve_server.errors import MessageTooLarge, Unavailable
-from ganserve_server.tls import Pem
 from ganserve_server.transport.answering import (
     REQUEST_ID_KEY,
     Aborted,

@@ -1,0 +1,156 @@
+"""What guards an address: TLS and tokens, of files that may change while the server runs."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from socket import AF_INET6, socket
+
+from ganserve_server.auth.tls import Certificates, Pem
+from ganserve_server.auth.tokens import Buckets, Role, Tokens
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.settings import ServerSettings
+from ganserve_server.transport.addresses import StartError
+from ganserve_server.transport.interface import Call
+
+_log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 2.0
+
+
+class Security:
+    """A process's certificates and tokens; either may be None.
+
+    Args:
+        settings: name the files.
+        metrics: of this process; None in a supervisor, whose workers have them.
+        buckets: of the tokens' rates.
+
+    Raises:
+        StartError: a file cannot be used.
+    """
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics | None, buckets: Buckets) -> None:
+        self._files = {
+            "certificates": _named(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file),
+            "tokens": _named(settings.tokens_file),
+        }
+        # Before they are read: what changes meanwhile is read again.
+        self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
+        self.certificates = certificates_of(settings, metrics)
+        self.tokens = tokens_of(settings, metrics, buckets)
+        self._metrics = metrics
+        self._tell_expired()
+        self._parts = {"certificates": self.certificates, "tokens": self.tokens}
+
+    @property
+    def context(self) -> Callable[[], ssl.SSLContext] | None:
+        """Gives what a new connection is greeted with; None where there is no TLS."""
+        certificates = self.certificates
+        return None if certificates is None else lambda: certificates.context
+
+    @property
+    def pem(self) -> Callable[[], Pem] | None:
+        """Gives the same as PEM, for a transport that does TLS itself."""
+        certificates = self.certificates
+        return None if certificates is None else lambda: certificates.pem
+
+    def guard(self, role: Role) -> Callable[[Call], None] | None:
+        """Return what finds out who calls, and raises if he may not; None if all may."""
+        tokens = self.tokens
+        if tokens is None:
+            return None
+
+        def check(call: Call) -> None:
+            call.caller = caller = tokens.identify(call.metadata)
+            caller.check(role)
+            if call.method is not None and not call.method.counts_images:
+                caller.take(1)
+
+        return check
+
+    def refresh(self) -> None:
+        """Read again what has changed; what cannot be used is logged and left."""
+        for kind, seen in self._seen.items():
+            part = self._parts[kind]
+            assert part is not None
+            if (state := _state(self._files[kind])) == seen:
+                continue
+            self._seen[kind] = state
+            try:
+                facts, kept_out = part.reload(), False
+            except StartError as error:
+                kept_out = True
+                _log.error("what was read before stays in use", extra={"kind": kind, "reason": str(error)})
+            else:
+                _log.info("read again", extra={"kind": kind} | facts)
+                if kind == "certificates":
+                    self._tell_expired()
+            if self._metrics is not None:
+                self._metrics.file_reloads.labels(kind, "kept_out" if kept_out else "loaded").inc()
+                self._metrics.files_kept_out.labels(kind).set(kept_out)
+
+    def _tell_expired(self) -> None:
+        for kind, end in (self.certificates.expired if self.certificates else {}).items():
+            _log.error("a certificate has expired", extra={"certificate": kind, "since": end.isoformat()})
+
+    async def watch(self) -> None:
+        """Refresh every two seconds: of mounted secrets, which are links, not every kernel tells that they change."""
+        while self._seen:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            self.refresh()
+
+    def warn_if_open(self, sockets: list[socket], flag: str) -> None:
+        """Say in the log what anybody on the network may do."""
+        if all(_is_loopback(bound) for bound in sockets):
+            return
+        if self.tokens is None and not (self.certificates and self.certificates.asks_callers):
+            _log.warning(
+                "anyone who reaches this address may call: there is neither --tokens-file nor --tls-client-ca-file",
+                extra={"flag": flag},
+            )
+        elif self.certificates is None:
+            _log.warning("tokens come in plain text: there is no --tls-certificate-file", extra={"flag": flag})
+
+
+def certificates_of(settings: ServerSettings, metrics: Metrics | None) -> Certificates | None:
+    """Read the certificates, if the settings name any.
+
+    Raises:
+        StartError: they cannot be used.
+    """
+    named = settings.tls_certificate_file or settings.tls_key_file or settings.tls_client_ca_file
+    return Certificates(settings, metrics) if named else None
+
+
+def tokens_of(settings: ServerSettings, metrics: Metrics | None, buckets: Buckets) -> Tokens | None:
+    """Read the tokens, if the settings name a file.
+
+    Raises:
+        StartError: it cannot be used.
+    """
+    if not settings.tokens_file:
+        return None
+    return Tokens(settings.tokens_file, buckets, None if metrics is None else metrics.caller_limited)
+
+
+def _named(*files: str) -> tuple[Path, ...]:
+    return tuple(Path(file) for file in files if file)
+
+
+def _state(files: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
+    """Return what differs when a file has changed."""
+    states: list[tuple[int, ...] | None] = []
+    for file in files:
+        try:
+            told = file.stat()
+            states.append((told.st_mtime_ns, told.st_size, told.st_ino, told.st_dev))
+        except OSError:
+            states.append(None)
+    return states
+
+
+def _is_loopback(bound: socket) -> bool:
+    host = str(bound.getsockname()[0])
+    return host == "::1" if bound.family == AF_INET6 else host.startswith("127.")

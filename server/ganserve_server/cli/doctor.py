@@ -1,0 +1,58 @@
+"""What an operator wants to know of a machine before a server runs on it."""
+
+import importlib.metadata
+import platform
+
+import onnxruntime
+
+from ganserve_server import machine
+from ganserve_server.compute.engine import Engine, ProviderUnavailable
+from ganserve_server.compute.gpu import gpu_options
+from ganserve_server.repository.verify import MODEL_FILE_NAME, load_version
+from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
+
+
+def examine(settings: ServerSettings) -> tuple[list[str], bool]:
+    """Return lines to print, and whether the provider that was asked for runs: a bundled model is tried."""
+    provider, threads = settings.provider, settings.threads
+    cores, memory = machine.cores(), machine.memory_limit()
+    machine.load_cuda_libraries()
+    packages = ("ganserve", "grpcio", "protobuf", "numpy")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    versions += [f"onnxruntime {onnxruntime.__version__}", f"Python {platform.python_version()}"]
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    lines = [
+        f"versions     {', '.join(versions)}",
+        f"system       {platform.system()} {platform.release()}, {platform.machine()}",
+        f"cores        {cores.machine} in the machine, {cores.affinity} by affinity, "
+        f"{'no quota' if cores.quota is None else f'{cores.quota:g} by the cgroup'}: {threads or cores.usable} threads",
+        f"memory       {'no limit of the cgroup' if memory is None else f'{memory >> 20} MiB by the cgroup'}",
+        f"onnxruntime  was built for {', '.join(providers)}",
+    ]
+    cuda, tensorrt = machine.cuda_libraries(), machine.tensorrt_libraries()
+    for name, reason in (tensorrt | cuda).items():
+        only = "" if name in cuda else " (TensorRT)"
+        lines.append(f"{'missing' if reason else 'found':<11}  {name}{only}")
+    try:
+        engine = _engine_of_a_bundled_model(settings)
+    except ProviderUnavailable as error:
+        return [*lines, f"provider     {error}"], False
+    why = f": {machine.why_no_cuda()}" if engine.on_cpu and provider != "cpu" else ""
+    lines.append(f"provider     {provider} runs on {engine.provider.removesuffix('ExecutionProvider')}{why}")
+    if engine.buckets:
+        lines.append(f"buckets      of {', '.join(map(str, engine.buckets))} images")
+    return lines, True
+
+
+def _engine_of_a_bundled_model(settings: ServerSettings) -> Engine:
+    """Load one as a server does, golden images included."""
+    path = next(BUNDLED_MODELS.glob(f"*/1/{MODEL_FILE_NAME}"))
+    return load_version(
+        path.parts[-3],
+        1,
+        path,
+        max_model_mib=512,
+        provider=settings.provider,
+        threads=settings.threads,
+        gpu=gpu_options(settings),
+    ).engine

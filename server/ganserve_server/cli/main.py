@@ -1,0 +1,366 @@
+"""The `ganserve-server` program: its flags are the fields of ServerSettings."""
+
+import asyncio
+import contextlib
+import http.client
+import inspect
+import json
+import logging
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+from pydantic import ValidationError
+
+from ganserve_server.cli import admin as admin_commands
+from ganserve_server.settings import (
+    BUNDLED_MODELS,
+    CONFIG_VARIABLE,
+    ENVIRONMENT_PREFIX,
+    ServerSettings,
+    SettingsError,
+    allowed,
+    check_config,
+    check_environment,
+    read_config,
+)
+from ganserve_server.transport.addresses import reachable
+
+_log = logging.getLogger(__name__)
+
+_HEALTH_TIMEOUT_S = 4.0
+
+
+def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
+    """Serve images from a repository of ONNX generators over gRPC.
+
+    Answers GenerationService, the Open Inference Protocol, grpc.health.v1 and server reflection. A flag goes before its
+    environment variable, that before the file of --config. SIGTERM drains and exits with status 0.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    values: dict[str, Any] = given
+    try:
+        if config:
+            in_file = read_config(config)
+            values = in_file | given
+            check_config(in_file, config)
+        check_environment()
+        context.obj = settings = ServerSettings(**values)
+    except (SettingsError, ValidationError) as error:
+        problems = [str(error)] if isinstance(error, SettingsError) else _explain(error, given, config)
+        if context.invoked_subcommand:
+            _tell(problems)
+        else:
+            _configure_logs(values.get("log_format", "auto"))
+            for problem in problems:
+                _log.error("cannot start", extra={"reason": problem})
+        raise typer.Exit(2) from error
+    if context.invoked_subcommand:
+        return
+    _configure_logs(settings.log_format)
+    # Imported late: --help and a wrong flag should not wait for onnxruntime.
+    from ganserve_server.processes import app
+    from ganserve_server.transport.addresses import StartError
+
+    async def run() -> None:
+        stop, reload = asyncio.Event(), asyncio.Event()
+        app.handle_signals(asyncio.get_running_loop(), stop, reload)
+        await app.serve(settings, stop, reload)
+
+    try:
+        asyncio.run(run())
+    except StartError as error:
+        _log.error("cannot start", extra={"reason": str(error)})
+        raise typer.Exit(1) from error
+
+
+def _explain(error: ValidationError, given: Collection[str], config: str | None) -> list[str]:
+    """Say of each setting that is wrong where it stands."""
+    told = []
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
+        own = problem["type"] == "value_error"
+        rule = problem["msg"].removeprefix("Value error, ") if own else f"it must be {allowed(name)}"
+        told.append(f"{place} is {problem['input']!r}; {rule}")
+    return told
+
+
+def _tell(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"ganserve-server: {problem}", file=sys.stderr)
+
+
+def _doctor(
+    context: typer.Context,
+    provider: Annotated[
+        str | None, typer.Option(help="auto, cuda, tensorrt or cpu.", show_default="as the server has it")
+    ] = None,
+) -> None:
+    """Say what this machine has, and on what a server would compute here; exit status 1 if not as asked for."""
+    from ganserve_server.cli import doctor
+
+    settings: ServerSettings = context.obj
+    if provider not in (None, "auto", "cuda", "tensorrt", "cpu"):
+        raise typer.BadParameter(f"{provider!r} is none of auto, cuda, tensorrt and cpu", param_hint="--provider")
+    lines, as_asked = doctor.examine(settings.model_copy(update={"provider": provider or settings.provider}))
+    print("\n".join(lines))
+    if not as_asked:
+        raise typer.Exit(1)
+
+
+def _health(context: typer.Context) -> None:
+    """Ask the server of these settings, by its metrics address, whether it is ready; exit status 1 if it is not."""
+    settings: ServerSettings = context.obj
+    host, _, port = settings.metrics_address.rpartition(":")
+    if not host:
+        print("ganserve-server: there is no --metrics-address to ask", file=sys.stderr)
+        raise typer.Exit(2)
+    try:
+        with urllib.request.urlopen(f"http://{reachable(host)}:{port}/readyz", timeout=_HEALTH_TIMEOUT_S) as response:
+            told = response.read().decode().strip()
+    except urllib.error.HTTPError as error:
+        told = error.read().decode().strip()
+    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
+        told = f"no answer from {settings.metrics_address}: {getattr(error, 'reason', error)}"
+    if told != "ok":
+        print(f"not ready: {told}", file=sys.stderr)
+        raise typer.Exit(1)
+    print("ready")
+
+
+def _config(
+    context: typer.Context,
+    check: Annotated[bool, typer.Option("--check", help="Say instead whether a server could start with them.")] = False,
+) -> None:
+    """Print the settings as a server would have them, each with where it comes from: TOML that --config reads.
+
+    There are no secrets among them: keys and tokens stay in their files, of which the settings have the names.
+
+    With --check the files that they name are read, the models loaded and the addresses tried, as by a server that
+    starts, but on the CPU (`doctor` tells of the GPU), and an address may be in use, as by the server that runs. Each
+    problem is a line, each model file that would be kept out, too; exit status 1 if there is one.
+    """
+    parent = context.parent
+    assert parent is not None
+    settings: ServerSettings = context.obj
+    if check:
+        from ganserve_server.cli.check import problems_of
+
+        if problems := problems_of(settings):
+            _tell(problems)
+            raise typer.Exit(1)
+        print("ok")
+        return
+    file = parent.params["config"]
+    in_file = read_config(file) if file else {}
+    for name, value in settings.model_dump(mode="json").items():
+        source = parent.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            told = _flag(name)
+        elif source is not None and source.name == "ENVIRONMENT":
+            told = _variable(name)
+        else:
+            told = _toml(file)[1:-1] if name in in_file else "default"
+        print(f"{name} = {_toml(value)}  # {told}")
+
+
+def _bounds(context: typer.Context) -> None:
+    """Print what clients may have a server of these settings keep and do, and the worst case of its memory."""
+    from ganserve_server.cli.bounds import page
+
+    settings: ServerSettings = context.obj
+    print("\n".join(page(settings.limits)))
+
+
+def _toml(value: object) -> str:
+    """Write a number or a text: as JSON does, but for a character that TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").encode("utf-8", "backslashreplace").decode()
+
+
+_TokensFile = Annotated[Path | None, typer.Option(help="The tokens file.", show_default="that of --tokens-file")]
+
+
+def _add_token(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Whose it is: letters, digits, '.', '_' and '-'.")],
+    file: _TokensFile = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="generate: images; admin: models, on --admin-address. May be given twice.", show_default="generate"
+        ),
+    ] = None,
+    images_per_s: Annotated[float | None, typer.Option(help="How many images a second it may ask for.")] = None,
+    burst_images: Annotated[
+        float | None, typer.Option(help="How many at once.", show_default="those of a second")
+    ] = None,
+) -> None:
+    """Make a token, add its hash to a tokens file, new or not, and print the token: it is kept nowhere."""
+    from ganserve_server.auth import tokens
+
+    token, digest = tokens.new_token()
+    entry = {
+        "name": name,
+        "sha256": digest,
+        "roles": role or ["generate"],
+        "images_per_s": images_per_s,
+        "burst_images": burst_images,
+    }
+    with _refusing(file := _tokens_file(context, file)):
+        tokens.add(file, {key: value for key, value in entry.items() if value is not None})
+    print(token)
+
+
+def _list_tokens(
+    context: typer.Context,
+    file: _TokensFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON array of objects.")] = False,
+) -> None:
+    """Print whose tokens a file has, with roles and rates. The tokens themselves are kept nowhere."""
+    from ganserve_server.auth import tokens
+
+    with _refusing(file := _tokens_file(context, file)):
+        entries = [token.model_dump(mode="json", exclude={"sha256"}) for token in tokens.read_tokens(file)]
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    rows = [("NAME", "ROLES", "IMAGES_PER_S", "BURST_IMAGES")]
+    for entry in entries:
+        rates = ("" if entry[key] is None else f"{entry[key]:g}" for key in ("images_per_s", "burst_images"))
+        rows.append((entry["name"], ",".join(entry["roles"]), *rates))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _withdraw_token(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    file: _TokensFile = None,
+) -> None:
+    """Take a token out of a tokens file; servers that run read the file again, and no longer let it in."""
+    from ganserve_server.auth import tokens
+
+    with _refusing(file := _tokens_file(context, file)):
+        tokens.withdraw(file, name)
+
+
+def _tokens_file(context: typer.Context, file: Path | None) -> Path:
+    settings: ServerSettings = context.obj
+    if file is None and not settings.tokens_file:
+        raise typer.BadParameter("which file? The settings have no --tokens-file", param_hint="--file")
+    return file or Path(settings.tokens_file)
+
+
+@contextlib.contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Tell what is wrong with a tokens file, and end."""
+    try:
+        yield
+    except OSError as error:
+        _tell([f"{file}: {error.strerror}"])
+        raise typer.Exit(2) from error
+    except ValueError as error:
+        _tell([f"{file}: {error}; nothing was changed"])
+        raise typer.Exit(2) from error
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _variable(name: str) -> str:
+    return (ENVIRONMENT_PREFIX + name).upper()
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """Make a flag of every setting, so that name, type, help and default stand in one place."""
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    config = inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            str | None, typer.Option("--config", help="TOML file of these settings.", envvar=CONFIG_VARIABLE)
+        ],
+    )
+    parameters = [context, config]
+    for name, field in ServerSettings.model_fields.items():
+        # Texts, left to ServerSettings to fill in and check: what is wrong is told in one way, wherever it stands.
+        kind = "<int>" if field.annotation is int else "<float>" if field.annotation is float else None
+        help_ = typer.Option(
+            _flag(name),
+            metavar=kind,
+            help=field.description,
+            envvar=_variable(name),
+            show_default=_default(field.default),
+        )
+        option = Annotated[str | None, help_]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    return parameters
+
+
+def _default(value: object) -> str:
+    return "the bundled models" if value == BUNDLED_MODELS else str(value)
+
+
+def _configure_logs(log_format: str) -> None:
+    """Send every log record, ours and the libraries', to standard error: as JSON lines, or coloured on a terminal."""
+    console = log_format == "console" or (log_format != "json" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[Any] = (
+        [structlog.dev.ConsoleRenderer()]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    )
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+
+
+_serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Run the program."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.callback(invoke_without_command=True, help=_help(_serve))(_serve)
+    commands: dict[str, Callable[..., None]] = {
+        "config": _config,
+        "bounds": _bounds,
+        "health": _health,
+        "doctor": _doctor,
+    }
+    for name, command in commands.items():
+        app.command(name, help=_help(command))(command)
+    token = typer.Typer(help="Make, list and withdraw the tokens of a file.", no_args_is_help=True)
+    commands = {"add": _add_token, "list": _list_tokens, "withdraw": _withdraw_token}
+    for name, command in commands.items():
+        token.command(name, help=_help(command))(command)
+    app.add_typer(token, name="token")
+    admin = typer.Typer(no_args_is_help=True)
+    admin.callback(help=_help(admin_commands.admin))(admin_commands.admin)
+    for name, command in admin_commands.COMMANDS.items():
+        admin.command(name, help=_help(command))(command)
+    app.add_typer(admin, name="admin")
+    app()
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Return a docstring with each paragraph on one line: the terminal's width is where lines end."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n"))

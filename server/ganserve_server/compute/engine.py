@@ -1,0 +1,277 @@
+"""Runs one model: latents by the contract, then an onnxruntime session."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ganserve_server.compute.gpu import (
+    CPU,
+    CUDA,
+    PROBES,
+    TENSORRT,
+    BucketRunner,
+    Feeds,
+    GpuOptions,
+    Providers,
+    cuda_providers,
+    tensorrt_providers,
+)
+from ganserve_server.machine import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
+
+_log = logging.getLogger(__name__)
+
+Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
+
+_TIMED_IMAGES = 8
+# Of each way to run: a neighbour's millisecond decides for good. With all cores, until it is seen to be faster.
+_LEAST_TRIES, _TIMED_S, _WIDE_TIMED_S = 3, 0.01, 0.05
+# With all cores it would take longer than by one: between calls they fall asleep, as they do not where it is timed.
+_SHORT_S = 0.0002
+
+
+class ProviderUnavailable(Exception):  # noqa: N818
+    """The provider that was asked for does not run on this machine."""
+
+
+class SessionRefused(Exception):  # noqa: N818
+    """Onnxruntime refuses the model."""
+
+
+@dataclass(slots=True)  # not frozen: that doubles what making one costs
+class Draw:
+    """The images to make: by seeds, or by latents that truncation has already scaled. Labels for conditional models."""
+
+    count: int
+    seeds: NDArray[np.uint32] | None  # [count]
+    latents: NDArray[np.float32] | None  # [count, latent_dim]
+    labels: NDArray[np.int64] | None  # [count]
+    truncation: float
+
+    def part(self, start: int, stop: int) -> "Draw":
+        """Return images start to stop of these."""
+        seeds = None if self.seeds is None else self.seeds[start:stop]
+        latents = None if self.latents is None else self.latents[start:stop]
+        labels = None if self.labels is None else self.labels[start:stop]
+        return Draw(stop - start, seeds, latents, labels, self.truncation)
+
+
+class Engine:
+    """One model's onnxruntime sessions: one that computes with the calling thread, one with all cores; or one on a GPU.
+
+    Batches may run at the same time, each from a thread of its own: onnxruntime lets go of Python's lock.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        latent_dim: int,
+        provider: Provider,
+        threads: int,
+        *,
+        gpu: GpuOptions = GpuOptions(),  # noqa: B008
+        classes: int = 0,
+    ) -> None:
+        """Open the sessions.
+
+        Args:
+            model: the ONNX file.
+            latent_dim: of its latents.
+            provider: what it is to run on.
+            threads: of the session with all cores.
+            gpu: how to use a GPU.
+            classes: how many labels it takes; 0: it has no such input.
+
+        Raises:
+            ProviderUnavailable: CUDA or TensorRT was asked for and is not what runs.
+            SessionRefused: onnxruntime refuses the model.
+        """
+        self._latent_dim = latent_dim
+        self._of_thread = threading.local()
+        wanted: list[Providers] = []  # the best first
+        if provider == "tensorrt":
+            wanted.append(tensorrt_providers(gpu, latent_dim, conditional=classes > 0))
+        elif provider == "cuda" or (provider == "auto" and nvidia_driver()):
+            wanted += [cuda_providers(gpu, graphs=True), cuda_providers(gpu, graphs=False)]
+        if wanted:
+            load_cuda_libraries()
+        failure = ""
+        try:
+            self._session, failure = _first_that_opens(model, [*wanted, [CPU]])
+            self.provider: str = self._session.get_providers()[0]
+            self.inputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
+            self.outputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
+            self.on_cpu = self.provider == CPU
+            several = self.on_cpu and threads > 1
+            self._wide_session = _session(model, [CPU], threads) if several else self._session
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            raise SessionRefused(f"onnxruntime refuses the model: {error}") from error
+        if provider == "cuda" and self.provider != CUDA:
+            raise _unavailable("CUDA", self.provider, why_no_cuda(), failure)
+        if provider == "tensorrt" and self.provider != TENSORRT:
+            raise _unavailable("TensorRT", self.provider, why_no_tensorrt(), failure)
+        if wanted and self.on_cpu:
+            _log.warning(
+                "the GPU is not used", extra={"reason": _reason(why_no_cuda(), failure), "provider": self.provider}
+            )
+        elif failure:
+            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+        self._gpu, self._classes = gpu, classes
+        self._runner: BucketRunner | None = None
+        self._reopen: Callable[[], onnxruntime.InferenceSession] | None = None
+        if self.provider == CUDA and not failure:
+            self._reopen = lambda: _session(model, wanted[-1], 1)
+        self._call_s = self._image_s = 0.0
+        self.wide_is_faster = False
+
+    def warm_up(self, image_shape: tuple[int, int, int]) -> None:
+        """Make a GPU ready, once the model's inputs and outputs are known to be what its card says."""
+        if self.on_cpu:
+            return
+        labels = np.arange(PROBES) % self._classes if self._classes else None
+        draw = Draw(PROBES, np.arange(PROBES, dtype=np.uint32), None, labels, 1.0)
+        probes, reopen, failure = self.feeds([draw]), self._reopen, ""
+        self._reopen = None  # frees the file's bytes
+        try:
+            self._bind(image_shape, probes)
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            if reopen is None:
+                raise
+            failure = str(error)
+        if failure and reopen:  # here the error no longer keeps the session that failed
+            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+            self._session = self._wide_session = reopen()
+            self._bind(image_shape, probes)
+
+    @property
+    def buckets(self) -> list[int]:
+        """The sizes of batches that the GPU computes; none on the CPU, where all sizes do."""
+        return self._runner.sizes if self._runner else []
+
+    def padding(self, count: int) -> int:
+        """Return how many images are made and thrown away beside a batch of so many."""
+        return self._runner.padding(count) if self._runner else 0
+
+    def measure(self, label: int | None) -> None:
+        """Warm up, and time the two sessions on one image, and one on several."""
+
+        def least_s(count: int, *, wide: bool = False, until_s: float = 0.0, longest_s: float = _TIMED_S) -> float:
+            """Return what a batch takes: the least of some tries, which end with one below `until_s`."""
+            labels = None if label is None else np.full(count, label, np.int64)
+            draw = Draw(count, np.arange(count, dtype=np.uint32), None, labels, 1.0)
+            begun = time.perf_counter()
+            took: list[float] = []
+            while len(took) < _LEAST_TRIES or (time.perf_counter() - begun < longest_s and min(took) >= until_s):
+                started = time.perf_counter()
+                self.run([draw], wide=wide)
+                took.append(time.perf_counter() - started)
+            return min(took)
+
+        several = self.buckets[-1] if self.buckets else _TIMED_IMAGES
+        one_s = least_s(1)
+        several_s = least_s(several)
+        if self._wide_session is not self._session and one_s > _SHORT_S:
+            wide_s = least_s(1, wide=True, until_s=one_s, longest_s=_WIDE_TIMED_S)
+            one_s = min(one_s, least_s(1))  # again: it may have been disturbed
+            self.wide_is_faster = max(wide_s, _SHORT_S) < one_s
+        if not self.wide_is_faster:
+            self._wide_session = self._session  # frees its weights
+        self._image_s = max(0.0, several_s - one_s) / max(1, several - 1)
+        self._call_s = max(0.0, one_s - self._image_s)
+
+    @property
+    def least_batch(self) -> int:
+        """How many images take longer than what a batch costs, however few are in it."""
+        return math.ceil(self._call_s / max(self._image_s, 1e-9))
+
+    def seconds_for(self, images: int) -> float:
+        """Estimate how long a batch takes on one core."""
+        return self._call_s + images * self._image_s
+
+    def run(self, draws: list[Draw], *, wide: bool = False) -> NDArray[np.uint8]:
+        """Make the images of all draws in one batch, in order: [n, height, width, channels].
+
+        Args:
+            draws: what to make.
+            wide: with all cores, not with the calling thread alone.
+        """
+        return self.compute(self.feeds(draws), wide=wide)
+
+    def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
+        """Make the images of a batch's inputs; it needs Python's lock only to begin and to end."""
+        if self._runner is not None:
+            return self._runner.run(feeds)
+        pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
+        return pixels
+
+    def _bind(self, image_shape: tuple[int, int, int], probes: Feeds) -> None:
+        gpu = self._gpu
+        self._runner = BucketRunner(self._session, image_shape, probes, gpu.max_batch_size, device_id=gpu.device)
+
+    def feeds(self, draws: list[Draw]) -> Feeds:
+        """Return the model's inputs for one batch of all draws, in order."""
+        feeds: dict[str, NDArray[Any]] = {"latent": self._latents(draws)}
+        labels = [draw.labels for draw in draws if draw.labels is not None]
+        if labels:
+            feeds["label"] = labels[0] if len(labels) == 1 else np.concatenate(labels)
+        return feeds
+
+    def _latents(self, draws: list[Draw]) -> NDArray[np.float32]:
+        latents = np.empty((sum(draw.count for draw in draws), self._latent_dim), np.float32)
+        # Re-seeding one generator costs 5 µs an image, making one 94 µs; the stream is the same.
+        random = getattr(self._of_thread, "random", None)
+        if random is None:
+            random = self._of_thread.random = np.random.RandomState(0)
+        seed, standard_normal, size = random.seed, random.standard_normal, self._latent_dim
+        row = 0
+        for draw in draws:
+            first, row = row, row + draw.count
+            if draw.seeds is None:
+                latents[first:row] = draw.latents
+                continue
+            for index, number in enumerate(draw.seeds.tolist(), first):
+                seed(number)
+                latents[index] = standard_normal(size)
+            if draw.truncation != 1.0:
+                latents[first:row] *= np.float32(draw.truncation)
+        return latents
+
+
+def _first_that_opens(model: bytes, choices: list[Providers]) -> tuple[onnxruntime.InferenceSession, str]:
+    """Open a session on the first choice that lets it; say why not on one before, if it was not the first."""
+    failure = ""
+    for providers in choices[:-1]:
+        try:
+            return _session(model, providers, 1), failure
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            failure = str(error)
+    return _session(model, choices[-1], 1), failure
+
+
+def _unavailable(asked: str, runs: str, reason: str, failure: str) -> ProviderUnavailable:
+    return ProviderUnavailable(
+        f"{asked} was asked for, but onnxruntime would run on {runs.removesuffix('ExecutionProvider')}: "
+        f"{_reason(reason, failure)}; mend that (`ganserve-server doctor` tells all it finds), "
+        "or use --provider auto or cpu"
+    )
+
+
+def _reason(reason: str, failure: str) -> str:
+    return f"{reason} ({failure})" if failure else reason
+
+
+def _session(model: bytes, providers: Providers, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin between batches take the cores that answer the calls.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4
+    # Its own way to fall back is silent, and forgets the options.
+    return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)

@@ -1,0 +1,162 @@
+"""What is told of each call: metrics, a line in the log, and a trace."""
+
+import asyncio
+import functools
+import logging
+import time
+from collections import Counter as Tally
+from typing import Any
+
+import grpc
+from prometheus_client import Counter, Histogram
+
+from ganserve_server.auth.tls import CLOSED, failure
+from ganserve_server.errors import ServingError
+from ganserve_server.observe.metrics import OTHER, Metrics
+from ganserve_server.observe.tracing import Tracing
+from ganserve_server.settings import AccessLog
+from ganserve_server.transport.interface import Call
+
+_log = logging.getLogger(__name__)
+
+# Lines of one kind in a second. Under overload thousands of calls are refused in each; to log them all took more of the
+# cores than to refuse them.
+_MOST_LINES = 100
+_MOST_STACKS = 5
+
+
+class CallRecorder:
+    """Counts, times, logs and traces the calls of our services; those of health and reflection pass in silence."""
+
+    def __init__(self, metrics: Metrics, access_log: AccessLog, tracing: Tracing | None = None) -> None:
+        self._metrics = metrics
+        self._access_log = access_log
+        self._tracing = tracing
+        self._failed = _Lines("calls not logged", "code")
+        self._tls_failed = _Lines("TLS failures not logged", "reason")
+        self._internal = _Lines("internal errors not logged", "method", most=_MOST_STACKS)
+        # Looking up a metric by its labels costs more than counting; the labels are bounded.
+        self._of = functools.cache(self._find)
+
+    def refused(self, call: Call, error: ServingError) -> None:
+        """Count an error that the caller was told."""
+        self._metrics.rejections.labels(error.reason).inc()
+
+    def internal_error(self, call: Call, error: BaseException) -> None:
+        """Log an unexpected exception, which the caller does not get."""
+        if self._internal.have_room(_method(None if call.method is None else call.path)):
+            tell_internal_error(call, error)
+
+    def finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
+        """Count the call, trace it, and log it if it is of those that are logged."""
+        if call.method is not None and not call.method.awaited:
+            return
+        took = time.perf_counter() - call.started
+        path = None if call.method is None else call.path
+        requests, seconds = self._of(path, call.model, call.version, code.name)
+        requests.inc()
+        seconds.observe(took)
+        if call.caller is not None and call.work is not None and code is grpc.StatusCode.OK:
+            self._metrics.caller_images.labels(call.caller.name).inc(call.work.count)
+        if code is grpc.StatusCode.CANCELLED:
+            self._metrics.cancellations.labels(call.model or OTHER, _stage(call)).inc()
+        trace_id = None if self._tracing is None else self._tracing.record(call, code, text)
+        if self._access_log == "off":
+            return
+        # A caller that leaves is no error.
+        failed = code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
+        if self._access_log == "all" or (failed and self._failed.have_room(code.name)):
+            self._log(call, code, text, took, trace_id)
+
+    def tls_failed(self, error: OSError, peer: str) -> None:
+        """Count a connection that ended in the TLS handshake, and log it."""
+        reason = failure(error)
+        self._metrics.tls_failures.labels(reason).inc()
+        if reason == CLOSED or self._access_log == "off":
+            return
+        if self._access_log == "all" or self._tls_failed.have_room(reason):
+            tell_tls_failure(error, peer)
+
+    def close(self) -> None:
+        """Say what is left to say."""
+        self._failed.tell()
+        self._tls_failed.tell()
+        self._internal.tell()
+
+    def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
+        method, model = _method(path), model or OTHER
+        return (
+            self._metrics.requests.labels(method, model, "" if version is None else version, code),
+            self._metrics.request_seconds.labels(method, model),
+        )
+
+    def _log(self, call: Call, code: grpc.StatusCode, text: str, took: float, trace_id: str | None) -> None:
+        method = _method(None if call.method is None else call.path)
+        told: dict[str, Any] = {"method": method, "model": call.model or OTHER, "code": code.name}
+        if call.version is not None:
+            told["version"] = call.version
+        told["seconds"] = round(took, 6)
+        if (work := call.work) is not None:
+            told |= {
+                "images": work.count,
+                "queue_s": round(work.queue_s, 6),
+                "compute_s": round(work.compute_s, 6),
+            }
+        if call.throttled_s:
+            to_come = max(0.0, call.throttled_until - time.monotonic())  # of a call that ended meanwhile
+            told["throttled_s"] = round(call.throttled_s - to_come, 6)
+        if call.caller is not None:
+            told["caller"] = call.caller.name
+        told["peer"] = call.peer
+        told["request_id"] = call.request_id
+        if trace_id is not None:
+            told["trace_id"] = trace_id
+        if text:
+            told["reason"] = text
+        _log.info("call", extra=told)
+
+
+class _Lines:
+    """Bounds the lines of each kind in a second, and says in one how many more there would have been."""
+
+    def __init__(self, event: str, label: str, most: int = _MOST_LINES) -> None:
+        self._event, self._label, self._most = event, label, most
+        self._asked: Tally[str] = Tally()
+
+    def have_room(self, kind: str) -> bool:
+        """Tell whether there may be one more."""
+        if not self._asked:
+            asyncio.get_running_loop().call_later(1.0, self.tell)
+        self._asked[kind] += 1
+        return self._asked[kind] <= self._most
+
+    def tell(self) -> None:
+        """Say how many more there would have been, and begin anew."""
+        for kind, asked in self._asked.items():
+            if asked > self._most:
+                _log.warning(self._event, extra={self._label: kind, "count": asked - self._most})
+        self._asked.clear()
+
+
+def tell_internal_error(call: Call, error: BaseException) -> None:
+    """Log an unexpected exception with its stack."""
+    _log.error("internal error", exc_info=error, extra={"request_id": call.request_id, "method": call.path})
+
+
+def tell_tls_failure(error: OSError, peer: str) -> None:
+    """Log a connection that ended in the TLS handshake, unless it was only closed, as by one that looks."""
+    if (reason := failure(error)) != CLOSED:
+        _log.info("TLS failed", extra={"reason": reason, "peer": peer, "error": str(error)})
+
+
+def _method(path: str | None) -> str:
+    return OTHER if path is None else path.rpartition("/")[2]
+
+
+def _stage(call: Call) -> str:
+    """Name what was being done for a call."""
+    if call.partly_sent:
+        return "sending"
+    if call.work is None or not call.work.count:
+        return "receiving"
+    return "computing" if call.work.taken else "queued"

@@ -1,0 +1,446 @@
+"""Several worker processes on one port: started, watched, replaced when one dies, and ended together.
+
+The workers share the listening sockets, and each accepts only while it has no more connections than the others: so they
+are spread evenly, which the kernel's hash (SO_REUSEPORT) does not do for the few that a load balancer opens. Counters
+are true sums over all workers, dead ones too: prometheus-client keeps them in files.
+"""
+
+import asyncio
+import fcntl
+import functools
+import json
+import logging
+import mmap
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.process_collector import ProcessCollector
+
+from ganserve_server.auth.tokens import BUCKETS_BYTES
+from ganserve_server.observe.metrics import Load
+from ganserve_server.processes.systemd import SOCKET_VARIABLE
+from ganserve_server.transport.addresses import StartError
+
+_log = logging.getLogger(__name__)
+
+WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
+_CELL = 8  # bytes
+# Of one worker: its connections, its running batches, its running calls, its models, what it has accepted, and its
+# connections that had a call of late.
+_CELLS = 6
+_ABSENT = 1 << 60  # connections of a worker that cannot take any
+_RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
+_LONG_LIFE_S = 30.0
+_PATIENCE_S = 0.05  # for a worker that has fewer connections, and does not take the next
+_LOOK_EVERY_S, _LONGEST_WAIT_S = 0.005, 5.0
+_LONGEST_LINE = 64 << 20  # bytes: a message of gRPC's in JSON, or what there is to say of 200 000 versions
+
+
+class Board:
+    """Memory that all workers see: how busy each is. A worker writes its own cells alone."""
+
+    def __init__(self, descriptor: int, workers: int, mine: int) -> None:
+        self._descriptor = descriptor
+        self._cells = memoryview(mmap.mmap(descriptor, workers * _CELLS * _CELL)).cast("q")
+        self._mine = mine
+        self.workers = workers
+        self._others = [number for number in range(workers) if number != mine]
+
+    def set_connections(self, count: int) -> None:
+        """Say how many connections this worker has."""
+        self._cells[self._mine * _CELLS] = count
+
+    def set_running(self, batches: int) -> None:
+        """Say how many batches this worker computes."""
+        self._cells[self._mine * _CELLS + 1] = batches
+
+    def set_calls(self, calls: int) -> None:
+        """Say how many calls this worker answers."""
+        self._cells[self._mine * _CELLS + 2] = calls
+
+    def set_models(self, count: int) -> None:
+        """Say how many models this worker serves."""
+        self._cells[self._mine * _CELLS + 3] = count
+
+    @property
+    def mine(self) -> int:
+        """How many connections in use this worker has."""
+        return self._in_use(self._mine)
+
+    def set_in_use(self, count: int) -> None:
+        """Say how many of this worker's connections had a call of late, or are new."""
+        self._cells[self._mine * _CELLS + 5] = count
+
+    def _in_use(self, worker: int) -> int:
+        first = worker * _CELLS
+        return _ABSENT if self._cells[first] == _ABSENT else self._cells[first + 5]
+
+    def set_accepted(self, connections: int) -> None:
+        """Say how many connections this worker has taken since it started."""
+        self._cells[self._mine * _CELLS + 4] = connections
+
+    def load(self) -> tuple[int, int]:
+        """Add up the connections and the calls of all workers that are there."""
+        cells = self._cells
+        there = [one for one in range(0, self.workers * _CELLS, _CELLS) if cells[one] != _ABSENT]
+        return sum(cells[one] for one in there), sum(cells[one + 2] for one in there)
+
+    def serving(self) -> int:
+        """Count the workers that are there and have a model."""
+        cells = self._cells
+        return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
+
+    def connections(self) -> dict[int, int]:
+        """Return how many connections in use each of the other workers has."""
+        return {other: self._in_use(other) for other in self._others}
+
+    def accepted(self) -> dict[int, int]:
+        """Return how many connections each of the other workers has taken since it started."""
+        return {other: self._cells[other * _CELLS + 4] for other in self._others}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker is the first of those that are there."""
+        there = (worker for worker in range(self.workers) if self._cells[worker * _CELLS] != _ABSENT)
+        return next(there, None) == self._mine
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this worker takes connections."""
+        return self.mine != _ABSENT
+
+    async def all_loaded(self) -> None:
+        """Wait for the others to load their models: the first to serve would get all connections that wait for one."""
+        until = time.monotonic() + _LONGEST_WAIT_S
+        models = [worker * _CELLS + 3 for worker in self._others]
+        while not all(self._cells[cell] for cell in models) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_EVERY_S)  # processes have no Event in common
+
+    def others_running(self) -> int:
+        """Count the batches that the other workers compute."""
+        return sum(self._cells[other * _CELLS + 1] for other in self._others)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Wait until no other worker does what one is to do at a time."""
+        await asyncio.to_thread(fcntl.lockf, self._descriptor, fcntl.LOCK_EX)  # it ends with its process
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+    def absent(self, worker: int) -> None:
+        """Take note that a worker is not there; the supervisor's to say."""
+        self._cells[worker * _CELLS] = _ABSENT
+        for cell in range(1, _CELLS):
+            self._cells[worker * _CELLS + cell] = 0
+
+
+class Turns:
+    """Whose the next connection is: a worker's that has the fewest, but none's that stands still."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._taken = 0
+        self._since = self._asked = 0.0
+        # Workers, with the connections that each had taken by then.
+        self._waited_for: dict[int, int] = {}
+        self._stuck: dict[int, int] = {}
+
+    def take(self) -> None:
+        """Take note of a connection that this worker took."""
+        self._taken += 1
+        self._board.set_accepted(self._taken)
+
+    def mine(self) -> bool:
+        """Tell whether this worker is to take the connection that waits; if not, ask again soon."""
+        now, taken = time.monotonic(), self._board.accepted()
+        self._stuck = {worker: count for worker, count in self._stuck.items() if taken[worker] == count}
+        able = {worker: count for worker, count in self._board.connections().items() if worker not in self._stuck}
+        fewest = min(able.values(), default=_ABSENT)
+        if fewest >= self._board.mine:
+            self._waited_for = {}
+            return True
+        pause = now - self._asked > 2 * _PATIENCE_S
+        if pause or not self._waited_for or any(taken[worker] != count for worker, count in self._waited_for.items()):
+            self._since = now  # for another connection than then
+        self._asked = now
+        self._waited_for = {worker: taken[worker] for worker, count in able.items() if count == fewest}
+        if now - self._since >= _PATIENCE_S:
+            self._stuck |= self._waited_for
+            self._waited_for = {}
+        return False
+
+
+class Parent:
+    """A worker's side of the channel to its supervisor."""
+
+    def __init__(self, variable: str) -> None:
+        given = json.loads(variable)
+        self.number: int = given["number"]
+        self.board = Board(given["board"], given["workers"], self.number)
+        self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
+        self.buckets: int = given["buckets"]  # memory of the tokens' rates
+        self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
+        self.replaces: bool = given["replaces"]  # one that ended
+        self.gone = asyncio.Event()
+        self._channel = socket.socket(fileno=given["channel"])
+        self._writer: asyncio.StreamWriter | None = None
+        self._folder: str = given["folder"]
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is this worker's to say what all of them see alike."""
+        return self.board.leads if self.board.takes_part else self.replaces or not self.number
+
+    async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
+        """Do what the supervisor asks; drain if it is gone."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=_LONGEST_LINE)
+        with suppress(OSError):
+            while (line := await reader.readline()).endswith(b"\n"):
+                self.tell(await answer(json.loads(line)))
+        self.gone.set()
+        stop.set()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send the supervisor a message."""
+        line = json.dumps(message).encode() + b"\n"
+        if self._writer is None:
+            with suppress(OSError):  # it is gone: `follow` sees that
+                self._channel.sendall(line)
+        else:
+            self._writer.write(line)
+
+    def close(self) -> None:
+        """Remove the metrics' files, if the supervisor is gone, whose they are."""
+        if self.gone.is_set():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Worker:
+    """One process, as the supervisor sees it."""
+
+    def __init__(self, number: int, process: asyncio.subprocess.Process, channel: socket.socket) -> None:
+        self.number, self.process, self._channel = number, process, channel
+        self.started = time.monotonic()
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+        self._asking = asyncio.Lock()
+
+    async def ready(self) -> dict[str, Any] | None:
+        """Wait until it serves; None if it ended before."""
+        async with self._asking:  # what it is asked meanwhile waits
+            self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=_LONGEST_LINE)
+            return await self._read()
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Have it do something; None if it ended meanwhile."""
+        # To the end, though who asked may leave: an answer that nobody reads would be the next question's.
+        return await asyncio.shield(self._exchange(request))
+
+    async def _exchange(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        async with self._asking:
+            self._writer.write(json.dumps(request).encode() + b"\n")
+            return await self._read()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    async def _read(self) -> dict[str, Any] | None:
+        with suppress(OSError):
+            if (line := await self._reader.readline()).endswith(b"\n"):  # else it ended before, or meanwhile
+                message: dict[str, Any] = json.loads(line)
+                return message
+        return None
+
+
+class Supervisor:
+    """Keeps so many workers running."""
+
+    def __init__(self, count: int, sockets: list[socket.socket]) -> None:
+        self._count, self._sockets = count, sockets
+        self._memory = os.memfd_create("ganserve-board")
+        os.ftruncate(self._memory, count * _CELLS * _CELL)
+        self._buckets = os.memfd_create("ganserve-buckets")
+        os.ftruncate(self._buckets, BUCKETS_BYTES)
+        self._board = Board(self._memory, count, mine=0)
+        for number in range(count):
+            self._board.absent(number)
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="ganserve-metrics-"))
+        except OSError as error:
+            raise StartError(
+                f"workers share their metrics by files, and there is no folder for them ({error.strerror}): name one "
+                "by the variable TMPDIR, such as /dev/shm, or use --workers 1"
+            ) from error
+        self._workers: dict[int, _Worker] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self.unloaded: set[str] = set()  # models that an operator has stopped
+        self.registry = CollectorRegistry()
+        MultiProcessCollector(self.registry, str(self._folder))
+        self.registry.register(_Processes(self))
+        self.registry.register(Load(self._board.load))
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.process.pid for worker in self._workers.values()]
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is a worker that has a model."""
+        return self._board.serving() > 0
+
+    async def start(self) -> dict[str, Any] | None:
+        """Start all workers; return what one says of itself, or None if none can start and the first has logged why.
+
+        Raises:
+            StartError: the first was ended.
+        """
+        # Together: the first to serve would take all connections until the others do.
+        ready = await asyncio.gather(*(self._start(number) for number in range(self._count)))
+        facts = next((one for one in ready if one is not None), None)
+        if facts is None:
+            status = await self._workers[0].process.wait()
+            if status == 1:
+                return None
+            raise StartError(f"a worker ended with status {status} before it served")
+        self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._count)]
+        return facts
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send all workers a signal."""
+        for worker in self._workers.values():
+            worker.signal(number)
+
+    async def ask_all(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Have all workers do something; return what those answer that live."""
+        answers = await asyncio.gather(*(worker.ask(request) for worker in self._workers.values()))
+        return [answer for answer in answers if answer is not None]
+
+    async def stop(self, timeout_s: float) -> None:
+        """End all workers, each in its own time but those that take longer than the timeout, and take nothing more."""
+        self._stopping = True
+        self.signal(signal.SIGTERM)
+        # Else the system would go on taking connections that nobody accepts.
+        for listening in self._sockets:
+            listening.close()
+        ends = asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
+        try:
+            await asyncio.wait_for(asyncio.shield(ends), timeout_s)
+        except TimeoutError:
+            _log.error("workers do not end; they are killed", extra={"timeout_s": timeout_s})
+            self.signal(signal.SIGKILL)
+            await ends
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    def close(self) -> None:
+        """Remove what is left: the processes, if the start failed, and the metrics' files."""
+        self.signal(signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _start(self, number: int, *, replaces: bool = False) -> dict[str, Any] | None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        descriptors, unloaded = [bound.fileno() for bound in self._sockets], sorted(self.unloaded)
+        variable = {
+            "number": number,
+            "workers": self._count,
+            "sockets": descriptors,
+            "board": self._memory,
+            "buckets": self._buckets,
+            "channel": theirs.fileno(),
+            "unloaded": unloaded,
+            "replaces": replaces,
+            "folder": str(self._folder),
+        }
+        environment = {
+            **os.environ,
+            WORKER_VARIABLE: json.dumps(variable),
+            "PROMETHEUS_MULTIPROC_DIR": str(self._folder),
+        }
+        environment.pop(SOCKET_VARIABLE, None)  # systemd hears the supervisor alone
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "ganserve_server",
+            *sys.argv[1:],
+            env=environment,
+            pass_fds=(*descriptors, self._memory, self._buckets, theirs.fileno()),
+            process_group=0,  # a terminal's Ctrl-C is the supervisor's to pass on
+        )
+        theirs.close()
+        worker = self._workers[number] = _Worker(number, process, ours)
+        ready = await worker.ready()
+        for model in self.unloaded.symmetric_difference(unloaded):  # before it could be asked
+            await worker.ask({"do": "unload" if model in self.unloaded else "load", "model": model})
+        if self._stopping:
+            worker.signal(signal.SIGTERM)
+        return ready
+
+    async def _keep(self, number: int) -> None:
+        """Replace a worker whenever it ends."""
+        quick_ends = 0
+        while True:
+            worker = self._workers[number]
+            status = await worker.process.wait()
+            self._board.absent(number)
+            mark_process_dead(worker.process.pid, str(self._folder))
+            if self._stopping:
+                return
+            quick_ends = quick_ends + 1 if time.monotonic() - worker.started < _LONG_LIFE_S else 0
+            delay_s = _RESTART_DELAYS_S[min(quick_ends, len(_RESTART_DELAYS_S) - 1)]
+            _log.error("a worker ended; it is replaced", extra={"worker": number, "status": status, "in_s": delay_s})
+            await asyncio.sleep(delay_s)
+            try:
+                ready = await self._start(number, replaces=True)
+            except OSError as error:  # no memory, no descriptor, no process to be had: not for ever
+                _log.error("a worker cannot be started", extra={"worker": number, "reason": str(error)})
+                worker.started = time.monotonic()
+                continue
+            if ready is not None:
+                _log.info("worker started", extra={"worker": number, "pid": self._workers[number].process.pid})
+
+
+class _Processes:
+    """CPU, memory and open files of all workers together, under the names that prometheus-client uses for one."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    def collect(self) -> Iterator[Metric]:
+        """Add up what each worker has now; a worker that died takes its CPU seconds with it."""
+        totals: dict[str, float] = {}
+        starts: list[float] = []
+        for pid in self._supervisor.pids:
+            for metric in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
+                for sample in metric.samples:
+                    if sample.name == "process_start_time_seconds":
+                        starts.append(sample.value)
+                    else:
+                        totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        for name, value in totals.items():
+            if name.endswith("_total"):
+                yield CounterMetricFamily(name.removesuffix("_total"), "Of all workers that run.", value)
+            else:
+                yield GaugeMetricFamily(name, "Of all workers that run.", value)
+        if starts:
+            yield GaugeMetricFamily("process_start_time_seconds", "Of the worker started last.", max(starts))
+        yield GaugeMetricFamily("ganserve_workers", "Worker processes that run.", len(starts))

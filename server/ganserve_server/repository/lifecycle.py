@@ -1,0 +1,340 @@
+"""Which versions are served: at the start, and whenever the repository changes, with no failed call in between.
+
+A new version is loaded and checked while the old one serves, then takes new calls; the old one finishes what it has. A
+file that breaks a rule stays out, once in the log, and what was served before goes on.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+from watchfiles import awatch
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.compute.engine import ProviderUnavailable
+from ganserve_server.compute.gpu import gpu_options
+from ganserve_server.errors import ModelNotFound, ModelNotLoaded
+from ganserve_server.machine import cores, give_back_memory
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.processes.supervisor import Board
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.scheduler import Scheduler
+from ganserve_server.repository.verify import (
+    MODEL_FILE_NAME,
+    ModelRejected,
+    ModelVersion,
+    find_misplaced,
+    find_versions,
+    is_awaited,
+    load_version,
+)
+from ganserve_server.services.administration import VersionState
+from ganserve_server.services.health import NOT_SERVING, SERVING, HealthServicer
+from ganserve_server.settings import ServerSettings, nearest
+
+_log = logging.getLogger(__name__)
+
+Stamp = tuple[int, int, int] | None  # of a file's content, as far as its folder tells; None: there is none
+
+
+class ModelTable:
+    """The versions that are served, by name and number."""
+
+    def __init__(self) -> None:
+        self._batchers: dict[str, dict[int, Batcher]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether any version of a model is served."""
+        return name in self._batchers
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names, in alphabetical order."""
+        return sorted(self._batchers)
+
+    def batchers(self) -> dict[tuple[str, int], Batcher]:
+        """Return all versions, by name and number."""
+        return {(name, number): one for name, versions in self._batchers.items() for number, one in versions.items()}
+
+    def put(self, batcher: Batcher) -> Batcher | None:
+        """Serve a version from now on; return the one of that number that was served before."""
+        versions = self._batchers.setdefault(batcher.model.name, {})
+        before = versions.get(batcher.model.version)
+        versions[batcher.model.version] = batcher
+        return before
+
+    def remove(self, name: str, version: int) -> Batcher:
+        """Serve a version no longer."""
+        batcher = self._batchers[name].pop(version)
+        if not self._batchers[name]:
+            del self._batchers[name]
+        return batcher
+
+    def find(self, name: str, version: int | None) -> Batcher:
+        """Find a version, the newest if `version` is None.
+
+        Raises:
+            ModelNotFound: there is none; the text says which there are.
+        """
+        versions = self._batchers.get(name)
+        if versions is None:
+            served = ", ".join(self.names) or "none at all"
+            raise ModelNotFound(f"there is no model {name!r}; there are {served}{nearest(name, self.names)}")
+        batcher = versions.get(max(versions) if version is None else version)
+        if batcher is None:
+            served = ", ".join(str(number) for number in sorted(versions))
+            raise ModelNotFound(f"model {name} has no version {version}; it has {served}")
+        return batcher
+
+    def describe(self, name: str, version: int | None) -> pb.Model:
+        """Describe a version.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        model = self.find(name, version).model
+        return pb.Model(
+            name=name,
+            version=model.version,
+            versions=sorted(self._batchers[name]),
+            digest=model.digest,
+            provider=model.engine.provider,
+            card=model.card,
+        )
+
+
+class Lifecycle:
+    """Keeps a table of models as the repository is."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        metrics: Metrics,
+        table: ModelTable,
+        health_servicer: HealthServicer,
+        board: Board | None = None,
+        unloaded: Collection[str] = (),
+    ) -> None:
+        self._board = board
+        self._unloaded = set(unloaded)  # by an operator
+        self._settings = settings
+        self._metrics = metrics
+        self._table = table
+        self._health = health_servicer
+        self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
+        self._reasons: dict[tuple[str, int], str] = {}  # why it was kept out
+        self._awaited: set[tuple[str, int]] = set()  # which have no file yet; not in the log: somebody may be copying
+        self._misplaced: dict[Path, str] = {}  # what was probably meant as a model, and why it is none
+        self._reported: set[str] = set()
+        self._refreshing = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._threads = settings.threads or cores().usable
+        self._schedulers: dict[bool, Scheduler] = {}  # of the CPU, and of the GPU
+
+    async def refresh(self, *, starting: bool = False) -> None:
+        """Load what is new, drop what is gone.
+
+        Raises:
+            ProviderUnavailable: CUDA or TensorRT was asked for and is missing; only when starting.
+            OSError: the repository cannot be listed; only when starting.
+        """
+        # One worker at a time: how long models take is measured, and the others' callers want cores, too.
+        async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
+            try:
+                found, self._awaited, misplaced = await asyncio.to_thread(_look, self._settings.models)
+            except OSError as error:
+                if starting:
+                    raise
+                _log.error("the repository cannot be listed", extra={"reason": str(error)})
+                return
+            for path, reason in misplaced.items():
+                if self._misplaced.get(path) != reason:
+                    _log.warning("model kept out", extra={"path": str(path), "reason": reason})
+            self._misplaced = misplaced
+            wanted: set[tuple[str, int]] = set()
+            for name in sorted({name for name, _ in found} - self._unloaded):
+                versions = sorted((number for other, number in found if other == name), reverse=True)
+                wanted |= await self._choose(name, versions, found, starting=starting)
+            for key in self._table.batchers().keys() - wanted:
+                self._retire(self._table.remove(*key))
+                self._metrics.model_loads.labels("unloaded").inc()
+                _log.info("model unloaded", extra={"model": key[0], "version": key[1]})
+            await asyncio.to_thread(give_back_memory)
+            self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
+            self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
+            self._metrics.files_kept_out.labels("models").set(len(self._reasons))
+            self._report({name for name, _ in found.keys() | self._awaited})
+
+    async def load(self, name: str) -> list[VersionState]:
+        """Load a model from its folder, anew if it is served.
+
+        Raises:
+            ModelNotFound: it has no folder.
+            ModelNotLoaded: none of its versions can be served.
+        """
+        self._unloaded.discard(name)
+        self._stamps = {key: stamp for key, stamp in self._stamps.items() if key[0] != name}
+        states = [state for state in await self.reload() if state.model == name]
+        if not states:
+            raise ModelNotFound(f"the repository {self._settings.models} has no model {name!r}")
+        if not any(state.served for state in states):
+            raise ModelNotLoaded(
+                f"no version of model {name} can be served: version {states[-1].version}: {states[-1].reason}"
+            )
+        return states
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model until it is loaded again.
+
+        Raises:
+            ModelNotFound: it is not served.
+        """
+        self._table.find(name, None)
+        self._unloaded.add(name)
+        await self.refresh()
+
+    async def reload(self) -> list[VersionState]:
+        """Look for new and removed versions."""
+        await self.refresh()
+        served = self._table.batchers()
+        states: list[VersionState] = []
+        for name, number in sorted(self._stamps.keys() | served.keys() | self._reasons.keys() | self._awaited):
+            batcher = served.get((name, number))
+            digest = batcher.model.digest if batcher else ""
+            reason = self._reasons.get((name, number), "")
+            if (name, number) in self._awaited:
+                reason = f"there is no {MODEL_FILE_NAME} in its folder yet"
+            if name in self._unloaded:
+                reason = "it was unloaded by an operator, until LoadModel"
+            states.append(VersionState(name, number, batcher is not None, digest, reason))
+        return states
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is a model that can be called."""
+        return bool(self._table.names)
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        """Refresh whenever something changes in the repository, until `stop` is set."""
+        try:
+            async for _ in awatch(self._settings.models, stop_event=stop):
+                await self.refresh()
+        except (OSError, RuntimeError) as error:
+            _log.error("the repository is no longer watched; SIGHUP still loads it anew", extra={"reason": str(error)})
+
+    async def close(self) -> None:
+        """End what the schedulers run; nobody waits for an answer."""
+        await asyncio.gather(*self._retiring)
+        for scheduler in self._schedulers.values():
+            await asyncio.to_thread(scheduler.close)
+
+    def _scheduler(self, model: ModelVersion) -> Scheduler:
+        """Return what shares the cores, or the GPU, among the models."""
+        on_cpu = model.engine.on_cpu
+        if on_cpu not in self._schedulers:
+            self._schedulers[on_cpu] = Scheduler(self._threads, self._board) if on_cpu else Scheduler(1)
+        return self._schedulers[on_cpu]
+
+    async def _choose(
+        self, name: str, versions: list[int], found: dict[tuple[str, int], Stamp], *, starting: bool
+    ) -> set[tuple[str, int]]:
+        """Serve as many of these versions, newest first, as the settings ask for and the rules allow."""
+        chosen: set[tuple[str, int]] = set()
+        for number in versions:
+            if len(chosen) == self._settings.most_versions:
+                break
+            key = (name, number)
+            changed = key not in self._stamps or self._stamps[key] != found[key]
+            self._stamps[key] = found[key]
+            if changed and (model := await self._load(name, number, starting=starting)):
+                settings = self._settings
+                batcher = Batcher(
+                    model, settings.max_batch_size, settings.max_queue_images, self._metrics, self._scheduler(model)
+                )
+                if before := self._table.put(batcher):
+                    self._retire(before)
+                labels = (name, str(number), model.digest, model.engine.provider)
+                self._metrics.model_info.labels(*labels).set(1)
+                if not starting:
+                    _log.info("model loaded", extra={"model": name, "version": number, "digest": model.digest})
+            # A file that was replaced by a bad one, rather than removed, is served as it was.
+            if found[key] is not None and key in self._table.batchers():
+                chosen.add(key)
+        return chosen
+
+    async def _load(self, name: str, number: int, *, starting: bool) -> ModelVersion | None:
+        settings, path = self._settings, self._settings.models / name / str(number) / MODEL_FILE_NAME
+        try:
+            model = await asyncio.to_thread(
+                load_version,
+                name,
+                number,
+                path,
+                max_model_mib=settings.max_model_mib,
+                provider=settings.provider,
+                threads=self._threads,
+                gpu=gpu_options(settings),
+            )
+        except (ModelRejected, ProviderUnavailable) as error:
+            if starting and isinstance(error, ProviderUnavailable):
+                raise
+            reason = str(error)
+            _log.error("model kept out", extra={"path": str(path), "reason": reason})
+        except Exception:
+            # A file from outside must not take the others down, whatever the libraries make of it.
+            reason = "the file could not be read"
+            _log.exception("model kept out", extra={"path": str(path), "reason": reason})
+        else:
+            self._reasons.pop((name, number), None)
+            self._metrics.model_loads.labels("loaded").inc()
+            return model
+        self._reasons[name, number] = reason
+        self._metrics.model_loads.labels("rejected").inc()
+        return None
+
+    def _retire(self, batcher: Batcher) -> None:
+        model = batcher.model
+        labels = (model.name, str(model.version), model.digest, model.engine.provider)
+        if self._board:
+            self._metrics.model_info.labels(*labels).set(0)  # from the files of several workers nothing is removed
+        else:
+            self._metrics.model_info.remove(*labels)
+        task = asyncio.create_task(_let_go(batcher))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _report(self, known: set[str]) -> None:
+        """Answer for the server as a whole, and for each model that is or was in the repository."""
+        self._health.set("", SERVING if self._table.names else NOT_SERVING)
+        for name in known | self._reported:
+            self._health.set(name, SERVING if name in self._table else NOT_SERVING)
+        self._reported = known
+        if self._board is not None:
+            self._board.set_models(len(self._table.names))
+
+
+async def _let_go(batcher: Batcher) -> None:
+    await batcher.retire()
+    del batcher  # and with it, once past calls are forgotten, the model
+    await asyncio.to_thread(give_back_memory)
+
+
+def _look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str, int]], dict[Path, str]]:
+    """List the repository's versions, each with what changes when its file is replaced; those that wait for a file; and
+    what is misplaced in it.
+    """
+    found: dict[tuple[str, int], Stamp] = {}
+    awaited: set[tuple[str, int]] = set()
+    for name, version, path in find_versions(repository):
+        try:
+            status = path.stat()
+        except OSError:
+            if is_awaited(path):
+                awaited.add((name, version))
+            else:
+                found[name, version] = None
+        else:
+            found[name, version] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found, awaited, dict(find_misplaced(repository))

@@ -1,0 +1,270 @@
+"""GenerationService: finds the model, has the request checked, the images made, and the answer written."""
+
+import asyncio
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.compute.engine import Draw
+from ganserve_server.errors import InvalidRequest, ServingError
+from ganserve_server.observe.metrics import OTHER, Metrics
+from ganserve_server.queueing.batcher import Batcher, Made, Tally
+from ganserve_server.repository.lifecycle import ModelTable
+from ganserve_server.services.messages import GenerationRequest, draw_of, images_limit, parse, respond, times
+from ganserve_server.services.request_stream import RequestStream, Turn, embedded
+from ganserve_server.settings import ServerSettings
+from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+# Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
+_ENCODE_HERE_AT_MOST = 4096
+_LENGTH_DELIMITED = 2  # protobuf's wire type of messages
+_CHUNK_TAG = bytes((pb.StreamImagesResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_RESPONSE_TAG = bytes((pb.GenerateEachResponse.RESPONSE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_LITTLE_UNREAD = 16 << 20  # bytes of answers: beyond it streams are not read as fast as they are made
+
+
+class GenerationServicer(pb_grpc.GenerationServiceServicer):
+    """The service, over the queues of all models."""
+
+    def __init__(self, models: ModelTable, settings: ServerSettings, metrics: Metrics) -> None:
+        self._models = models
+        self._settings = settings
+        self._metrics = metrics
+
+    def add_to(self, server: Server) -> None:
+        """Answer the service's calls."""
+        server.add_method(f"/{SERVICE}/GenerateImages", Method(start=self._generate_images, counts_images=True))
+        server.add_method(f"/{SERVICE}/GenerateEach", Method(open=self._generate_each, counts_images=True))
+        server.add_method(f"/{SERVICE}/StreamImages", Method(start=self._stream_images, counts_images=True))
+        pb_grpc.add_GenerationServiceServicer_to_server(self, server)
+
+    def _generate_images(self, call: Call, content: bytes) -> None:
+        """Make all images, then answer. No task: one costs as much as a small model's image."""
+        batcher, checked = self.check(read_message(pb.GenerateImagesRequest.FromString, content), call)
+        draw = checked.draw(0, checked.count)
+
+        def done(made: Made | ServingError) -> None:
+            if isinstance(made, ServingError):
+                call.fail(made)
+            elif checked.encoding == pb.ENCODING_RAW:
+                call.reply(respond(checked, draw, made.pixels, times(made)))
+            else:
+                call.spawn(encode(made))
+
+        async def encode(made: Made) -> None:
+            call.reply(await self.encoded(checked, draw, made.pixels, times(made), call))
+
+        call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=call.deadline, bulk=checked.bulk)
+        call.on_cancel = job.cancel
+
+    def _generate_each(self, call: Call) -> RequestSink:
+        """Answer each request of a stream, in order."""
+        return EachRequest(self, call).sink
+
+    def check(self, request: pb.GenerateImagesRequest, call: Call) -> tuple[Batcher, GenerationRequest]:
+        """Find the model, and check the request and its caller's rate.
+
+        Raises:
+            ServingError: it cannot be answered.
+        """
+        batcher = self._find(request, call)
+        most = self._settings.max_images_per_request
+        checked = parse(request, batcher.model, images_limit(batcher.model, most), most)
+        if call.caller is not None:
+            call.caller.take(checked.count)
+        return batcher, checked
+
+    def _stream_images(self, call: Call, content: bytes) -> None:
+        """Make the next chunk while the last one is being sent; never more, so that a slow reader costs no memory."""
+        request = read_message(pb.StreamImagesRequest.FromString, content).generate
+        batcher, limit = self._find(request, call), self._settings.max_images_per_request
+        checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
+        if checked.sheet:
+            raise InvalidRequest("generate.layout", "a stream has no contact sheet; ask for one by GenerateImages")
+        call.work = tally = Tally(checked.count)
+        call.spawn(self._stream(call, batcher, checked, tally))
+
+    async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest, tally: Tally) -> None:
+        stop = 0
+
+        def begin(*, accepted: bool) -> "asyncio.Task[bytes] | None":
+            nonlocal stop
+            if stop == request.count:
+                return None
+            # The first images come as soon as their batch is done.
+            size = batcher.max_batch_size
+            if stop and request.encoding == pb.ENCODING_RAW and call.unread_bytes < _LITTLE_UNREAD:
+                # Not more at a time than its caller's rate lets pass at once: the debt would keep him waiting.
+                most = batcher.chunk_size() if call.caller is None else min(batcher.chunk_size(), call.caller.burst)
+                size = max(size, int(most))
+            start, stop = stop, min(stop + size, request.count)
+            return asyncio.create_task(self._make(batcher, request, start, stop, call, tally, accepted=accepted))
+
+        with batcher.held():
+            chunk = begin(accepted=False)
+            try:
+                while chunk is not None:
+                    response = await chunk
+                    chunk = begin(accepted=True)
+                    await call.write(embedded(_CHUNK_TAG, response))
+            finally:
+                if chunk is not None:
+                    chunk.cancel()
+                    await asyncio.gather(chunk, return_exceptions=True)
+        call.finish()
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Call) -> pb.ListModelsResponse:  # noqa: N802
+        """Describe the newest version of every model."""
+        return pb.ListModelsResponse(models=[self._models.describe(name, None) for name in self._models.names])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Call) -> pb.GetModelResponse:  # noqa: N802
+        """Describe one version."""
+        context.model = request.model if request.model in self._models else OTHER
+        version = request.version if request.HasField("version") else None
+        model = self._models.describe(request.model, version)
+        context.version = model.version
+        return pb.GetModelResponse(model=model)
+
+    def _find(self, request: pb.GenerateImagesRequest, call: Call) -> Batcher:
+        call.model = request.model if request.model in self._models else OTHER
+        batcher = self._models.find(request.model, request.version if request.HasField("version") else None)
+        call.version = batcher.model.version
+        return batcher
+
+    async def _make(
+        self,
+        batcher: Batcher,
+        request: GenerationRequest,
+        start: int,
+        stop: int,
+        call: Call,
+        tally: Tally,
+        *,
+        accepted: bool,
+    ) -> bytes:
+        """Make images start to stop of a request, and write them as it asks."""
+        if call.caller is not None:
+            while wait_s := call.caller.must_wait_s(stop - start):
+                call.throttled_s += wait_s
+                call.throttled_until = time.monotonic() + wait_s
+                await asyncio.sleep(wait_s)  # only time makes room: there is no event to wait for
+        draw = request.draw(start, stop)
+        made = await batcher.make(
+            draw, caller=call.turn_of, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally
+        )
+        return await self.encoded(request, draw, made.pixels, times(made), call)
+
+    async def encoded(
+        self, request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], took: bytes, call: Call
+    ) -> bytes:
+        """Write the images as the request asks."""
+        if request.encoding == pb.ENCODING_RAW:
+            return respond(request, draw, pixels, took)
+        started = time.perf_counter()
+        if pixels.nbytes <= _ENCODE_HERE_AT_MOST:
+            response = respond(request, draw, pixels, took)
+        else:
+            response = await asyncio.to_thread(respond, request, draw, pixels, took)
+        encoding = pb.Encoding.Name(request.encoding).removeprefix("ENCODING_")
+        seconds = time.perf_counter() - started
+        call.encode_s += seconds
+        self._metrics.encode_seconds.labels(encoding).observe(seconds)
+        return response
+
+
+class EachRequest(RequestStream):
+    """A stream of GenerateEach. Requests for one image each that came together and are alike are queued as one."""
+
+    __slots__ = ("_alike", "_servicer")
+
+    def __init__(self, servicer: GenerationServicer, call: Call) -> None:
+        super().__init__(call)
+        self._servicer = servicer
+        self._alike: list[_Turn] = []  # not queued yet
+
+    def take(self, content: bytes) -> "_Turn":
+        """Read and check a request; queue those before it, unless they are like it."""
+        turn = _Turn()
+        try:
+            request = read_message(pb.GenerateEachRequest.FromString, content).generate
+            turn.batcher, turn.request = self._servicer.check(request, self._call)
+        except ServingError as error:
+            _refuse([turn], error)
+            return turn
+        turn.pixel_bytes = turn.request.count * turn.request.model.pixel_bytes
+        alike = self._alike
+        if alike and not (len(alike) < turn.batcher.small and turn.is_like(alike[0])):
+            self.queue_taken()
+        self._alike.append(turn)
+        return turn
+
+    def queue_taken(self) -> None:
+        """Queue the requests that are alike."""
+        if self._alike:
+            alike, self._alike = self._alike, []
+            self._submit(alike)
+
+    def _submit(self, turns: "list[_Turn]") -> None:
+        draw, first = draw_of([turn.request for turn in turns]), turns[0]
+
+        def done(made: Made | ServingError) -> None:
+            if isinstance(made, ServingError):
+                _refuse(turns, made)
+            else:
+                self._made(turns, draw, made)
+
+        try:
+            self.submit(turns, first.batcher, draw, done, deadline=self._call.deadline, bulk=first.request.bulk)
+        except ServingError as error:
+            if len(turns) == 1:
+                _refuse(turns, error)
+            else:  # there may be room, or time, for some of them
+                for turn in turns:
+                    self._submit([turn])
+
+    def _made(self, turns: "list[_Turn]", draw: Draw, made: Made) -> None:
+        took = times(made)
+        for index, turn in enumerate(turns):
+            part, pixels = draw, made.pixels
+            if len(turns) > 1:
+                part, pixels = draw.part(index, index + 1), pixels[index : index + 1]
+            if turn.request.encoding == pb.ENCODING_RAW:
+                turn.answer = embedded(_RESPONSE_TAG, respond(turn.request, part, pixels, took))
+            else:
+                encoding = self._encode(turn, part, pixels, took)
+                self._call.spawn(encoding, cancel=self._call.on_cancel)
+
+    async def _encode(self, turn: "_Turn", draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> None:
+        response = await self._servicer.encoded(turn.request, draw, pixels, took, self._call)
+        turn.answer = embedded(_RESPONSE_TAG, response)
+        self.send_answers()
+
+
+def _refuse(turns: "list[_Turn]", error: ServingError) -> None:
+    told = pb.Error(code=error.code.value[0], reason=error.reason, message=str(error))
+    answer = pb.GenerateEachResponse(error=told).SerializeToString()
+    for turn in turns:
+        turn.answer = answer
+
+
+class _Turn(Turn):
+    __slots__ = ("batcher", "request")
+
+    batcher: Batcher
+    request: GenerationRequest
+
+    def is_like(self, other: "_Turn") -> bool:
+        """Tell whether both are for one image, by its seed, that may be made with the other's."""
+        one, another = self.request, other.request
+        return (
+            one.count == another.count == 1
+            and one.first_seed is not None
+            and another.first_seed is not None
+            and self.batcher is other.batcher
+            and one.truncation == another.truncation
+            and one.bulk == another.bulk
+        )

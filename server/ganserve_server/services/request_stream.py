@@ -1,0 +1,163 @@
+"""A stream of requests: each is answered, or refused, in its turn, and none ends the stream.
+
+Some run at a time; more wait unread, so that neither they nor their answers fill the memory.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ganserve_server.compute.engine import Draw
+from ganserve_server.errors import ServingError
+from ganserve_server.queueing.batcher import Batcher, Job, Made, Tally
+from ganserve_server.services.messages import varint
+from ganserve_server.transport.interface import Call, RequestSink
+
+# Of one stream.
+_MAX_RUNNING = 256
+_MAX_RUNNING_BYTES = 16 << 20  # of pixels: answers are kept while those before them are made
+_MAX_PENDING_BYTES = 1 << 20
+_MAX_AT_ONCE = 64  # requests; one that is refused takes 10 to 20 µs of the event loop
+_NOTHING: "deque[Any]" = deque(maxlen=0)  # of a stream without requests: an empty deque of its own takes 600 bytes
+
+
+class Turn:
+    """One request, and its answer once it is there."""
+
+    __slots__ = ("answer", "job", "pixel_bytes")
+
+    def __init__(self) -> None:
+        self.job: Job | None = None
+        self.answer: bytes | None = None
+        self.pixel_bytes = 0
+
+
+class RequestStream(ABC):
+    """Takes requests while there is room, and sends their answers in order."""
+
+    __slots__ = ("_call", "_ended", "_running", "_running_bytes", "_tally", "_unread", "_waits", "_woken")
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._unread: deque[bytes] = _NOTHING
+        self._running: deque[Turn] = _NOTHING
+        self._running_bytes = 0
+        self._woken = self._ended = self._waits = False
+        call.on_cancel = self._cancel
+        call.work = self._tally = Tally()
+
+    @property
+    def sink(self) -> RequestSink:
+        """What takes the stream's requests, and its end."""
+        return self._on_request, self._on_end
+
+    @abstractmethod
+    def take(self, content: bytes) -> Turn:
+        """Read a request, and queue it, now or by `queue_taken`; return its turn."""
+
+    def queue_taken(self) -> None:  # noqa: B027  nothing to do where `take` queues
+        """Queue what was taken and is not queued: there is no room for more, or nothing more has come."""
+
+    def submit(
+        self,
+        turns: Sequence[Turn],
+        batcher: Batcher,
+        draw: Draw,
+        done: Callable[[Made | ServingError], None],
+        *,
+        deadline: float | None,
+        bulk: bool,
+    ) -> None:
+        """Queue one draw for some turns; `done` gives them their answers.
+
+        Raises:
+            ServingError: it is refused.
+        """
+
+        def answered(made: Made | ServingError) -> None:
+            try:
+                done(made)
+                self.send_answers()
+            except Exception as error:
+                self._call.fail(error)
+
+        job = batcher.submit(draw, answered, caller=self._call.turn_of, deadline=deadline, bulk=bulk, tally=self._tally)
+        self._tally.count += draw.count
+        for turn in turns:
+            turn.job = job
+
+    def send_answers(self) -> None:
+        """Send the answers whose turn it is, and begin what their going makes room for."""
+        call, running, answers = self._call, self._running, []
+        while running and (answer := running[0].answer) is not None:
+            self._running_bytes -= running.popleft().pixel_bytes
+            answers.append(answer)
+        if answers:
+            call.send(*answers)
+        if call.pending_bytes > _MAX_PENDING_BYTES and not self._waits:
+            self._waits = True
+            call.spawn(self._resume_once_sent(), cancel=self._cancel)
+        if self._begin():
+            self._wake_soon()  # some may be answered; more have their turn behind other connections
+        elif self._ended and not self._unread and not running:
+            call.finish()
+
+    def _on_request(self, content: bytes) -> None:
+        if self._unread is _NOTHING:
+            self._unread, self._running = deque(), deque()
+        self._unread.append(content)
+        self._wake_soon()
+
+    def _on_end(self) -> None:
+        self._ended = True
+        self._wake_soon()
+
+    def _wake_soon(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._call.soon(self._wake)
+
+    def _wake(self, _: float) -> None:
+        self._woken = False
+        try:
+            self.send_answers()
+        except Exception as error:
+            self._call.fail(error)
+
+    def _begin(self) -> bool:
+        """Take requests while there is room; tell whether there was one."""
+        taken = taken_bytes = 0
+        while (
+            self._unread
+            and taken < _MAX_AT_ONCE
+            and len(self._running) < _MAX_RUNNING
+            and self._running_bytes < _MAX_RUNNING_BYTES
+            and not self._waits
+        ):
+            content = self._unread.popleft()
+            taken, taken_bytes = taken + 1, taken_bytes + len(content)
+            turn = self.take(content)
+            self._running.append(turn)
+            self._running_bytes += turn.pixel_bytes
+        if taken:
+            self.queue_taken()
+            self._call.consumed(taken_bytes, taken)
+        return taken > 0
+
+    async def _resume_once_sent(self) -> None:
+        await self._call.drained()
+        self._waits = False
+        self.send_answers()
+
+    def _cancel(self) -> None:
+        self._unread.clear()
+        for turn in self._running:
+            if turn.job is not None:
+                turn.job.cancel()
+        self._running.clear()
+
+
+def embedded(tag: bytes, message: bytes) -> bytes:
+    """Write a serialised message as a field of another."""
+    return b"".join((tag, varint(len(message)), message))
