@@ -1,15 +1,16 @@
 """The server's settings: each is a flag, an environment variable and a key of a TOML file."""
 
-import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ganserve_server.spelling import nearest
+from ganserve_server.start_errors import SettingsError
 from ganserve_server.transport.limits import Limits
 
 AccessLog = Literal["off", "errors", "all"]
@@ -19,13 +20,8 @@ BUNDLED_MODELS = Path(__file__).parent / "models"
 _PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
 _MOST_THREADS = 64  # where there are not more cores
 _MOST_MODEL_MIB = 2048  # protobuf reads no larger message
-_LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
 # What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
 _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
-
-
-class SettingsError(Exception):
-    """A setting is wrong or unknown; the text says which, where it stands, and what is near it."""
 
 
 class ServerSettings(BaseModel):
@@ -274,16 +270,6 @@ def allowed(name: str) -> str:
         if (value := getattr(part, bound, None)) is not None
     }
     return f"{kind} from {bounds['ge']} to {bounds['le']}" if "le" in bounds else f"{kind}, {bounds['ge']} or more"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at what was probably meant, whatever its case, or nothing."""
-    if not 1 <= len(name) <= _LONGEST_GUESSED_AT:
-        return ""
-    by_folded = {one.casefold(): one for one in known}
-    wanted = name.casefold()
-    near = difflib.get_close_matches(wanted, by_folded, 1) or [one for one in by_folded if wanted in one]
-    return f"; did you mean {by_folded[near[0]]!r}?" if near else ""
 
 
 def _names() -> list[str]:

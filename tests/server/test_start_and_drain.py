@@ -37,7 +37,8 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.observe.http_endpoint import Endpoint
 from ganserve_server.processes.systemd import notify
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
-from ganserve_server.transport.addresses import StartError, bind
+from ganserve_server.start_errors import StartError
+from ganserve_server.transport.addresses import bind
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING

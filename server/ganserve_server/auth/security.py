@@ -11,7 +11,7 @@ from ganserve_server.auth.tls import Certificates, Pem
 from ganserve_server.auth.tokens import Buckets, Role, Tokens
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport.addresses import StartError
+from ganserve_server.start_errors import StartError
 from ganserve_server.transport.interface import Call
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport.addresses import StartError
+from ganserve_server.start_errors import StartError
 
 # TLS 1.2 as HTTP/2 allows it (RFC 9113, 9.2.2): forward secrecy and authenticated encryption. 1.3 has nothing else.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"

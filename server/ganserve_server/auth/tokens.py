@@ -20,8 +20,8 @@ from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ganserve_server.errors import PermissionDenied, RateLimited, Unauthenticated
-from ganserve_server.settings import nearest
-from ganserve_server.transport.addresses import StartError
+from ganserve_server.spelling import nearest
+from ganserve_server.start_errors import StartError
 
 Role = Literal["generate", "admin"]
 MAX_TOKENS = 1000

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport.addresses import StartError, reachable, split
+from ganserve_server.start_errors import StartError
+from ganserve_server.transport.addresses import reachable, split
 
 if TYPE_CHECKING:
     import grpc

@@ -15,7 +15,8 @@ from ganserve_server.repository.verify import (
     load_version,
 )
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport.addresses import StartError, bind, places
+from ganserve_server.start_errors import StartError
+from ganserve_server.transport.addresses import bind, places
 
 
 def problems_of(settings: ServerSettings) -> list[str]:

@@ -23,12 +23,12 @@ from ganserve_server.settings import (
     CONFIG_VARIABLE,
     ENVIRONMENT_PREFIX,
     ServerSettings,
-    SettingsError,
     allowed,
     check_config,
     check_environment,
     read_config,
 )
+from ganserve_server.start_errors import SettingsError
 from ganserve_server.transport.addresses import reachable
 
 _log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     _configure_logs(settings.log_format)
     # Imported late: --help and a wrong flag should not wait for onnxruntime.
     from ganserve_server.processes import app
-    from ganserve_server.transport.addresses import StartError
+    from ganserve_server.start_errors import StartError
 
     async def run() -> None:
         stop, reload = asyncio.Event(), asyncio.Event()

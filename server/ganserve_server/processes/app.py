@@ -21,7 +21,8 @@ from ganserve_server.processes.admin_listener import AdminServer
 from ganserve_server.processes.supervisor import WORKER_VARIABLE, Parent, Supervisor
 from ganserve_server.processes.systemd import notify, reloading
 from ganserve_server.settings import ServerSettings
-from ganserve_server.transport.addresses import StartError, bind, name
+from ganserve_server.start_errors import StartError
+from ganserve_server.transport.addresses import bind, name
 
 # What takes long to import, onnxruntime above all, is imported where a process needs it: a supervisor does not, and it
 # starts the workers first.

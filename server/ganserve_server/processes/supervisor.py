@@ -31,7 +31,7 @@ from prometheus_client.process_collector import ProcessCollector
 from ganserve_server.auth.tokens import BUCKETS_BYTES
 from ganserve_server.observe.metrics import Load
 from ganserve_server.processes.systemd import SOCKET_VARIABLE
-from ganserve_server.transport.addresses import StartError
+from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from ganserve_server.services import administration, health, open_inference, ref
 from ganserve_server.services.generation import SERVICE, GenerationServicer
 from ganserve_server.services.open_inference import InferenceServicer
 from ganserve_server.settings import ServerSettings
+from ganserve_server.start_errors import StartError
 from ganserve_server.transport import new_server
-from ganserve_server.transport.addresses import StartError, refused
+from ganserve_server.transport.addresses import refused
 
 _log = logging.getLogger(__name__)
 

@@ -32,7 +32,8 @@ from ganserve_server.repository.verify import (
 )
 from ganserve_server.services.administration import VersionState
 from ganserve_server.services.health import NOT_SERVING, SERVING, HealthServicer
-from ganserve_server.settings import ServerSettings, nearest
+from ganserve_server.settings import ServerSettings
+from ganserve_server.spelling import nearest
 
 _log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from PIL import Image
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import Draw, Engine, Provider, SessionRefused
 from ganserve_server.compute.gpu import GpuOptions
-from ganserve_server.settings import nearest
-from ganserve_server.transport.addresses import StartError
+from ganserve_server.spelling import nearest
+from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 

@@ -4,16 +4,14 @@ import errno
 import socket
 from typing import Any
 
+from ganserve_server.start_errors import StartError
+
 _HINTS = {
     errno.EADDRINUSE: "another program listens there, or this server by another of its addresses",
     errno.EADDRNOTAVAIL: "this machine does not have it; 0.0.0.0 is every address it has",
     errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
     socket.EAI_NONAME: "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for every one",
 }
-
-
-class StartError(Exception):
-    """The server cannot start; the text says why and what to do."""
 
 
 def bind(address: str, flag: str) -> list[socket.socket]:
