@@ -18,11 +18,11 @@ from ganserve_server.compute.engine import Draw, Engine
 from ganserve_server.compute.gpu import Feeds
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.observe.metrics import Metrics
-from ganserve_server.processes.supervisor import Board
 from ganserve_server.queueing.batcher import Batcher, Made
 from ganserve_server.queueing.scheduler import Scheduler
 from ganserve_server.repository.verify import ModelVersion
 from ganserve_server.settings import BUNDLED_MODELS
+from ganserve_server.shared.scoreboard import Scoreboard
 
 WAIT_S = 30
 
@@ -462,7 +462,7 @@ async def test_two_cores_make_the_parts_of_a_request_at_a_time_and_they_come_bac
 async def test_a_worker_has_the_cores_of_the_others_while_they_compute_nothing(engine: HeldEngine) -> None:
     memory = os.memfd_create("board")
     os.ftruncate(memory, 4096)
-    mine, other = Board(memory, workers=2, mine=0), Board(memory, workers=2, mine=1)
+    mine, other = Scoreboard(memory, workers=2, mine=0), Scoreboard(memory, workers=2, mine=1)
     scheduler = Scheduler(2, mine)
     batcher = queue_of(engine, scheduler)
     for seed, running, at_once in ((0, 0, 2), (16, 1, 1), (32, 0, 2)):
@@ -550,7 +550,7 @@ def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core() -> None:
     assert not engine.wide_is_faster
 
 
-class Flickering(Board):
+class Flickering(Scoreboard):
     """The other worker computes, or does not, whenever one looks."""
 
     def others_running(self) -> int:

@@ -54,6 +54,7 @@ from ganserve_server.auth.security import Security
 from ganserve_server.errors import RateLimited
 from ganserve_server.services.messages import varint
 from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
 
 Start = Callable[..., RunningServer]
 CA = trustme.CA()
@@ -564,7 +565,7 @@ def test_a_file_that_changes_while_the_server_starts_is_read_again(
 
     read_tokens = tokens.read_tokens
     monkeypatch.setattr(tokens, "read_tokens", read_and_change)
-    guard = Security(ServerSettings(tokens_file=str(file)), None, tokens.Buckets())
+    guard = Security(ServerSettings(tokens_file=str(file)), None, SharedRates())
     assert guard.tokens is not None
 
     def name_of(token: str) -> str:
@@ -705,7 +706,7 @@ def test_a_withdrawn_token_is_no_longer_let_in(start_server: Start, tmp_path: Pa
 def test_the_greatest_debt_and_the_longest_burst_are_counted() -> None:
     digest = tokens.new_token()[1]
     slowest = tokens.Token(name="a", sha256=digest, roles=("generate",), images_per_s=0.001, burst_images=1e9)
-    caller = tokens.Caller(slowest, tokens.Buckets())
+    caller = tokens.Caller(slowest, SharedRates())
     caller.take(1_000_000_000)  # a burst of 30,000 years, and the machine is younger
     with pytest.raises(RateLimited) as caught:
         caller.take(1)

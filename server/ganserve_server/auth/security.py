@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from socket import AF_INET6, socket
 
-from ganserve_server.auth.tls import Certificates, Pem
-from ganserve_server.auth.tokens import Buckets, Role, Tokens
+from ganserve_server.auth.tls import Certificates
+from ganserve_server.auth.tokens import Role, Tokens
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
+from ganserve_server.transport.credentials import Pem
 from ganserve_server.transport.interface import Call
 
 _log = logging.getLogger(__name__)
@@ -25,13 +27,13 @@ class Security:
     Args:
         settings: name the files.
         metrics: of this process; None in a supervisor, whose workers have them.
-        buckets: of the tokens' rates.
+        rates: where the tokens' rates are counted.
 
     Raises:
         StartError: a file cannot be used.
     """
 
-    def __init__(self, settings: ServerSettings, metrics: Metrics | None, buckets: Buckets) -> None:
+    def __init__(self, settings: ServerSettings, metrics: Metrics | None, rates: SharedRates) -> None:
         self._files = {
             "certificates": _named(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file),
             "tokens": _named(settings.tokens_file),
@@ -39,7 +41,7 @@ class Security:
         # Before they are read: what changes meanwhile is read again.
         self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
         self.certificates = certificates_of(settings, metrics)
-        self.tokens = tokens_of(settings, metrics, buckets)
+        self.tokens = tokens_of(settings, metrics, rates)
         self._metrics = metrics
         self._tell_expired()
         self._parts = {"certificates": self.certificates, "tokens": self.tokens}
@@ -124,7 +126,7 @@ def certificates_of(settings: ServerSettings, metrics: Metrics | None) -> Certif
     return Certificates(settings, metrics) if named else None
 
 
-def tokens_of(settings: ServerSettings, metrics: Metrics | None, buckets: Buckets) -> Tokens | None:
+def tokens_of(settings: ServerSettings, metrics: Metrics | None, rates: SharedRates) -> Tokens | None:
     """Read the tokens, if the settings name a file.
 
     Raises:
@@ -132,7 +134,7 @@ def tokens_of(settings: ServerSettings, metrics: Metrics | None, buckets: Bucket
     """
     if not settings.tokens_file:
         return None
-    return Tokens(settings.tokens_file, buckets, None if metrics is None else metrics.caller_limited)
+    return Tokens(settings.tokens_file, rates, None if metrics is None else metrics.caller_limited)
 
 
 def _named(*files: str) -> tuple[Path, ...]:

@@ -4,39 +4,20 @@ import asyncio.sslproto
 import datetime
 import os
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.settings import ServerSettings
 from ganserve_server.start_errors import StartError
+from ganserve_server.transport.credentials import Pem
 
 # TLS 1.2 as HTTP/2 allows it (RFC 9113, 9.2.2): forward secrecy and authenticated encryption. 1.3 has nothing else.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 _PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 _SEQUENCE, _UTC_TIME, _VERSION = 0x30, 0x17, 0xA0  # tags of DER
-_FAILURES = {
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "no_certificate",
-    "CERTIFICATE_VERIFY_FAILED": "untrusted_certificate",
-    "HTTP_REQUEST": "no_tls",
-    "WRONG_VERSION_NUMBER": "no_tls",
-    "UNSUPPORTED_PROTOCOL": "old_tls",
-    "NO_SHARED_CIPHER": "old_tls",
-}
-CLOSED = "closed"
 # Bytes that each connection keeps to read into: asyncio's own 256 KiB were 2.5 GiB of the 10,000 that may be.
 asyncio.sslproto.SSLProtocol.max_size = 32 << 10
-_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
-
-
-@dataclass(frozen=True, slots=True)
-class Pem:
-    """What the files had when they were last usable together."""
-
-    certificate: bytes
-    key: bytes
-    client_ca: bytes | None
 
 
 class Certificates:
@@ -161,13 +142,3 @@ def _element(der: bytes, position: int) -> tuple[int, int, int]:
 
 def _no_password() -> str:
     raise ValueError("the key is encrypted; the server has no password for it")
-
-
-def failure(error: OSError) -> str:
-    """Name why a handshake failed, in a word for metrics; `closed`: the peer went away, as one that only looks does."""
-    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == _EXPIRED:
-        return "expired_certificate"
-    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-        reason = error.reason or ""
-        return _FAILURES.get(reason, "refused_by_peer" if "ALERT" in reason else "other")
-    return "timeout" if isinstance(error, ConnectionAbortedError) else CLOSED

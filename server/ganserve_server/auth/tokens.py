@@ -5,12 +5,10 @@ import hashlib
 import hmac
 import json
 import math
-import mmap
 import os
 import re
 import secrets
 import stat
-import time
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,21 +18,16 @@ from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ganserve_server.errors import PermissionDenied, RateLimited, Unauthenticated
+from ganserve_server.shared.rates import MAX_TOKENS, SharedRates
 from ganserve_server.spelling import nearest
 from ganserve_server.start_errors import StartError
 
 Role = Literal["generate", "admin"]
-MAX_TOKENS = 1000
 _AUTHORIZATION = re.compile(rb"bearer +([\x21-\x7e]{1,4096}) *", re.IGNORECASE)
 _TABLE = re.compile(r"^(?=[ \t]*\[\[[ \t]*tokens[ \t]*\]\])", re.MULTILINE)
 _TOKEN_BYTES = 32
 _TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets can know one
-_CELL = 8  # bytes
-_MOST_NS = 2**63 - 1  # in a cell
 _LEAST_RATE, _MOST_IMAGES = 0.001, 1e9
-_BUCKETS = 4 * MAX_TOKENS  # with those that have been removed since the start
-BUCKETS_BYTES = _BUCKETS * 2 * _CELL
-
 
 _PATTERNS = {
     "name": "it must be 1 to 64 letters, digits, '.', '_' and '-'",
@@ -60,55 +53,17 @@ class Token(BaseModel):
         return self
 
 
-class Buckets:
-    """How much each token has used of its rate, in memory that all workers share.
-
-    Of each: a tag, and the time (monotonic, in ns) at which it has all of its rate paid. Workers that change one in the
-    same microsecond may lose a change: what is let through is then a little more.
-
-    Args:
-        descriptor: of memory of BUCKETS_BYTES; -1: of this process alone.
-    """
-
-    def __init__(self, descriptor: int = -1) -> None:
-        self._cells = memoryview(mmap.mmap(descriptor, BUCKETS_BYTES)).cast("q")
-
-    def place(self, token: Token) -> int:
-        """Find the bucket of a token, or take one for it."""
-        tag = int(token.sha256[:15], 16) or 1
-        for step in range(_BUCKETS):
-            place = (tag + step) % _BUCKETS * 2
-            if self._cells[place] in (0, tag):
-                self._cells[place] = tag
-                return place + 1
-        return tag % _BUCKETS * 2 + 1  # shared, after thousands of tokens: a restart parts them
-
-    def take(self, place: int, images: int, images_per_s: float, burst: float) -> float:
-        """Count images; return 0, or if there are too many the seconds until there are not.
-
-        More than a burst may be asked for at once; the debt is paid before there is more.
-        """
-        now = time.monotonic_ns()
-        unused = now - int(burst / images_per_s * 1e9)
-        paid = max(self._cells[place] or unused, unused)
-        early_ns = paid + int(min(images, burst) / images_per_s * 1e9) - now
-        if early_ns > 0:
-            return early_ns / 1e9
-        self._cells[place] = min(paid + int(images / images_per_s * 1e9), _MOST_NS)
-        return 0.0
-
-
 class Caller:
     """Whose token a call has."""
 
-    __slots__ = ("_bucket", "_buckets", "_burst", "_delayed", "_rate", "_refused", "name", "roles")
+    __slots__ = ("_burst", "_delayed", "_rate", "_rates", "_refused", "_slot", "name", "roles")
 
-    def __init__(self, token: Token, buckets: Buckets, limited: Counter | None = None) -> None:
+    def __init__(self, token: Token, rates: SharedRates, limited: Counter | None = None) -> None:
         self.name, self.roles = token.name, token.roles
         self._rate = token.images_per_s
         self._burst = token.burst_images or max(1.0, token.images_per_s or 0.0)
-        self._buckets = buckets
-        self._bucket = buckets.place(token)
+        self._rates = rates
+        self._slot = rates.slot(token.sha256)
         # Made at once: Prometheus misses the first of what is counted in a series that was not there before.
         counted = None if self._rate is None else limited
         self._refused, self._delayed = (
@@ -147,7 +102,7 @@ class Caller:
         return self._wait_s(images, self._delayed)
 
     def _wait_s(self, images: int, limited: Counter | None) -> float:
-        wait_s = 0.0 if self._rate is None else self._buckets.take(self._bucket, images, self._rate, self._burst)
+        wait_s = 0.0 if self._rate is None else self._rates.take(self._slot, images, self._rate, self._burst)
         if wait_s and limited is not None:
             limited.inc()
         return wait_s
@@ -158,16 +113,16 @@ class Tokens:
 
     Args:
         file: as `ganserve-server token` writes it: TOML, a table `[[tokens]]` for each.
-        buckets: of their rates.
+        rates: where their rates are counted.
         limited: counts what their rates refuse and delay, by name and outcome; None: nobody asks.
 
     Raises:
         StartError: it cannot be read, or breaks a rule.
     """
 
-    def __init__(self, file: str, buckets: Buckets, limited: Counter | None = None) -> None:
+    def __init__(self, file: str, rates: SharedRates, limited: Counter | None = None) -> None:
         self._file = Path(file)
-        self._buckets, self._limited = buckets, limited
+        self._rates, self._limited = rates, limited
         self._tokens: dict[str, Token] = {}
         self._callers: dict[bytes, tuple[bytes, Caller]] = {}
         self.reload()
@@ -187,7 +142,7 @@ class Tokens:
         self._callers = {}
         for token in tokens.values():
             digest = bytes.fromhex(token.sha256)
-            self._callers[digest[:16]] = (digest[16:], Caller(token, self._buckets, self._limited))
+            self._callers[digest[:16]] = (digest[16:], Caller(token, self._rates, self._limited))
         differ = {
             "added": sorted(tokens.keys() - before.keys()),
             "removed": sorted(before.keys() - tokens.keys()),

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 
 from ganserve_server.auth.security import certificates_of, tokens_of
-from ganserve_server.auth.tokens import Buckets
 from ganserve_server.repository.verify import (
     ModelRejected,
     check_repository,
@@ -15,6 +14,7 @@ from ganserve_server.repository.verify import (
     load_version,
 )
 from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
 from ganserve_server.transport.addresses import bind, places
 
@@ -42,7 +42,7 @@ def problems_of(settings: ServerSettings) -> list[str]:
         for kind, end in (certificates.expired if certificates else {}).items():
             found.append(f"a certificate in {files[kind]} has expired, on {end:%Y-%m-%d at %H:%M} UTC")
     with collecting():
-        tokens_of(settings, None, Buckets())
+        tokens_of(settings, None, SharedRates())
     addresses = {
         "--address": settings.address,
         "--metrics-address": settings.metrics_address,

@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 from prometheus_client import Counter, Histogram
 
-from ganserve_server.auth.tls import CLOSED, failure
 from ganserve_server.errors import ServingError
 from ganserve_server.observe.metrics import OTHER, Metrics
+from ganserve_server.observe.tls_failures import CLOSED, tls_failure
 from ganserve_server.observe.tracing import Tracing
 from ganserve_server.settings import AccessLog
 from ganserve_server.transport.interface import Call
@@ -70,7 +70,7 @@ class CallRecorder:
 
     def tls_failed(self, error: OSError, peer: str) -> None:
         """Count a connection that ended in the TLS handshake, and log it."""
-        reason = failure(error)
+        reason = tls_failure(error)
         self._metrics.tls_failures.labels(reason).inc()
         if reason == CLOSED or self._access_log == "off":
             return
@@ -145,7 +145,7 @@ def tell_internal_error(call: Call, error: BaseException) -> None:
 
 def tell_tls_failure(error: OSError, peer: str) -> None:
     """Log a connection that ended in the TLS handshake, unless it was only closed, as by one that looks."""
-    if (reason := failure(error)) != CLOSED:
+    if (reason := tls_failure(error)) != CLOSED:
         _log.info("TLS failed", extra={"reason": reason, "peer": peer, "error": str(error)})
 
 

@@ -13,7 +13,6 @@ from socket import socket
 from typing import TYPE_CHECKING, Any
 
 from ganserve_server.auth.security import Security
-from ganserve_server.auth.tokens import Buckets
 from ganserve_server.machine import cores, memory_limit, nvidia_driver
 from ganserve_server.observe.http_endpoint import Endpoint
 from ganserve_server.observe.metrics import Metrics
@@ -21,6 +20,7 @@ from ganserve_server.processes.admin_listener import AdminServer
 from ganserve_server.processes.supervisor import WORKER_VARIABLE, Parent, Supervisor
 from ganserve_server.processes.systemd import notify, reloading
 from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
 from ganserve_server.transport.addresses import bind, name
 
@@ -72,7 +72,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         notify("READY=1")
 
     metrics = Metrics() if workers == 1 else None
-    security = Security(settings, metrics, Buckets())
+    security = Security(settings, metrics, SharedRates())
     security.warn_if_open(sockets, "--address")
     if metrics is not None:
         await _serve_alone(settings, stop, reload, sockets, metrics, security, log_serving)
@@ -90,7 +90,7 @@ async def _work(parent: Parent, settings: ServerSettings, stop: asyncio.Event, r
     logging.getLogger("ganserve_server.auth.security").setLevel(logging.CRITICAL)
     models_log = logging.getLogger("ganserve_server.repository.lifecycle")
     models_log.addFilter(lambda line: line.msg not in _ALIKE or parent.tells)
-    security = Security(settings, metrics, Buckets(parent.buckets))
+    security = Security(settings, metrics, SharedRates(parent.rates))
     with contextlib.closing(parent):
         try:
             await serve_models(settings, stop, reload, parent.sockets, metrics, security, parent)

@@ -6,11 +6,9 @@ are true sums over all workers, dead ones too: prometheus-client keeps them in f
 """
 
 import asyncio
-import fcntl
 import functools
 import json
 import logging
-import mmap
 import os
 import shutil
 import signal
@@ -18,8 +16,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,160 +26,18 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.process_collector import ProcessCollector
 
-from ganserve_server.auth.tokens import BUCKETS_BYTES
 from ganserve_server.observe.metrics import Load
 from ganserve_server.processes.systemd import SOCKET_VARIABLE
+from ganserve_server.shared.rates import RATES_BYTES
+from ganserve_server.shared.scoreboard import Scoreboard, scoreboard_bytes
 from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 
 WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
-_CELL = 8  # bytes
-# Of one worker: its connections, its running batches, its running calls, its models, what it has accepted, and its
-# connections that had a call of late.
-_CELLS = 6
-_ABSENT = 1 << 60  # connections of a worker that cannot take any
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
-_PATIENCE_S = 0.05  # for a worker that has fewer connections, and does not take the next
-_LOOK_EVERY_S, _LONGEST_WAIT_S = 0.005, 5.0
 _LONGEST_LINE = 64 << 20  # bytes: a message of gRPC's in JSON, or what there is to say of 200 000 versions
-
-
-class Board:
-    """Memory that all workers see: how busy each is. A worker writes its own cells alone."""
-
-    def __init__(self, descriptor: int, workers: int, mine: int) -> None:
-        self._descriptor = descriptor
-        self._cells = memoryview(mmap.mmap(descriptor, workers * _CELLS * _CELL)).cast("q")
-        self._mine = mine
-        self.workers = workers
-        self._others = [number for number in range(workers) if number != mine]
-
-    def set_connections(self, count: int) -> None:
-        """Say how many connections this worker has."""
-        self._cells[self._mine * _CELLS] = count
-
-    def set_running(self, batches: int) -> None:
-        """Say how many batches this worker computes."""
-        self._cells[self._mine * _CELLS + 1] = batches
-
-    def set_calls(self, calls: int) -> None:
-        """Say how many calls this worker answers."""
-        self._cells[self._mine * _CELLS + 2] = calls
-
-    def set_models(self, count: int) -> None:
-        """Say how many models this worker serves."""
-        self._cells[self._mine * _CELLS + 3] = count
-
-    @property
-    def mine(self) -> int:
-        """How many connections in use this worker has."""
-        return self._in_use(self._mine)
-
-    def set_in_use(self, count: int) -> None:
-        """Say how many of this worker's connections had a call of late, or are new."""
-        self._cells[self._mine * _CELLS + 5] = count
-
-    def _in_use(self, worker: int) -> int:
-        first = worker * _CELLS
-        return _ABSENT if self._cells[first] == _ABSENT else self._cells[first + 5]
-
-    def set_accepted(self, connections: int) -> None:
-        """Say how many connections this worker has taken since it started."""
-        self._cells[self._mine * _CELLS + 4] = connections
-
-    def load(self) -> tuple[int, int]:
-        """Add up the connections and the calls of all workers that are there."""
-        cells = self._cells
-        there = [one for one in range(0, self.workers * _CELLS, _CELLS) if cells[one] != _ABSENT]
-        return sum(cells[one] for one in there), sum(cells[one + 2] for one in there)
-
-    def serving(self) -> int:
-        """Count the workers that are there and have a model."""
-        cells = self._cells
-        return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
-
-    def connections(self) -> dict[int, int]:
-        """Return how many connections in use each of the other workers has."""
-        return {other: self._in_use(other) for other in self._others}
-
-    def accepted(self) -> dict[int, int]:
-        """Return how many connections each of the other workers has taken since it started."""
-        return {other: self._cells[other * _CELLS + 4] for other in self._others}
-
-    @property
-    def leads(self) -> bool:
-        """Whether this worker is the first of those that are there."""
-        there = (worker for worker in range(self.workers) if self._cells[worker * _CELLS] != _ABSENT)
-        return next(there, None) == self._mine
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether this worker takes connections."""
-        return self.mine != _ABSENT
-
-    async def all_loaded(self) -> None:
-        """Wait for the others to load their models: the first to serve would get all connections that wait for one."""
-        until = time.monotonic() + _LONGEST_WAIT_S
-        models = [worker * _CELLS + 3 for worker in self._others]
-        while not all(self._cells[cell] for cell in models) and time.monotonic() < until:  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK_EVERY_S)  # processes have no Event in common
-
-    def others_running(self) -> int:
-        """Count the batches that the other workers compute."""
-        return sum(self._cells[other * _CELLS + 1] for other in self._others)
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Wait until no other worker does what one is to do at a time."""
-        await asyncio.to_thread(fcntl.lockf, self._descriptor, fcntl.LOCK_EX)  # it ends with its process
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
-
-    def absent(self, worker: int) -> None:
-        """Take note that a worker is not there; the supervisor's to say."""
-        self._cells[worker * _CELLS] = _ABSENT
-        for cell in range(1, _CELLS):
-            self._cells[worker * _CELLS + cell] = 0
-
-
-class Turns:
-    """Whose the next connection is: a worker's that has the fewest, but none's that stands still."""
-
-    def __init__(self, board: Board) -> None:
-        self._board = board
-        self._taken = 0
-        self._since = self._asked = 0.0
-        # Workers, with the connections that each had taken by then.
-        self._waited_for: dict[int, int] = {}
-        self._stuck: dict[int, int] = {}
-
-    def take(self) -> None:
-        """Take note of a connection that this worker took."""
-        self._taken += 1
-        self._board.set_accepted(self._taken)
-
-    def mine(self) -> bool:
-        """Tell whether this worker is to take the connection that waits; if not, ask again soon."""
-        now, taken = time.monotonic(), self._board.accepted()
-        self._stuck = {worker: count for worker, count in self._stuck.items() if taken[worker] == count}
-        able = {worker: count for worker, count in self._board.connections().items() if worker not in self._stuck}
-        fewest = min(able.values(), default=_ABSENT)
-        if fewest >= self._board.mine:
-            self._waited_for = {}
-            return True
-        pause = now - self._asked > 2 * _PATIENCE_S
-        if pause or not self._waited_for or any(taken[worker] != count for worker, count in self._waited_for.items()):
-            self._since = now  # for another connection than then
-        self._asked = now
-        self._waited_for = {worker: taken[worker] for worker, count in able.items() if count == fewest}
-        if now - self._since >= _PATIENCE_S:
-            self._stuck |= self._waited_for
-            self._waited_for = {}
-        return False
 
 
 class Parent:
@@ -190,9 +46,9 @@ class Parent:
     def __init__(self, variable: str) -> None:
         given = json.loads(variable)
         self.number: int = given["number"]
-        self.board = Board(given["board"], given["workers"], self.number)
+        self.board = Scoreboard(given["board"], given["workers"], self.number)
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
-        self.buckets: int = given["buckets"]  # memory of the tokens' rates
+        self.rates: int = given["rates"]  # memory of the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
         self.replaces: bool = given["replaces"]  # one that ended
         self.gone = asyncio.Event()
@@ -273,11 +129,11 @@ class Supervisor:
 
     def __init__(self, count: int, sockets: list[socket.socket]) -> None:
         self._count, self._sockets = count, sockets
-        self._memory = os.memfd_create("ganserve-board")
-        os.ftruncate(self._memory, count * _CELLS * _CELL)
-        self._buckets = os.memfd_create("ganserve-buckets")
-        os.ftruncate(self._buckets, BUCKETS_BYTES)
-        self._board = Board(self._memory, count, mine=0)
+        self._memory = os.memfd_create("ganserve-scoreboard")
+        os.ftruncate(self._memory, scoreboard_bytes(count))
+        self._rates = os.memfd_create("ganserve-rates")
+        os.ftruncate(self._rates, RATES_BYTES)
+        self._board = Scoreboard(self._memory, count, mine=0)
         for number in range(count):
             self._board.absent(number)
         try:
@@ -365,7 +221,7 @@ class Supervisor:
             "workers": self._count,
             "sockets": descriptors,
             "board": self._memory,
-            "buckets": self._buckets,
+            "rates": self._rates,
             "channel": theirs.fileno(),
             "unloaded": unloaded,
             "replaces": replaces,
@@ -383,7 +239,7 @@ class Supervisor:
             "ganserve_server",
             *sys.argv[1:],
             env=environment,
-            pass_fds=(*descriptors, self._memory, self._buckets, theirs.fileno()),
+            pass_fds=(*descriptors, self._memory, self._rates, theirs.fileno()),
             process_group=0,  # a terminal's Ctrl-C is the supervisor's to pass on
         )
         theirs.close()

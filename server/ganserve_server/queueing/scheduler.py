@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve_server.compute.gpu import Feeds
-from ganserve_server.processes.supervisor import Board
 from ganserve_server.queueing.batcher import LEAST_BATCH, Batcher, Part
+from ganserve_server.shared.scoreboard import Scoreboard
 
 # A batch shorter than this is made where the calls are read: the way to a thread and back costs 50 to 100 µs.
 _INLINE_S = 0.0003
@@ -56,7 +56,7 @@ class Scheduler:
             others while they compute nothing.
     """
 
-    def __init__(self, cores: int, board: Board | None = None) -> None:
+    def __init__(self, cores: int, board: Scoreboard | None = None) -> None:
         self.cores = cores
         own = cores if board is None else max(1, cores // board.workers)
         self._own, self._others = _Threads(own), _Threads(cores - own)

@@ -18,7 +18,6 @@ from ganserve_server.compute.gpu import gpu_options
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.observe.metrics import Metrics
-from ganserve_server.processes.supervisor import Board
 from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.scheduler import Scheduler
 from ganserve_server.repository.verify import (
@@ -33,6 +32,7 @@ from ganserve_server.repository.verify import (
 from ganserve_server.services.administration import VersionState
 from ganserve_server.services.health import NOT_SERVING, SERVING, HealthServicer
 from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.scoreboard import Scoreboard
 from ganserve_server.spelling import nearest
 
 _log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Lifecycle:
         metrics: Metrics,
         table: ModelTable,
         health_servicer: HealthServicer,
-        board: Board | None = None,
+        board: Scoreboard | None = None,
         unloaded: Collection[str] = (),
     ) -> None:
         self._board = board

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 # Not here: settings import this package, and grpc takes long to import, and reads its environment then.
 if TYPE_CHECKING:
-    from ganserve_server.auth.security import Security
+    from ganserve_server.transport.credentials import Credentials
     from ganserve_server.transport.interface import Server
 
 
 def new_server(
     transport: Literal["own", "grpcio"],
-    security: "Security",
+    credentials: "Credentials",
     *,
     on_tls_failure: Callable[[OSError, str], None],
     on_aged: Callable[[], None] = lambda: None,
@@ -23,11 +23,11 @@ def new_server(
     if transport == "grpcio":  # its core says nothing of connections
         from ganserve_server.transport.grpcio_server import GrpcioServer
 
-        return GrpcioServer(tls=security.pem, **options)
+        return GrpcioServer(tls=credentials.pem, **options)
     from ganserve_server.transport.grpc_server import GrpcServer
 
     return GrpcServer(
-        tls=security.context,
+        tls=credentials.context,
         on_tls_failure=on_tls_failure,
         on_aged=on_aged,
         on_ended=on_ended,

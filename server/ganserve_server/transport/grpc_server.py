@@ -19,7 +19,7 @@ import grpc
 
 from ganserve_server.errors import Unavailable
 from ganserve_server.machine import give_back_memory
-from ganserve_server.processes.supervisor import Turns
+from ganserve_server.shared.scoreboard import AcceptOrder
 from ganserve_server.transport.answering import BaseServer
 from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
 from ganserve_server.transport.http2 import CANCEL, GOAWAY_TIMEOUT_S, Connection
@@ -80,7 +80,7 @@ class GrpcServer(BaseServer[Http2Call]):
         self._listening: list[socket] = []
         self._accepted = 0  # sockets that are not closed yet
         self._handshakes: dict[asyncio.Task[None], None] = {}  # oldest first
-        self._turns = None if self._board is None else Turns(self._board)
+        self._accept_order = None if self._board is None else AcceptOrder(self._board)
         self._unused = 0  # connections without a call of late
         self._looking: asyncio.TimerHandle | None = None
         self._gave_back, self._give_back_again = 0.0, False  # by time.monotonic
@@ -203,7 +203,7 @@ class GrpcServer(BaseServer[Http2Call]):
     def _accept(self, listening: socket) -> None:
         """Take one connection, if no other worker that can has fewer: the one that has is woken too."""
         pause_s = 0.0
-        if self._turns is not None and not self._turns.mine():
+        if self._accept_order is not None and not self._accept_order.may_accept():
             pause_s = _YIELD_S
         else:
             try:
@@ -214,8 +214,8 @@ class GrpcServer(BaseServer[Http2Call]):
                 _log.error("a connection cannot be accepted", extra={"reason": str(error)})
                 pause_s = _ACCEPT_PAUSE_S
             else:
-                if self._turns is not None:
-                    self._turns.take()
+                if self._accept_order is not None:
+                    self._accept_order.accepted()
                 if not self._has_place():
                     # Without a word: gRPC's clients would take a GOAWAY for a connection that was there, and connect
                     # again at once, thousands of times a second.

@@ -18,7 +18,6 @@ from typing import Any, NoReturn, cast
 
 import grpc
 
-from ganserve_server.auth.tls import Pem
 from ganserve_server.errors import MessageTooLarge, Unavailable
 from ganserve_server.transport.answering import (
     REQUEST_ID_KEY,
@@ -30,6 +29,7 @@ from ganserve_server.transport.answering import (
     request_id_of,
     spawn,
 )
+from ganserve_server.transport.credentials import Pem
 from ganserve_server.transport.interface import Caller, Method, Work
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 
