@@ -18,12 +18,12 @@ from tests.wire import DATA, END_STREAM, HEADERS, PREFACE, RST_STREAM, SETTINGS,
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import QueueFull, ServingError, Unauthenticated
 from ganserve_server.observe.call_recorder import CallRecorder
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.queueing.batcher import Batcher, Made
-from ganserve_server.repository.lifecycle import ModelTable
-from ganserve_server.repository.verify import ModelVersion
+from ganserve_server.repository.table import ModelTable
 from ganserve_server.services import health, reflection
 from ganserve_server.services.generation import GenerationServicer
 from ganserve_server.settings import ServerSettings

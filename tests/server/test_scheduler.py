@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import Draw, Engine
 from ganserve_server.compute.gpu import Feeds
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.queueing.batcher import Batcher, Made
 from ganserve_server.queueing.scheduler import Scheduler
-from ganserve_server.repository.verify import ModelVersion
 from ganserve_server.settings import BUNDLED_MODELS
 from ganserve_server.shared.scoreboard import Scoreboard
 

@@ -6,13 +6,8 @@ import itertools
 from collections.abc import Iterator
 
 from ganserve_server.auth.security import certificates_of, tokens_of
-from ganserve_server.repository.verify import (
-    ModelRejected,
-    check_repository,
-    find_misplaced,
-    find_versions,
-    load_version,
-)
+from ganserve_server.repository.scan import find_misplaced, find_versions, require_models
+from ganserve_server.repository.verify import ModelRejected, load_version
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
@@ -34,7 +29,7 @@ def problems_of(settings: ServerSettings) -> list[str]:
             found.append(str(error))
 
     with collecting():
-        check_repository(settings.models)
+        require_models(settings.models)
         found += _kept_out(settings)
     with collecting():
         certificates = certificates_of(settings, None)

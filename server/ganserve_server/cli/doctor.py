@@ -6,9 +6,11 @@ import platform
 import onnxruntime
 
 from ganserve_server import machine
+from ganserve_server.compute import cuda
 from ganserve_server.compute.engine import Engine, ProviderUnavailable
 from ganserve_server.compute.gpu import gpu_options
-from ganserve_server.repository.verify import MODEL_FILE_NAME, load_version
+from ganserve_server.repository.scan import MODEL_FILE_NAME
+from ganserve_server.repository.verify import load_version
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
 
@@ -16,7 +18,7 @@ def examine(settings: ServerSettings) -> tuple[list[str], bool]:
     """Return lines to print, and whether the provider that was asked for runs: a bundled model is tried."""
     provider, threads = settings.provider, settings.threads
     cores, memory = machine.cores(), machine.memory_limit()
-    machine.load_cuda_libraries()
+    cuda.load_cuda_libraries()
     packages = ("ganserve", "grpcio", "protobuf", "numpy")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     versions += [f"onnxruntime {onnxruntime.__version__}", f"Python {platform.python_version()}"]
@@ -29,15 +31,15 @@ def examine(settings: ServerSettings) -> tuple[list[str], bool]:
         f"memory       {'no limit of the cgroup' if memory is None else f'{memory >> 20} MiB by the cgroup'}",
         f"onnxruntime  was built for {', '.join(providers)}",
     ]
-    cuda, tensorrt = machine.cuda_libraries(), machine.tensorrt_libraries()
-    for name, reason in (tensorrt | cuda).items():
-        only = "" if name in cuda else " (TensorRT)"
+    of_cuda, of_tensorrt = cuda.cuda_libraries(), cuda.tensorrt_libraries()
+    for name, reason in (of_tensorrt | of_cuda).items():
+        only = "" if name in of_cuda else " (TensorRT)"
         lines.append(f"{'missing' if reason else 'found':<11}  {name}{only}")
     try:
         engine = _engine_of_a_bundled_model(settings)
     except ProviderUnavailable as error:
         return [*lines, f"provider     {error}"], False
-    why = f": {machine.why_no_cuda()}" if engine.on_cpu and provider != "cpu" else ""
+    why = f": {cuda.why_no_cuda()}" if engine.on_cpu and provider != "cpu" else ""
     lines.append(f"provider     {provider} runs on {engine.provider.removesuffix('ExecutionProvider')}{why}")
     if engine.buckets:
         lines.append(f"buckets      of {', '.join(map(str, engine.buckets))} images")

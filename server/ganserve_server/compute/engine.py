@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from ganserve_server.compute.cuda import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
 from ganserve_server.compute.gpu import (
     CPU,
     CUDA,
@@ -24,7 +25,6 @@ from ganserve_server.compute.gpu import (
     cuda_providers,
     tensorrt_providers,
 )
-from ganserve_server.machine import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
 
 _log = logging.getLogger(__name__)
 

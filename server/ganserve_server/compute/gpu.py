@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ganserve_server.machine import cuda_libraries
+from ganserve_server.compute.cuda import cuda_libraries
 from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from ganserve_server.transport.addresses import bind, name, refused
 from ganserve_server.transport.interface import Call, Server
 
 if TYPE_CHECKING:
-    from ganserve_server.services.administration import Administration
+    from ganserve_server.repository.states import Administration
 
 _log = logging.getLogger(__name__)
 

@@ -13,10 +13,12 @@ from socket import socket
 from typing import TYPE_CHECKING, Any
 
 from ganserve_server.auth.security import Security
-from ganserve_server.machine import cores, memory_limit, nvidia_driver
+from ganserve_server.compute.cuda import nvidia_driver
+from ganserve_server.machine import cores, memory_limit
 from ganserve_server.observe.http_endpoint import Endpoint
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.processes.admin_listener import AdminServer
+from ganserve_server.processes.administration import WorkersAdministration
 from ganserve_server.processes.supervisor import WORKER_VARIABLE, Parent, Supervisor
 from ganserve_server.processes.systemd import notify, reloading
 from ganserve_server.settings import ServerSettings
@@ -157,9 +159,7 @@ async def _supervise(
         facts, _ = starting.result()
         if facts is None:
             raise SystemExit(1)
-        from ganserve_server.services.administration import OfAllWorkers
-
-        log_serving(facts, endpoint.address, admin.start(OfAllWorkers(supervisor)))
+        log_serving(facts, endpoint.address, admin.start(WorkersAdministration(supervisor)))
         endpoint.why_not_ready = lambda: _why_not_ready(stop, supervisor)
         tasks = [
             asyncio.create_task(_forward_reloads(reload, supervisor, security)),

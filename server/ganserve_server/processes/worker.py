@@ -12,17 +12,19 @@ from typing import Any
 
 from ganserve.v1 import generation_pb2
 from ganserve_server.auth.security import Security
+from ganserve_server.compute.cuda import nvidia_driver
 from ganserve_server.compute.engine import ProviderUnavailable
 from ganserve_server.inference import grpc_service_pb2
-from ganserve_server.machine import nvidia_driver
 from ganserve_server.observe.call_recorder import CallRecorder
 from ganserve_server.observe.metrics import Load, Metrics
 from ganserve_server.observe.tracing import start_tracing
+from ganserve_server.processes import administration
 from ganserve_server.processes.supervisor import Parent
 from ganserve_server.processes.systemd import reloading
-from ganserve_server.repository.lifecycle import Lifecycle, ModelTable
-from ganserve_server.repository.verify import check_repository
-from ganserve_server.services import administration, health, open_inference, reflection
+from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.scan import require_models
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.services import health, open_inference, reflection
 from ganserve_server.services.generation import SERVICE, GenerationServicer
 from ganserve_server.services.open_inference import InferenceServicer
 from ganserve_server.settings import ServerSettings
@@ -55,7 +57,9 @@ async def serve_models(
     """
     board = parent.board if parent else None
     table, health_servicer = ModelTable(), health.HealthServicer()
-    lifecycle = Lifecycle(settings, metrics, table, health_servicer, board, parent.unloaded if parent else ())
+    lifecycle = Lifecycle(
+        settings, metrics, table, health_servicer.set_serving, board, parent.unloaded if parent else ()
+    )
     # A worker that replaces one goes on as the others do, though they may have no model by now.
     await _load_models(lifecycle, settings, table, may_be_none=parent is not None and parent.replaces)
     if stop.is_set():
@@ -137,7 +141,7 @@ async def serve_models(
 
 async def _load_models(lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable, *, may_be_none: bool) -> None:
     if not may_be_none:
-        check_repository(settings.models)
+        require_models(settings.models)
     try:
         await lifecycle.refresh(starting=True)
     except ProviderUnavailable as error:

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
 from ganserve_server.observe.metrics import Metrics
-from ganserve_server.repository.verify import ModelVersion
 
 if TYPE_CHECKING:
     from ganserve_server.queueing.scheduler import Scheduler

@@ -7,114 +7,47 @@ file that breaks a rule stays out, once in the log, and what was served before g
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from watchfiles import awatch
 
-from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import ProviderUnavailable
 from ganserve_server.compute.gpu import gpu_options
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.machine import cores, give_back_memory
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.scheduler import Scheduler
-from ganserve_server.repository.verify import (
-    MODEL_FILE_NAME,
-    ModelRejected,
-    ModelVersion,
-    find_misplaced,
-    find_versions,
-    is_awaited,
-    load_version,
-)
-from ganserve_server.services.administration import VersionState
-from ganserve_server.services.health import NOT_SERVING, SERVING, HealthServicer
+from ganserve_server.repository.scan import MODEL_FILE_NAME, Stamp, look
+from ganserve_server.repository.states import VersionState
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.repository.verify import ModelRejected, load_version
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.scoreboard import Scoreboard
-from ganserve_server.spelling import nearest
 
 _log = logging.getLogger(__name__)
 
-Stamp = tuple[int, int, int] | None  # of a file's content, as far as its folder tells; None: there is none
-
-
-class ModelTable:
-    """The versions that are served, by name and number."""
-
-    def __init__(self) -> None:
-        self._batchers: dict[str, dict[int, Batcher]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        """Tell whether any version of a model is served."""
-        return name in self._batchers
-
-    @property
-    def names(self) -> list[str]:
-        """The models' names, in alphabetical order."""
-        return sorted(self._batchers)
-
-    def batchers(self) -> dict[tuple[str, int], Batcher]:
-        """Return all versions, by name and number."""
-        return {(name, number): one for name, versions in self._batchers.items() for number, one in versions.items()}
-
-    def put(self, batcher: Batcher) -> Batcher | None:
-        """Serve a version from now on; return the one of that number that was served before."""
-        versions = self._batchers.setdefault(batcher.model.name, {})
-        before = versions.get(batcher.model.version)
-        versions[batcher.model.version] = batcher
-        return before
-
-    def remove(self, name: str, version: int) -> Batcher:
-        """Serve a version no longer."""
-        batcher = self._batchers[name].pop(version)
-        if not self._batchers[name]:
-            del self._batchers[name]
-        return batcher
-
-    def find(self, name: str, version: int | None) -> Batcher:
-        """Find a version, the newest if `version` is None.
-
-        Raises:
-            ModelNotFound: there is none; the text says which there are.
-        """
-        versions = self._batchers.get(name)
-        if versions is None:
-            served = ", ".join(self.names) or "none at all"
-            raise ModelNotFound(f"there is no model {name!r}; there are {served}{nearest(name, self.names)}")
-        batcher = versions.get(max(versions) if version is None else version)
-        if batcher is None:
-            served = ", ".join(str(number) for number in sorted(versions))
-            raise ModelNotFound(f"model {name} has no version {version}; it has {served}")
-        return batcher
-
-    def describe(self, name: str, version: int | None) -> pb.Model:
-        """Describe a version.
-
-        Raises:
-            ModelNotFound: there is none.
-        """
-        model = self.find(name, version).model
-        return pb.Model(
-            name=name,
-            version=model.version,
-            versions=sorted(self._batchers[name]),
-            digest=model.digest,
-            provider=model.engine.provider,
-            card=model.card,
-        )
-
 
 class Lifecycle:
-    """Keeps a table of models as the repository is."""
+    """Keeps a table of models as the repository is.
+
+    Args:
+        settings: the server's.
+        metrics: of this process.
+        table: what is served; only this class changes it.
+        on_status: called with the name of a model, or "" for the server, and whether it is served.
+        board: of the workers, if there are several.
+        unloaded: models that an operator has unloaded.
+    """
 
     def __init__(
         self,
         settings: ServerSettings,
         metrics: Metrics,
         table: ModelTable,
-        health_servicer: HealthServicer,
+        on_status: Callable[[str, bool], None],
         board: Scoreboard | None = None,
         unloaded: Collection[str] = (),
     ) -> None:
@@ -123,7 +56,7 @@ class Lifecycle:
         self._settings = settings
         self._metrics = metrics
         self._table = table
-        self._health = health_servicer
+        self._on_status = on_status
         self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
         self._reasons: dict[tuple[str, int], str] = {}  # why it was kept out
         self._awaited: set[tuple[str, int]] = set()  # which have no file yet; not in the log: somebody may be copying
@@ -144,7 +77,7 @@ class Lifecycle:
         # One worker at a time: how long models take is measured, and the others' callers want cores, too.
         async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
             try:
-                found, self._awaited, misplaced = await asyncio.to_thread(_look, self._settings.models)
+                found, self._awaited, misplaced = await asyncio.to_thread(look, self._settings.models)
             except OSError as error:
                 if starting:
                     raise
@@ -308,9 +241,9 @@ class Lifecycle:
 
     def _report(self, known: set[str]) -> None:
         """Answer for the server as a whole, and for each model that is or was in the repository."""
-        self._health.set("", SERVING if self._table.names else NOT_SERVING)
+        self._on_status("", bool(self._table.names))
         for name in known | self._reported:
-            self._health.set(name, SERVING if name in self._table else NOT_SERVING)
+            self._on_status(name, name in self._table)
         self._reported = known
         if self._board is not None:
             self._board.set_models(len(self._table.names))
@@ -320,22 +253,3 @@ async def _let_go(batcher: Batcher) -> None:
     await batcher.retire()
     del batcher  # and with it, once past calls are forgotten, the model
     await asyncio.to_thread(give_back_memory)
-
-
-def _look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str, int]], dict[Path, str]]:
-    """List the repository's versions, each with what changes when its file is replaced; those that wait for a file; and
-    what is misplaced in it.
-    """
-    found: dict[tuple[str, int], Stamp] = {}
-    awaited: set[tuple[str, int]] = set()
-    for name, version, path in find_versions(repository):
-        try:
-            status = path.stat()
-        except OSError:
-            if is_awaited(path):
-                awaited.add((name, version))
-            else:
-                found[name, version] = None
-        else:
-            found[name, version] = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found, awaited, dict(find_misplaced(repository))

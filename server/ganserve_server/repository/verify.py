@@ -1,21 +1,15 @@
-"""The model repository: finds the versions, reads each file, and keeps out what breaks a rule.
+"""Reads one model file, and rejects it if it breaks a rule.
 
 A file is data from outside. Its rules: at most so large; ONNX that onnx's checker accepts; standard operators only; all
 weights inside; a model card; inputs and output as the card says; the same images each time, and among others; golden
 images within one grey level.
 """
 
-import contextlib
 import hashlib
 import io
-import itertools
 import json
 import logging
-import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from dataclasses import field as attribute
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +22,14 @@ from PIL import Image
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import Draw, Engine, Provider, SessionRefused
 from ganserve_server.compute.gpu import GpuOptions
+from ganserve_server.compute.model import ModelVersion
+from ganserve_server.repository.scan import why_missing
 from ganserve_server.spelling import nearest
-from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 
 CARD_KEY = "ganserve.model_card"
-MODEL_FILE_NAME = "model.onnx"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_TOLD_AT_START = 3
+_MAX_REPORTED_KEYS = 3
 _AMONG = 3  # images in the batch that one is compared in
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 _NEWLINE = "\n"
@@ -48,128 +40,6 @@ class ModelRejected(Exception):  # noqa: N818
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split()))  # onnxruntime's and protobuf's reasons have several lines
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModelVersion:
-    """A model that passed all rules, ready to run."""
-
-    name: str
-    version: int
-    digest: str
-    card: pb.ModelCard
-    engine: Engine
-    answer: bytes  # serialised: what every GenerateImagesResponse of this version says
-
-    classes: int = attribute(init=False)
-    pixel_bytes: int = attribute(init=False)  # of one image
-
-    def __post_init__(self) -> None:
-        """Read from the card, once, what every request needs: protobuf's fields are slow."""
-        object.__setattr__(self, "classes", len(self.card.class_names))
-        object.__setattr__(self, "pixel_bytes", self.card.height * self.card.width * self.card.channels)
-
-
-def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
-    """Yield (model, version, file) of every version in the repository, in order; other files are passed over."""
-    for folder in sorted(repository.iterdir()):
-        names: list[str] = []
-        if _NAME.fullmatch(folder.name) and not folder.name.endswith(".tmp") and os.path.isdir(folder):
-            with contextlib.suppress(OSError):  # `find_misplaced` tells of it
-                names = os.listdir(folder)
-        versions = (folder / name for name in names if _VERSION.fullmatch(name))
-        for path in sorted(versions, key=lambda path: int(path.name)):
-            yield folder.name, int(path.name), path / MODEL_FILE_NAME
-
-
-def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what `find_versions` passes over and was probably meant to be served, in order, each with the reason.
-
-    That is what has an ONNX file where none belongs, and a model's folder that cannot be read. Never meant are names
-    that begin with a dot or end in .tmp, and links to what lies beside them.
-    """
-    wrong_depth = f"expected {repository}/NAME/VERSION/{MODEL_FILE_NAME}"
-    for path in _candidates(repository):
-        if _is_onnx(path):
-            yield path, wrong_depth
-        elif not _NAME.fullmatch(path.name):
-            if _has_onnx(path, levels=2):
-                rule = "1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or a digit"
-                yield path, f"{path.name!r} is no name of a model: {rule}"
-        elif os.path.isdir(path):
-            try:
-                yield from _misplaced_versions(path, wrong_depth)
-            except OSError as error:
-                yield path, f"cannot be read: {error.strerror}"
-
-
-def _misplaced_versions(folder: Path, wrong_depth: str) -> Iterator[tuple[Path, str]]:
-    for path in _candidates(folder):
-        if _is_onnx(path):
-            yield path, wrong_depth
-        elif _VERSION.fullmatch(path.name):
-            continue
-        elif _has_onnx(path, levels=1):
-            yield path, f"{path.name!r} is no version: a whole number from 1 to 999999999, with no 0 before it"
-        elif _has_onnx(path, levels=2):
-            yield path, wrong_depth
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """List what may have been meant as a model, in order."""
-    names = sorted(name for name in os.listdir(folder) if not (name.startswith(".") or name.endswith(".tmp")))
-    return [folder / name for name in names if not _is_alias(folder / name)]
-
-
-def _is_alias(path: Path) -> bool:
-    """Tell whether it is a link to what lies beside it, such as `latest`."""
-    return path.is_symlink() and os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
-
-
-def _has_onnx(folder: Path, levels: int) -> bool:
-    """Tell whether there is an ONNX file in a folder, or so many levels below; not, if it cannot be read."""
-    try:
-        inside = _candidates(folder)
-    except OSError:
-        return False
-    return any(_is_onnx(path) or (levels > 1 and _has_onnx(path, levels - 1)) for path in inside)
-
-
-def _is_onnx(path: Path) -> bool:
-    return path.suffix.lower() == ".onnx" and os.path.isfile(path)
-
-
-def is_awaited(path: Path) -> bool:
-    """Tell whether a version's folder has no ONNX file yet, of whatever name: somebody may be copying."""
-    try:
-        return not any(_is_onnx(other) for other in _candidates(path.parent)) and not os.path.lexists(path)
-    except OSError:
-        return False
-
-
-def check_repository(repository: Path) -> None:
-    """See that there is something to load.
-
-    Raises:
-        StartError: it is no folder, cannot be listed, or has no version at all.
-    """
-    try:
-        if not repository.is_dir():
-            wrong = "is not a folder" if repository.exists() else "does not exist"
-            raise StartError(f"the model repository {repository} {wrong}; give one by --models")
-        versions = [path for _, _, path in find_versions(repository)]
-    except OSError as error:
-        raise StartError(f"the model repository {repository} cannot be listed: {error.strerror}") from error
-    if any(map(os.path.isfile, versions)):
-        return
-    missing = ((path, _why_missing(path)) for path in versions)
-    told = [f"{path} ({reason})" for path, reason in itertools.chain(find_misplaced(repository), missing)]
-    if len(told) > _TOLD_AT_START:
-        told[_TOLD_AT_START:] = [f"{len(told) - _TOLD_AT_START} more"]
-    raise StartError(
-        f"{repository} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
-        "as `ganserve-trainer export` writes it" + (f"; kept out are {', '.join(told)}" if told else "")
-    )
 
 
 def load_version(
@@ -219,7 +89,7 @@ def load_version(
 def _read(path: Path, max_model_mib: int) -> bytes:
     try:
         if not path.is_file():
-            raise ModelRejected(_why_missing(path))
+            raise ModelRejected(why_missing(path))
         with path.open("rb") as file:
             content = file.read((max_model_mib << 20) + 1)
         if not content:
@@ -229,14 +99,6 @@ def _read(path: Path, max_model_mib: int) -> bytes:
         return content
     except OSError as error:
         raise ModelRejected(f"the file cannot be read: {error.strerror}") from error
-
-
-def _why_missing(path: Path) -> str:
-    hint = ""
-    with contextlib.suppress(OSError):
-        if others := [other.name for other in _candidates(path.parent) if _is_onnx(other)]:
-            hint = f"; there is {others[0]}, which must be called {path.name}"
-    return f"the file cannot be read: it is missing, or not a regular file{hint}"
 
 
 def _check_graph(content: bytes) -> str:
@@ -271,7 +133,7 @@ def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
         raise ModelRejected(f"the model card is not the JSON of a ganserve.v1.ModelCard: {error}") from error
     known = {field.json_name: field.name for field in pb.ModelCard.DESCRIPTOR.fields}
     unknown = sorted(keys - known.keys() - set(known.values()))
-    told = "; ".join(f"{key!r} is no key of a model card{nearest(key, known)}" for key in unknown[:_TOLD_AT_START])
+    told = "; ".join(f"{key!r} is no key of a model card{nearest(key, known)}" for key in unknown[:_MAX_REPORTED_KEYS])
     return card, told
 
 

@@ -12,8 +12,8 @@ from ganserve_server.compute.engine import Draw
 from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.observe.metrics import OTHER, Metrics
 from ganserve_server.queueing.batcher import Batcher, Made, Tally
-from ganserve_server.repository.lifecycle import ModelTable
-from ganserve_server.services.messages import GenerationRequest, draw_of, images_limit, parse, respond, times
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.services.messages import GenerationRequest, describe, draw_of, images_limit, parse, respond, times
 from ganserve_server.services.request_stream import RequestStream, Turn, embedded
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
@@ -119,15 +119,18 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Call) -> pb.ListModelsResponse:  # noqa: N802
         """Describe the newest version of every model."""
-        return pb.ListModelsResponse(models=[self._models.describe(name, None) for name in self._models.names])
+        return pb.ListModelsResponse(models=[self._describe(name, None) for name in self._models.names])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Call) -> pb.GetModelResponse:  # noqa: N802
         """Describe one version."""
         context.model = request.model if request.model in self._models else OTHER
         version = request.version if request.HasField("version") else None
-        model = self._models.describe(request.model, version)
+        model = self._describe(request.model, version)
         context.version = model.version
         return pb.GetModelResponse(model=model)
+
+    def _describe(self, name: str, version: int | None) -> pb.Model:
+        return describe(self._models.find(name, version).model, self._models.versions(name))
 
     def _find(self, request: pb.GenerateImagesRequest, call: Call) -> Batcher:
         call.model = request.model if request.model in self._models else OTHER

@@ -107,6 +107,10 @@ class HealthServicer:
             self._statuses[service] = status
             self._wake()
 
+    def set_serving(self, service: str, serving: bool) -> None:
+        """Set a service's status to SERVING or NOT_SERVING, unless the server is shutting down."""
+        self.set(service, SERVING if serving else NOT_SERVING)
+
     def enter_graceful_shutdown(self) -> None:
         """Set all services to NOT_SERVING, for good."""
         self._shutting_down = True

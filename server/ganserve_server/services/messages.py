@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.queueing.batcher import Made
-from ganserve_server.repository.verify import ModelVersion
 from ganserve_server.services.formats import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
 
 MAX_TRUNCATION = 2.0
@@ -225,6 +225,18 @@ def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None
             f"the contact sheet of {count} images would be {height}x{width} pixels; a "
             f"{pb.Encoding.Name(encoding).removeprefix('ENCODING_')} may have {limit} a side",
         )
+
+
+def describe(model: ModelVersion, versions: list[int]) -> pb.Model:
+    """Describe a model version to a client; `versions` are all that are served of the model."""
+    return pb.Model(
+        name=model.name,
+        version=model.version,
+        versions=versions,
+        digest=model.digest,
+        provider=model.engine.provider,
+        card=model.card,
+    )
 
 
 def times(made: Made) -> bytes:

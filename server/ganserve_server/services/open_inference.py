@@ -17,13 +17,13 @@ from google.protobuf import message_factory
 from numpy.typing import NDArray
 
 from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
 from ganserve_server.inference import grpc_service_pb2 as pb
 from ganserve_server.observe.metrics import OTHER
 from ganserve_server.queueing.batcher import Batcher, Made
-from ganserve_server.repository.lifecycle import ModelTable
-from ganserve_server.repository.verify import ModelVersion
-from ganserve_server.services.administration import check_repository
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.services.administration import refuse_repository_name
 from ganserve_server.services.health import SERVING, HealthServicer
 from ganserve_server.services.messages import check_labels, check_truncation, images_limit, labels_of, scaled, varint
 from ganserve_server.services.request_stream import RequestStream, Turn, embedded
@@ -158,7 +158,7 @@ class InferenceServicer:
         image = {"name": _OUTPUT, "datatype": "UINT8", "shape": (-1, card.height, card.width, card.channels)}
         return pb.ModelMetadataResponse(
             name=request.name,
-            versions=[str(number) for number in self._models.describe(request.name, None).versions],
+            versions=[str(number) for number in self._models.versions(request.name)],
             platform=_PLATFORM,
             inputs=inputs,
             outputs=[image],
@@ -168,7 +168,7 @@ class InferenceServicer:
         self, request: pb.RepositoryIndexRequest, context: Call
     ) -> pb.RepositoryIndexResponse:
         """List every version that is served."""
-        check_repository(request.repository_name)
+        refuse_repository_name(request.repository_name)
         return pb.RepositoryIndexResponse(
             models=[
                 {"name": name, "version": str(number), "state": "READY"}
