@@ -22,7 +22,8 @@ from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import QueueFull, ServingError, Unauthenticated
 from ganserve_server.observe.call_recorder import CallRecorder
 from ganserve_server.observe.metrics import Metrics
-from ganserve_server.queueing.batcher import Batcher, Made
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import Made
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.services import health, reflection
 from ganserve_server.services.generation import GenerationServicer

@@ -31,7 +31,7 @@ from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.errors import ModelNotFound
 from ganserve_server.inference import grpc_service_pb2
-from ganserve_server.queueing.batcher import Made
+from ganserve_server.queueing.jobs import Made
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.repository.verify import load_version
 from ganserve_server.services.administration import RepositoryServicer

@@ -19,7 +19,8 @@ from ganserve_server.compute.gpu import Feeds
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.observe.metrics import Metrics
-from ganserve_server.queueing.batcher import Batcher, Made
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import Made
 from ganserve_server.queueing.scheduler import Scheduler
 from ganserve_server.settings import BUNDLED_MODELS
 from ganserve_server.shared.scoreboard import Scoreboard
@@ -97,7 +98,7 @@ def draw(first: int, count: int = 1) -> Draw:
 
 async def make(batcher: Batcher, draw: Draw, time_remaining_s: float | None = None, **options: Any) -> Made:
     deadline = None if time_remaining_s is None else time.monotonic() + time_remaining_s
-    return await batcher.make(draw, caller=options.pop("caller", "caller"), deadline=deadline, **options)
+    return await batcher.make(draw, fairness_key=options.pop("fairness_key", "caller"), deadline=deadline, **options)
 
 
 def begin(
@@ -301,9 +302,9 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine
 async def test_callers_have_turns_however_many_requests_they_send(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    greedy = [begin(batcher, 100 + n, caller="greedy") for n in range(18)]
+    greedy = [begin(batcher, 100 + n, fairness_key="greedy") for n in range(18)]
     await settle()
-    modest = begin(batcher, 7, caller="modest")
+    modest = begin(batcher, 7, fairness_key="modest")
     await settle()
     for _ in range(4):
         engine.released.release()
@@ -401,8 +402,8 @@ async def test_an_answer_that_cannot_be_written_hurts_nobody_else(engine: HeldEn
 
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    batcher.submit(draw(1), broken, caller="a", deadline=None)
-    other = begin(batcher, 2, caller="b")
+    batcher.submit(draw(1), broken, fairness_key="a", deadline=None)
+    other = begin(batcher, 2, fairness_key="b")
     await settle()
     for _ in range(2):
         engine.released.release()
@@ -416,7 +417,7 @@ async def test_a_batch_that_has_two_parts_of_a_request_takes_its_time_once(engin
     batcher = queue_of(engine, scheduler, metrics)
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    small, large = begin(batcher, 50, caller="a"), begin(batcher, 100, 16, caller="b")
+    small, large = begin(batcher, 50, fairness_key="a"), begin(batcher, 100, 16, fairness_key="b")
     await settle()
     for _ in range(4):
         engine.released.release()
@@ -569,7 +570,7 @@ async def test_what_another_worker_does_meanwhile_loses_no_request(engine: HeldE
         engine.released.release()
     async with asyncio.timeout(WAIT_S):
         for first in range(0, 2000, 20):
-            made = await make(batcher, draw(first, 20), caller=first)
+            made = await make(batcher, draw(first, 20), fairness_key=first)
             assert made.pixels.ravel().tolist() == [seed % 256 for seed in range(first, first + 20)]
     await asyncio.to_thread(scheduler.close)
     os.close(memory)

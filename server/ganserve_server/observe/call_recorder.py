@@ -1,10 +1,10 @@
 """What is told of each call: metrics, a line in the log, and a trace."""
 
 import asyncio
+import collections
 import functools
 import logging
 import time
-from collections import Counter as Tally
 from typing import Any
 
 import grpc
@@ -121,7 +121,7 @@ class _Lines:
 
     def __init__(self, event: str, label: str, most: int = _MOST_LINES) -> None:
         self._event, self._label, self._most = event, label, most
-        self._asked: Tally[str] = Tally()
+        self._asked: collections.Counter[str] = collections.Counter()
 
     def have_room(self, kind: str) -> bool:
         """Tell whether there may be one more."""

@@ -12,10 +12,8 @@ import itertools
 import logging
 import math
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +22,7 @@ from ganserve_server.compute.engine import Draw
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
 from ganserve_server.observe.metrics import Metrics
-
-if TYPE_CHECKING:
-    from ganserve_server.queueing.scheduler import Scheduler
+from ganserve_server.queueing.jobs import CallWork, Job, Lane, Made, Part
 
 _log = logging.getLogger(__name__)
 
@@ -41,249 +37,27 @@ _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
 _batch_numbers = itertools.count()  # of all models: a call may be of several
 
 
-@dataclass(slots=True)  # not frozen: that doubles what making one costs
-class Made:
-    """The images of a draw, and what they waited and took."""
+class Dispatcher(Protocol):
+    """Runs the batches: the scheduler, as a queue sees it."""
 
-    pixels: NDArray[np.uint8]  # [count, height, width, channels]
-    queue_s: float
-    compute_s: float
+    cores: int
 
-
-class Job:
-    """A draw on its way through the queue: images up to `taken` are in batches, `arrived` of them have come back."""
-
-    __slots__ = (
-        "_batch",
-        "_batcher",
-        "_done",
-        "accepted",
-        "arrived",
-        "caller",
-        "compute_s",
-        "count",
-        "counted",
-        "deadline",
-        "draw",
-        "lane",
-        "over",
-        "pixels",
-        "queue_s",
-        "taken",
-        "tally",
-    )
-
-    def __init__(
-        self,
-        batcher: "Batcher",
-        lane: "_Lane",
-        draw: Draw,
-        caller: Hashable,
-        deadline: float | None,
-        *,
-        counted: bool,
-        done: Callable[[Made | ServingError], None],
-        tally: "Tally | None",
-    ) -> None:
-        self._batcher, self.lane, self.tally = batcher, lane, tally
-        self._batch = -1  # the last that images came back of
-        self._done: Callable[[Made | ServingError], None] | None = done  # until it is over
-        self.draw, self.count, self.caller, self.deadline, self.counted = draw, draw.count, caller, deadline, counted
-        self.accepted = time.monotonic()
-        self.taken = self.arrived = 0
-        self.queue_s = self.compute_s = 0.0
-        self.pixels: NDArray[np.uint8] | None = None  # filled as batches come back, in whatever order
-        self.over = False
-
-    def cancel(self) -> None:
-        """Take what is not yet in a batch out of the queue; nobody waits for it."""
-        if not self.over:
-            self._end()
-
-    def fail(self, error: ServingError) -> None:
-        """Answer with an error."""
-        if not self.over:
-            self._answer(error)
-
-    def wanted(self, now: float) -> bool:
-        """Tell whether somebody still waits for it."""
-        return not self.over and (self.deadline is None or now < self.deadline)
-
-    def expire(self) -> None:
-        """Say that the deadline passed."""
-        self.fail(DeadlineExceeded("the deadline passed before the images were made"))
-
-    def arrive(self, start: int, pixels: NDArray[np.uint8], batch: int, compute_s: float) -> None:
-        """Take the images from `start` on, of a batch by its number; answer if they are the last."""
-        if batch != self._batch:  # else of a part before, of the same batch
-            self._batch = batch
-            self.compute_s += compute_s
-            if self.tally is not None:
-                self.tally.computed(batch, compute_s)
-        self.arrived += len(pixels)
-        if self.over:
-            return
-        if len(pixels) == self.count:
-            self.pixels = pixels
-        else:
-            if self.pixels is None:
-                self.pixels = np.empty((self.count, *pixels.shape[1:]), np.uint8)
-            self.pixels[start : start + len(pixels)] = pixels
-        if self.arrived == self.count:
-            self._answer(Made(self.pixels, self.queue_s, self.compute_s))
-
-    def _answer(self, outcome: Made | ServingError) -> None:
-        done = self._done
-        assert done is not None
-        self._end()
-        try:
-            done(outcome)
-        except Exception:
-            # Of one caller: the others of the batch must have their answers.
-            _log.exception("an answer could not be written")
-            try:
-                done(EngineFailed("internal error"))
-            except Exception:
-                _log.exception("an error could not be told")
-
-    def _end(self) -> None:
-        self.over = True
-        if self.taken < self.count:
-            self._batcher.drop(self)
-        # Whoever waited may keep the job: each would keep the other, and the answer, until garbage is collected.
-        self.pixels = self._done = None
-        self._batcher.release()
-
-
-class Tally:
-    """What the jobs of one call waited and took, together."""
-
-    __slots__ = ("_batch", "_first", "compute_s", "count")
-
-    def __init__(self, count: int = 0) -> None:
-        self.count = count
-        self.compute_s = 0.0
-        self._first: Job | None = None
-        self._batch = -1
-
-    def queued(self, job: Job) -> None:
-        """Take note of a job."""
-        if self._first is None:
-            self._first = job
-
-    def computed(self, batch: int, compute_s: float) -> None:
-        """Take note of a batch, once however many of the jobs were in it: they come back one after the other."""
-        if batch != self._batch:
-            self._batch = batch
-            self.compute_s += compute_s
-
-    @property
-    def accepted(self) -> float:
-        """When the first was queued, by time.monotonic."""
-        return time.monotonic() if self._first is None else self._first.accepted
-
-    @property
-    def taken(self) -> int:
-        """How many images of the first are in batches."""
-        return 0 if self._first is None else self._first.taken
-
-    @property
-    def queue_s(self) -> float:
-        """How long the first waited."""
-        return 0.0 if self._first is None else self._first.queue_s
-
-
-@dataclass(slots=True, eq=False)
-class Part:
-    """The images of a job that are in one batch."""
-
-    job: Job
-    start: int
-    draw: Draw
-
-
-class _Lane:
-    """Jobs of one kind, callers in turn, each one's in order; a turn is a job, or so many images of a larger one."""
-
-    def __init__(self, turn: int) -> None:
-        self._turn = turn
-        self._callers: OrderedDict[Hashable, deque[Job]] = OrderedDict()
-        self.images = 0
-        self.jobs = 0
-
-    def put(self, job: Job) -> None:
-        jobs = self._callers.get(job.caller)
-        if jobs is None:
-            jobs = self._callers[job.caller] = deque()
-        jobs.append(job)
-        self.images += job.count
-        self.jobs += 1
-
-    def drop(self, job: Job) -> None:
-        """Leave a job out of the count; it is passed over when its turn comes."""
-        self.images -= job.count - job.taken
-        self.jobs -= 1
-        jobs = self._callers.get(job.caller)
-        if jobs is not None and jobs and jobs[0] is job:
-            jobs.popleft()
-            if not jobs:
-                del self._callers[job.caller]
-
-    def images_before(self, caller: Hashable) -> float:
-        """Return how many go before a caller's new job at most, if the others go on sending such as wait now."""
-        if not self.jobs:
-            return 0
-        own = len(self._callers.get(caller, ()))
-        others = len(self._callers) - (own > 0)
-        return (own + (own + 1) * others) * min(self._turn, self.images / self.jobs)
-
-    def take(self, room: int, now: float, batch: list[Part]) -> int:
-        """Move up to `room` images into a batch, from one caller's first job after the other; return how many."""
-        left = room
-        while left and self._callers:
-            caller, jobs = self._callers.popitem(last=False)
-            while jobs and jobs[0].over:
-                jobs.popleft()
-            if jobs:
-                job = jobs[0]
-                if not job.wanted(now):
-                    self._callers[caller] = jobs
-                    job.expire()
-                    continue
-                start = job.taken
-                stop = min(job.count, start + left, start - start % self._turn + self._turn)
-                whole = stop - start == job.count
-                batch.append(Part(job, start, job.draw if whole else job.draw.part(start, stop)))
-                job.taken = stop
-                self.images -= stop - start
-                left -= stop - start
-                if stop == job.count:
-                    self.jobs -= 1
-                    jobs.popleft()
-                elif stop % self._turn:
-                    # All would be late if all went on a little at a time.
-                    self._callers[caller] = jobs
-                    self._callers.move_to_end(caller, last=False)
-                    continue
-                else:
-                    jobs.rotate(-1)  # this caller's other requests have their turn
-            if jobs:
-                self._callers[caller] = jobs
-        return room - left
+    def wake(self, batcher: "Batcher") -> None:
+        """Look at a queue soon: it has a new job."""
 
 
 class Batcher:
     """The queue of one model version."""
 
     def __init__(
-        self, model: ModelVersion, max_batch_size: int, max_queue_images: int, metrics: Metrics, scheduler: "Scheduler"
+        self, model: ModelVersion, max_batch_size: int, max_queue_images: int, metrics: Metrics, scheduler: Dispatcher
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
         self.small = max(1, max_batch_size // _SMALL_PART)  # images of a request that is never cut
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
-        self._small, self._large, self._bulk = (_Lane(max_batch_size) for _ in range(3))
+        self._small, self._large, self._bulk = (Lane(max_batch_size) for _ in range(3))
         self._counted_images = 0  # those that the queue's bound counts
         # Of a core for an image; and from image to image while some wait. The second is what counts for deadlines: the
         # calls' own work is in it, and the other models'.
@@ -313,22 +87,22 @@ class Batcher:
         draw: Draw,
         done: Callable[[Made | ServingError], None],
         *,
-        caller: Hashable,
+        fairness_key: Hashable,
         deadline: float | None,
         bulk: bool = False,
         accepted: bool = False,
-        tally: Tally | None = None,
+        work: CallWork | None = None,
     ) -> Job:
         """Queue a draw; `done` is called with the images, or the error, once.
 
         Args:
             draw: what to make.
             done: called from the event loop; if it raises, once more with an error.
-            caller: whose turn it takes.
+            fairness_key: jobs of different keys are taken in turn.
             deadline: by time.monotonic; None if there is none.
             bulk: to be made of what others leave.
             accepted: neither held to the queue's bound nor counted in it: the later chunks of a stream that was let in.
-            tally: of the call, where it may have several draws.
+            work: of the call, where it may have several draws.
 
         Raises:
             QueueFull: too many images wait already.
@@ -350,7 +124,7 @@ class Batcher:
             # In turn, no job that waits goes before this one with more images than this one has.
             jobs = self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)
             # And of those that are still to come, each other caller's next, as often as it is not this caller's turn.
-            before = max(min(waiting, jobs * count), lane.images_before(caller))
+            before = max(min(waiting, jobs * count), lane.images_before(fairness_key))
             # An image that comes too late was made in vain, so rather one too few.
             needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
             left_s = deadline - time.monotonic()
@@ -366,9 +140,9 @@ class Batcher:
                     f"and the deadline is in {max(0.0, left_s):.2g} s; try again later",
                     retry_after_s=needed_s - left_s,
                 )
-        job = Job(self, lane, draw, caller, deadline, counted=not accepted, done=done, tally=tally)
-        if tally is not None:
-            tally.queued(job)
+        job = Job(self, lane, draw, fairness_key, deadline, counted=not accepted, done=done, work=work)
+        if work is not None:
+            work.queued(job)
         job.lane.put(job)
         self.hold()
         if job.counted:
@@ -381,13 +155,13 @@ class Batcher:
         self,
         draw: Draw,
         *,
-        caller: Hashable,
+        fairness_key: Hashable,
         deadline: float | None,
         bulk: bool = False,
         accepted: bool = False,
-        tally: Tally | None = None,
+        work: CallWork | None = None,
     ) -> Made:
-        """Make the images of a draw, and add it to a tally.
+        """Make the images of a draw, and count it in the work of its call.
 
         Raises:
             ServingError: as `submit`, or the deadline passed, or the engine failed.
@@ -402,7 +176,9 @@ class Batcher:
             else:
                 result.set_exception(made)
 
-        job = self.submit(draw, done, caller=caller, deadline=deadline, bulk=bulk, accepted=accepted, tally=tally)
+        job = self.submit(
+            draw, done, fairness_key=fairness_key, deadline=deadline, bulk=bulk, accepted=accepted, work=work
+        )
         try:
             return await result
         finally:
@@ -458,11 +234,11 @@ class Batcher:
         )
         return self.max_batch_size * max(1, int(batches))
 
-    def least_ahead(self) -> int:
+    def least_batch_while_busy(self) -> int:
         """Return how many images are worth a batch while all cores are busy, when more may come to join it."""
         return min(self.batch_size(), max(LEAST_BATCH, self.model.engine.least_batch))
 
-    def least_standing(self) -> int:
+    def round_trip_images(self) -> int:
         """Return how many images keep a core busy for as long as answers and the next calls are on their way."""
         return max(LEAST_BATCH, math.ceil(_ROUND_TRIP_S / max(self._core_s, 1e-9)))
 
@@ -475,7 +251,7 @@ class Batcher:
         """Take note that a batch is done, well or not."""
         self._running_images -= sum(part.draw.count for part in batch)
 
-    def hand_out(
+    def deliver(
         self, batch: list[Part], pixels: NDArray[np.uint8], started: float, seconds: float, cores: int, *, busy: bool
     ) -> None:
         """Give a batch's images to its jobs.

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve_server.compute.gpu import Feeds
-from ganserve_server.queueing.batcher import LEAST_BATCH, Batcher, Part
+from ganserve_server.queueing.batcher import LEAST_BATCH, Batcher
+from ganserve_server.queueing.jobs import Part
 from ganserve_server.shared.scoreboard import Scoreboard
 
 # A batch shorter than this is made where the calls are read: the way to a thread and back costs 50 to 100 µs.
@@ -29,11 +30,11 @@ class _Threads:
     def __init__(self, count: int) -> None:
         self.count = count
         self.taken = 0
-        self.work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self.work: queue.SimpleQueue[_RunningBatch | None] = queue.SimpleQueue()
 
 
 @dataclass(slots=True)
-class _Work:
+class _RunningBatch:
     """A batch on its way through a thread."""
 
     batcher: Batcher
@@ -128,7 +129,7 @@ class Scheduler:
             waiting, engine, free = batcher.waiting, batcher.model.engine, self._free
             if not waiting:
                 continue
-            if not free and waiting < batcher.least_ahead() and not batcher.overtaken:
+            if not free and waiting < batcher.least_batch_while_busy() and not batcher.overtaken:
                 too_few.append(batcher)
                 continue
             alone = self._idle and not self._ready
@@ -136,7 +137,7 @@ class Scheduler:
             lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
             wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
             # So small that each core may have another ready behind it: it would wait for the next calls' way else.
-            behind = max(batcher.least_standing(), math.ceil(waiting / places))
+            behind = max(batcher.round_trip_images(), math.ceil(waiting / places))
             batch = batcher.next_batch(min(spread, behind, batcher.batch_size()))
             if batcher.waiting:
                 self._ready[batcher] = None  # behind the others
@@ -148,7 +149,7 @@ class Scheduler:
                 batcher.returned(batch)
                 batcher.failed(batch, error)
                 continue
-            work = _Work(batcher, batch, feeds, wide, self._next_place())
+            work = _RunningBatch(batcher, batch, feeds, wide, self._next_place())
             self._count(work, 1)
             batcher.overtaken = False
             for other in too_few:
@@ -165,7 +166,7 @@ class Scheduler:
             for batcher in self._ready:
                 batcher.saturated()
 
-    def _count(self, work: _Work, change: int) -> None:
+    def _count(self, work: _RunningBatch, change: int) -> None:
         """Take note that a batch is begun, or is done."""
         if work.wide:
             for kind in (self._own, self._others):
@@ -175,7 +176,7 @@ class Scheduler:
         if self._board is not None:
             self._board.set_running(sum(min(kind.taken, kind.count) for kind in (self._own, self._others)))
 
-    def _run(self, queued: "queue.SimpleQueue[_Work | None]") -> None:
+    def _run(self, queued: "queue.SimpleQueue[_RunningBatch | None]") -> None:
         while (work := queued.get()) is not None:
             result = self._compute(work)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
@@ -183,7 +184,7 @@ class Scheduler:
             del work, result  # while it waits for the next, their model may be retired
 
     @staticmethod
-    def _compute(work: _Work) -> tuple[NDArray[np.uint8] | Exception | None, list[Part], float, float]:
+    def _compute(work: _RunningBatch) -> tuple[NDArray[np.uint8] | Exception | None, list[Part], float, float]:
         """Return the images of those parts that are still wanted, or the error; the parts; when it began; how long."""
         started, engine, parts, feeds = time.monotonic(), work.batcher.model.engine, work.parts, work.feeds
         try:
@@ -201,7 +202,7 @@ class Scheduler:
 
     def _done(
         self,
-        work: _Work,
+        work: _RunningBatch,
         result: NDArray[np.uint8] | Exception | None,
         parts: list[Part],
         started: float,
@@ -224,4 +225,4 @@ class Scheduler:
             batcher.rest()
         else:
             cores = self.cores if work.wide else 1
-            batcher.hand_out(parts, result, started, seconds, cores, busy=not self._free)
+            batcher.deliver(parts, result, started, seconds, cores, busy=not self._free)

@@ -11,7 +11,8 @@ from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.compute.engine import Draw
 from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.observe.metrics import OTHER, Metrics
-from ganserve_server.queueing.batcher import Batcher, Made, Tally
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import CallWork, Made
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.services.messages import GenerationRequest, describe, draw_of, images_limit, parse, respond, times
 from ganserve_server.services.request_stream import RequestStream, Turn, embedded
@@ -58,7 +59,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         async def encode(made: Made) -> None:
             call.reply(await self.encoded(checked, draw, made.pixels, times(made), call))
 
-        call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=call.deadline, bulk=checked.bulk)
+        call.work = job = batcher.submit(
+            draw, done, fairness_key=call.fairness_key, deadline=call.deadline, bulk=checked.bulk
+        )
         call.on_cancel = job.cancel
 
     def _generate_each(self, call: Call) -> RequestSink:
@@ -85,10 +88,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
         if checked.sheet:
             raise InvalidRequest("generate.layout", "a stream has no contact sheet; ask for one by GenerateImages")
-        call.work = tally = Tally(checked.count)
-        call.spawn(self._stream(call, batcher, checked, tally))
+        call.work = work = CallWork(checked.count)
+        call.spawn(self._stream(call, batcher, checked, work))
 
-    async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest, tally: Tally) -> None:
+    async def _stream(self, call: Call, batcher: Batcher, request: GenerationRequest, work: CallWork) -> None:
         stop = 0
 
         def begin(*, accepted: bool) -> "asyncio.Task[bytes] | None":
@@ -102,7 +105,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 most = batcher.chunk_size() if call.caller is None else min(batcher.chunk_size(), call.caller.burst)
                 size = max(size, int(most))
             start, stop = stop, min(stop + size, request.count)
-            return asyncio.create_task(self._make(batcher, request, start, stop, call, tally, accepted=accepted))
+            return asyncio.create_task(self._make(batcher, request, start, stop, call, work, accepted=accepted))
 
         with batcher.held():
             chunk = begin(accepted=False)
@@ -145,7 +148,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         start: int,
         stop: int,
         call: Call,
-        tally: Tally,
+        work: CallWork,
         *,
         accepted: bool,
     ) -> bytes:
@@ -157,7 +160,12 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
                 await asyncio.sleep(wait_s)  # only time makes room: there is no event to wait for
         draw = request.draw(start, stop)
         made = await batcher.make(
-            draw, caller=call.turn_of, deadline=call.deadline, bulk=request.bulk, accepted=accepted, tally=tally
+            draw,
+            fairness_key=call.fairness_key,
+            deadline=call.deadline,
+            bulk=request.bulk,
+            accepted=accepted,
+            work=work,
         )
         return await self.encoded(request, draw, made.pixels, times(made), call)
 

@@ -147,7 +147,7 @@ class HealthServicer:
     async def _send_updates(self, call: Call, service: str) -> None:
         self._make_room(call)
         changed = self._watchers[call] = asyncio.Event()
-        self._watchers_of[call.turn_of] += 1
+        self._watchers_of[call.fairness_key] += 1
         sent = None
         try:
             while True:
@@ -162,7 +162,7 @@ class HealthServicer:
 
     def _make_room(self, call: Call) -> None:
         """End a watch of the connection that has most, if that is more than this one has."""
-        mine = self._watchers_of[call.turn_of]
+        mine = self._watchers_of[call.fairness_key]
         if mine >= MAX_WATCHERS_PER_CONNECTION:
             raise TooManyWatchers(f"a connection may have {MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first")
         if len(self._watchers) >= MAX_WATCHERS:
@@ -170,15 +170,15 @@ class HealthServicer:
             connection, most = self._watchers_of.most_common(1)[0]
             if most <= mine + 1:
                 raise error
-            oldest = next(one for one in self._watchers if one.turn_of == connection)
+            oldest = next(one for one in self._watchers if one.fairness_key == connection)
             self._forget(oldest)
             oldest.fail(error)
 
     def _forget(self, call: Call) -> None:
         if self._watchers.pop(call, None) is not None:
-            self._watchers_of[call.turn_of] -= 1
-            if not self._watchers_of[call.turn_of]:
-                del self._watchers_of[call.turn_of]
+            self._watchers_of[call.fairness_key] -= 1
+            if not self._watchers_of[call.fairness_key]:
+                del self._watchers_of[call.fairness_key]
 
 
 def _response(status: int) -> bytes:

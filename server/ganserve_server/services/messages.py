@@ -11,7 +11,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import Draw
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest
-from ganserve_server.queueing.batcher import Made
+from ganserve_server.queueing.jobs import Made
 from ganserve_server.services.formats import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
 
 MAX_TRUNCATION = 2.0

@@ -21,7 +21,8 @@ from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest, PermissionDenied, ServingError
 from ganserve_server.inference import grpc_service_pb2 as pb
 from ganserve_server.observe.metrics import OTHER
-from ganserve_server.queueing.batcher import Batcher, Made
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import Made
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.services.administration import refuse_repository_name
 from ganserve_server.services.health import SERVING, HealthServicer
@@ -103,7 +104,9 @@ class InferenceServicer:
                 call.reply(_respond(request, batcher.model, made))
 
         deadline = _earlier(call.deadline, options.deadline)
-        call.work = job = batcher.submit(draw, done, caller=call.turn_of, deadline=deadline, bulk=options.bulk)
+        call.work = job = batcher.submit(
+            draw, done, fairness_key=call.fairness_key, deadline=deadline, bulk=options.bulk
+        )
         call.on_cancel = job.cancel
 
     def _model_stream_infer(self, call: Call) -> RequestSink:

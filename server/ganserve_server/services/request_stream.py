@@ -10,7 +10,8 @@ from typing import Any
 
 from ganserve_server.compute.engine import Draw
 from ganserve_server.errors import ServingError
-from ganserve_server.queueing.batcher import Batcher, Job, Made, Tally
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import CallWork, Job, Made
 from ganserve_server.services.messages import varint
 from ganserve_server.transport.interface import Call, RequestSink
 
@@ -36,7 +37,7 @@ class Turn:
 class RequestStream(ABC):
     """Takes requests while there is room, and sends their answers in order."""
 
-    __slots__ = ("_call", "_ended", "_running", "_running_bytes", "_tally", "_unread", "_waits", "_woken")
+    __slots__ = ("_call", "_ended", "_running", "_running_bytes", "_unread", "_waits", "_woken", "_work")
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -45,7 +46,7 @@ class RequestStream(ABC):
         self._running_bytes = 0
         self._woken = self._ended = self._waits = False
         call.on_cancel = self._cancel
-        call.work = self._tally = Tally()
+        call.work = self._work = CallWork()
 
     @property
     def sink(self) -> RequestSink:
@@ -82,8 +83,10 @@ class RequestStream(ABC):
             except Exception as error:
                 self._call.fail(error)
 
-        job = batcher.submit(draw, answered, caller=self._call.turn_of, deadline=deadline, bulk=bulk, tally=self._tally)
-        self._tally.count += draw.count
+        job = batcher.submit(
+            draw, answered, fairness_key=self._call.fairness_key, deadline=deadline, bulk=bulk, work=self._work
+        )
+        self._work.count += draw.count
         for turn in turns:
             turn.job = job
 

@@ -222,8 +222,8 @@ class Http2Call(Stream):
         return self._headers_sent
 
     @property
-    def turn_of(self) -> object:
-        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+    def fairness_key(self) -> object:
+        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
         return self.connection if self.caller is None else self.caller.name
 
     @property
@@ -234,7 +234,7 @@ class Http2Call(Stream):
     @property
     def key(self) -> object:
         """Whose share of the memory for requests and answers it takes."""
-        return self.turn_of
+        return self.fairness_key
 
     def _admit(self) -> None:
         """Find out who calls, and open the method; what is denied is so before its body comes."""

@@ -73,8 +73,8 @@ class GrpcioCall:
         self._status: tuple[grpc.StatusCode, str, bytes] = (grpc.StatusCode.OK, "", b"")
 
     @property
-    def turn_of(self) -> object:
-        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+    def fairness_key(self) -> object:
+        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
         return self.peer if self.caller is None else self.caller.name
 
     @property
