@@ -52,7 +52,7 @@ from ganserve_server import errors
 from ganserve_server.auth import tls, tokens
 from ganserve_server.auth.security import Security
 from ganserve_server.errors import RateLimited
-from ganserve_server.services.messages import varint
+from ganserve_server.services.wire import varint
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 

@@ -14,17 +14,16 @@ from ganserve_server.observe.metrics import OTHER, Metrics
 from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.jobs import CallWork, Made
 from ganserve_server.repository.table import ModelTable
-from ganserve_server.services.messages import GenerationRequest, describe, draw_of, images_limit, parse, respond, times
-from ganserve_server.services.request_stream import RequestStream, Turn, embedded
+from ganserve_server.services.generate_each import GenerateEachStream
+from ganserve_server.services.messages import GenerationRequest, describe, images_limit, parse, respond, times
+from ganserve_server.services.wire import embedded, tag
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 # Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
 _ENCODE_HERE_AT_MOST = 4096
-_LENGTH_DELIMITED = 2  # protobuf's wire type of messages
-_CHUNK_TAG = bytes((pb.StreamImagesResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
-_RESPONSE_TAG = bytes((pb.GenerateEachResponse.RESPONSE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_CHUNK_TAG = tag(pb.StreamImagesResponse.CHUNK_FIELD_NUMBER)
 _LITTLE_UNREAD = 16 << 20  # bytes of answers: beyond it streams are not read as fast as they are made
 
 
@@ -66,7 +65,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
 
     def _generate_each(self, call: Call) -> RequestSink:
         """Answer each request of a stream, in order."""
-        return EachRequest(self, call).sink
+        return GenerateEachStream(self.check, self.encoded, call).sink
 
     def check(self, request: pb.GenerateImagesRequest, call: Call) -> tuple[Batcher, GenerationRequest]:
         """Find the model, and check the request and its caller's rate.
@@ -185,97 +184,3 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         call.encode_s += seconds
         self._metrics.encode_seconds.labels(encoding).observe(seconds)
         return response
-
-
-class EachRequest(RequestStream):
-    """A stream of GenerateEach. Requests for one image each that came together and are alike are queued as one."""
-
-    __slots__ = ("_alike", "_servicer")
-
-    def __init__(self, servicer: GenerationServicer, call: Call) -> None:
-        super().__init__(call)
-        self._servicer = servicer
-        self._alike: list[_Turn] = []  # not queued yet
-
-    def take(self, content: bytes) -> "_Turn":
-        """Read and check a request; queue those before it, unless they are like it."""
-        turn = _Turn()
-        try:
-            request = read_message(pb.GenerateEachRequest.FromString, content).generate
-            turn.batcher, turn.request = self._servicer.check(request, self._call)
-        except ServingError as error:
-            _refuse([turn], error)
-            return turn
-        turn.pixel_bytes = turn.request.count * turn.request.model.pixel_bytes
-        alike = self._alike
-        if alike and not (len(alike) < turn.batcher.small and turn.is_like(alike[0])):
-            self.queue_taken()
-        self._alike.append(turn)
-        return turn
-
-    def queue_taken(self) -> None:
-        """Queue the requests that are alike."""
-        if self._alike:
-            alike, self._alike = self._alike, []
-            self._submit(alike)
-
-    def _submit(self, turns: "list[_Turn]") -> None:
-        draw, first = draw_of([turn.request for turn in turns]), turns[0]
-
-        def done(made: Made | ServingError) -> None:
-            if isinstance(made, ServingError):
-                _refuse(turns, made)
-            else:
-                self._made(turns, draw, made)
-
-        try:
-            self.submit(turns, first.batcher, draw, done, deadline=self._call.deadline, bulk=first.request.bulk)
-        except ServingError as error:
-            if len(turns) == 1:
-                _refuse(turns, error)
-            else:  # there may be room, or time, for some of them
-                for turn in turns:
-                    self._submit([turn])
-
-    def _made(self, turns: "list[_Turn]", draw: Draw, made: Made) -> None:
-        took = times(made)
-        for index, turn in enumerate(turns):
-            part, pixels = draw, made.pixels
-            if len(turns) > 1:
-                part, pixels = draw.part(index, index + 1), pixels[index : index + 1]
-            if turn.request.encoding == pb.ENCODING_RAW:
-                turn.answer = embedded(_RESPONSE_TAG, respond(turn.request, part, pixels, took))
-            else:
-                encoding = self._encode(turn, part, pixels, took)
-                self._call.spawn(encoding, cancel=self._call.on_cancel)
-
-    async def _encode(self, turn: "_Turn", draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> None:
-        response = await self._servicer.encoded(turn.request, draw, pixels, took, self._call)
-        turn.answer = embedded(_RESPONSE_TAG, response)
-        self.send_answers()
-
-
-def _refuse(turns: "list[_Turn]", error: ServingError) -> None:
-    told = pb.Error(code=error.code.value[0], reason=error.reason, message=str(error))
-    answer = pb.GenerateEachResponse(error=told).SerializeToString()
-    for turn in turns:
-        turn.answer = answer
-
-
-class _Turn(Turn):
-    __slots__ = ("batcher", "request")
-
-    batcher: Batcher
-    request: GenerationRequest
-
-    def is_like(self, other: "_Turn") -> bool:
-        """Tell whether both are for one image, by its seed, that may be made with the other's."""
-        one, another = self.request, other.request
-        return (
-            one.count == another.count == 1
-            and one.first_seed is not None
-            and another.first_seed is not None
-            and self.batcher is other.batcher
-            and one.truncation == another.truncation
-            and one.bulk == another.bulk
-        )

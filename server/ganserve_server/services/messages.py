@@ -1,4 +1,4 @@
-"""From a message to a validated request, and back to a response: the only place that knows protobuf's fields."""
+"""GenerationService's messages: from a message to a checked request, and from pixels back to a response."""
 
 import functools
 import secrets
@@ -13,11 +13,11 @@ from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.queueing.jobs import Made
 from ganserve_server.services.formats import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
+from ganserve_server.services.wire import tag, varint
 
 MAX_TRUNCATION = 2.0
 _MAX_PIXEL_BYTES = 256 << 20
-_LENGTH_DELIMITED = 2  # protobuf's wire type of bytes
-_PIXELS_TAG = bytes((pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_PIXELS_TAG = tag(pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER)
 _SEEDS = 2**32
 _MAX_LABELS_TOLD = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
 # Asking protobuf for these costs more than all the rest of a check.
@@ -115,7 +115,7 @@ def parse(
 
 
 def draw_of(requests: list[GenerationRequest]) -> Draw:
-    """Return what is to be made for one request, or for several of one image by its seed, alike but for labels."""
+    """Build one Draw from one request, or from several single-image, seeded requests that differ only in label."""
     first = requests[0]
     if len(requests) == 1:
         return first.draw(0, first.count)
@@ -286,17 +286,6 @@ def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], t
 def _alike(count: int, truncation: float, encoding: pb.Encoding) -> bytes:
     """Write the piece of a GenerateImagesResponse that most requests have in common."""
     return pb.GenerateImagesResponse(count=count, truncation=truncation, encoding=encoding).SerializeToString()
-
-
-@functools.lru_cache(1024)
-def varint(value: int) -> bytes:
-    """Write a length as protobuf does."""
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _identity(model: ModelVersion, draw: Draw, index: int) -> Identity:

@@ -26,8 +26,9 @@ from ganserve_server.queueing.jobs import Made
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.services.administration import refuse_repository_name
 from ganserve_server.services.health import SERVING, HealthServicer
-from ganserve_server.services.messages import check_labels, check_truncation, images_limit, labels_of, scaled, varint
-from ganserve_server.services.request_stream import RequestStream, Turn, embedded
+from ganserve_server.services.messages import check_labels, check_truncation, images_limit, labels_of, scaled
+from ganserve_server.services.request_stream import RequestStream, StreamedRequest
+from ganserve_server.services.wire import embedded, tag, varint
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
@@ -37,9 +38,8 @@ _EXTENSIONS = ("model_repository", "parameters", "schedule_policy")
 _PLATFORM = "onnxruntime_onnx"
 _OUTPUT = "image"
 _VERSION = re.compile(r"[0-9]{1,9}")
-_LENGTH_DELIMITED = 2  # protobuf's wire type of bytes
-_RAW_TAG = bytes((pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
-_RESPONSE_TAG = bytes((pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED,))
+_RAW_TAG = tag(pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER)
+_RESPONSE_TAG = tag(pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER)
 _FINAL = {"triton_final_response": pb.InferParameter(bool_param=True)}  # in streams: each request has one response
 _EMPTY_FINAL = "triton_enable_empty_final_response"  # changes nothing where the one response is the last
 _MAX_SEED = 2**32 - 1
@@ -212,25 +212,25 @@ class _InferStream(RequestStream):
         super().__init__(call)
         self._servicer = servicer
 
-    def take(self, content: bytes) -> Turn:
+    def take(self, content: bytes) -> StreamedRequest:
         """Read, check and queue a request."""
-        turn, request = Turn(), pb.ModelInferRequest()
+        streamed, request = StreamedRequest(), pb.ModelInferRequest()
         try:
             request = read_message(pb.ModelInferRequest.FromString, content)
             batcher, draw, options = self._servicer.check(request, self._call)
 
             def done(made: Made | ServingError) -> None:
                 if isinstance(made, ServingError):
-                    turn.answer = _stream_error(request, made)
+                    streamed.answer = _stream_error(request, made)
                 else:
-                    turn.answer = embedded(_RESPONSE_TAG, _respond(request, batcher.model, made, _FINAL))
+                    streamed.answer = embedded(_RESPONSE_TAG, _respond(request, batcher.model, made, _FINAL))
 
             deadline = _earlier(self._call.deadline, options.deadline)
-            self.submit([turn], batcher, draw, done, deadline=deadline, bulk=options.bulk)
-            turn.pixel_bytes = draw.count * batcher.model.pixel_bytes
+            self.submit([streamed], batcher, draw, done, deadline=deadline, bulk=options.bulk)
+            streamed.pixel_bytes = draw.count * batcher.model.pixel_bytes
         except ServingError as error:
-            turn.answer = _stream_error(request, error)
-        return turn
+            streamed.answer = _stream_error(request, error)
+        return streamed
 
 
 def _stream_error(request: pb.ModelInferRequest, error: ServingError) -> bytes:

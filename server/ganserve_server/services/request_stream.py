@@ -1,6 +1,6 @@
-"""A stream of requests: each is answered, or refused, in its turn, and none ends the stream.
+"""A stream of requests: each is answered or refused in order, and none ends the stream.
 
-Some run at a time; more wait unread, so that neither they nor their answers fill the memory.
+A limited number runs at a time; more wait unread, so that neither they nor their answers fill the memory.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,6 @@ from ganserve_server.compute.engine import Draw
 from ganserve_server.errors import ServingError
 from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.jobs import CallWork, Job, Made
-from ganserve_server.services.messages import varint
 from ganserve_server.transport.interface import Call, RequestSink
 
 # Of one stream.
@@ -23,8 +22,8 @@ _MAX_AT_ONCE = 64  # requests; one that is refused takes 10 to 20 µs of the eve
 _NOTHING: "deque[Any]" = deque(maxlen=0)  # of a stream without requests: an empty deque of its own takes 600 bytes
 
 
-class Turn:
-    """One request, and its answer once it is there."""
+class StreamedRequest:
+    """One request of a stream, and its answer once it is there."""
 
     __slots__ = ("answer", "job", "pixel_bytes")
 
@@ -42,7 +41,7 @@ class RequestStream(ABC):
     def __init__(self, call: Call) -> None:
         self._call = call
         self._unread: deque[bytes] = _NOTHING
-        self._running: deque[Turn] = _NOTHING
+        self._running: deque[StreamedRequest] = _NOTHING
         self._running_bytes = 0
         self._woken = self._ended = self._waits = False
         call.on_cancel = self._cancel
@@ -54,15 +53,15 @@ class RequestStream(ABC):
         return self._on_request, self._on_end
 
     @abstractmethod
-    def take(self, content: bytes) -> Turn:
-        """Read a request, and queue it, now or by `queue_taken`; return its turn."""
+    def take(self, content: bytes) -> StreamedRequest:
+        """Read a request, and queue it now or in `queue_taken`."""
 
     def queue_taken(self) -> None:  # noqa: B027  nothing to do where `take` queues
         """Queue what was taken and is not queued: there is no room for more, or nothing more has come."""
 
     def submit(
         self,
-        turns: Sequence[Turn],
+        requests: Sequence[StreamedRequest],
         batcher: Batcher,
         draw: Draw,
         done: Callable[[Made | ServingError], None],
@@ -70,7 +69,7 @@ class RequestStream(ABC):
         deadline: float | None,
         bulk: bool,
     ) -> None:
-        """Queue one draw for some turns; `done` gives them their answers.
+        """Queue one draw for some requests; `done` sets their answers.
 
         Raises:
             ServingError: it is refused.
@@ -87,11 +86,11 @@ class RequestStream(ABC):
             draw, answered, fairness_key=self._call.fairness_key, deadline=deadline, bulk=bulk, work=self._work
         )
         self._work.count += draw.count
-        for turn in turns:
-            turn.job = job
+        for request in requests:
+            request.job = job
 
     def send_answers(self) -> None:
-        """Send the answers whose turn it is, and begin what their going makes room for."""
+        """Send the answers that are next in order, and take the requests that there is room for then."""
         call, running, answers = self._call, self._running, []
         while running and (answer := running[0].answer) is not None:
             self._running_bytes -= running.popleft().pixel_bytes
@@ -140,9 +139,9 @@ class RequestStream(ABC):
         ):
             content = self._unread.popleft()
             taken, taken_bytes = taken + 1, taken_bytes + len(content)
-            turn = self.take(content)
-            self._running.append(turn)
-            self._running_bytes += turn.pixel_bytes
+            request = self.take(content)
+            self._running.append(request)
+            self._running_bytes += request.pixel_bytes
         if taken:
             self.queue_taken()
             self._call.consumed(taken_bytes, taken)
@@ -155,12 +154,7 @@ class RequestStream(ABC):
 
     def _cancel(self) -> None:
         self._unread.clear()
-        for turn in self._running:
-            if turn.job is not None:
-                turn.job.cancel()
+        for request in self._running:
+            if request.job is not None:
+                request.job.cancel()
         self._running.clear()
-
-
-def embedded(tag: bytes, message: bytes) -> bytes:
-    """Write a serialised message as a field of another."""
-    return b"".join((tag, varint(len(message)), message))
