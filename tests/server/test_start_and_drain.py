@@ -34,7 +34,7 @@ from tests.conftest import START_TIMEOUT_S, RunningServer, ordinary_user
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.observe.http_endpoint import Endpoint
+from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.processes.systemd import notify
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 from ganserve_server.start_errors import StartError
@@ -720,7 +720,7 @@ def test_the_program_itself_tells_whether_a_server_of_its_settings_is_ready(star
 
 
 def test_a_server_that_loads_is_alive_and_not_ready() -> None:
-    endpoint = Endpoint("127.0.0.1:0", CollectorRegistry())
+    endpoint = HttpEndpoint("127.0.0.1:0", CollectorRegistry())
     assert endpoint.address is not None
     assert http_get(endpoint.address, "/readyz") == (503, "starting\n")
     assert http_get(endpoint.address, "/livez") == (200, "ok\n")
@@ -743,13 +743,13 @@ def test_a_scraper_that_asks_for_a_version_that_is_none_gets_the_usual_one(kind:
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    running = Endpoint("127.0.0.1:0", CollectorRegistry())
+def endpoint() -> Iterator[HttpEndpoint]:
+    running = HttpEndpoint("127.0.0.1:0", CollectorRegistry())
     yield running
     running.close()
 
 
-def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ganserve_server.observe.http_endpoint._MAX_TIMEOUT_S", 0.5)
     assert endpoint.address is not None
     host, _, port = endpoint.address.rpartition(":")
@@ -764,7 +764,7 @@ def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: Endpoint, monkeypatc
                         raise ConnectionResetError("closed")
 
 
-def test_of_too_many_scrapers_the_oldest_is_closed(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_scrapers_the_oldest_is_closed(endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ganserve_server.observe.http_endpoint._MAX_CONNECTIONS", 3)
     assert endpoint.address is not None
     host, _, port = endpoint.address.rpartition(":")

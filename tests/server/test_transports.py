@@ -182,7 +182,7 @@ def test_the_other_transport_is_not_imported(transport: str) -> None:
     program = """
 import asyncio, sys
 from types import SimpleNamespace
-from ganserve_server.processes import admin_listener, worker
+from ganserve_server.processes import admin_listener, alone, worker
 from ganserve_server.transport import new_server
 from ganserve_server.transport.limits import Limits
 async def main():

@@ -60,7 +60,7 @@ def _cut_off(connected: socket.socket) -> None:
         connected.shutdown(socket.SHUT_RDWR)
 
 
-class Endpoint:
+class HttpEndpoint:
     """Answers /metrics, /livez and /readyz, in threads: while models load, too.
 
     Args:

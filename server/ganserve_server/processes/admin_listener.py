@@ -1,4 +1,4 @@
-"""Answers what an operator asks, on an address of its own."""
+"""Answers operators on an address of its own: they load, unload and reload models."""
 
 import logging
 from dataclasses import replace
@@ -22,18 +22,18 @@ _CONNECTIONS = 100
 _LONGEST_NAME = 64  # of a model; what is longer is none, and may have megabytes
 
 
-class AdminServer:
-    """Answers AdministrationService, and its like of the Open Inference Protocol, if it has an address."""
+class AdminListener:
+    """Answers AdministrationService, and the equivalent calls of the Open Inference Protocol, if it has an address."""
 
     def __init__(self, settings: ServerSettings, security: Security) -> None:
         self._settings, self._security = settings, security
-        # Before the models are loaded: an address that is taken should be told at once.
+        # Before the models are loaded: an address that is taken is reported at once.
         off = settings.admin_address == "off"
         self._sockets = [] if off else bind(settings.admin_address, "--admin-address")
         security.warn_if_open(self._sockets, "--admin-address")
         self._server: Server | None = None
 
-    def start(self, able: "Administration") -> str | None:
+    def start(self, administration: "Administration") -> str | None:
         """Listen; return where.
 
         Raises:
@@ -41,7 +41,7 @@ class AdminServer:
         """
         if not self._sockets:
             return None
-        # Here: it takes long, and a supervisor has its workers to start before.
+        # Here, because it takes long, and a supervisor starts its workers first.
         from ganserve.v1 import administration_pb2_grpc
         from ganserve_server.services.administration import AdministrationServicer, RepositoryServicer
 
@@ -56,8 +56,9 @@ class AdminServer:
             guard=self._security.guard("admin"),
         )
         grpcs: Any = server
-        administration_pb2_grpc.add_AdministrationServiceServicer_to_server(AdministrationServicer(able), grpcs)
-        RepositoryServicer(able).add_to(server)
+        servicer = AdministrationServicer(administration)
+        administration_pb2_grpc.add_AdministrationServiceServicer_to_server(servicer, grpcs)
+        RepositoryServicer(administration).add_to(server)
         try:
             server.start(self._sockets)
         except OSError as error:
@@ -65,13 +66,13 @@ class AdminServer:
         return name(self._sockets[0], self._settings.admin_address)
 
     async def stop(self) -> None:
-        """Finish what was begun, and close."""
+        """Finish the running calls, and close."""
         if self._server is not None:
             await self._server.drain(self._settings.drain_timeout_s)
 
 
 def _tell_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
-    """Log every one: who did what to the models."""
+    """Log every call: who did what to the models."""
     told = {
         "method": call.path.rpartition("/")[2],
         "model": call.model if len(call.model) <= _LONGEST_NAME else f"{call.model[:_LONGEST_NAME]}…",

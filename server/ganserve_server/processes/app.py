@@ -1,4 +1,4 @@
-"""Starts the server, as one process or as several, and takes it down without losing a call."""
+"""Starts the server, as one process or as several, and stops it without losing a call."""
 
 import asyncio
 import contextlib
@@ -8,38 +8,30 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from socket import socket
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from ganserve_server.auth.security import Security
 from ganserve_server.compute.cuda import nvidia_driver
 from ganserve_server.machine import cores, memory_limit
-from ganserve_server.observe.http_endpoint import Endpoint
+from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.observe.metrics import Metrics
-from ganserve_server.processes.admin_listener import AdminServer
+from ganserve_server.processes.admin_listener import AdminListener
 from ganserve_server.processes.administration import WorkersAdministration
-from ganserve_server.processes.supervisor import WORKER_VARIABLE, Parent, Supervisor
+from ganserve_server.processes.channel import WORKER_VARIABLE, SupervisorChannel
+from ganserve_server.processes.reports import ReportServing, report_draining, why_not_ready
+from ganserve_server.processes.supervisor import Supervisor
 from ganserve_server.processes.systemd import notify, reloading
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
-from ganserve_server.start_errors import StartError
 from ganserve_server.transport.addresses import bind, name
 
-# What takes long to import, onnxruntime above all, is imported where a process needs it: a supervisor does not, and it
-# starts the workers first.
-if TYPE_CHECKING:
-    from ganserve_server.repository.lifecycle import Lifecycle
-
 _log = logging.getLogger(__name__)
-
-LogServing = Callable[[Mapping[str, Any], str | None, str | None], None]
 
 # What a worker takes with no model, and with each byte of a model's file; half as much again as was measured.
 _WORKER_BYTES, _BYTES_PER_FILE_BYTE = 140 << 20, 3
 _NO_LIMIT = 1 << 60  # of bytes
 _LONGEST_END_S = 5.0  # what a worker may take beside the drain
-_ALIKE = ("model loaded", "model unloaded", "model kept out")
 
 
 async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
@@ -48,14 +40,18 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     Raises:
         StartError: no model can be served, or an address is taken.
     """
+    # What takes long to import, onnxruntime above all, is imported where a process needs it: a supervisor does not, and
+    # it starts the workers first.
     if variable := os.environ.get(WORKER_VARIABLE):
-        await _work(Parent(variable), settings, stop, reload)
+        from ganserve_server.processes.worker import work
+
+        await work(SupervisorChannel(variable), settings, stop, reload)
         return
     started = time.perf_counter()
     sockets = bind(settings.address, "--address")
     workers = _count_workers(settings)
 
-    def log_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
+    def report_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
         _log.info(
             "serving",
             extra={
@@ -77,61 +73,12 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     security = Security(settings, metrics, SharedRates())
     security.warn_if_open(sockets, "--address")
     if metrics is not None:
-        await _serve_alone(settings, stop, reload, sockets, metrics, security, log_serving)
+        from ganserve_server.processes.alone import serve_alone
+
+        await serve_alone(settings, stop, reload, sockets, metrics, security, report_serving)
     else:
-        await _supervise(settings, stop, reload, Supervisor(workers, sockets), security, log_serving)
+        await _supervise(settings, stop, reload, Supervisor(workers, sockets), security, report_serving)
     _log.info("stopped")
-
-
-async def _work(parent: Parent, settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
-    """Be one of several workers."""
-    from ganserve_server.processes.worker import serve_models
-
-    metrics = Metrics()
-    # What all workers see alike is told once: of certificates and tokens by the supervisor, of models by one worker.
-    logging.getLogger("ganserve_server.auth.security").setLevel(logging.CRITICAL)
-    models_log = logging.getLogger("ganserve_server.repository.lifecycle")
-    models_log.addFilter(lambda line: line.msg not in _ALIKE or parent.tells)
-    security = Security(settings, metrics, SharedRates(parent.rates))
-    with contextlib.closing(parent):
-        try:
-            await serve_models(settings, stop, reload, parent.sockets, metrics, security, parent)
-        except StartError as error:
-            if parent.tells:
-                raise
-            raise SystemExit(1) from error
-
-
-async def _serve_alone(
-    settings: ServerSettings,
-    stop: asyncio.Event,
-    reload: asyncio.Event,
-    sockets: list[socket],
-    metrics: Metrics,
-    security: Security,
-    log_serving: LogServing,
-) -> None:
-    """Be all there is of the server."""
-    from ganserve_server.processes.worker import serve_models
-
-    with contextlib.closing(Endpoint(settings.metrics_address, metrics.registry)) as endpoint:
-        admin = AdminServer(settings, security)
-
-        def on_serving(facts: Mapping[str, Any], lifecycle: "Lifecycle") -> None:
-            log_serving(facts, endpoint.address, admin.start(lifecycle))
-            endpoint.why_not_ready = lambda: _why_not_ready(stop, lifecycle)
-
-        await serve_models(
-            settings,
-            stop,
-            reload,
-            sockets,
-            metrics,
-            security,
-            on_serving=on_serving,
-            on_draining=lambda: _tell_draining(settings),
-        )
-        await admin.stop()
 
 
 async def _supervise(
@@ -140,14 +87,14 @@ async def _supervise(
     reload: asyncio.Event,
     supervisor: Supervisor,
     security: Security,
-    log_serving: LogServing,
+    report_serving: ReportServing,
 ) -> None:
-    """Have several workers serve."""
+    """Serve with several workers until `stop` is set, then end them."""
     with (
         contextlib.closing(supervisor),
-        contextlib.closing(Endpoint(settings.metrics_address, supervisor.registry)) as endpoint,
+        contextlib.closing(HttpEndpoint(settings.metrics_address, supervisor.registry)) as endpoint,
     ):
-        admin = AdminServer(settings, security)
+        admin = AdminListener(settings, security)
         meanwhile = asyncio.to_thread(importlib.import_module, "ganserve_server.services.administration")
         starting = asyncio.gather(supervisor.start(), meanwhile)
         stopped = asyncio.create_task(stop.wait())
@@ -159,27 +106,18 @@ async def _supervise(
         facts, _ = starting.result()
         if facts is None:
             raise SystemExit(1)
-        log_serving(facts, endpoint.address, admin.start(WorkersAdministration(supervisor)))
-        endpoint.why_not_ready = lambda: _why_not_ready(stop, supervisor)
+        report_serving(facts, endpoint.address, admin.start(WorkersAdministration(supervisor)))
+        endpoint.why_not_ready = lambda: why_not_ready(stop, supervisor)
         tasks = [
             asyncio.create_task(_forward_reloads(reload, supervisor, security)),
             asyncio.create_task(security.watch()),
         ]
         await stopped
-        _tell_draining(settings)
+        report_draining(settings)
         for task in tasks:
             task.cancel()
         most_s = settings.drain_delay_s + settings.drain_timeout_s + _LONGEST_END_S
         await asyncio.gather(admin.stop(), supervisor.stop(most_s))
-
-
-def _why_not_ready(stop: asyncio.Event, server: "Supervisor | Lifecycle") -> str:
-    return "draining" if stop.is_set() else "" if server.serves else "no model is served"
-
-
-def _tell_draining(settings: ServerSettings) -> None:
-    notify("STOPPING=1")
-    _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})
 
 
 def _count_workers(settings: ServerSettings) -> int:

@@ -1,8 +1,8 @@
 """Several worker processes on one port: started, watched, replaced when one dies, and ended together.
 
-The workers share the listening sockets, and each accepts only while it has no more connections than the others: so they
-are spread evenly, which the kernel's hash (SO_REUSEPORT) does not do for the few that a load balancer opens. Counters
-are true sums over all workers, dead ones too: prometheus-client keeps them in files.
+The workers share the listening sockets, and each accepts only while it has no more connections than the others. This
+spreads connections evenly, which the kernel's hash (SO_REUSEPORT) does not do for the few that a load balancer opens.
+Counters are sums over all workers, including dead ones: prometheus-client keeps them in files.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.process_collector import ProcessCollector
 
 from ganserve_server.observe.metrics import Load
+from ganserve_server.processes.channel import MAX_LINE_BYTES, WORKER_VARIABLE
 from ganserve_server.processes.systemd import SOCKET_VARIABLE
 from ganserve_server.shared.rates import RATES_BYTES
 from ganserve_server.shared.scoreboard import Scoreboard, scoreboard_bytes
@@ -34,55 +35,8 @@ from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 
-WORKER_VARIABLE = "GANSERVE_WORKER"  # how a process learns that it is one
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
-_LONGEST_LINE = 64 << 20  # bytes: a message of gRPC's in JSON, or what there is to say of 200 000 versions
-
-
-class Parent:
-    """A worker's side of the channel to its supervisor."""
-
-    def __init__(self, variable: str) -> None:
-        given = json.loads(variable)
-        self.number: int = given["number"]
-        self.board = Scoreboard(given["board"], given["workers"], self.number)
-        self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
-        self.rates: int = given["rates"]  # memory of the tokens' rates
-        self.unloaded: list[str] = given["unloaded"]  # models that an operator has stopped
-        self.replaces: bool = given["replaces"]  # one that ended
-        self.gone = asyncio.Event()
-        self._channel = socket.socket(fileno=given["channel"])
-        self._writer: asyncio.StreamWriter | None = None
-        self._folder: str = given["folder"]
-
-    @property
-    def tells(self) -> bool:
-        """Whether it is this worker's to say what all of them see alike."""
-        return self.board.leads if self.board.takes_part else self.replaces or not self.number
-
-    async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
-        """Do what the supervisor asks; drain if it is gone."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=_LONGEST_LINE)
-        with suppress(OSError):
-            while (line := await reader.readline()).endswith(b"\n"):
-                self.tell(await answer(json.loads(line)))
-        self.gone.set()
-        stop.set()
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send the supervisor a message."""
-        line = json.dumps(message).encode() + b"\n"
-        if self._writer is None:
-            with suppress(OSError):  # it is gone: `follow` sees that
-                self._channel.sendall(line)
-        else:
-            self._writer.write(line)
-
-    def close(self) -> None:
-        """Remove the metrics' files, if the supervisor is gone, whose they are."""
-        if self.gone.is_set():
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class _Worker:
@@ -98,7 +52,7 @@ class _Worker:
     async def ready(self) -> dict[str, Any] | None:
         """Wait until it serves; None if it ended before."""
         async with self._asking:  # what it is asked meanwhile waits
-            self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=_LONGEST_LINE)
+            self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_LINE_BYTES)
             return await self._read()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
