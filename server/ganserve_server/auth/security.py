@@ -8,7 +8,8 @@ from pathlib import Path
 from socket import AF_INET6, socket
 
 from ganserve_server.auth.tls import Certificates
-from ganserve_server.auth.tokens import Role, Tokens
+from ganserve_server.auth.token_file import Role
+from ganserve_server.auth.tokens import Tokens
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates

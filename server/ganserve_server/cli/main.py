@@ -1,7 +1,6 @@
 """The `ganserve-server` program: its flags are the fields of ServerSettings."""
 
 import asyncio
-import contextlib
 import http.client
 import inspect
 import json
@@ -9,8 +8,7 @@ import logging
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import structlog
@@ -18,6 +16,8 @@ import typer
 from pydantic import ValidationError
 
 from ganserve_server.cli import admin as admin_commands
+from ganserve_server.cli import token as token_commands
+from ganserve_server.cli.problems import print_problems
 from ganserve_server.settings import (
     BUNDLED_MODELS,
     CONFIG_VARIABLE,
@@ -28,7 +28,7 @@ from ganserve_server.settings import (
     check_environment,
     read_config,
 )
-from ganserve_server.start_errors import SettingsError
+from ganserve_server.start_errors import SettingsError, StartError
 from ganserve_server.transport.addresses import reachable
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     except (SettingsError, ValidationError) as error:
         problems = [str(error)] if isinstance(error, SettingsError) else _explain(error, given, config)
         if context.invoked_subcommand:
-            _tell(problems)
+            print_problems(problems)
         else:
             _configure_logs(values.get("log_format", "auto"))
             for problem in problems:
@@ -65,7 +65,6 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     _configure_logs(settings.log_format)
     # Imported late: --help and a wrong flag should not wait for onnxruntime.
     from ganserve_server.processes import app
-    from ganserve_server.start_errors import StartError
 
     async def run() -> None:
         stop, reload = asyncio.Event(), asyncio.Event()
@@ -89,11 +88,6 @@ def _explain(error: ValidationError, given: Collection[str], config: str | None)
         rule = problem["msg"].removeprefix("Value error, ") if own else f"it must be {allowed(name)}"
         told.append(f"{place} is {problem['input']!r}; {rule}")
     return told
-
-
-def _tell(problems: Iterable[str]) -> None:
-    for problem in problems:
-        print(f"ganserve-server: {problem}", file=sys.stderr)
 
 
 def _doctor(
@@ -153,7 +147,7 @@ def _config(
         from ganserve_server.cli.check import problems_of
 
         if problems := problems_of(settings):
-            _tell(problems)
+            print_problems(problems)
             raise typer.Exit(1)
         print("ok")
         return
@@ -181,94 +175,6 @@ def _bounds(context: typer.Context) -> None:
 def _toml(value: object) -> str:
     """Write a number or a text: as JSON does, but for a character that TOML wants escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").encode("utf-8", "backslashreplace").decode()
-
-
-_TokensFile = Annotated[Path | None, typer.Option(help="The tokens file.", show_default="that of --tokens-file")]
-
-
-def _add_token(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Whose it is: letters, digits, '.', '_' and '-'.")],
-    file: _TokensFile = None,
-    role: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="generate: images; admin: models, on --admin-address. May be given twice.", show_default="generate"
-        ),
-    ] = None,
-    images_per_s: Annotated[float | None, typer.Option(help="How many images a second it may ask for.")] = None,
-    burst_images: Annotated[
-        float | None, typer.Option(help="How many at once.", show_default="those of a second")
-    ] = None,
-) -> None:
-    """Make a token, add its hash to a tokens file, new or not, and print the token: it is kept nowhere."""
-    from ganserve_server.auth import tokens
-
-    token, digest = tokens.new_token()
-    entry = {
-        "name": name,
-        "sha256": digest,
-        "roles": role or ["generate"],
-        "images_per_s": images_per_s,
-        "burst_images": burst_images,
-    }
-    with _refusing(file := _tokens_file(context, file)):
-        tokens.add(file, {key: value for key, value in entry.items() if value is not None})
-    print(token)
-
-
-def _list_tokens(
-    context: typer.Context,
-    file: _TokensFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As a JSON array of objects.")] = False,
-) -> None:
-    """Print whose tokens a file has, with roles and rates. The tokens themselves are kept nowhere."""
-    from ganserve_server.auth import tokens
-
-    with _refusing(file := _tokens_file(context, file)):
-        entries = [token.model_dump(mode="json", exclude={"sha256"}) for token in tokens.read_tokens(file)]
-    if as_json:
-        print(json.dumps(entries, indent=2))
-        return
-    rows = [("NAME", "ROLES", "IMAGES_PER_S", "BURST_IMAGES")]
-    for entry in entries:
-        rates = ("" if entry[key] is None else f"{entry[key]:g}" for key in ("images_per_s", "burst_images"))
-        rows.append((entry["name"], ",".join(entry["roles"]), *rates))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _withdraw_token(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Whose it is.")],
-    file: _TokensFile = None,
-) -> None:
-    """Take a token out of a tokens file; servers that run read the file again, and no longer let it in."""
-    from ganserve_server.auth import tokens
-
-    with _refusing(file := _tokens_file(context, file)):
-        tokens.withdraw(file, name)
-
-
-def _tokens_file(context: typer.Context, file: Path | None) -> Path:
-    settings: ServerSettings = context.obj
-    if file is None and not settings.tokens_file:
-        raise typer.BadParameter("which file? The settings have no --tokens-file", param_hint="--file")
-    return file or Path(settings.tokens_file)
-
-
-@contextlib.contextmanager
-def _refusing(file: Path) -> Iterator[None]:
-    """Tell what is wrong with a tokens file, and end."""
-    try:
-        yield
-    except OSError as error:
-        _tell([f"{file}: {error.strerror}"])
-        raise typer.Exit(2) from error
-    except ValueError as error:
-        _tell([f"{file}: {error}; nothing was changed"])
-        raise typer.Exit(2) from error
 
 
 def _flag(name: str) -> str:
@@ -349,8 +255,7 @@ def main() -> None:
     for name, command in commands.items():
         app.command(name, help=_help(command))(command)
     token = typer.Typer(help="Make, list and withdraw the tokens of a file.", no_args_is_help=True)
-    commands = {"add": _add_token, "list": _list_tokens, "withdraw": _withdraw_token}
-    for name, command in commands.items():
+    for name, command in token_commands.COMMANDS.items():
         token.command(name, help=_help(command))(command)
     app.add_typer(token, name="token")
     admin = typer.Typer(no_args_is_help=True)
