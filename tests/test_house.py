@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import graphlib
 import importlib.metadata
 import itertools
 import os
@@ -70,6 +71,91 @@ def _imported(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.append(node.module)
     return names
+
+
+# What each package and top module of the server may import of the others, from the ground up. The docstring of each
+# package says why.
+_MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "start_errors": set(),
+    "spelling": set(),
+    "machine": set(),
+    "inference": set(),
+    "shared": set(),
+    "transport": {"errors", "start_errors", "machine", "shared"},
+    "settings": {"start_errors", "spelling", "transport"},
+    "compute": {"settings"},
+    "observe": {"errors", "settings", "transport"},
+    "auth": {"errors", "start_errors", "spelling", "shared", "transport", "settings", "observe"},
+    "queueing": {"errors", "shared", "compute", "observe"},
+    "repository": {
+        *("errors", "start_errors", "spelling", "machine", "shared", "settings", "compute", "observe", "queueing"),
+    },
+    "services": {"errors", "inference", "transport", "settings", "compute", "observe", "queueing", "repository"},
+    "processes": {
+        *("errors", "start_errors", "machine", "inference", "shared", "transport", "settings", "compute", "observe"),
+        *("auth", "repository", "services"),
+    },
+    "cli": {
+        *("start_errors", "machine", "shared", "transport", "settings", "compute", "auth", "repository", "services"),
+        "processes",
+    },
+    "__main__": {"cli"},
+}
+# What other packages may import of the transport: `new_server`, which is in __init__, and these.
+_TRANSPORT_DOORS = {"", "interface", "addresses", "credentials", "limits"}
+_BEHIND_THE_DOORS = {
+    ("cli.bounds", "transport.http2"),  # prints its limits
+    ("services.health", "transport.answering"),  # ends calls with statuses of its own
+}
+
+
+def _server_imports() -> dict[str, set[str]]:
+    """Return the modules of the server, each with those that it imports at any place, also for types only."""
+    root = ROOT / "server" / "ganserve_server"
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+        for path in root.rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {module: set() for module in files}
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path} has a relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                package, _, inner = name.partition(".")
+                if package == "ganserve_server":
+                    imports[module].add(inner if inner in files else inner.rpartition(".")[0])
+    return imports
+
+
+def test_the_packages_of_the_server_import_only_what_they_may() -> None:
+    modules = _server_imports()
+    assert {module.partition(".")[0] for module in modules if module} == set(_MAY_IMPORT), "a package lacks a rule"
+    tuple(graphlib.TopologicalSorter(_MAY_IMPORT).static_order())  # raises CycleError
+    used: dict[str, set[str]] = {package: set() for package in _MAY_IMPORT}
+    for module, imported in modules.items():
+        package = module.partition(".")[0]
+        for other in imported:
+            part, _, inner = other.partition(".")
+            if part != package:
+                assert part in _MAY_IMPORT[package], f"{module} imports {other}"
+                used[package].add(part)
+                if part == "transport" and inner not in _TRANSPORT_DOORS:
+                    assert (module, other) in _BEHIND_THE_DOORS, f"{module} imports {other}, which is not public"
+    assert used == _MAY_IMPORT, "a rule allows more than is needed"
+
+
+def test_the_modules_of_the_server_import_each_other_in_no_circle() -> None:
+    tuple(graphlib.TopologicalSorter(_server_imports()).static_order())  # raises CycleError
+
+
+def test_every_package_of_the_server_says_what_it_is_for() -> None:
+    for path in (ROOT / "server" / "ganserve_server").glob("*/__init__.py"):
+        if path.parent.name != "inference":
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
 
 def test_importing_the_sdk_loads_nothing_heavy() -> None:

@@ -2,19 +2,17 @@
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 
 from ganserve_server.auth.security import Security
 from ganserve_server.observe.call_recorder import tell_internal_error, tell_tls_failure
+from ganserve_server.repository.states import Administration
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport import new_server
 from ganserve_server.transport.addresses import bind, name, refused
 from ganserve_server.transport.interface import Call, Server
-
-if TYPE_CHECKING:
-    from ganserve_server.repository.states import Administration
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +31,7 @@ class AdminListener:
         security.warn_if_open(self._sockets, "--admin-address")
         self._server: Server | None = None
 
-    def start(self, administration: "Administration") -> str | None:
+    def start(self, administration: Administration) -> str | None:
         """Listen; return where.
 
         Raises:
