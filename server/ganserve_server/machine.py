@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_NO_LIMIT = 1 << 60  # or more, where cgroups of version 1 have none
+_NO_LIMIT = 1 << 60  # cgroups of version 1 report this or more if there is no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """How many cores there are, and why this process may use so many of them."""
+    """How many cores there are, and what limits how many of them this process may use."""
 
     machine: int
     affinity: int
@@ -45,7 +45,7 @@ def memory_limit() -> int | None:
 
 
 def _cgroups(controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and of those above it, which limit it too; of version 2 or 1."""
+    """Yield the folders of this process's cgroup and of its ancestors, which limit it too; for version 2 or 1."""
     with contextlib.suppress(OSError, ValueError):
         for line in _OWN_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -58,7 +58,7 @@ def _cgroups(controller: str) -> Iterator[Path]:
 def _quota(group: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError):
         quota, period = (group / "cpu.max").read_text().split()
-        return int(quota) / int(period)  # no number is no limit
+        return int(quota) / int(period)  # "max" is no number: there is no limit
     with contextlib.suppress(OSError, ValueError):
         quota_us, period_us = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return quota_us / period_us if quota_us > 0 else None
@@ -66,10 +66,10 @@ def _quota(group: Path) -> float | None:
 
 
 def give_back_memory() -> None:
-    """Let go of what past calls still hold, and have the C library return what it keeps free.
+    """Collect garbage, and make the C library return its free memory to the system.
 
     Reading a model takes several times its size for a moment.
     """
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc's own
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What guards an address: TLS and tokens, of files that may change while the server runs."""
+"""Guards an address with TLS and tokens. Their files may change while the server runs."""
 
 import asyncio
 import logging
@@ -23,11 +23,11 @@ _LOOK_EVERY_S = 2.0
 
 
 class Security:
-    """A process's certificates and tokens; either may be None.
+    """The certificates and tokens of a process; either may be None.
 
     Args:
         settings: name the files.
-        metrics: of this process; None in a supervisor, whose workers have them.
+        metrics: of this process; None in a supervisor, because its workers have them.
         rates: where the tokens' rates are counted.
 
     Raises:
@@ -39,28 +39,28 @@ class Security:
             "certificates": _named(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file),
             "tokens": _named(settings.tokens_file),
         }
-        # Before they are read: what changes meanwhile is read again.
+        # Before the files are read, so that a change during the reading is noticed later.
         self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
         self.certificates = certificates_of(settings, metrics)
         self.tokens = tokens_of(settings, metrics, rates)
         self._metrics = metrics
-        self._tell_expired()
+        self._log_expired()
         self._parts = {"certificates": self.certificates, "tokens": self.tokens}
 
     @property
     def context(self) -> Callable[[], ssl.SSLContext] | None:
-        """Gives what a new connection is greeted with; None where there is no TLS."""
+        """Returns the TLS context for a new connection; None without TLS."""
         certificates = self.certificates
         return None if certificates is None else lambda: certificates.context
 
     @property
     def pem(self) -> Callable[[], Pem] | None:
-        """Gives the same as PEM, for a transport that does TLS itself."""
+        """Returns the same as PEM, for a transport that does TLS itself; None without TLS."""
         certificates = self.certificates
         return None if certificates is None else lambda: certificates.pem
 
     def guard(self, role: Role) -> Callable[[Call], None] | None:
-        """Return what finds out who calls, and raises if he may not; None if all may."""
+        """Return a function that identifies the caller, and raises if it lacks the role; None if everyone may call."""
         tokens = self.tokens
         if tokens is None:
             return None
@@ -74,7 +74,7 @@ class Security:
         return check
 
     def refresh(self) -> None:
-        """Read again what has changed; what cannot be used is logged and left."""
+        """Read changed files again; if one cannot be used, log that and keep what was read before."""
         for kind, seen in self._seen.items():
             part = self._parts[kind]
             assert part is not None
@@ -89,23 +89,23 @@ class Security:
             else:
                 _log.info("read again", extra={"kind": kind} | facts)
                 if kind == "certificates":
-                    self._tell_expired()
+                    self._log_expired()
             if self._metrics is not None:
                 self._metrics.file_reloads.labels(kind, "kept_out" if kept_out else "loaded").inc()
                 self._metrics.files_kept_out.labels(kind).set(kept_out)
 
-    def _tell_expired(self) -> None:
+    def _log_expired(self) -> None:
         for kind, end in (self.certificates.expired if self.certificates else {}).items():
             _log.error("a certificate has expired", extra={"certificate": kind, "since": end.isoformat()})
 
     async def watch(self) -> None:
-        """Refresh every two seconds: of mounted secrets, which are links, not every kernel tells that they change."""
+        """Refresh every two seconds: not every kernel reports changes of mounted secrets, which are links."""
         while self._seen:
             await asyncio.sleep(_LOOK_EVERY_S)
             self.refresh()
 
     def warn_if_open(self, sockets: list[socket], flag: str) -> None:
-        """Say in the log what anybody on the network may do."""
+        """Log a warning if anyone on the network may call, or tokens travel in plain text."""
         if all(_is_loopback(bound) for bound in sockets):
             return
         if self.tokens is None and not (self.certificates and self.certificates.asks_callers):
@@ -143,7 +143,7 @@ def _named(*files: str) -> tuple[Path, ...]:
 
 
 def _state(files: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
-    """Return what differs when a file has changed."""
+    """Return values that differ if a file has changed."""
     states: list[tuple[int, ...] | None] = []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""TLS: the server's certificate, whose certificates it asks callers for, and how both are renewed without a restart."""
+"""TLS: the server's certificate and the authorities of its callers, both renewed without a restart."""
 
 import asyncio.sslproto
 import datetime
@@ -12,23 +12,23 @@ from ganserve_server.settings import ServerSettings
 from ganserve_server.start_errors import StartError
 from ganserve_server.transport.credentials import Pem
 
-# TLS 1.2 as HTTP/2 allows it (RFC 9113, 9.2.2): forward secrecy and authenticated encryption. 1.3 has nothing else.
+# TLS 1.2 as HTTP/2 allows it (RFC 9113, 9.2.2): forward secrecy and authenticated encryption. TLS 1.3 always has both.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 _PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 _SEQUENCE, _UTC_TIME, _VERSION = 0x30, 0x17, 0xA0  # tags of DER
-# Bytes that each connection keeps to read into: asyncio's own 256 KiB were 2.5 GiB of the 10,000 that may be.
+# The read buffer of each connection: asyncio's default of 256 KiB would take 2.5 GiB for 10,000 connections.
 asyncio.sslproto.SSLProtocol.max_size = 32 << 10
 
 
 class Certificates:
-    """What new connections are greeted with. Those that are open keep what they began with.
+    """The certificates for new connections. Open connections keep the ones they started with.
 
     Args:
         settings: name the files, in PEM.
-        metrics: learn when certificates end; none in a process without metrics of its own.
+        metrics: get the expiry times; None in a process without metrics of its own.
 
     Raises:
-        StartError: a file is not there, or is not what it should be.
+        StartError: a file is missing or not valid.
     """
 
     def __init__(self, settings: ServerSettings, metrics: Metrics | None) -> None:
@@ -38,14 +38,14 @@ class Certificates:
         self.asks_callers = bool(self._client_ca)
         self.context: ssl.SSLContext
         self.pem: Pem
-        self.expired: dict[str, datetime.datetime]  # which of them, and since when
+        self.expired: dict[str, datetime.datetime]  # kind and expiry of each expired certificate
         if not (self._certificate and self._key):
             raise StartError("TLS needs both --tls-certificate-file and --tls-key-file")
         self._files = tuple(Path(file) for file in (self._certificate, self._key, self._client_ca) if file)
         self.reload()
 
     def reload(self) -> dict[str, Any]:
-        """Read the files again; return for the log which certificate there is now, and when it ends.
+        """Read the files again; return serial number and expiry times for the log.
 
         Raises:
             StartError: they cannot be used; the old certificates stay.
@@ -77,8 +77,8 @@ class Certificates:
         if self._client_ca:
             context.load_verify_locations(self._client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-            # A session that is resumed asks for no certificate: one that has ended since would go on letting in. Of 1.2
-            # OpenSSL keeps sessions, too, which Python cannot forbid.
+            # A resumed session asks for no certificate, so an expired one would still be accepted. Hence no tickets,
+            # and no TLS 1.2: OpenSSL caches its sessions, which Python cannot turn off.
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.num_tickets = 0
         return context
@@ -94,7 +94,7 @@ class Certificates:
 
 
 def _certificates(file: str) -> list[tuple[str, datetime.datetime]]:
-    """Return the serial number of each of a file's certificates, in hexadecimal as openssl has it, and its end.
+    """Return the serial number (in hexadecimal, as openssl prints it) and the expiry of each certificate in a file.
 
     Raises:
         ValueError: the file has no certificate.
@@ -109,7 +109,7 @@ def _certificates(file: str) -> list[tuple[str, datetime.datetime]]:
 
 
 def _serial_and_end(der: bytes) -> tuple[str, datetime.datetime]:
-    """Read a certificate (RFC 5280, 4.1): Python's ssl tells this only of a peer's."""
+    """Parse a certificate (RFC 5280, 4.1): Python's ssl does this only for a peer's."""
     _, start, _ = _element(der, 0)  # Certificate
     _, position, _ = _element(der, start)  # TBSCertificate
     tag, _, end = _element(der, position)
@@ -130,7 +130,7 @@ def _serial_and_end(der: bytes) -> tuple[str, datetime.datetime]:
 
 
 def _element(der: bytes, position: int) -> tuple[int, int, int]:
-    """Return the tag of the element there, and where its content starts and ends."""
+    """Return the tag of the element at a position, and the start and end of its content."""
     if position + 2 > len(der):
         raise ValueError("a certificate is cut off")
     tag, size, start = der[position], der[position + 1], position + 2

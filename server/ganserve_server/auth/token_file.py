@@ -23,7 +23,7 @@ from ganserve_server.spelling import nearest
 Role = Literal["generate", "admin"]
 _TABLE = re.compile(r"^(?=[ \t]*\[\[[ \t]*tokens[ \t]*\]\])", re.MULTILINE)
 _TOKEN_BYTES = 32
-_TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets can know one
+_TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets recognise one
 _LEAST_RATE, _MOST_IMAGES = 0.001, 1e9
 
 _PATTERNS = {
@@ -76,7 +76,7 @@ def _parse(text: str) -> list[Token]:
         try:
             tokens.append(Token.model_validate(entry))
         except ValidationError as error:
-            # Without the input: it could be the token itself. A key too many tells more than the one that lacks.
+            # Without the input, which could be the token itself. An unknown key says more than a missing one.
             problem = min(error.errors(include_input=False), key=lambda one: one["type"] != "extra_forbidden")
             key = ".".join(str(part) for part in problem["loc"]) or "as a whole"
             hint = nearest(key, tuple(Token.model_fields)) if problem["type"] == "extra_forbidden" else ""
@@ -90,11 +90,11 @@ def _parse(text: str) -> list[Token]:
 
 
 def add(file: Path, entry: Mapping[str, object]) -> None:
-    """Add a token to a file, which is made if it is not there.
+    """Add a token to a file; create the file if it does not exist.
 
     Raises:
         OSError: it cannot be read or written.
-        ValueError: there is one of its name, or the file, with it, breaks a rule.
+        ValueError: its name is taken, or the file with it would break a rule.
     """
     lines = ["", "[[tokens]]", *(f"{key} = {json.dumps(value)}" for key, value in entry.items()), ""]
 
@@ -108,7 +108,7 @@ def add(file: Path, entry: Mapping[str, object]) -> None:
 
 
 def withdraw(file: Path, name: str) -> None:
-    """Take a token out of a file.
+    """Remove a token from a file.
 
     Raises:
         OSError: it cannot be read or written.
@@ -123,7 +123,7 @@ def withdraw(file: Path, name: str) -> None:
         if len(names) == 1:
             raise ValueError(f"{name!r} is the only token, and a server takes no file without one; add another first")
         start, *tables = _TABLE.split(content)
-        # A comment after a table's last key may be about the next one: it stays.
+        # A comment after the last key of a table may be about the next table: it stays.
         left = start + "".join(
             _after_the_last_key(table) if number == names.index(name) else table for number, table in enumerate(tables)
         )
@@ -136,17 +136,17 @@ def withdraw(file: Path, name: str) -> None:
 
 def _after_the_last_key(table: str) -> str:
     """Return the comments at the end of a table."""
-    lines = re.findall(r".*\n|.+$", table)  # not splitlines: it parts a comment at what TOML takes for a letter
+    lines = re.findall(r".*\n|.+$", table)  # not splitlines, which also splits at characters that are letters in TOML
     last = max(number for number, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#"))
     return "".join(lines[last + 1 :]).lstrip("\r\n")
 
 
 def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) -> None:
-    """Change a file, as a whole or not at all; its comments, the ends of its lines, its owner and its mode stay."""
-    file = Path(os.path.realpath(file))  # a link goes on leading to it
+    """Change a file atomically; comments, line ends, owner and mode stay."""
+    file = Path(os.path.realpath(file))  # a link stays a link
     folder = os.open(file.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # of two that change it at a time, one would be lost
+        fcntl.flock(folder, fcntl.LOCK_EX)  # otherwise one of two concurrent changes would be lost
         before = file.stat() if os.path.lexists(file) or not make else None
         if before and not stat.S_ISREG(before.st_mode):
             raise ValueError("it is no regular file, and would be replaced by one")
@@ -171,7 +171,7 @@ def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) ->
 def new_token() -> tuple[str, str]:
     """Return a new token, and its hash.
 
-    The token has 256 random bits: no salt, and no hash that is slow on purpose, makes it harder to find.
+    The token has 256 random bits, so neither a salt nor a slow hash would make it harder to guess.
     """
     token = _TOKEN_PREFIX + secrets.token_urlsafe(_TOKEN_BYTES)
     return token, hashlib.sha256(token.encode()).hexdigest()

@@ -29,7 +29,7 @@ class Principal:
         self._burst = token.burst_images or max(1.0, token.images_per_s or 0.0)
         self._rates = rates
         self._slot = rates.slot(token.sha256)
-        # Made at once: Prometheus misses the first of what is counted in a series that was not there before.
+        # Created at once: Prometheus misses the first increment of a series that did not exist before.
         counted = None if self._rate is None else limited
         self._refused, self._delayed = (
             None if counted is None else counted.labels(self.name, outcome) for outcome in ("refused", "delayed")
@@ -37,7 +37,7 @@ class Principal:
 
     @property
     def burst(self) -> float:
-        """How many images may be asked for at once, where the rate is to be kept; without one, any number."""
+        """The most images that the rate allows at once; infinite without a rate."""
         return math.inf if self._rate is None else self._burst
 
     def check(self, role: Role) -> None:
@@ -50,10 +50,10 @@ class Principal:
             raise PermissionDenied(f"token {self.name!r} has not the role {role!r}, which this call needs")
 
     def take(self, images: int) -> None:
-        """Count images that are asked for.
+        """Count requested images.
 
         Raises:
-            RateLimited: they are more than the token's rate allows now.
+            RateLimited: there are more than the token's rate allows now.
         """
         if wait_s := self._wait_s(images, self._refused):
             raise RateLimited(
@@ -63,7 +63,7 @@ class Principal:
             )
 
     def must_wait_s(self, images: int) -> float:
-        """Count images and return 0, or if the token's rate does not allow them now the seconds until it may."""
+        """Count images and return 0, or return the seconds until the token's rate allows them."""
         return self._wait_s(images, self._delayed)
 
     def _wait_s(self, images: int, limited: Counter | None) -> float:
@@ -79,7 +79,7 @@ class Tokens:
     Args:
         file: as `ganserve-server token` writes it: TOML, a table `[[tokens]]` for each.
         rates: where their rates are counted.
-        limited: counts what their rates refuse and delay, by name and outcome; None: nobody asks.
+        limited: counts refused and delayed requests, by name and outcome; None: they are not counted.
 
     Raises:
         StartError: it cannot be read, or breaks a rule.
@@ -93,7 +93,7 @@ class Tokens:
         self.reload()
 
     def reload(self) -> dict[str, Any]:
-        """Read the file again; return for the log how many tokens it has, and the names of those that differ.
+        """Read the file again; return the number of tokens and the names of changed ones for the log.
 
         Raises:
             StartError: it cannot be used; the old tokens stay.
@@ -125,7 +125,8 @@ class Tokens:
         if authorization is None:
             raise Unauthenticated("a token is needed: send metadata 'authorization: Bearer TOKEN'")
         bearer = _AUTHORIZATION.fullmatch(authorization)
-        # Found by the first half of its hash, which nobody can steer, and compared by the other in constant time.
+        # Found by the first half of its hash, which nobody can choose, and compared by the second half in constant
+        # time.
         digest = hashlib.sha256(bearer[1] if bearer else b"").digest()
         rest, principal = self._principals.get(digest[:16], (b"", None))
         if principal is None or not hmac.compare_digest(rest, digest[16:]):

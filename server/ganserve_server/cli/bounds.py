@@ -1,4 +1,4 @@
-"""The page on bounds: who may have the server keep, do and wait for what, how much, and for how long."""
+"""`ganserve-server bounds`: the limits of what clients can make the server keep, do and wait for."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,13 +7,13 @@ from ganserve_server.services import health
 from ganserve_server.transport import http2
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 
-# Bytes of one connection that has filled all that is its own: header table, remembered headers, a header block without
-# end, and input that waits for its turn; measured, rounded up. TLS comes on top.
+# Bytes of a connection that uses all of its limits: header table, remembered headers, an unfinished header block, and
+# input that waits for its turn. Measured and rounded up, without TLS.
 CONNECTION_BYTES, TLS_BYTES = 144 << 10, 64 << 10
 
 
 class Bound(NamedTuple):
-    """A row: what is bounded, for whom, how much of it, of all, for how long, and what happens beyond."""
+    """A row: what is bounded, for whom, how much for each, for all, for how long, and what happens beyond."""
 
     what: str
     whose: str
@@ -24,7 +24,7 @@ class Bound(NamedTuple):
 
 
 def worst_case_bytes(limits: Limits) -> int:
-    """Return what all peers can have one process keep, beside the kernel's buffers and the models."""
+    """Return how much all peers can make one process keep, without the kernel's buffers and the models."""
     connections = limits.max_connections * (CONNECTION_BYTES + TLS_BYTES)
     return connections + limits.request_bytes + limits.unguarded_bytes + limits.answer_bytes
 
@@ -107,7 +107,7 @@ def bounds(limits: Limits) -> list[Bound]:
 
 
 def page(limits: Limits) -> Iterable[str]:
-    """Return the lines of the table, as Markdown, and of the sum."""
+    """Yield the lines of the table, as Markdown, and the sum."""
     yield "| what | whose | each | all | time | beyond it |"
     yield "|---|---|---|---|---|---|"
     for bound in bounds(limits):

@@ -1,4 +1,4 @@
-"""Whether a server could start with its settings, and callers reach it: what `ganserve-server config --check` tells."""
+"""`ganserve-server config --check`: whether a server could start with its settings, and callers reach it."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ from ganserve_server.transport.addresses import bind, places
 
 
 def problems_of(settings: ServerSettings) -> list[str]:
-    """Do what a server does when it starts, up to listening; return what is wrong.
+    """Do what a server does when it starts, up to listening; return the problems.
 
-    Models are loaded on the CPU, one after the other and by one thread: the server that runs goes on.
+    Models are loaded on the CPU, one after the other and in one thread, because a server may be running.
     """
     found: list[str] = []
 
@@ -30,7 +30,7 @@ def problems_of(settings: ServerSettings) -> list[str]:
 
     with collecting():
         require_models(settings.models)
-        found += _kept_out(settings)
+        found += _rejected(settings)
     with collecting():
         certificates = certificates_of(settings, None)
         files = {"server": settings.tls_certificate_file, "client_ca": settings.tls_client_ca_file}
@@ -55,8 +55,8 @@ def problems_of(settings: ServerSettings) -> list[str]:
     return found
 
 
-def _kept_out(settings: ServerSettings) -> Iterator[str]:
-    """Tell of each file that a server would not serve, and why."""
+def _rejected(settings: ServerSettings) -> Iterator[str]:
+    """Yield a line for each file that a server would not serve, with the reason."""
     for path, reason in find_misplaced(settings.models):
         yield f"{path} would be kept out: {reason}"
     versions = find_versions(settings.models)
@@ -70,12 +70,12 @@ def _kept_out(settings: ServerSettings) -> Iterator[str]:
                 served += 1
             except ModelRejected as error:
                 yield f"{path} would be kept out: {error}"
-            except Exception as error:  # a file from outside, whatever the libraries make of it
+            except Exception as error:  # a file from outside can cause any exception in the libraries
                 yield f"{path} would be kept out: the file could not be read ({' '.join(str(error).split())})"
 
 
 def _try(address: str, flag: str) -> None:
-    """Bind an address, if it is not in use: by the server that runs with these settings, most often."""
+    """Bind an address, unless it is in use, probably by a server that runs with these settings."""
     try:
         for bound in bind(address, flag):
             bound.close()

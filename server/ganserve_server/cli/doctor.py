@@ -1,4 +1,4 @@
-"""What an operator wants to know of a machine before a server runs on it."""
+"""`ganserve-server doctor`: what a machine has, and what a server would compute on."""
 
 import importlib.metadata
 import platform
@@ -15,7 +15,7 @@ from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
 
 def examine(settings: ServerSettings) -> tuple[list[str], bool]:
-    """Return lines to print, and whether the provider that was asked for runs: a bundled model is tried."""
+    """Try a bundled model; return lines to print, and whether the required provider runs."""
     provider, threads = settings.provider, settings.threads
     cores, memory = machine.cores(), machine.memory_limit()
     cuda.load_cuda_libraries()
@@ -47,7 +47,7 @@ def examine(settings: ServerSettings) -> tuple[list[str], bool]:
 
 
 def _engine_of_a_bundled_model(settings: ServerSettings) -> Engine:
-    """Load one as a server does, golden images included."""
+    """Load a bundled model as a server does, golden images included."""
     path = next(BUNDLED_MODELS.glob(f"*/1/{MODEL_FILE_NAME}"))
     return load_version(
         path.parts[-3],

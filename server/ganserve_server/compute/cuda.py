@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 _DRIVER = "libcuda.so.1"
-# Not by importing it: that takes long, and a supervisor does without.
+# Without importing it: that takes long, and a supervisor does not need it.
 _ONNXRUNTIME = Path(importlib.util.find_spec("onnxruntime").submodule_search_locations[0])  # type: ignore[union-attr,index]
 _CUDA_PROVIDER = _ONNXRUNTIME / "capi" / "libonnxruntime_providers_cuda.so"
 _TENSORRT_PROVIDER = _CUDA_PROVIDER.with_name("libonnxruntime_providers_tensorrt.so")
@@ -24,17 +24,17 @@ def nvidia_driver() -> bool:
 
 
 def load_cuda_libraries() -> None:
-    """Load CUDA's and TensorRT's libraries out of Python packages (nvidia-cublas, …): the providers find them then."""
+    """Load CUDA's and TensorRT's libraries from Python packages (nvidia-cublas, …), so that the providers find them."""
     import onnxruntime
 
-    with contextlib.redirect_stdout(io.StringIO()):  # where onnxruntime says what it misses; `why_no_cuda` says it too
+    with contextlib.redirect_stdout(io.StringIO()):  # onnxruntime prints what it misses; `why_no_cuda` says it, too
         onnxruntime.preload_dlls()
     with contextlib.suppress(ImportError, OSError):
         importlib.import_module("tensorrt_libs")  # the package of TensorRT's libraries; it loads them
 
 
 def cuda_libraries() -> dict[str, str | None]:
-    """Return the libraries that the CUDA provider is linked with, each with the reason why it does not load, or None.
+    """Return the libraries that the CUDA provider is linked with, each with the reason why it does not load (or None).
 
     Empty if this onnxruntime has no CUDA provider.
     """
@@ -42,12 +42,12 @@ def cuda_libraries() -> dict[str, str | None]:
 
 
 def tensorrt_libraries() -> dict[str, str | None]:
-    """Return what the TensorRT provider is linked with, as `cuda_libraries` does."""
+    """Return the libraries that the TensorRT provider is linked with, as `cuda_libraries` does."""
     return _libraries_of(_TENSORRT_PROVIDER)
 
 
 def why_no_cuda() -> str:
-    """Say what keeps onnxruntime from running on a GPU."""
+    """Say why onnxruntime does not run on a GPU."""
     libraries = cuda_libraries()
     if not libraries:
         return "this onnxruntime has no CUDA provider (install onnxruntime-gpu)"
@@ -59,7 +59,7 @@ def why_no_cuda() -> str:
 
 
 def why_no_tensorrt() -> str:
-    """Say what keeps onnxruntime from running on a GPU by TensorRT."""
+    """Say why onnxruntime does not run TensorRT on a GPU."""
     libraries = tensorrt_libraries()
     if not libraries:
         return "this onnxruntime has no TensorRT provider (install onnxruntime-gpu)"
@@ -77,7 +77,7 @@ def _libraries_of(provider: Path) -> dict[str, str | None]:
 
 
 def _needed(library: Path) -> list[str]:
-    """Read from an ELF file of 64 bits which libraries it is linked with, as ldd does."""
+    """Read from a 64-bit ELF file which libraries it is linked with, as ldd does."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         (table,) = struct.unpack_from("<Q", content, 0x28)
         size, count = struct.unpack_from("<HH", content, 0x3A)

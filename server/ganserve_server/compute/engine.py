@@ -1,4 +1,4 @@
-"""Runs one model: latents by the contract, then an onnxruntime session."""
+"""Runs one model: draws the latents of seeds, as the wire contract defines them, and runs an onnxruntime session."""
 
 import logging
 import math
@@ -31,9 +31,9 @@ _log = logging.getLogger(__name__)
 Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 _TIMED_IMAGES = 8
-# Of each way to run: a neighbour's millisecond decides for good. With all cores, until it is seen to be faster.
+# Repeat each timing: one disturbed run would pick the wrong session permanently. All cores are tried until they win.
 _LEAST_TRIES, _TIMED_S, _WIDE_TIMED_S = 3, 0.01, 0.05
-# With all cores it would take longer than by one: between calls they fall asleep, as they do not where it is timed.
+# Below this, one core is faster: threads of the other cores fall asleep between calls, which the timing does not show.
 _SHORT_S = 0.0002
 
 
@@ -47,7 +47,7 @@ class SessionRefused(Exception):  # noqa: N818
 
 @dataclass(slots=True)  # not frozen: that doubles what making one costs
 class Draw:
-    """The images to make: by seeds, or by latents that truncation has already scaled. Labels for conditional models."""
+    """The images to make, by seeds or by latents already scaled by truncation; with labels for conditional models."""
 
     count: int
     seeds: NDArray[np.uint32] | None  # [count]
@@ -64,9 +64,9 @@ class Draw:
 
 
 class Engine:
-    """One model's onnxruntime sessions: one that computes with the calling thread, one with all cores; or one on a GPU.
+    """The onnxruntime sessions of one model: one for the calling thread and one for all cores, or one on a GPU.
 
-    Batches may run at the same time, each from a thread of its own: onnxruntime lets go of Python's lock.
+    Batches may run at the same time, each in its own thread: onnxruntime releases Python's lock.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class Engine:
 
         Args:
             model: the ONNX file.
-            latent_dim: of its latents.
-            provider: what it is to run on.
-            threads: of the session with all cores.
+            latent_dim: the size of its latents.
+            provider: what to run it on.
+            threads: of the session for all cores.
             gpu: how to use a GPU.
-            classes: how many labels it takes; 0: it has no such input.
+            classes: the number of classes; 0: the model takes no labels.
 
         Raises:
             ProviderUnavailable: CUDA or TensorRT was asked for and is not what runs.
@@ -132,7 +132,7 @@ class Engine:
         self.wide_is_faster = False
 
     def warm_up(self, image_shape: tuple[int, int, int]) -> None:
-        """Make a GPU ready, once the model's inputs and outputs are known to be what its card says."""
+        """Prepare the GPU. The inputs and outputs of the model must have been checked against its card."""
         if self.on_cpu:
             return
         labels = np.arange(PROBES) % self._classes if self._classes else None
@@ -145,25 +145,25 @@ class Engine:
             if reopen is None:
                 raise
             failure = str(error)
-        if failure and reopen:  # here the error no longer keeps the session that failed
+        if failure and reopen:  # here the error no longer keeps the failed session alive
             _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
             self._session = self._wide_session = reopen()
             self._bind(image_shape, probes)
 
     @property
     def buckets(self) -> list[int]:
-        """The sizes of batches that the GPU computes; none on the CPU, where all sizes do."""
+        """The batch sizes that the GPU computes; none on the CPU, which computes any size."""
         return self._runner.sizes if self._runner else []
 
     def padding(self, count: int) -> int:
-        """Return how many images are made and thrown away beside a batch of so many."""
+        """Return how many images are made and discarded to fill up a batch of `count`."""
         return self._runner.padding(count) if self._runner else 0
 
     def measure(self, label: int | None) -> None:
-        """Warm up, and time the two sessions on one image, and one on several."""
+        """Warm up, and time both sessions on one image, and one session on several."""
 
         def least_s(count: int, *, wide: bool = False, until_s: float = 0.0, longest_s: float = _TIMED_S) -> float:
-            """Return what a batch takes: the least of some tries, which end with one below `until_s`."""
+            """Return the shortest time of a batch in several tries, which end when one is below `until_s`."""
             labels = None if label is None else np.full(count, label, np.int64)
             draw = Draw(count, np.arange(count, dtype=np.uint32), None, labels, 1.0)
             begun = time.perf_counter()
@@ -188,7 +188,7 @@ class Engine:
 
     @property
     def least_batch(self) -> int:
-        """How many images take longer than what a batch costs, however few are in it."""
+        """The number of images whose own time exceeds the fixed cost of a batch."""
         return math.ceil(self._call_s / max(self._image_s, 1e-9))
 
     def seconds_for(self, images: int) -> float:
@@ -199,13 +199,13 @@ class Engine:
         """Make the images of all draws in one batch, in order: [n, height, width, channels].
 
         Args:
-            draws: what to make.
-            wide: with all cores, not with the calling thread alone.
+            draws: the images to make.
+            wide: use all cores instead of the calling thread.
         """
         return self.compute(self.feeds(draws), wide=wide)
 
     def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
-        """Make the images of a batch's inputs; it needs Python's lock only to begin and to end."""
+        """Make the images of a batch; this holds Python's lock only at the start and at the end."""
         if self._runner is not None:
             return self._runner.run(feeds)
         pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
@@ -225,7 +225,7 @@ class Engine:
 
     def _latents(self, draws: list[Draw]) -> NDArray[np.float32]:
         latents = np.empty((sum(draw.count for draw in draws), self._latent_dim), np.float32)
-        # Re-seeding one generator costs 5 µs an image, making one 94 µs; the stream is the same.
+        # Seeding a generator again costs 5 µs an image, making a new one 94 µs; the numbers are the same.
         random = getattr(self._of_thread, "random", None)
         if random is None:
             random = self._of_thread.random = np.random.RandomState(0)
@@ -245,7 +245,7 @@ class Engine:
 
 
 def _first_that_opens(model: bytes, choices: list[Providers]) -> tuple[onnxruntime.InferenceSession, str]:
-    """Open a session on the first choice that lets it; say why not on one before, if it was not the first."""
+    """Open a session on the first choice that works; also return why an earlier choice failed, if one did."""
     failure = ""
     for providers in choices[:-1]:
         try:
@@ -273,5 +273,5 @@ def _session(model: bytes, providers: Providers, threads: int) -> onnxruntime.In
     # Threads that spin between batches take the cores that answer the calls.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
-    # Its own way to fall back is silent, and forgets the options.
+    # onnxruntime's own fallback is silent and forgets the options.
     return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)

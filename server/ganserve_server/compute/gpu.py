@@ -1,7 +1,8 @@
-"""Runs a model on a GPU: in batches of a few fixed sizes, the buckets, filled up with what is thrown away.
+"""Runs a model on a GPU, in batches of a few fixed sizes (buckets) that are filled up with discarded images.
 
-There a new shape costs a search for kernels, and memory for good; and a CUDA graph holds one shape, at fixed addresses.
-So each bucket has buffers of its own on the device, is bound to them once, and is run before the first call comes.
+On a GPU each new shape costs a search for kernels and memory that is never freed, and a CUDA graph holds one shape at
+fixed addresses. So each bucket has its own buffers on the device, is bound to them once, and runs before the first
+call.
 """
 
 import contextlib
@@ -27,10 +28,10 @@ CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 CPU = "CPUExecutionProvider"
 
-PROBES = 64  # images that all buckets must make alike
+PROBES = 64  # images that must be identical in all buckets
 _DEVICE_TO_HOST = 2
-# onnxruntime keeps a CUDA graph with the thread that captured it, and while one is captured no other thread may
-# allocate on the device: one thread for all models, for loading and for serving.
+# onnxruntime ties a CUDA graph to the thread that captured it, and no other thread may allocate on the device during a
+# capture. So one thread does everything for all models: loading and serving.
 _THREAD = ThreadPoolExecutor(1, "gpu")
 
 Feeds = dict[str, NDArray[Any]]  # by the input's name: [n, ...]
@@ -43,17 +44,17 @@ class GpuOptions:
 
     device: int = 0
     mem_limit_mib: int = 0  # of one version's arena; 0 is no limit
-    tensorrt_cache: str = ""  # a folder; without one TensorRT builds its engines anew
+    tensorrt_cache: str = ""  # a folder; without one, TensorRT builds its engines at each start
     max_batch_size: int = 64
 
 
 def gpu_options(settings: ServerSettings) -> GpuOptions:
-    """Take what is said of the GPU out of the settings."""
+    """Return the settings of the GPU."""
     return GpuOptions(settings.gpu_device, settings.gpu_mem_limit_mib, settings.tensorrt_cache, settings.max_batch_size)
 
 
 def bucket_sizes(max_batch_size: int) -> list[int]:
-    """Return the powers of two below the largest batch, and that."""
+    """Return the powers of two below the largest batch size, and the largest batch size."""
     return [1 << power for power in range((max_batch_size - 1).bit_length())] + [max_batch_size]
 
 
@@ -61,11 +62,11 @@ def cuda_providers(options: GpuOptions, *, graphs: bool) -> Providers:
     """Return what to ask onnxruntime for."""
     wanted = {
         "device_id": str(options.device),
-        # Not EXHAUSTIVE: that times the kernels, so two servers may take different ones, and their bytes would differ.
+        # Not EXHAUSTIVE: it times the kernels, so two servers may choose different ones, and their images would differ.
         "cudnn_conv_algo_search": "HEURISTIC",
         # TF32 has 10 bits of mantissa: too few to stay within a grey level of the golden images.
         "use_tf32": "0",
-        # The buckets are all the shapes there are: the arena need not double itself to be ready for others.
+        # There are no shapes but the buckets': the arena need not double its size in advance.
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1" if graphs else "0",
     }
@@ -75,7 +76,7 @@ def cuda_providers(options: GpuOptions, *, graphs: bool) -> Providers:
 
 
 def tensorrt_providers(options: GpuOptions, latent_dim: int, *, conditional: bool) -> Providers:
-    """Return what to ask onnxruntime for: one engine for all buckets, made for the largest."""
+    """Return what to ask onnxruntime for: one TensorRT engine for all buckets, optimised for the largest."""
 
     def shapes(count: int) -> str:
         return f"latent:{count}x{latent_dim}" + (f",label:{count}" if conditional else "")
@@ -93,12 +94,12 @@ def tensorrt_providers(options: GpuOptions, latent_dim: int, *, conditional: boo
 
 
 def agreeing_sizes(make: Callable[[int, Feeds], NDArray[np.uint8]], sizes: list[int], feeds: Feeds) -> list[int]:
-    """Return the sizes in which the same images have the same bytes as in the largest, and the largest.
+    """Return the sizes that make the same images byte for byte as the largest size, including the largest.
 
     Args:
-        make: makes up to so many images in a batch of that size.
+        make: makes images in a batch of a size.
         sizes: in ascending order.
-        feeds: of the images to compare.
+        feeds: the inputs of the images to compare.
     """
     count, largest = len(feeds["latent"]), sizes[-1]
 
@@ -114,7 +115,7 @@ def agreeing_sizes(make: Callable[[int, Feeds], NDArray[np.uint8]], sizes: list[
 
 
 class BucketRunner:
-    """A session and its buckets. Whatever thread calls, all runs on the one thread of the GPU."""
+    """A session and its buckets. Everything runs on the one GPU thread, whichever thread calls."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class BucketRunner:
         Args:
             session: its inputs are named as in `probes`; its output is `image`, uint8.
             image_shape: height, width, channels.
-            probes: of a few images, which must come out alike in all buckets.
+            probes: the inputs of a few images, which must be identical in all buckets.
             max_batch_size: the largest bucket.
             device: where the buffers are: cuda, or cpu.
             device_id: which of them.
@@ -140,7 +141,7 @@ class BucketRunner:
         self._buckets: dict[int, _Bucket] = {}
         self._seconds: dict[int, float] = {}
         sizes = bucket_sizes(max_batch_size)
-        for size in reversed(sizes):  # the largest first: what it leaves in the arena is enough for the others
+        for size in reversed(sizes):  # the largest first: its memory in the arena is enough for the others
             self._buckets[size] = _THREAD.submit(_Bucket, session, size, self._host, device, device_id).result()
             self._seconds[size] = min(self._timed(size, _rows(probes, slice(size))) for _ in range(3))
         agreeing = agreeing_sizes(self._make, sizes, probes)
@@ -157,18 +158,18 @@ class BucketRunner:
             )
         self.sizes = agreeing
         self._buckets = {size: self._buckets[size] for size in agreeing}
-        # Rows that trade places must not change either, or no choice of buckets keeps the promise.
+        # Rows that change places must not change either; otherwise no choice of buckets makes images reproducible.
         turned = {name: np.roll(rows, 1, axis=0) for name, rows in probes.items()}
         self.steady = np.array_equal(np.roll(self.run(probes), 1, axis=0), self.run(turned))
         if not self.steady:
             _log.error("the bytes of an image depend on its place in the batch: no image can be made again exactly")
 
     def size_for(self, count: int) -> int:
-        """Return the smallest bucket that holds so many images; the largest for more."""
+        """Return the smallest bucket that holds `count` images, or else the largest bucket."""
         return next((size for size in self.sizes if size >= count), self.sizes[-1])
 
     def padding(self, count: int) -> int:
-        """Return how many images are made and thrown away beside so many."""
+        """Return how many images are made and discarded to fill up the buckets of `count` images."""
         size = self.size_for(count)
         return -count % size
 
@@ -189,7 +190,7 @@ class BucketRunner:
 
 
 class _HostBuffers:
-    """The host's side of the copies: memory that is locked in its place, which the GPU reads and writes by itself."""
+    """The host's buffers for copies: page-locked memory, which the GPU reads and writes by itself."""
 
     def __init__(
         self, probes: Feeds, image_shape: tuple[int, int, int], count: int, device: str, device_id: int
@@ -206,7 +207,7 @@ class _HostBuffers:
                 _log.warning("no memory could be locked for the copies to and from the GPU: they take longer")
 
     def fetch(self, output: onnxruntime.OrtValue, count: int) -> NDArray[np.uint8]:
-        """Copy the first images from the device, to memory of their own."""
+        """Copy the first `count` images from the device into new memory."""
         images = self.images[:count]
         if self._runtime is None:
             images = output.numpy()[:count]  # on the CPU this is the buffer itself
@@ -216,24 +217,24 @@ class _HostBuffers:
 
 
 class _CudaRuntime:
-    """What onnxruntime's Python lacks of CUDA's runtime, in the library that the provider has loaded."""
+    """Functions of CUDA's runtime that onnxruntime's Python lacks, from the library that the provider has loaded."""
 
     def __init__(self, device_id: int) -> None:
         self._device_id = device_id
         self._library = ctypes.CDLL(next(name for name in cuda_libraries() if name.startswith("libcudart")))
 
     def lock(self, buffer: NDArray[Any]) -> bool:
-        """Lock a buffer's pages as long as it lives."""
+        """Lock the pages of a buffer for as long as it lives."""
         address = ctypes.c_void_p(buffer.ctypes.data)
-        self._library.cudaSetDevice(self._device_id)  # the thread's first call: it would take up memory on device 0
+        self._library.cudaSetDevice(self._device_id)  # the thread's first call: it would allocate on device 0
         if self._library.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), 0):
-            self._library.cudaGetLastError()  # else onnxruntime would find the error after its next kernel
+            self._library.cudaGetLastError()  # clears the error, which onnxruntime would find after its next kernel
             return False
         weakref.finalize(buffer, self._library.cudaHostUnregister, address).atexit = False
         return True
 
     def fetch(self, buffer: NDArray[Any], address: int) -> None:
-        """Fill a buffer from the device's memory; return when that is done."""
+        """Fill a buffer from the device's memory, and return when that is done."""
         target, size = ctypes.c_void_p(buffer.ctypes.data), ctypes.c_size_t(buffer.nbytes)
         if status := self._library.cudaMemcpy(target, ctypes.c_void_p(address), size, _DEVICE_TO_HOST):
             self._library.cudaGetLastError()
@@ -241,7 +242,7 @@ class _CudaRuntime:
 
 
 class _Bucket:
-    """One size: a binding to buffers on the device that stay where they are, and the name of its CUDA graph."""
+    """One batch size: a binding to fixed buffers on the device, and the name of its CUDA graph."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, size: int, host: _HostBuffers, device: str, device_id: int

@@ -1,4 +1,5 @@
 """Metrics, the log of calls, traces, and the HTTP endpoint that answers Prometheus and probes.
 
-Every room above the transport may record here; this package knows calls, but neither services nor models.
+Every package above the transport may record here. Knows calls, but neither services nor models. May import the
+transport and settings, and nothing above them.
 """

@@ -1,4 +1,4 @@
-"""What is told of each call: metrics, a line in the log, and a trace."""
+"""Records each call: in metrics, in the log, and in a trace."""
 
 import asyncio
 import collections
@@ -19,14 +19,14 @@ from ganserve_server.transport.interface import Call
 
 _log = logging.getLogger(__name__)
 
-# Lines of one kind in a second. Under overload thousands of calls are refused in each; to log them all took more of the
-# cores than to refuse them.
+# Lines of one kind per second. Under overload thousands of calls are refused per second, and logging all of them took
+# more time than refusing them.
 _MOST_LINES = 100
 _MOST_STACKS = 5
 
 
 class CallRecorder:
-    """Counts, times, logs and traces the calls of our services; those of health and reflection pass in silence."""
+    """Counts, times, logs and traces the calls of our services, but not those of health and reflection."""
 
     def __init__(self, metrics: Metrics, access_log: AccessLog, tracing: Tracing | None = None) -> None:
         self._metrics = metrics
@@ -35,20 +35,20 @@ class CallRecorder:
         self._failed = _Lines("calls not logged", "code")
         self._tls_failed = _Lines("TLS failures not logged", "reason")
         self._internal = _Lines("internal errors not logged", "method", most=_MOST_STACKS)
-        # Looking up a metric by its labels costs more than counting; the labels are bounded.
+        # Finding a metric by its labels costs more than counting, so it is cached; the labels are bounded.
         self._of = functools.cache(self._find)
 
     def refused(self, call: Call, error: ServingError) -> None:
-        """Count an error that the caller was told."""
+        """Count an error that the caller got."""
         self._metrics.rejections.labels(error.reason).inc()
 
     def internal_error(self, call: Call, error: BaseException) -> None:
         """Log an unexpected exception, which the caller does not get."""
         if self._internal.have_room(_method(None if call.method is None else call.path)):
-            tell_internal_error(call, error)
+            log_internal_error(call, error)
 
     def finished(self, call: Call, code: grpc.StatusCode, text: str) -> None:
-        """Count the call, trace it, and log it if it is of those that are logged."""
+        """Count the call, trace it, and log it if the settings say so."""
         if call.method is not None and not call.method.awaited:
             return
         took = time.perf_counter() - call.started
@@ -63,7 +63,7 @@ class CallRecorder:
         trace_id = None if self._tracing is None else self._tracing.record(call, code, text)
         if self._access_log == "off":
             return
-        # A caller that leaves is no error.
+        # A caller that leaves is not an error.
         failed = code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
         if self._access_log == "all" or (failed and self._failed.have_room(code.name)):
             self._log(call, code, text, took, trace_id)
@@ -75,13 +75,13 @@ class CallRecorder:
         if reason == CLOSED or self._access_log == "off":
             return
         if self._access_log == "all" or self._tls_failed.have_room(reason):
-            tell_tls_failure(error, peer)
+            log_tls_failure(error, peer)
 
     def close(self) -> None:
-        """Say what is left to say."""
-        self._failed.tell()
-        self._tls_failed.tell()
-        self._internal.tell()
+        """Log the counts of suppressed lines."""
+        self._failed.report()
+        self._tls_failed.report()
+        self._internal.report()
 
     def _find(self, path: str | None, model: str, version: int | None, code: str) -> tuple[Counter, Histogram]:
         method, model = _method(path), model or OTHER
@@ -103,7 +103,7 @@ class CallRecorder:
                 "compute_s": round(work.compute_s, 6),
             }
         if call.throttled_s:
-            to_come = max(0.0, call.throttled_until - time.monotonic())  # of a call that ended meanwhile
+            to_come = max(0.0, call.throttled_until - time.monotonic())  # if the call ended during the wait
             told["throttled_s"] = round(call.throttled_s - to_come, 6)
         if call.caller is not None:
             told["caller"] = call.caller.name
@@ -117,34 +117,34 @@ class CallRecorder:
 
 
 class _Lines:
-    """Bounds the lines of each kind in a second, and says in one how many more there would have been."""
+    """Limits the lines of each kind per second, and logs how many were suppressed."""
 
     def __init__(self, event: str, label: str, most: int = _MOST_LINES) -> None:
         self._event, self._label, self._most = event, label, most
         self._asked: collections.Counter[str] = collections.Counter()
 
     def have_room(self, kind: str) -> bool:
-        """Tell whether there may be one more."""
+        """Count a line; return whether to log it."""
         if not self._asked:
-            asyncio.get_running_loop().call_later(1.0, self.tell)
+            asyncio.get_running_loop().call_later(1.0, self.report)
         self._asked[kind] += 1
         return self._asked[kind] <= self._most
 
-    def tell(self) -> None:
-        """Say how many more there would have been, and begin anew."""
+    def report(self) -> None:
+        """Log how many lines were suppressed, and start counting again."""
         for kind, asked in self._asked.items():
             if asked > self._most:
                 _log.warning(self._event, extra={self._label: kind, "count": asked - self._most})
         self._asked.clear()
 
 
-def tell_internal_error(call: Call, error: BaseException) -> None:
+def log_internal_error(call: Call, error: BaseException) -> None:
     """Log an unexpected exception with its stack."""
     _log.error("internal error", exc_info=error, extra={"request_id": call.request_id, "method": call.path})
 
 
-def tell_tls_failure(error: OSError, peer: str) -> None:
-    """Log a connection that ended in the TLS handshake, unless it was only closed, as by one that looks."""
+def log_tls_failure(error: OSError, peer: str) -> None:
+    """Log a connection that failed in the TLS handshake, unless the peer only closed it, as port scanners do."""
     if (reason := tls_failure(error)) != CLOSED:
         _log.info("TLS failed", extra={"reason": reason, "peer": peer, "error": str(error)})
 
@@ -154,7 +154,7 @@ def _method(path: str | None) -> str:
 
 
 def _stage(call: Call) -> str:
-    """Name what was being done for a call."""
+    """Name the stage that a cancelled call was in."""
     if call.partly_sent:
         return "sending"
     if call.work is None or not call.work.count:

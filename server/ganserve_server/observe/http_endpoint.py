@@ -1,4 +1,4 @@
-"""What the server tells over plain HTTP: its metrics, whether it lives, and whether it is ready."""
+"""Answers plain HTTP: metrics, liveness and readiness."""
 
 import contextlib
 import http.server
@@ -18,7 +18,7 @@ from ganserve_server.transport.addresses import name, places, refused
 _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 10.0  # of a peer that sends no request, or reads no answer
-_MAX_TIMEOUT_S = 30.0  # of one that does so byte by byte
+_MAX_TIMEOUT_S = 30.0  # of a peer that does so byte by byte
 _MAX_CONNECTIONS = 64  # each has a thread
 
 
@@ -26,11 +26,11 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, *args: Any) -> None:
-        self._accepted: dict[socket.socket, float] = {}  # oldest first, with the time by time.monotonic
+        self._accepted: dict[socket.socket, float] = {}  # oldest first, with the time of acceptance by time.monotonic
         super().__init__(*args)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread; the oldest connection makes room, for it is the slowest peer's."""
+        """Answer in a thread; if there are too many, cut off the oldest connection, which is the slowest."""
         if len(accepted := list(self._accepted)) >= _MAX_CONNECTIONS:
             _cut_off(accepted[0])
             self._accepted.pop(accepted[0], None)
@@ -43,36 +43,36 @@ class _Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """End what takes too long; called twice a second and with each new connection."""
+        """Cut off connections that take too long; called twice a second and for each new connection."""
         for request, since in list(self._accepted.items()):
             if time.monotonic() - since > _MAX_TIMEOUT_S:
                 _cut_off(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Log what fails, as the rest of the server does; a peer that leaves is no error."""
+        """Log failures like the rest of the server; a peer that leaves is not an error."""
         if not isinstance(sys.exception(), OSError):
             _log.exception("a scrape failed")
 
 
 def _cut_off(connected: socket.socket) -> None:
-    """Wake the thread that reads or writes, which then closes."""
+    """Wake the thread that reads or writes, which then closes the connection."""
     with contextlib.suppress(OSError):
         connected.shutdown(socket.SHUT_RDWR)
 
 
 class HttpEndpoint:
-    """Answers /metrics, /livez and /readyz, in threads: while models load, too.
+    """Answers /metrics, /livez and /readyz in threads, so that it answers while models load, too.
 
     Args:
         address: HOST:PORT, or "off".
         registry: of the metrics.
 
     Raises:
-        StartError: the address is taken, or none.
+        StartError: the address is taken or not valid.
     """
 
     def __init__(self, address: str, registry: CollectorRegistry) -> None:
-        self.why_not_ready: Callable[[], str] = lambda: "starting"  # an empty text: it is
+        self.why_not_ready: Callable[[], str] = lambda: "starting"  # an empty text: the server is ready
         self.address: str | None = None
         self._server: _Server | None = None
         if address == "off":
@@ -87,18 +87,18 @@ class HttpEndpoint:
                 if path == "/metrics":
                     try:
                         choose_encoder(self.headers.get("Accept", ""))
-                    except (TypeError, ValueError):  # it asks for a version that is no number
+                    except (TypeError, ValueError):  # the version that it asks for is not a number
                         del self.headers["Accept"]
                     super().do_GET()
                 elif path == "/livez":
-                    self._tell(200, "ok")
+                    self._answer(200, "ok")
                 elif path == "/readyz":
                     reason = endpoint.why_not_ready()
-                    self._tell(503 if reason else 200, reason or "ok")
+                    self._answer(503 if reason else 200, reason or "ok")
                 else:
-                    self._tell(404, "there are /metrics, /livez and /readyz")
+                    self._answer(404, "there are /metrics, /livez and /readyz")
 
-            def _tell(self, status: int, text: str) -> None:
+            def _answer(self, status: int, text: str) -> None:
                 content = f"{text}\n".encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "text/plain; charset=utf-8")
@@ -118,7 +118,7 @@ class HttpEndpoint:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer nothing more."""
+        """Stop answering."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -1,4 +1,4 @@
-"""What the server counts and times, for Prometheus. Labels are bounded: an unknown model counts as "other"."""
+"""The server's metrics for Prometheus. Labels are bounded: an unknown model counts as "other"."""
 
 import importlib.metadata
 import platform
@@ -15,11 +15,11 @@ OTHER = "other"
 
 
 class Load:
-    """How busy the server is, read when it is asked for: to count it in a gauge would cost every call.
+    """The current load, read at each scrape: updating a gauge would cost time in every call.
 
     Args:
-        read: returns the connections and the calls that there are now.
-        kept: returns the bytes that the server keeps for its peers, by what they are.
+        read: returns the current numbers of connections and of calls.
+        kept: returns the bytes that the server keeps for its peers, by kind.
     """
 
     def __init__(self, read: Callable[[], tuple[int, int]], kept: Callable[[], dict[str, int]] = dict) -> None:
@@ -44,7 +44,7 @@ class Metrics:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a second series for each, which nobody asked for
+        disable_created_metrics()  # they would double the number of series
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
@@ -136,7 +136,7 @@ class Metrics:
             registry=registry,
         )
         for reason in ("idle", "crowded", "unread"):
-            self.connections_ended.labels(reason)  # so that it is there, and 0
+            self.connections_ended.labels(reason)  # so that the series exists, and is 0
         self.connections_turned_away = Counter(
             "ganserve_connections_turned_away",
             "Connections closed at once: there were --max-connections.",
@@ -155,7 +155,7 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
-        # With a label: without one it would be there, and 0, where there is no certificate.
+        # With a label, because without one the series would exist, and be 0, without any certificate.
         self.certificate_expiry = Gauge(
             "ganserve_certificate_expiry_timestamp_seconds",
             "When the first certificate in use ends, of the server's and of the authorities of its callers.",
@@ -182,7 +182,7 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
-        # Gauges, not Infos: those cannot be added up over processes.
+        # Gauges, because Infos cannot be added up over processes.
         self.model_info = Gauge(
             "ganserve_model_info",
             "1 for a version that is served, with its digest and what it runs on.",
@@ -190,7 +190,7 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
-        import onnxruntime  # late: a supervisor, which has no metrics of its own, does without
+        import onnxruntime  # late, because a supervisor, which has no metrics of its own, does not need it
 
         Gauge(
             "ganserve_build_info",

@@ -1,8 +1,8 @@
-"""Spans of the calls, sent to an OpenTelemetry collector. Where nobody asks for them, none of its code is imported.
+"""Sends spans of the calls to an OpenTelemetry collector. Without tracing, none of OpenTelemetry's code is imported.
 
-It is set up by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT and the others), and never keeps the server
-from serving: what is wrong with it is one line in the log. A span is written when its call has ended, from what the
-call noted on its way, so that a call that is not recorded costs nothing.
+OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT and others) configure it. It never keeps the server from
+serving: a wrong configuration is one line in the log. A span is written after its call has ended, from what the call
+recorded, so that a call that is not sampled costs nothing.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_FLUSH_S = 5.0  # how long an unreachable collector may hold up the server's end
-# Those that a server is to be blamed for, by OpenTelemetry's conventions for gRPC.
+_FLUSH_S = 5.0  # how long an unreachable collector may delay the server's end
+# The statuses that are errors of a server, by OpenTelemetry's conventions for gRPC.
 _ERRORS = frozenset(
     {
         grpc.StatusCode.UNKNOWN,
@@ -40,8 +40,8 @@ _ERRORS = frozenset(
 )
 
 
-def start_tracing(*, tell: bool = True) -> "Tracing | None":
-    """Begin to trace, if the environment asks for it and it can be done; `tell` in the log if it cannot."""
+def start_tracing(*, warn: bool = True) -> "Tracing | None":
+    """Start tracing if the environment asks for it; if that fails, return None, and `warn` in the log."""
     variables = {name: value.strip() for name, value in os.environ.items() if name.startswith("OTEL_")}
     exporter = variables.get("OTEL_TRACES_EXPORTER") or (
         "otlp" if any(variables.get(name) for name in _ENDPOINTS) else "none"
@@ -57,15 +57,15 @@ def start_tracing(*, tell: bool = True) -> "Tracing | None":
         return Tracing()
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed; install ganserve with its extra: 'ganserve[tracing]'"
-    except Exception as error:  # whatever the variables hold
+    except Exception as error:  # the variables may hold anything
         reason = str(error)
-    if tell:
+    if warn:
         _log.warning("calls are not traced", extra={"reason": reason})
     return None
 
 
 class Tracing:
-    """Writes a span for each call, with those of its queueing, computing and encoding in it."""
+    """Writes a span for each call, with child spans for queueing, computing and encoding."""
 
     def __init__(self) -> None:
         from opentelemetry import propagate, trace
@@ -74,7 +74,7 @@ class Tracing:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        for reader in ("baggage", "trace"):  # each call's headers could have it write any number of warnings
+        for reader in ("baggage", "trace"):  # the headers of a call could cause any number of warnings
             logging.getLogger(f"opentelemetry.{reader}").setLevel(logging.ERROR)
         self._api = trace
         self._propagator = propagate.get_global_textmap()
@@ -84,7 +84,7 @@ class Tracing:
                 "service.name": "ganserve-server",
                 "service.version": version,
                 "process.pid": os.getpid(),
-                **OTELResourceDetector().detect().attributes,  # what the variables say goes before
+                **OTELResourceDetector().detect().attributes,  # the variables take precedence
             }
         )
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -92,12 +92,12 @@ class Tracing:
         self._tracer = self._provider.get_tracer("ganserve", version)
 
     def record(self, call: Call, code: grpc.StatusCode, text: str) -> str | None:
-        """Write the spans of a call that has ended; return the id of its trace, None if it is not sampled."""
-        # Read at once: spans that are placed by clocks of different moments do not lie in each other.
+        """Write the spans of a call that has ended; return the id of its trace, or None if it is not sampled."""
+        # Read together: otherwise child spans may not lie within their parent.
         since_start_s, now, now_ns = time.perf_counter() - call.started, time.monotonic(), time.time_ns()
         service, _, method = call.path.removeprefix("/").rpartition("/")
         if call.method is None:
-            service = method = OTHER  # names that callers make up would have no end
+            service = method = OTHER  # callers could make up any number of names
         span = self._tracer.start_span(
             OTHER if call.method is None else f"{service}/{method}",
             self._context(call),
@@ -122,8 +122,8 @@ class Tracing:
         return self._api.format_trace_id(span.get_span_context().trace_id)
 
     async def close(self) -> None:
-        """Send what was not yet sent, if the collector takes it."""
-        # Not the loop's own thread pool: leaving that would wait for a collector that does not answer.
+        """Send the remaining spans, if the collector accepts them."""
+        # Not in the event loop's thread pool, whose shutdown would wait for a collector that does not answer.
         thread = threading.Thread(target=self._provider.shutdown, daemon=True)
         thread.start()
         await asyncio.to_thread(thread.join, _FLUSH_S)
@@ -150,7 +150,7 @@ class Tracing:
         span.set_attribute("ganserve.compute_s", work.compute_s)
         taken_ns = accepted_ns + round(work.queue_s * 1e9)
         child("queue", accepted_ns, taken_ns)
-        if not call.partly_sent:  # of many answers, they would lie over each other
+        if not call.partly_sent:  # the spans of many answers would overlap
             encoding_ns = end_ns - round(call.encode_s * 1e9)
             child("compute", taken_ns, encoding_ns)
             if call.encode_s:

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from ganserve_server.auth.security import Security
-from ganserve_server.observe.call_recorder import tell_internal_error, tell_tls_failure
+from ganserve_server.observe.call_recorder import log_internal_error, log_tls_failure
 from ganserve_server.repository.states import Administration
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport import new_server
@@ -46,10 +46,10 @@ class AdminListener:
         self._server = server = new_server(
             self._settings.transport,
             self._security,
-            on_finished=_tell_admin_call,
+            on_finished=_log_admin_call,
             on_refused=lambda *_: None,
-            on_tls_failure=tell_tls_failure,
-            on_internal_error=tell_internal_error,
+            on_tls_failure=log_tls_failure,
+            on_internal_error=log_internal_error,
             limits=replace(self._settings.limits, max_connections=_CONNECTIONS, max_streams=_CONNECTIONS),
             guard=self._security.guard("admin"),
         )
@@ -69,7 +69,7 @@ class AdminListener:
             await self._server.drain(self._settings.drain_timeout_s)
 
 
-def _tell_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
+def _log_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
     """Log every call: who did what to the models."""
     told = {
         "method": call.path.rpartition("/")[2],

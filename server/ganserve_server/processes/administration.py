@@ -1,4 +1,4 @@
-"""Passes what an operator asks from the supervisor on to every worker, and the workers' answers back."""
+"""Forwards operators' requests from the supervisor to every worker, and returns the answers."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ class WorkersAdministration:
     async def unload(self, name: str) -> None:
         """Unload a model in all workers, and in those that replace them."""
         before = name in self._supervisor.unloaded
-        self._supervisor.unloaded.add(name)  # first: for a worker that starts meanwhile, and if the caller leaves
+        self._supervisor.unloaded.add(name)  # before asking: for workers that start meanwhile, and if the caller leaves
         try:
             await self._ask({"do": "unload", "model": name})
         except ModelNotFound:
@@ -47,7 +47,7 @@ class WorkersAdministration:
 
 
 async def answer(administration: Administration, request: dict[str, Any]) -> dict[str, Any]:
-    """Do in a worker what its supervisor asks; return what it is told."""
+    """Do in a worker what its supervisor asks; return the answer to send."""
     states: list[VersionState] = []
     try:
         if request["do"] == "load":

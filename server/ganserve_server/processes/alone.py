@@ -55,7 +55,7 @@ class _OnlyProcess(Host):
         self._report_serving = report_serving
 
     def server_made(self, server: Server) -> None:
-        """Have its connections and calls among the metrics."""
+        """Add its connections and calls to the metrics."""
         self.metrics.registry.register(Load(lambda: server.load, server.kept_bytes))
 
     def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
@@ -64,12 +64,12 @@ class _OnlyProcess(Host):
         self._endpoint.why_not_ready = lambda: why_not_ready(self._stop, lifecycle)
 
     def draining(self) -> None:
-        """Report it."""
+        """Report to systemd and the log."""
         report_draining(self._settings)
 
     async def wait_for_drain(self) -> None:
-        """Serve on for the delay."""
+        """Keep serving for the configured delay."""
         await asyncio.sleep(self._settings.drain_delay_s)
 
     async def drained(self) -> None:
-        """Do nothing: operators are answered until the models are gone, too."""
+        """Do nothing: `serve_alone` stops answering operators at the end."""

@@ -28,10 +28,10 @@ from ganserve_server.transport.addresses import bind, name
 
 _log = logging.getLogger(__name__)
 
-# What a worker takes with no model, and with each byte of a model's file; half as much again as was measured.
+# The memory of a worker without a model, and for each byte of a model file: 1.5 times what was measured.
 _WORKER_BYTES, _BYTES_PER_FILE_BYTE = 140 << 20, 3
 _NO_LIMIT = 1 << 60  # of bytes
-_LONGEST_END_S = 5.0  # what a worker may take beside the drain
+_LONGEST_END_S = 5.0  # what the end of a worker may take beside the drain
 
 
 async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
@@ -40,8 +40,8 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     Raises:
         StartError: no model can be served, or an address is taken.
     """
-    # What takes long to import, onnxruntime above all, is imported where a process needs it: a supervisor does not, and
-    # it starts the workers first.
+    # Slow imports, above all onnxruntime, stand where a process needs them: a supervisor does not, and starts the
+    # workers first.
     if variable := os.environ.get(WORKER_VARIABLE):
         from ganserve_server.processes.worker import work
 
@@ -102,7 +102,7 @@ async def _supervise(
         if not starting.done():
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            return  # nobody was served yet
+            return  # no call was served yet
         facts, _ = starting.result()
         if facts is None:
             raise SystemExit(1)
@@ -126,13 +126,13 @@ def _count_workers(settings: ServerSettings) -> int:
         return int(settings.workers)
     if settings.provider != "cpu" and nvidia_driver():
         return 1  # each would keep every model on the GPU
-    # On two cores one process makes as many images of a large model as two, in less than half the memory. With more
-    # cores its one thread that reads and writes becomes the limit; a quarter is a guess.
+    # On two cores, one process makes as many images of a large model as two, in less than half the memory. With more
+    # cores, its event loop becomes the limit; a quarter of the cores is a guess.
     usable = cores().usable
     wanted = min(settings.threads or usable, usable) // 4
-    # Large models, which one process computes as fast, are not to take several times their memory where it is short.
+    # Where memory is short, fewer workers: each loads every model, and one process computes large models as fast.
     files = 0
-    with contextlib.suppress(OSError):  # what cannot be read is told where it is loaded
+    with contextlib.suppress(OSError):  # the loading reports files that cannot be read
         for file in settings.models.glob("*/*/*.onnx"):
             with contextlib.suppress(OSError):
                 files += file.stat().st_size
@@ -152,7 +152,7 @@ async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, securi
 
 
 def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:
-    """Set `stop` on SIGTERM and SIGINT, of which a second one ends the process at once, and `reload` on SIGHUP."""
+    """Set `stop` on SIGTERM and SIGINT, and `reload` on SIGHUP. A second SIGTERM or SIGINT exits at once."""
 
     def begin(number: signal.Signals) -> None:
         if stop.is_set():

@@ -33,8 +33,8 @@ from ganserve_server.transport.interface import Server
 
 _log = logging.getLogger(__name__)
 
-# Python's 5 ms would be waited for at each step of a batch whose thread needs the interpreter while a burst of frames
-# keeps the event loop busy.
+# With Python's default of 5 ms, a thread that computes would wait 5 ms for the interpreter at each step of its batch
+# while a burst of frames keeps the event loop busy.
 _SWITCH_INTERVAL_S = 0.001
 
 
@@ -47,7 +47,7 @@ class Host(ABC):
         security: of this process.
         board: of the workers, if there are several.
         unloaded: models that an operator has unloaded.
-        may_be_empty: whether to serve without any model, too.
+        may_be_empty: whether to serve even without a model.
         logs: whether this process logs what is identical in all workers.
     """
 
@@ -61,23 +61,23 @@ class Host(ABC):
 
     @abstractmethod
     def server_made(self, server: Server) -> None:
-        """Take note of the server, before it listens."""
+        """Called with the server before it listens."""
 
     @abstractmethod
     def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
-        """Report that calls are answered from now on; take operators' requests."""
+        """Called when calls are answered: report it, and accept operators' requests."""
 
     @abstractmethod
     def draining(self) -> None:
-        """Report that no calls are to come any more."""
+        """Called when the drain begins: report it."""
 
     @abstractmethod
     async def wait_for_drain(self) -> None:
-        """Serve on for as long as load balancers need to see that this server is not ready."""
+        """Keep serving until load balancers have noticed that this server is not ready."""
 
     @abstractmethod
     async def drained(self) -> None:
-        """Take no more requests of operators: the calls are done."""
+        """Called when all calls are done: accept no more requests from operators."""
 
 
 async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
@@ -98,7 +98,7 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
     await _load_models(lifecycle, settings, table, may_be_empty=host.may_be_empty)
     if stop.is_set():
         return
-    tracing = start_tracing(tell=host.logs)
+    tracing = start_tracing(warn=host.logs)
     recorder = CallRecorder(metrics, settings.access_log, tracing)
     server = new_server(
         settings.transport,
@@ -112,7 +112,7 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
         guard=security.guard("generate"),
         on_ended=lambda reason: metrics.connections_ended.labels(reason).inc(),
         limits=settings.limits,
-        # Their watchers would stay for ever.
+        # Their calls may never end.
         unawaited_services=reflection.SERVICES,
         board=board,
     )

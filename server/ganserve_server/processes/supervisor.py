@@ -1,4 +1,4 @@
-"""Several worker processes on one port: started, watched, replaced when one dies, and ended together.
+"""Starts several worker processes on one port, watches them, replaces any that dies, and ends them together.
 
 The workers share the listening sockets, and each accepts only while it has no more connections than the others. This
 spreads connections evenly, which the kernel's hash (SO_REUSEPORT) does not do for the few that a load balancer opens.
@@ -50,14 +50,14 @@ class _Worker:
         self._asking = asyncio.Lock()
 
     async def ready(self) -> dict[str, Any] | None:
-        """Wait until it serves; None if it ended before."""
-        async with self._asking:  # what it is asked meanwhile waits
+        """Wait until it serves; return its first message, or None if it ended before."""
+        async with self._asking:  # requests wait until then
             self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_LINE_BYTES)
             return await self._read()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Have it do something; None if it ended meanwhile."""
-        # To the end, though who asked may leave: an answer that nobody reads would be the next question's.
+        """Send a request; return the answer, or None if the worker ended meanwhile."""
+        # Shielded: if the caller leaves, the answer must still be read, or it would answer the next request.
         return await asyncio.shield(self._exchange(request))
 
     async def _exchange(self, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -72,14 +72,14 @@ class _Worker:
 
     async def _read(self) -> dict[str, Any] | None:
         with suppress(OSError):
-            if (line := await self._reader.readline()).endswith(b"\n"):  # else it ended before, or meanwhile
+            if (line := await self._reader.readline()).endswith(b"\n"):  # otherwise it has ended
                 message: dict[str, Any] = json.loads(line)
                 return message
         return None
 
 
 class Supervisor:
-    """Keeps so many workers running."""
+    """Keeps `count` workers running."""
 
     def __init__(self, count: int, sockets: list[socket.socket]) -> None:
         self._count, self._sockets = count, sockets
@@ -100,7 +100,7 @@ class Supervisor:
         self._workers: dict[int, _Worker] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
-        self.unloaded: set[str] = set()  # models that an operator has stopped
+        self.unloaded: set[str] = set()  # models that an operator has unloaded
         self.registry = CollectorRegistry()
         MultiProcessCollector(self.registry, str(self._folder))
         self.registry.register(_Processes(self))
@@ -113,16 +113,16 @@ class Supervisor:
 
     @property
     def serves(self) -> bool:
-        """Whether there is a worker that has a model."""
+        """Whether any worker has a model."""
         return self._board.serving() > 0
 
     async def start(self) -> dict[str, Any] | None:
-        """Start all workers; return what one says of itself, or None if none can start and the first has logged why.
+        """Start all workers; return the first message of one, or None if none starts and the first has logged why.
 
         Raises:
-            StartError: the first was ended.
+            StartError: the first worker was killed.
         """
-        # Together: the first to serve would take all connections until the others do.
+        # All together: otherwise the first to serve would take all connections until the others serve.
         ready = await asyncio.gather(*(self._start(number) for number in range(self._count)))
         facts = next((one for one in ready if one is not None), None)
         if facts is None:
@@ -139,15 +139,15 @@ class Supervisor:
             worker.signal(number)
 
     async def ask_all(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Have all workers do something; return what those answer that live."""
+        """Send all workers a request; return the answers of those that live."""
         answers = await asyncio.gather(*(worker.ask(request) for worker in self._workers.values()))
         return [answer for answer in answers if answer is not None]
 
     async def stop(self, timeout_s: float) -> None:
-        """End all workers, each in its own time but those that take longer than the timeout, and take nothing more."""
+        """End all workers; kill the ones that take longer than the timeout."""
         self._stopping = True
         self.signal(signal.SIGTERM)
-        # Else the system would go on taking connections that nobody accepts.
+        # Otherwise the kernel would keep taking connections that nobody accepts.
         for listening in self._sockets:
             listening.close()
         ends = asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
@@ -162,7 +162,7 @@ class Supervisor:
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
     def close(self) -> None:
-        """Remove what is left: the processes, if the start failed, and the metrics' files."""
+        """Kill the processes that are left if the start failed, and remove the metrics' files."""
         self.signal(signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -186,7 +186,7 @@ class Supervisor:
             WORKER_VARIABLE: json.dumps(variable),
             "PROMETHEUS_MULTIPROC_DIR": str(self._folder),
         }
-        environment.pop(SOCKET_VARIABLE, None)  # systemd hears the supervisor alone
+        environment.pop(SOCKET_VARIABLE, None)  # only the supervisor reports to systemd
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -194,12 +194,12 @@ class Supervisor:
             *sys.argv[1:],
             env=environment,
             pass_fds=(*descriptors, self._memory, self._rates, theirs.fileno()),
-            process_group=0,  # a terminal's Ctrl-C is the supervisor's to pass on
+            process_group=0,  # only the supervisor gets a terminal's Ctrl-C, and passes it on
         )
         theirs.close()
         worker = self._workers[number] = _Worker(number, process, ours)
         ready = await worker.ready()
-        for model in self.unloaded.symmetric_difference(unloaded):  # before it could be asked
+        for model in self.unloaded.symmetric_difference(unloaded):  # since the worker was started
             await worker.ask({"do": "unload" if model in self.unloaded else "load", "model": model})
         if self._stopping:
             worker.signal(signal.SIGTERM)
@@ -221,7 +221,7 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             try:
                 ready = await self._start(number, replaces=True)
-            except OSError as error:  # no memory, no descriptor, no process to be had: not for ever
+            except OSError as error:  # no memory, descriptor or process is free now; retry later
                 _log.error("a worker cannot be started", extra={"worker": number, "reason": str(error)})
                 worker.started = time.monotonic()
                 continue
@@ -230,13 +230,13 @@ class Supervisor:
 
 
 class _Processes:
-    """CPU, memory and open files of all workers together, under the names that prometheus-client uses for one."""
+    """CPU, memory and open files of all workers together, under prometheus-client's names for one process."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
 
     def collect(self) -> Iterator[Metric]:
-        """Add up what each worker has now; a worker that died takes its CPU seconds with it."""
+        """Add up the values of all workers; the CPU seconds of a dead worker are lost."""
         totals: dict[str, float] = {}
         starts: list[float] = []
         for pid in self._supervisor.pids:

@@ -1,4 +1,4 @@
-"""One of several worker processes: does what its supervisor asks, and drains when that is gone."""
+"""One of several worker processes: does what its supervisor asks, and drains when the supervisor is gone."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ class _Worker(Host):
         self._channel, self._settings, self._stop = channel, settings, stop
         self.sockets, self.metrics, self.security = channel.sockets, metrics, security
         self.board, self.unloaded = channel.board, channel.unloaded
-        # A worker that replaces another one goes on like the rest, though they may have no model by now.
+        # A worker that replaces another one continues like the rest, which may have no model by now.
         self.may_be_empty = channel.replaces
         self.logs = channel.number == 0
         self._following: asyncio.Task[None]
@@ -74,12 +74,12 @@ class _Worker(Host):
         """Do nothing: the supervisor logs it."""
 
     async def wait_for_drain(self) -> None:
-        """Serve on, unless the supervisor is gone: the next server needs the address then."""
+        """Keep serving for the configured delay; not without a supervisor, for the next server needs the address."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._channel.gone.wait(), self._settings.drain_delay_s)
 
     async def drained(self) -> None:
-        """Answer the supervisor no more."""
+        """Stop answering the supervisor."""
         self._following.cancel()
         await asyncio.gather(self._following, return_exceptions=True)
 

@@ -1,9 +1,9 @@
 """The queue of a model version: what waits, who is next, what is refused.
 
-What waits is taken fairly: calls for a few images go into the next batch, callers in turn, so that a request of a
-thousand images, which is cut up, starves none; bulk work gets what is left, and an eighth where others wait. A request
-that was cancelled or whose deadline has passed never reaches the engine, one that cannot make its deadline is refused
-at once, and a batch that fails answers its own callers and nobody else's.
+Waiting jobs are taken fairly. Small requests go into the next batch, round robin by caller. Large requests are cut into
+parts, so that a request for a thousand images starves no other. Bulk work gets the remaining room, or an eighth of each
+batch while other jobs wait. A request that was cancelled or whose deadline has passed never reaches the engine. A
+request that cannot meet its deadline is refused at once. A batch that fails answers its own callers and nobody else's.
 """
 
 import asyncio
@@ -26,15 +26,15 @@ from ganserve_server.queueing.jobs import CallWork, Job, Lane, Made, Part
 
 _log = logging.getLogger(__name__)
 
-LEAST_BATCH = 8  # images that are not worth being spread over more cores
-_SMALL_PART = 8  # of a batch: a request up to this part of it is never cut
+LEAST_BATCH = 8  # images that are not worth spreading over more cores
+_SMALL_PART = 8  # of a batch: a request up to an eighth of a batch is never cut
 _BULK_PART = 8
-# On two cores, batches of 16 to 24 of a model that takes 1 ms an image make as many images as larger ones.
+# On two cores, with a model that takes 1 ms an image, batches of 16 to 24 images reach the throughput of larger ones.
 _BATCH_S = 0.02
-_ROUND_TRIP_S = 0.003  # of some calls, on busy cores
+_ROUND_TRIP_S = 0.003  # of a few calls, on busy cores
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
-_batch_numbers = itertools.count()  # of all models: a call may be of several
+_batch_numbers = itertools.count()  # across all models, because one call may use several
 
 
 class Dispatcher(Protocol):
@@ -54,20 +54,20 @@ class Batcher:
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
-        self.small = max(1, max_batch_size // _SMALL_PART)  # images of a request that is never cut
+        self.small = max(1, max_batch_size // _SMALL_PART)  # a request for this many images is never cut
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
         self._small, self._large, self._bulk = (Lane(max_batch_size) for _ in range(3))
-        self._counted_images = 0  # those that the queue's bound counts
-        # Of a core for an image; and from image to image while some wait. The second is what counts for deadlines: the
-        # calls' own work is in it, and the other models'.
+        self._counted_images = 0  # those that count towards max_queue_images
+        # The time of one core for an image, and the time from one image to the next while images wait. Deadlines are
+        # checked by the second one: it includes the work of the calls themselves and of the other models.
         self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
         self._pace_s = self._core_s / scheduler.cores
         self._running_images = 0
-        self._bulk_credit = 0  # of an image, in eighths
+        self._bulk_credit = 0  # in eighths of an image
         self.overtaken = False  # by another model's batch, when too few images waited for one of this model
         self._saturated_since: float | None = None  # the last batch came back, or began, with images still waiting
-        self._told_waiting = 0
+        self._published_waiting = 0
         self._users = 0
         self._unused = asyncio.Event()
         self._queue_seconds = metrics.queue_seconds.labels(model.name)
@@ -79,7 +79,7 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """How many images wait."""
+        """The number of waiting images."""
         return self._small.images + self._large.images + self._bulk.images
 
     def submit(
@@ -97,23 +97,23 @@ class Batcher:
 
         Args:
             draw: what to make.
-            done: called from the event loop; if it raises, once more with an error.
+            done: called from the event loop; if it raises, it is called once more with an error.
             fairness_key: jobs of different keys are taken in turn.
             deadline: by time.monotonic; None if there is none.
-            bulk: to be made of what others leave.
-            accepted: neither held to the queue's bound nor counted in it: the later chunks of a stream that was let in.
-            work: of the call, where it may have several draws.
+            bulk: gets only the room that other jobs leave.
+            accepted: a later chunk of a stream that was accepted: max_queue_images neither applies to it nor counts it.
+            work: of the call, if the call may have several draws.
 
         Raises:
             QueueFull: too many images wait already.
-            DeadlineTooShort: by what images took so far, it would be done only after the deadline, for what waits.
-            DeadlineExceeded: it would be so even if nothing waited.
+            DeadlineTooShort: with the waiting images before it, it would probably miss its deadline.
+            DeadlineExceeded: it would probably miss its deadline even if nothing waited.
         """
         count, waiting = draw.count, self.waiting
         lane = self._small if count <= self.small else self._large
         if bulk:
             lane = self._bulk
-        # An empty queue takes any request: one that is larger than the bound would else be refused for ever.
+        # An empty queue accepts any request; otherwise a request larger than the bound would never be accepted.
         if not accepted and self._counted_images and self._counted_images + count > self._max_queue_images:
             raise QueueFull(
                 f"the queue of model {self.model.name} holds {self._max_queue_images} images and has no room for "
@@ -121,15 +121,15 @@ class Batcher:
                 retry_after_s=waiting * self._pace_s,
             )
         if deadline is not None and not accepted and (waiting or self._running_images):
-            # In turn, no job that waits goes before this one with more images than this one has.
+            # Round robin: no waiting job precedes this one with more images than this one has.
             jobs = self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)
-            # And of those that are still to come, each other caller's next, as often as it is not this caller's turn.
+            # Of the jobs still to come, the next one of each other key precedes it, for each round it has to wait.
             before = max(min(waiting, jobs * count), lane.images_before(fairness_key))
-            # An image that comes too late was made in vain, so rather one too few.
+            # An image that comes too late is wasted: rather accept one too few.
             needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
             left_s = deadline - time.monotonic()
             if _DEADLINE_MARGIN * count * self._pace_s > left_s:
-                # Not for what waits: trying again would not help.
+                # The reason is not the waiting images, so a retry would not help.
                 raise DeadlineExceeded(
                     f"{count} images take about {count * self._pace_s:.2g} s here and the deadline is in "
                     f"{max(0.0, left_s):.2g} s; ask for fewer, or give them longer"
@@ -147,7 +147,7 @@ class Batcher:
         self.hold()
         if job.counted:
             self._counted_images += count
-        self._tell_waiting()
+        self._publish_waiting()
         self._scheduler.wake(self)
         return job
 
@@ -185,16 +185,16 @@ class Batcher:
             job.cancel()
 
     def drop(self, job: Job) -> None:
-        """Forget what of a job is not yet in a batch."""
+        """Forget the images of a job that are not in a batch yet."""
         job.lane.drop(job)
         if job.counted:
             self._counted_images -= job.count - job.taken
         if not self.waiting:
             self._saturated_since = None
-        self._tell_waiting()
+        self._publish_waiting()
 
     def next_batch(self, room: int) -> list[Part]:
-        """Take up to `room` images from what waits."""
+        """Take up to `room` of the waiting images."""
         now = time.monotonic()
         batch: list[Part] = []
         small, large, bulk = self._small, self._large, self._bulk
@@ -203,7 +203,7 @@ class Batcher:
         if bulk.images and others:
             self._bulk_credit += room
             for_bulk, self._bulk_credit = divmod(self._bulk_credit, _BULK_PART)
-        # As many as if each job got an equal share; one large job at a time gets those of all of them.
+        # An equal share for each job; the shares of all large jobs go to one of them at a time.
         for_large = math.ceil((room - for_bulk) * large.jobs / (large.jobs + small.jobs)) if large.images else 0
         left = room - small.take(room - for_bulk - for_large, now, batch)
         left -= large.take(left - for_bulk, now, batch)
@@ -215,17 +215,17 @@ class Batcher:
             if part.job.counted:
                 self._counted_images -= part.draw.count
         self._running_images += sum(part.draw.count for part in batch)
-        self._tell_waiting()
+        self._publish_waiting()
         return batch
 
     def batch_size(self) -> int:
-        """Return how many images a batch has at most: so few that others wait little, where more would gain nothing."""
+        """Return the size of a full batch: small enough to keep waits short, large enough for full throughput."""
         return min(self.max_batch_size, max(LEAST_BATCH, int(_BATCH_S / max(self._core_s, 1e-9))))
 
     def chunk_size(self) -> int:
-        """Return how many images of a stream go into a message: a batch, or several that are made in 5 ms of a core.
+        """Return how many images of a stream go into one message: a batch, or the batches that one core makes in 5 ms.
 
-        A message costs its reader some 100 µs, as much as 6 images of a small model take to make.
+        A message costs its reader about 100 µs, which is the time to make 6 images of a small model.
         """
         batches = min(
             _CHUNK_S / max(self._core_s, 1e-9) // self.max_batch_size,
@@ -235,34 +235,34 @@ class Batcher:
         return self.max_batch_size * max(1, int(batches))
 
     def least_batch_while_busy(self) -> int:
-        """Return how many images are worth a batch while all cores are busy, when more may come to join it."""
+        """Return how many images justify a batch while all cores are busy and more images may still join."""
         return min(self.batch_size(), max(LEAST_BATCH, self.model.engine.least_batch))
 
     def round_trip_images(self) -> int:
-        """Return how many images keep a core busy for as long as answers and the next calls are on their way."""
+        """Return how many images keep a core busy while answers and the next calls travel."""
         return max(LEAST_BATCH, math.ceil(_ROUND_TRIP_S / max(self._core_s, 1e-9)))
 
     def saturated(self) -> None:
-        """Take note that images wait and no core is free."""
+        """Record that images wait and no core is free."""
         if self._saturated_since is None:
             self._saturated_since = time.monotonic()
 
     def returned(self, batch: list[Part]) -> None:
-        """Take note that a batch is done, well or not."""
+        """Record that a batch is done, successfully or not."""
         self._running_images -= sum(part.draw.count for part in batch)
 
     def deliver(
         self, batch: list[Part], pixels: NDArray[np.uint8], started: float, seconds: float, cores: int, *, busy: bool
     ) -> None:
-        """Give a batch's images to its jobs.
+        """Give the images of a batch to its jobs.
 
         Args:
-            batch: what was to be made.
-            pixels: of all its images, in order.
-            started: when, by time.monotonic.
+            batch: the parts of the jobs.
+            pixels: all images of the batch, in order.
+            started: when it started, by time.monotonic.
             seconds: how long it took.
-            cores: that it ran on.
-            busy: all cores have something to do.
+            cores: how many cores it ran on.
+            busy: whether all cores are busy.
         """
         count = len(pixels)
         self._compute_seconds.observe(seconds)
@@ -270,7 +270,7 @@ class Batcher:
         self._images.inc(count)
         if padding := self.model.engine.padding(count):
             self._padding_images.inc(padding)
-        # Small batches, with their fixed cost, say little of what many images take.
+        # Small batches are mostly fixed cost, and say little about the time of many images.
         weight = 0.1 * min(1.0, count / self.batch_size())
         self._core_s += weight * (seconds * cores / count - self._core_s)
         now = time.monotonic()
@@ -287,20 +287,20 @@ class Batcher:
             first = stop
 
     def failed(self, batch: list[Part], error: Exception) -> None:
-        """Tell a batch's jobs, and the log."""
+        """Fail the jobs of a batch, and log the error."""
         _log.error("the engine failed", exc_info=error, extra={"model": self.model.name, "version": self.model.version})
         for part in batch:
             part.job.fail(EngineFailed("internal error"))
         self.rest()
 
     def rest(self) -> None:
-        """Take note that no images came back: what is idle from here on is no pace."""
+        """Record that no images came back: the idle time that follows does not count as pace."""
         if not self.waiting and not self._running_images:
             self._saturated_since = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the version, should it be retired, for a call that will queue more draws."""
+        """Keep the version from being retired while a call still queues draws."""
         self.hold()
         try:
             yield
@@ -312,21 +312,21 @@ class Batcher:
         self._users += 1
 
     def release(self) -> None:
-        """Let the version go."""
+        """Undo one `hold`."""
         self._users -= 1
         if not self._users:
             self._unused.set()
 
     async def retire(self) -> None:
-        """Wait for the draws and the calls that hold the version; the caller lets no new ones come."""
+        """Wait for the draws and calls that hold the version; the caller sees to it that no new ones come."""
         while self._users:
             self._unused.clear()
             await self._unused.wait()
 
-    def _tell_waiting(self) -> None:
+    def _publish_waiting(self) -> None:
         waiting = self.waiting
-        self._queue_images.inc(waiting - self._told_waiting)  # of all versions of the model
-        self._told_waiting = waiting
+        self._queue_images.inc(waiting - self._published_waiting)  # of all versions of the model
+        self._published_waiting = waiting
 
     def _batch_s(self) -> float:
         return self.batch_size() * self._core_s

@@ -1,4 +1,4 @@
-"""Jobs, the order in which they are taken, and what comes back to them."""
+"""Jobs, and the lanes in which they wait."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)  # not frozen: that doubles what making one costs
 class Made:
-    """The images of a draw, and what they waited and took."""
+    """The images of a draw, how long they waited, and how long their batches took."""
 
     pixels: NDArray[np.uint8]  # [count, height, width, channels]
     queue_s: float
@@ -29,10 +29,10 @@ class JobQueue(Protocol):
     """The queue that a job is in."""
 
     def drop(self, job: "Job") -> None:
-        """Forget what of a job is not yet in a batch."""
+        """Forget the images of a job that are not in a batch yet."""
 
     def release(self) -> None:
-        """Count a job that has ended."""
+        """Record that a job has ended."""
 
 
 class Job:
@@ -71,18 +71,18 @@ class Job:
         work: "CallWork | None",
     ) -> None:
         self._queue, self.lane, self.work = queue, lane, work
-        self._batch = -1  # the last that images came back of
+        self._batch = -1  # the last batch that images came back from
         self._done: Callable[[Made | ServingError], None] | None = done  # until it is over
         self.draw, self.count, self.deadline, self.counted = draw, draw.count, deadline, counted
         self.fairness_key = fairness_key
         self.accepted = time.monotonic()
         self.taken = self.arrived = 0
         self.queue_s = self.compute_s = 0.0
-        self.pixels: NDArray[np.uint8] | None = None  # filled as batches come back, in whatever order
+        self.pixels: NDArray[np.uint8] | None = None  # filled as batches come back, in any order
         self.over = False
 
     def cancel(self) -> None:
-        """Take what is not yet in a batch out of the queue; nobody waits for it."""
+        """Remove the images that are not in a batch yet from the queue: nobody waits for them."""
         if not self.over:
             self._end()
 
@@ -92,16 +92,16 @@ class Job:
             self._answer(error)
 
     def wanted(self, now: float) -> bool:
-        """Tell whether somebody still waits for it."""
+        """Return whether somebody still waits for it."""
         return not self.over and (self.deadline is None or now < self.deadline)
 
     def expire(self) -> None:
-        """Say that the deadline passed."""
+        """Answer that the deadline has passed."""
         self.fail(DeadlineExceeded("the deadline passed before the images were made"))
 
     def arrive(self, start: int, pixels: NDArray[np.uint8], batch: int, compute_s: float) -> None:
-        """Take the images from `start` on, of a batch by its number; answer if they are the last."""
-        if batch != self._batch:  # else of a part before, of the same batch
+        """Take the images from `start` on, which were made in the batch of that number; answer if they are the last."""
+        if batch != self._batch:  # else an earlier part of this job was in the same batch
             self._batch = batch
             self.compute_s += compute_s
             if self.work is not None:
@@ -125,7 +125,7 @@ class Job:
         try:
             done(outcome)
         except Exception:
-            # Of one caller: the others of the batch must have their answers.
+            # It concerns one caller: the others in the batch must get their answers.
             _log.exception("an answer could not be written")
             try:
                 done(EngineFailed("internal error"))
@@ -136,7 +136,7 @@ class Job:
         self.over = True
         if self.taken < self.count:
             self._queue.drop(self)
-        # Whoever waited may keep the job: each would keep the other, and the answer, until garbage is collected.
+        # The waiting caller may keep the job. Both would keep each other and the answer until garbage is collected.
         self.pixels = self._done = None
         self._queue.release()
 
@@ -153,12 +153,12 @@ class CallWork:
         self._batch = -1
 
     def queued(self, job: Job) -> None:
-        """Take note of a job."""
+        """Record a job."""
         if self._first is None:
             self._first = job
 
     def computed(self, batch: int, compute_s: float) -> None:
-        """Take note of a batch, once however many of the jobs were in it: they come back one after the other."""
+        """Record a batch: once, although the jobs in it report it one after the other."""
         if batch != self._batch:
             self._batch = batch
             self.compute_s += compute_s
@@ -251,7 +251,7 @@ class Lane:
                     self.jobs -= 1
                     jobs.popleft()
                 elif stop % self._quantum:
-                    # All would be late if all went on a little at a time.
+                    # Finish the quantum first: if all jobs advanced a little at a time, all would be late.
                     self._jobs[key] = jobs
                     self._jobs.move_to_end(key, last=False)
                     continue

@@ -1,4 +1,4 @@
-"""Runs the batches of all queues on the cores, or on a GPU: at once when there is room for one, never on a timer."""
+"""Runs the batches of all queues on the cores or on a GPU: as soon as there is room, never on a timer."""
 
 import asyncio
 import contextlib
@@ -17,15 +17,15 @@ from ganserve_server.queueing.batcher import LEAST_BATCH, Batcher
 from ganserve_server.queueing.jobs import Part
 from ganserve_server.shared.scoreboard import Scoreboard
 
-# A batch shorter than this is made where the calls are read: the way to a thread and back costs 50 to 100 µs.
+# A shorter batch runs in the event loop: handing it to a thread and back costs 50 to 100 µs.
 _INLINE_S = 0.0003
-# Of two calls that come at random, the second would wait for a batch that takes all cores: so many in a row must have
-# been alone for the next to be taken for a lone caller's.
+# A batch on all cores delays the next call. So it runs only for what seems to be a lone caller: this many batches in a
+# row were alone.
 _LONE_BATCHES = 8
 
 
 class _Threads:
-    """Threads that compute, and how many batches they have: each runs one, and another may stand ready behind it."""
+    """Threads that compute, and the number of their batches: each thread runs one, and may have a second one ready."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -45,16 +45,17 @@ class _RunningBatch:
 
 
 class Scheduler:
-    """Runs the batches of all queues on so many cores, or on one device.
+    """Runs the batches of all queues on a number of cores, or on one device.
 
-    Two ways to use the cores: one batch on each, which makes the most images, and one batch on all of them, which makes
-    a lone caller's soonest. Behind each batch that runs another may stand ready, so that no core waits for the calls'
-    own work; latents are drawn here, for the threads that compute would wait for Python's lock at each.
+    The cores are used in two ways: one batch on each core gives the highest throughput, and one batch on all cores
+    gives a lone caller the lowest latency. A second batch may be ready behind each running one, so that no core waits
+    for the event loop. Latents are drawn in the event loop, because the computing threads would wait for Python's lock
+    each time.
 
     Args:
         cores: how many there are.
-        board: of the workers that share them, if there are several; each has its part of the cores, and those of the
-            others while they compute nothing.
+        board: of the workers that share the cores, if there are several. Each worker has its own part of the cores, and
+            borrows the cores of the others while those compute nothing.
     """
 
     def __init__(self, cores: int, board: Scoreboard | None = None) -> None:
@@ -65,7 +66,7 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._ready: OrderedDict[Batcher, None] = OrderedDict()
         self._woken = False
-        self._alone_in_a_row = 0  # batches while which no other call came
+        self._alone_in_a_row = 0  # batches during which no other call came
         self._threads = [
             threading.Thread(target=self._run, args=(kind.work,), name=f"engine-{number}", daemon=True)
             for kind in (self._own, self._others)
@@ -75,7 +76,7 @@ class Scheduler:
             thread.start()
 
     def wake(self, batcher: Batcher) -> None:
-        """Look at a queue in this turn of the loop, once all calls that came with this one are in it."""
+        """Look at a queue in this iteration of the event loop, after all calls that came with this one are in it."""
         self._ready[batcher] = None
         if not self._idle:
             self._alone_in_a_row = 0
@@ -84,7 +85,7 @@ class Scheduler:
             self._loop.call_soon(self._dispatch)
 
     def close(self) -> None:
-        """End the threads; nothing waits."""
+        """End the threads. No job may be waiting."""
         for kind in (self._own, self._others):
             for _ in range(kind.count):
                 kind.work.put(None)
@@ -97,7 +98,7 @@ class Scheduler:
 
     @property
     def _lent(self) -> int:
-        """How many of the others' cores have nothing to compute for them."""
+        """How many cores of the other workers are idle."""
         if self._board is None or not self._others.count:
             return 0
         return max(0, self._others.count - self._board.others_running())
@@ -110,7 +111,7 @@ class Scheduler:
 
     @property
     def _places(self) -> int:
-        """How many more batches would run at once, or stand ready."""
+        """How many more batches would run at once, or be ready behind a running one."""
         own, others = self._own, self._others
         return max(0, 2 * own.count - own.taken) + max(0, 2 * self._lent - others.taken)
 
@@ -122,8 +123,8 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         self._woken = False
-        too_few: list[Batcher] = []  # for a batch that would not run at once
-        # Asked once for each batch: the other workers lend and take back their cores at any moment.
+        too_few: list[Batcher] = []  # for a batch that would have to wait
+        # Read again for each batch: the other workers lend and take back their cores at any moment.
         while self._ready and (places := self._places):
             batcher, _ = self._ready.popitem(last=False)
             waiting, engine, free = batcher.waiting, batcher.model.engine, self._free
@@ -136,7 +137,7 @@ class Scheduler:
             spread = max(LEAST_BATCH, math.ceil(waiting / (free or 1)))
             lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
             wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
-            # So small that each core may have another ready behind it: it would wait for the next calls' way else.
+            # Small enough that each core can have another batch ready; otherwise it would wait for the next calls.
             behind = max(batcher.round_trip_images(), math.ceil(waiting / places))
             batch = batcher.next_batch(min(spread, behind, batcher.batch_size()))
             if batcher.waiting:
@@ -153,8 +154,8 @@ class Scheduler:
             self._count(work, 1)
             batcher.overtaken = False
             for other in too_few:
-                other.overtaken = True  # once is enough: its few images are next
-            # On a GPU it may be behind a batch that warms up another model.
+                other.overtaken = True  # only once: its few images are next
+            # On a GPU it may wait for a batch that warms up another model.
             if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
                 self._done(work, *self._compute(work))
             else:
@@ -167,7 +168,7 @@ class Scheduler:
                 batcher.saturated()
 
     def _count(self, work: _RunningBatch, change: int) -> None:
-        """Take note that a batch is begun, or is done."""
+        """Count a batch that starts (1) or is done (-1)."""
         if work.wide:
             for kind in (self._own, self._others):
                 kind.taken += change * 2 * kind.count
@@ -179,13 +180,13 @@ class Scheduler:
     def _run(self, queued: "queue.SimpleQueue[_RunningBatch | None]") -> None:
         while (work := queued.get()) is not None:
             result = self._compute(work)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
                 self._loop.call_soon_threadsafe(self._done, work, *result)
-            del work, result  # while it waits for the next, their model may be retired
+            del work, result  # their model may be retired while this thread waits for the next batch
 
     @staticmethod
     def _compute(work: _RunningBatch) -> tuple[NDArray[np.uint8] | Exception | None, list[Part], float, float]:
-        """Return the images of those parts that are still wanted, or the error; the parts; when it began; how long."""
+        """Return the images of the parts that are still wanted, or the error; those parts; the start; the duration."""
         started, engine, parts, feeds = time.monotonic(), work.batcher.model.engine, work.parts, work.feeds
         try:
             if not all(part.job.wanted(started) for part in parts):
@@ -218,7 +219,7 @@ class Scheduler:
         if len(parts) < len(work.parts):
             for part in work.parts:
                 if part not in parts:
-                    part.job.expire()  # if it was not cancelled
+                    part.job.expire()  # unless it was cancelled
         if isinstance(result, Exception):
             batcher.failed(parts, result)
         elif result is None:

@@ -1,7 +1,7 @@
-"""Which versions are served: at the start, and whenever the repository changes, with no failed call in between.
+"""Decides which versions are served, at the start and whenever the repository changes, without a failed call.
 
-A new version is loaded and checked while the old one serves, then takes new calls; the old one finishes what it has. A
-file that breaks a rule stays out, once in the log, and what was served before goes on.
+A new version is loaded and verified while the old one serves. Then it takes new calls, and the old one finishes its
+own. A file that breaks a rule is rejected and logged once; the version that was served before stays.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """Keeps a table of models as the repository is.
+    """Keeps a table of models in line with the repository.
 
     Args:
         settings: the server's.
@@ -57,24 +57,24 @@ class Lifecycle:
         self._metrics = metrics
         self._table = table
         self._on_status = on_status
-        self._stamps: dict[tuple[str, int], Stamp] = {}  # of what was loaded or kept out
-        self._reasons: dict[tuple[str, int], str] = {}  # why it was kept out
-        self._awaited: set[tuple[str, int]] = set()  # which have no file yet; not in the log: somebody may be copying
-        self._misplaced: dict[Path, str] = {}  # what was probably meant as a model, and why it is none
+        self._stamps: dict[tuple[str, int], Stamp] = {}  # of files that were loaded or rejected
+        self._reasons: dict[tuple[str, int], str] = {}  # why a file was rejected
+        self._awaited: set[tuple[str, int]] = set()  # have no file yet; not logged, because somebody may be copying
+        self._misplaced: dict[Path, str] = {}  # probably meant as models, and why they are none
         self._reported: set[str] = set()
         self._refreshing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._threads = settings.threads or cores().usable
-        self._schedulers: dict[bool, Scheduler] = {}  # of the CPU, and of the GPU
+        self._schedulers: dict[bool, Scheduler] = {}  # by whether it is for the CPU
 
     async def refresh(self, *, starting: bool = False) -> None:
-        """Load what is new, drop what is gone.
+        """Load new versions, and drop removed ones.
 
         Raises:
-            ProviderUnavailable: CUDA or TensorRT was asked for and is missing; only when starting.
-            OSError: the repository cannot be listed; only when starting.
+            ProviderUnavailable: CUDA or TensorRT is required and missing; only at the start.
+            OSError: the repository cannot be listed; only at the start.
         """
-        # One worker at a time: how long models take is measured, and the others' callers want cores, too.
+        # One worker at a time: loading times the models, and the callers of other workers need cores, too.
         async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
             try:
                 found, self._awaited, misplaced = await asyncio.to_thread(look, self._settings.models)
@@ -102,7 +102,7 @@ class Lifecycle:
             self._report({name for name, _ in found.keys() | self._awaited})
 
     async def load(self, name: str) -> list[VersionState]:
-        """Load a model from its folder, anew if it is served.
+        """Load a model from its folder, again if it is served.
 
         Raises:
             ModelNotFound: it has no folder.
@@ -159,13 +159,13 @@ class Lifecycle:
             _log.error("the repository is no longer watched; SIGHUP still loads it anew", extra={"reason": str(error)})
 
     async def close(self) -> None:
-        """End what the schedulers run; nobody waits for an answer."""
+        """End the schedulers. No caller may be waiting."""
         await asyncio.gather(*self._retiring)
         for scheduler in self._schedulers.values():
             await asyncio.to_thread(scheduler.close)
 
     def _scheduler(self, model: ModelVersion) -> Scheduler:
-        """Return what shares the cores, or the GPU, among the models."""
+        """Return the scheduler that shares the cores, or the GPU, among the models."""
         on_cpu = model.engine.on_cpu
         if on_cpu not in self._schedulers:
             self._schedulers[on_cpu] = Scheduler(self._threads, self._board) if on_cpu else Scheduler(1)
@@ -174,7 +174,7 @@ class Lifecycle:
     async def _choose(
         self, name: str, versions: list[int], found: dict[tuple[str, int], Stamp], *, starting: bool
     ) -> set[tuple[str, int]]:
-        """Serve as many of these versions, newest first, as the settings ask for and the rules allow."""
+        """Serve the newest valid versions, as many as the settings ask for; return them."""
         chosen: set[tuple[str, int]] = set()
         for number in versions:
             if len(chosen) == self._settings.most_versions:
@@ -193,7 +193,7 @@ class Lifecycle:
                 self._metrics.model_info.labels(*labels).set(1)
                 if not starting:
                     _log.info("model loaded", extra={"model": name, "version": number, "digest": model.digest})
-            # A file that was replaced by a bad one, rather than removed, is served as it was.
+            # If a file was replaced by a bad one, rather than removed, the version that is loaded stays.
             if found[key] is not None and key in self._table.batchers():
                 chosen.add(key)
         return chosen
@@ -217,7 +217,7 @@ class Lifecycle:
             reason = str(error)
             _log.error("model kept out", extra={"path": str(path), "reason": reason})
         except Exception:
-            # A file from outside must not take the others down, whatever the libraries make of it.
+            # A file from outside must not take other models down, whatever exception it causes in the libraries.
             reason = "the file could not be read"
             _log.exception("model kept out", extra={"path": str(path), "reason": reason})
         else:
@@ -232,7 +232,7 @@ class Lifecycle:
         model = batcher.model
         labels = (model.name, str(model.version), model.digest, model.engine.provider)
         if self._board:
-            self._metrics.model_info.labels(*labels).set(0)  # from the files of several workers nothing is removed
+            self._metrics.model_info.labels(*labels).set(0)  # several workers' files allow no removal
         else:
             self._metrics.model_info.remove(*labels)
         task = asyncio.create_task(_let_go(batcher))
@@ -240,7 +240,7 @@ class Lifecycle:
         task.add_done_callback(self._retiring.discard)
 
     def _report(self, known: set[str]) -> None:
-        """Answer for the server as a whole, and for each model that is or was in the repository."""
+        """Report the status of the server, and of each model that is or was in the repository."""
         self._on_status("", bool(self._table.names))
         for name in known | self._reported:
             self._on_status(name, name in self._table)
@@ -251,5 +251,5 @@ class Lifecycle:
 
 async def _let_go(batcher: Batcher) -> None:
     await batcher.retire()
-    del batcher  # and with it, once past calls are forgotten, the model
+    del batcher  # and its model, once past calls are freed
     await asyncio.to_thread(give_back_memory)

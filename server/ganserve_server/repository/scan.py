@@ -1,4 +1,4 @@
-"""Finds model files in the repository's folder, and what was probably meant as one; reads none of them."""
+"""Finds model files in the repository's folder, and files that were probably meant as models; reads none of them."""
 
 import contextlib
 import itertools
@@ -14,13 +14,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_REPORTED = 3
 
-Stamp = tuple[int, int, int] | None  # changes with a file's content, as far as its folder says; None: there is no file
+Stamp = tuple[int, int, int] | None  # of a file: changes with its content; None: there is no file
 
 
 def look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str, int]], dict[Path, str]]:
-    """List the repository's versions, each with what changes when its file is replaced; those that wait for a file; and
-    what is misplaced in it.
-    """
+    """Return the repository's versions with their stamps, the versions that have no file yet, and misplaced files."""
     found: dict[tuple[str, int], Stamp] = {}
     awaited: set[tuple[str, int]] = set()
     for name, version, path in find_versions(repository):
@@ -37,11 +35,11 @@ def look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str,
 
 
 def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
-    """Yield (model, version, file) of every version in the repository, in order; other files are passed over."""
+    """Yield (model, version, file) of every version in the repository, in order; skip other files."""
     for folder in sorted(repository.iterdir()):
         names: list[str] = []
         if _NAME.fullmatch(folder.name) and not folder.name.endswith(".tmp") and os.path.isdir(folder):
-            with contextlib.suppress(OSError):  # `find_misplaced` tells of it
+            with contextlib.suppress(OSError):  # `find_misplaced` yields it
                 names = os.listdir(folder)
         versions = (folder / name for name in names if _VERSION.fullmatch(name))
         for path in sorted(versions, key=lambda path: int(path.name)):
@@ -49,10 +47,10 @@ def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
 
 
 def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what `find_versions` passes over and was probably meant to be served, in order, each with the reason.
+    """Yield paths that `find_versions` skips but were probably meant to be served, in order, each with the reason.
 
-    That is what has an ONNX file where none belongs, and a model's folder that cannot be read. Never meant are names
-    that begin with a dot or end in .tmp, and links to what lies beside them.
+    These are ONNX files in the wrong place, folders that have one, and folders that cannot be read. Names that begin
+    with a dot or end in .tmp are skipped, and links to a neighbour.
     """
     wrong_depth = f"expected {repository}/NAME/VERSION/{MODEL_FILE_NAME}"
     for path in _candidates(repository):
@@ -82,18 +80,18 @@ def _misplaced_versions(folder: Path, wrong_depth: str) -> Iterator[tuple[Path, 
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """List what may have been meant as a model, in order."""
+    """List the entries of a folder that may have been meant as models, in order."""
     names = sorted(name for name in os.listdir(folder) if not (name.startswith(".") or name.endswith(".tmp")))
     return [folder / name for name in names if not _is_alias(folder / name)]
 
 
 def _is_alias(path: Path) -> bool:
-    """Tell whether it is a link to what lies beside it, such as `latest`."""
+    """Return whether it is a link to a neighbour, such as `latest`."""
     return path.is_symlink() and os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
 
 
 def _has_onnx(folder: Path, levels: int) -> bool:
-    """Tell whether there is an ONNX file in a folder, or so many levels below; not, if it cannot be read."""
+    """Return whether a folder has an ONNX file, at most `levels` deep; False if it cannot be read."""
     try:
         inside = _candidates(folder)
     except OSError:
@@ -106,7 +104,7 @@ def _is_onnx(path: Path) -> bool:
 
 
 def is_awaited(path: Path) -> bool:
-    """Tell whether a version's folder has no ONNX file yet, of whatever name: somebody may be copying."""
+    """Return whether a version's folder has no ONNX file of any name yet: somebody may be copying."""
     try:
         return not any(_is_onnx(other) for other in _candidates(path.parent)) and not os.path.lexists(path)
     except OSError:

@@ -12,7 +12,7 @@ class ModelTable:
         self._batchers: dict[str, dict[int, Batcher]] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether any version of a model is served."""
+        """Return whether any version of a model is served."""
         return name in self._batchers
 
     @property
@@ -25,14 +25,14 @@ class ModelTable:
         return {(name, number): one for name, versions in self._batchers.items() for number, one in versions.items()}
 
     def put(self, batcher: Batcher) -> Batcher | None:
-        """Serve a version from now on; return the one of that number that was served before."""
+        """Serve a version; return the one of the same number that was served before."""
         versions = self._batchers.setdefault(batcher.model.name, {})
         before = versions.get(batcher.model.version)
         versions[batcher.model.version] = batcher
         return before
 
     def remove(self, name: str, version: int) -> Batcher:
-        """Serve a version no longer."""
+        """Stop serving a version; return it."""
         batcher = self._batchers[name].pop(version)
         if not self._batchers[name]:
             del self._batchers[name]
@@ -42,7 +42,7 @@ class ModelTable:
         """Find a version, the newest if `version` is None.
 
         Raises:
-            ModelNotFound: there is none; the text says which there are.
+            ModelNotFound: there is none; the text names the ones that exist.
         """
         versions = self._batchers.get(name)
         if versions is None:

@@ -1,8 +1,8 @@
 """Reads one model file, and rejects it if it breaks a rule.
 
-A file is data from outside. Its rules: at most so large; ONNX that onnx's checker accepts; standard operators only; all
-weights inside; a model card; inputs and output as the card says; the same images each time, and among others; golden
-images within one grey level.
+A file is untrusted input. The rules: its size is limited; onnx's checker accepts it; it has only standard operators,
+and all weights inside; it has a model card, and inputs and an output that match the card; it makes the same images each
+time, alone and in a batch; its golden images differ by at most one grey level.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ _log = logging.getLogger(__name__)
 
 CARD_KEY = "ganserve.model_card"
 _MAX_REPORTED_KEYS = 3
-_AMONG = 3  # images in the batch that one is compared in
+_AMONG = 3  # images in the batch with which a single image is compared
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 _NEWLINE = "\n"
 
 
 class ModelRejected(Exception):  # noqa: N818
-    """A model file breaks a rule; the text, one line, names it."""
+    """A model file breaks a rule; the text, one line, names the rule."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split()))  # onnxruntime's and protobuf's reasons have several lines
@@ -52,11 +52,11 @@ def load_version(
     threads: int,
     gpu: GpuOptions = GpuOptions(),  # noqa: B008
 ) -> ModelVersion:
-    """Read one version, check it against the rules, warm it up.
+    """Read one version, check it against the rules, and warm it up.
 
     Raises:
         ModelRejected: a rule is broken.
-        ProviderUnavailable: the provider that was asked for is missing.
+        ProviderUnavailable: the required provider is missing.
     """
     content = _read(path, max_model_mib)
     card, unknown_keys = _parse_card(_check_graph(content))
@@ -102,10 +102,10 @@ def _read(path: Path, max_model_mib: int) -> bytes:
 
 
 def _check_graph(content: bytes) -> str:
-    """Check what can be checked without running; return the card's JSON."""
+    """Check everything that can be checked without running the model; return the card's JSON."""
     try:
         model = onnx.load_model_from_string(content)
-    except Exception as error:  # protobuf's DecodeError, by another name in each implementation
+    except Exception as error:  # protobuf's DecodeError has another name in each implementation
         raise ModelRejected("the file is not ONNX, or is truncated") from error
     parts = list(_parts(model))
     domains = {part.domain for part in parts if isinstance(part, onnx.NodeProto)}
@@ -125,11 +125,11 @@ def _check_graph(content: bytes) -> str:
 
 
 def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
-    """Return the card, and what to say of keys that it should not have: a newer trainer's, or misspelt ones."""
+    """Return the card, and a text on unknown keys, which a newer trainer wrote or somebody misspelt."""
     try:
         card = json_format.Parse(text, pb.ModelCard(), ignore_unknown_fields=True)
         keys = json.loads(text).keys()
-    except Exception as error:  # ParseError, and what a damaged file's text raises
+    except Exception as error:  # ParseError, and others for the text of a damaged file
         raise ModelRejected(f"the model card is not the JSON of a ganserve.v1.ModelCard: {error}") from error
     known = {field.json_name: field.name for field in pb.ModelCard.DESCRIPTOR.fields}
     unknown = sorted(keys - known.keys() - set(known.values()))
@@ -143,7 +143,7 @@ def _check_card(card: pb.ModelCard) -> None:
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """Yield a message and all messages inside, at any depth."""
+    """Yield a message and all messages inside it, at any depth."""
     yield message
     for field, value in message.ListFields():
         if field.type == field.TYPE_MESSAGE:
@@ -176,7 +176,7 @@ def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
 
 
 def _check_images(engine: Engine, card: pb.ModelCard) -> None:
-    """Run the model, which warms it up too: its images must be the same each time, and those that its card shows."""
+    """Run the model: its images must be the same each time, and match the golden images. This warms it up, too."""
     shape = (card.height, card.width, card.channels)
     probes = list(card.golden_images) or [pb.GoldenImage(seed=0)]
     labels = np.array([golden.label for golden in probes], np.int64) if card.class_names else None
@@ -197,7 +197,7 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
             )
     if not np.array_equal(alone, again):
         raise ModelRejected("the same latent gives another image each time: the model must draw no random numbers")
-    # Kernels may differ by the size of the batch, as by the machine that made the golden images.
+    # Kernels may differ with the batch size, and with the machine that made the golden images.
     if (difference := _difference(alone[0], among[-1])) > 1:
         raise ModelRejected(
             f"an image differs by up to {difference} grey levels when it is made among others; it must depend on its "
@@ -222,7 +222,7 @@ def _made_thrice(engine: Engine, classes: int) -> list[NDArray[np.uint8]]:
 
 
 def _difference(pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> int:
-    """Return the largest, in grey levels."""
+    """Return the largest difference, in grey levels."""
     return int(np.abs(pixels.astype(np.int16) - wanted).max())
 
 

@@ -1,4 +1,4 @@
-"""AdministrationService: what an operator may have the server do with its models, on an address of its own."""
+"""AdministrationService, with which operators load, unload and reload models, on an address of its own."""
 
 import dataclasses
 from typing import Any
@@ -35,18 +35,18 @@ class AdministrationServicer(pb_grpc.AdministrationServiceServicer):
     async def ReloadModels(  # noqa: N802
         self, request: pb.ReloadModelsRequest, context: Call
     ) -> pb.ReloadModelsResponse:
-        """Look for changes."""
+        """Look for new and removed versions."""
         return pb.ReloadModelsResponse(versions=_states(await self._administration.reload()))
 
 
 class RepositoryServicer:
-    """The two calls of the Open Inference Protocol that load and unload models, as Triton's clients make them."""
+    """The calls RepositoryModelLoad and RepositoryModelUnload of the Open Inference Protocol."""
 
     def __init__(self, administration: Administration) -> None:
         self._administration = administration
 
     def add_to(self, server: Server) -> None:
-        """Answer both."""
+        """Answer both calls."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "RepositoryModelLoad": grpc.unary_unary_rpc_method_handler(
                 self._load,

@@ -1,4 +1,4 @@
-"""Images as files: PNG, JPEG, WebP. A file carries its own identity, so that the image can be made again."""
+"""Image files: PNG, JPEG and WebP. A file says in its metadata how to make the image again."""
 
 import io
 import json
@@ -17,14 +17,14 @@ IDENTITY_KEY = "ganserve"
 _EXIF_IMAGE_DESCRIPTION = 0x010E
 _SHEET_GAP = 2  # pixels
 
-# What the formats, and pillow's writers of them, can hold.
+# The limits of the formats and of Pillow's encoders.
 MAX_SIDE = {pb.ENCODING_PNG: 2**16, pb.ENCODING_JPEG: 65_500, pb.ENCODING_WEBP: 16_383}  # pixels
 
 Identity = Mapping[str, str | int | float | list[int] | None]
 
 
 def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity | None) -> bytes:
-    """Write one image, [height, width, channels], as a file; `identity` None leaves the metadata out."""
+    """Encode one image, [height, width, channels]; without metadata if `identity` is None."""
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     file = io.BytesIO()
     text = None if identity is None else json.dumps(identity, ensure_ascii=True)
@@ -45,14 +45,14 @@ def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity 
 
 
 def sheet_size(count: int, height: int, width: int) -> tuple[int, int]:
-    """Return the height and width of the contact sheet of that many images."""
+    """Return the height and width of the contact sheet of `count` images."""
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     return rows * (height + _SHEET_GAP) - _SHEET_GAP, columns * (width + _SHEET_GAP) - _SHEET_GAP
 
 
 def contact_sheet(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay [n, height, width, channels] out as one near-square image, row by row, on black."""
+    """Arrange images, [n, height, width, channels], row by row in one nearly square image with a black background."""
     count, height, width, channels = pixels.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

@@ -1,4 +1,4 @@
-"""GenerationService: finds the model, has the request checked, the images made, and the answer written."""
+"""GenerationService: finds the model, checks the request, queues the images, and writes the response."""
 
 import asyncio
 import time
@@ -21,10 +21,10 @@ from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-# Bytes of pixels. Encoding fewer costs less than the way to a thread and back; more would hold up other calls.
+# Bytes of pixels. Encoding fewer costs less than handing them to a thread and back; more would delay other calls.
 _ENCODE_HERE_AT_MOST = 4096
 _CHUNK_TAG = tag(pb.StreamImagesResponse.CHUNK_FIELD_NUMBER)
-_LITTLE_UNREAD = 16 << 20  # bytes of answers: beyond it streams are not read as fast as they are made
+_LITTLE_UNREAD = 16 << 20  # bytes of unsent answers; beyond, clients read streams more slowly than images are made
 
 
 class GenerationServicer(pb_grpc.GenerationServiceServicer):
@@ -43,7 +43,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         pb_grpc.add_GenerationServiceServicer_to_server(self, server)
 
     def _generate_images(self, call: Call, content: bytes) -> None:
-        """Make all images, then answer. No task: one costs as much as a small model's image."""
+        """Make all images, then answer. Without a task, which costs as much as an image of a small model."""
         batcher, checked = self.check(read_message(pb.GenerateImagesRequest.FromString, content), call)
         draw = checked.draw(0, checked.count)
 
@@ -68,7 +68,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return GenerateEachStream(self.check, self.encoded, call).sink
 
     def check(self, request: pb.GenerateImagesRequest, call: Call) -> tuple[Batcher, GenerationRequest]:
-        """Find the model, and check the request and its caller's rate.
+        """Find the model, and check the request and the rate of its caller.
 
         Raises:
             ServingError: it cannot be answered.
@@ -81,7 +81,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return batcher, checked
 
     def _stream_images(self, call: Call, content: bytes) -> None:
-        """Make the next chunk while the last one is being sent; never more, so that a slow reader costs no memory."""
+        """Make only the next chunk while the last one is sent, so that a slow reader costs no memory."""
         request = read_message(pb.StreamImagesRequest.FromString, content).generate
         batcher, limit = self._find(request, call), self._settings.max_images_per_request
         checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
@@ -97,10 +97,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             nonlocal stop
             if stop == request.count:
                 return None
-            # The first images come as soon as their batch is done.
+            # The first chunk is one batch, so that the first images come early.
             size = batcher.max_batch_size
             if stop and request.encoding == pb.ENCODING_RAW and call.unread_bytes < _LITTLE_UNREAD:
-                # Not more at a time than its caller's rate lets pass at once: the debt would keep him waiting.
+                # Not more than the caller's burst: the caller would wait until the rest is paid.
                 most = batcher.chunk_size() if call.caller is None else min(batcher.chunk_size(), call.caller.burst)
                 size = max(size, int(most))
             start, stop = stop, min(stop + size, request.count)
@@ -151,12 +151,12 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         *,
         accepted: bool,
     ) -> bytes:
-        """Make images start to stop of a request, and write them as it asks."""
+        """Make the images from start to stop of a request, and return the serialised response."""
         if call.caller is not None:
             while wait_s := call.caller.must_wait_s(stop - start):
                 call.throttled_s += wait_s
                 call.throttled_until = time.monotonic() + wait_s
-                await asyncio.sleep(wait_s)  # only time makes room: there is no event to wait for
+                await asyncio.sleep(wait_s)  # there is no event to wait for: only time passes
         draw = request.draw(start, stop)
         made = await batcher.make(
             draw,
@@ -171,7 +171,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
     async def encoded(
         self, request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], took: bytes, call: Call
     ) -> bytes:
-        """Write the images as the request asks."""
+        """Return the serialised response, with the images encoded as the request asks."""
         if request.encoding == pb.ENCODING_RAW:
             return respond(request, draw, pixels, took)
         started = time.perf_counter()

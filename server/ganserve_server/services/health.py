@@ -1,7 +1,7 @@
 """gRPC health (grpc.health.v1): whether the server, its services and each model are serving.
 
-A status is set without waiting for anybody. Each watcher is sent the latest status whenever it has read the last one,
-so a peer that reads nothing costs one message, and delays neither other watchers nor a reload nor a drain.
+Setting a status waits for nobody. Each watcher gets the latest status after it has read the previous one. A peer that
+reads nothing costs one message, and delays neither other watchers nor a reload nor a drain.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 MAX_WATCHERS_PER_CONNECTION = 100
 MAX_WATCHERS = 1000
-_MAX_LISTED = 100  # by the protocol
+_MAX_LISTED = 100  # set by the protocol
 
 # The package grpcio-health-checking has List only in versions that need protobuf 6.
 _LIST_MESSAGES = """
@@ -53,7 +53,7 @@ def _describe() -> FileDescriptor:
         text_format.Merge(_LIST_MESSAGES, file)
         messages = f".{file.package}.HealthList"
         file.service[0].method.add(name="List", input_type=f"{messages}Request", output_type=f"{messages}Response")
-    # In a pool of its own: protobuf refuses two definitions of a name in one.
+    # In its own pool: protobuf refuses two definitions of the same name in one pool.
     pool: Any = DescriptorPool()
     descriptor: FileDescriptor = pool.AddSerializedFile(file.SerializeToString())
     return descriptor
@@ -68,14 +68,14 @@ _HealthListRequest, _HealthListResponse = (
 
 
 class TooManyServices(ServingError):  # noqa: N818
-    """More services are known than one answer may list."""
+    """There are more services than one response may list."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "too_many_services"
 
 
 class TooManyWatchers(ServingError):  # noqa: N818
-    """More callers watch than the server sends updates to."""
+    """There are too many calls of Watch."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "too_many_watchers"
@@ -94,7 +94,7 @@ class HealthServicer:
         """Answer the service's calls."""
         server.add_method(f"/{SERVICE}/Check", Method(start=self._check, awaited=False, guarded=False))
         server.add_method(f"/{SERVICE}/Watch", Method(start=self._watch, awaited=False, guarded=False))
-        # Guarded: it names all models, which who has no token learns from no other call.
+        # Guarded: it names all models, which no other call reveals without a token.
         server.add_method(f"/{SERVICE}/List", Method(start=self._list, awaited=False))
 
     def status(self, service: str) -> int | None:
@@ -112,7 +112,7 @@ class HealthServicer:
         self.set(service, SERVING if serving else NOT_SERVING)
 
     def enter_graceful_shutdown(self) -> None:
-        """Set all services to NOT_SERVING, for good."""
+        """Set all services to NOT_SERVING permanently."""
         self._shutting_down = True
         self._statuses = dict.fromkeys(self._statuses, NOT_SERVING)
         self._wake()
@@ -125,7 +125,7 @@ class HealthServicer:
         service = read_message(health_pb2.HealthCheckRequest.FromString, content).service
         status = self._statuses.get(service)
         if status is None:
-            # Without a text, as grpcio's own service answers: clients add what they know.
+            # Without a text, like grpcio's own service: clients add their own.
             raise Aborted(grpc.StatusCode.NOT_FOUND, "")
         call.reply(_response(status))
 
@@ -161,7 +161,7 @@ class HealthServicer:
             self._forget(call)
 
     def _make_room(self, call: Call) -> None:
-        """End a watch of the connection that has most, if that is more than this one has."""
+        """Make room for a watch: if there are too many, end one of the connection that has the most."""
         mine = self._watchers_of[call.fairness_key]
         if mine >= MAX_WATCHERS_PER_CONNECTION:
             raise TooManyWatchers(f"a connection may have {MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first")

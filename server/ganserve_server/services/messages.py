@@ -19,14 +19,14 @@ MAX_TRUNCATION = 2.0
 _MAX_PIXEL_BYTES = 256 << 20
 _PIXELS_TAG = tag(pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER)
 _SEEDS = 2**32
-_MAX_LABELS_TOLD = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
-# Asking protobuf for these costs more than all the rest of a check.
+_MAX_SHEET_LABELS = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
+# Reading these from protobuf costs more than the rest of a check.
 _ENCODINGS, _LAYOUTS, _PRIORITIES = (frozenset(kind.values()) for kind in (pb.Encoding, pb.Layout, pb.Priority))
 
 
 @dataclass(slots=True)  # not frozen: that doubles what making one costs
 class GenerationRequest:
-    """A request that the model can answer. Its columns are made a draw at a time: a stream's would fill the memory."""
+    """A checked request. Draws are made from it one at a time: all seeds of a long stream would fill the memory."""
 
     model: ModelVersion
     count: int
@@ -40,7 +40,7 @@ class GenerationRequest:
     bulk: bool
 
     def draw(self, start: int, stop: int) -> Draw:
-        """Return what is to be made for images start to stop."""
+        """Return the draw for the images from start to stop."""
         seeds = labels = None
         if self.first_seed is not None:
             first = self.first_seed + start
@@ -63,23 +63,23 @@ def parse(
 
     Args:
         message: the request.
-        model: what is to answer it.
-        max_images: how many images it may ask for.
-        max_values: how many labels or latents it may bring.
+        model: the model that answers it.
+        max_images: the most images it may ask for.
+        max_values: the most labels or latents it may have.
 
     Raises:
         InvalidRequest: a field is wrong.
     """
-    # -0.0 is 0.0 to all that compares, but not to protobuf: one caller's would be told to others.
+    # -0.0 equals 0.0 but protobuf writes it differently: cached pieces of one response would appear in others.
     truncation = message.truncation + 0.0 if message.HasField("truncation") else 1.0
     check_truncation(truncation)
-    # Each look at a field costs a tenth of what all the rest of a check does: one is enough.
+    # Each access to a field costs a tenth of the rest of a check, so each is read once.
     labels_given, names_given = len(message.labels), len(message.label_names)
     if labels_given > max_values or names_given > max_values:
         field, given = ("labels", labels_given) if labels_given > max_values else ("label_names", names_given)
         raise InvalidRequest(field, f"there are {given} {field}; a request brings {max_values} at most")
     latents = _latents(message, model, truncation, max_values) if message.HasField("latents") else None
-    # A stream may have more images than one message brings labels.
+    # A stream may have more images than a message may have labels.
     call = "a stream" if max_images > max_values else "a call without a stream"
     brought = (0 if latents is None else len(latents)) or labels_given or names_given
     count = message.count if message.HasField("count") else brought or 1
@@ -129,20 +129,20 @@ def draw_of(requests: list[GenerationRequest]) -> Draw:
 
 
 def images_limit(model: ModelVersion, most: int) -> int:
-    """Return how many images of a model one answer may hold, of `most` by the settings.
+    """Return the most images of a model in one response: `most`, by the settings, or fewer if they are large.
 
-    By bytes too: protobuf holds 2 GiB, and a server should not try.
+    A protobuf message may have 2 GiB, and a server should stay far below.
     """
     return max(1, min(most, _MAX_PIXEL_BYTES // max(1, model.pixel_bytes)))
 
 
 def labels_of(seeds: NDArray[np.uint32], model: ModelVersion) -> NDArray[np.int64]:
-    """Return the classes that seeds without labels get."""
+    """Return the labels of seeds that were sent without labels."""
     return (seeds % model.classes).astype(np.int64)
 
 
 def check_truncation(truncation: float) -> None:
-    """Raise InvalidRequest unless it is a number in range."""
+    """Raise InvalidRequest unless truncation is in range."""
     if not 0 <= truncation <= MAX_TRUNCATION:
         raise InvalidRequest("truncation", f"truncation is {truncation:g}; it must be from 0 to {MAX_TRUNCATION:g}")
 
@@ -157,7 +157,7 @@ def scaled(latents: NDArray[np.float32], truncation: float, field: str) -> NDArr
 
 
 def check_labels(labels: NDArray[np.int64], model: ModelVersion, count: int, field: str) -> None:
-    """Raise InvalidRequest unless there is one for all images or one for each, and each is a class of the model."""
+    """Raise InvalidRequest unless there is one label for all images or one for each, and the model has each class."""
     if not model.classes:
         raise InvalidRequest(field, f"model {model.name} is unconditional: it takes no labels")
     if len(labels) not in (1, count):
@@ -185,7 +185,7 @@ def _latents(
 
 
 def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) -> NDArray[np.int64]:
-    """Return the labels given, one or one an image."""
+    """Return the labels of the request: one, or one for each image."""
     names = list(model.card.class_names)
     field = "label_names" if message.label_names else "labels"
     if message.labels and message.label_names:
@@ -228,7 +228,7 @@ def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None
 
 
 def describe(model: ModelVersion, versions: list[int]) -> pb.Model:
-    """Describe a model version to a client; `versions` are all that are served of the model."""
+    """Describe a model version; `versions` are all served versions of the model."""
     return pb.Model(
         name=model.name,
         version=model.version,
@@ -240,7 +240,7 @@ def describe(model: ModelVersion, versions: list[int]) -> pb.Model:
 
 
 def times(made: Made) -> bytes:
-    """Write what images waited and took: a piece of a GenerateImagesResponse, of all alike that were made at once."""
+    """Serialise the times of images that were made together: a piece of their GenerateImagesResponses."""
     response = pb.GenerateImagesResponse()
     for duration, seconds in ((response.queue_time, made.queue_s), (response.compute_time, made.compute_s)):
         duration.seconds, duration.nanos = divmod(round(seconds * 1e9), 10**9)
@@ -248,43 +248,43 @@ def times(made: Made) -> bytes:
 
 
 def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> bytes:
-    """Describe the images, and put them in, as pixels or as files: a serialised GenerateImagesResponse.
+    """Return a serialised GenerateImagesResponse with the images, as pixels or as files.
 
-    It is put together of pieces, which protobuf reads as one message: what all answers of a version have in common is
-    written once, and the pixels are copied once.
+    It is put together from pieces, which protobuf reads as one message. The piece that all responses of a version share
+    is written once, and the pixels are copied once.
 
     Args:
-        request: what was asked for.
-        draw: what was made.
+        request: the request.
+        draw: what was made for it.
         pixels: the images, [count, height, width, channels].
-        took: as `times` writes it.
+        took: the result of `times`.
     """
     model = request.model
-    alike = _alike(draw.count, draw.truncation, request.encoding)
+    common = _common_piece(draw.count, draw.truncation, request.encoding)
     response = pb.GenerateImagesResponse(
         seeds=None if draw.seeds is None else draw.seeds.tolist(),
         labels=None if draw.labels is None else draw.labels.tolist(),
     )
     if request.encoding == pb.ENCODING_RAW:
         raw = pixels.tobytes()
-        return b"".join((model.answer, took, alike, response.SerializeToString(), _PIXELS_TAG, varint(len(raw)), raw))
+        return b"".join((model.answer, took, common, response.SerializeToString(), _PIXELS_TAG, varint(len(raw)), raw))
     if request.sheet:
         identity: Identity | None = None
         if not request.omit_identity:
             identity = {**_identity(model, draw, 0), "count": draw.count}
-            if draw.labels is not None and draw.count <= _MAX_LABELS_TOLD:
+            if draw.labels is not None and draw.count <= _MAX_SHEET_LABELS:
                 identity["labels"] = draw.labels.tolist()
         response.files.append(encode(contact_sheet(pixels), request.encoding, identity))
     else:
         for index, pixels_of_one in enumerate(pixels):
             identity = None if request.omit_identity else _identity(model, draw, index)
             response.files.append(encode(pixels_of_one, request.encoding, identity))
-    return model.answer + took + alike + response.SerializeToString()
+    return model.answer + took + common + response.SerializeToString()
 
 
 @functools.lru_cache(256)
-def _alike(count: int, truncation: float, encoding: pb.Encoding) -> bytes:
-    """Write the piece of a GenerateImagesResponse that most requests have in common."""
+def _common_piece(count: int, truncation: float, encoding: pb.Encoding) -> bytes:
+    """Serialise the piece of a GenerateImagesResponse that is identical for most requests."""
     return pb.GenerateImagesResponse(count=count, truncation=truncation, encoding=encoding).SerializeToString()
 
 

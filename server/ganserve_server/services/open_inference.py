@@ -1,6 +1,6 @@
-"""The Open Inference Protocol, as Triton and KServe speak it: their clients get the images of GenerationService.
+"""The Open Inference Protocol of Triton and KServe: their clients get the same images as GenerationService's.
 
-Limits, checks and batches are GenerationService's; what differs is how tensors are written.
+Limits, checks and batches are the same; only the encoding of tensors differs.
 """
 
 import importlib.metadata
@@ -41,9 +41,9 @@ _VERSION = re.compile(r"[0-9]{1,9}")
 _RAW_TAG = tag(pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER)
 _RESPONSE_TAG = tag(pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER)
 _FINAL = {"triton_final_response": pb.InferParameter(bool_param=True)}  # in streams: each request has one response
-_EMPTY_FINAL = "triton_enable_empty_final_response"  # changes nothing where the one response is the last
+_EMPTY_FINAL = "triton_enable_empty_final_response"  # has no effect, because the only response is the last
 _MAX_SEED = 2**32 - 1
-# Of each input: the datatypes it may have, each with NumPy's type and the field of InferTensorContents.
+# For each input: the datatypes it may have, each with NumPy's type and the field of InferTensorContents.
 _FLOATS = {"FP32": ("<f4", "fp32_contents")}
 _LABELS = {"INT64": ("<i8", "int64_contents")}
 _SEEDS = {
@@ -63,7 +63,7 @@ class InferenceServicer:
     """The service, over the queues of all models.
 
     Args:
-        models: which are served.
+        models: the served ones.
         settings: the server's.
         health_servicer: says whether the server is ready.
     """
@@ -93,7 +93,7 @@ class InferenceServicer:
         server.add_registered_method_handlers(SERVICE, handlers)
 
     def _model_infer(self, call: Call, content: bytes) -> None:
-        """Make all images, then answer. No task: one costs as much as a small model's image."""
+        """Make all images, then answer. Without a task, which costs as much as an image of a small model."""
         request = read_message(pb.ModelInferRequest.FromString, content)
         batcher, draw, options = self.check(request, call)
 
@@ -114,7 +114,7 @@ class InferenceServicer:
         return _InferStream(self, call).sink
 
     def check(self, request: pb.ModelInferRequest, call: Call) -> "tuple[Batcher, Draw, _Options]":
-        """Find the model, and check the request and its caller's rate.
+        """Find the model, and check the request and the rate of its caller.
 
         Raises:
             ServingError: it cannot be answered.
@@ -128,15 +128,15 @@ class InferenceServicer:
         return batcher, draw, options
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Call) -> pb.ServerLiveResponse:  # noqa: N802
-        """Say yes: a server that does not live says nothing."""
+        """Answer true: a dead server does not answer."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Call) -> pb.ServerReadyResponse:  # noqa: N802
-        """Say what gRPC health says of the server."""
+        """Answer as gRPC health does for the server."""
         return pb.ServerReadyResponse(ready=self._health.status("") == SERVING)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Call) -> pb.ModelReadyResponse:  # noqa: N802
-        """Tell whether a version is served."""
+        """Answer whether a version is served."""
         self._name(request.name, context)
         version = _version(request.version)
         served = self._models.batchers()
@@ -153,7 +153,7 @@ class InferenceServicer:
     async def ModelMetadata(  # noqa: N802
         self, request: pb.ModelMetadataRequest, context: Call
     ) -> pb.ModelMetadataResponse:
-        """Describe the tensors of a version's file, which clients that fill every input take literally: no seed."""
+        """Describe the tensors of a version's file, without `seed`: some clients fill every input that is listed."""
         card = self._find(request.name, request.version, context).model.card
         inputs: list[dict[str, Any]] = [{"name": "latent", "datatype": "FP32", "shape": (-1, card.latent_dim)}]
         if card.class_names:
@@ -204,7 +204,7 @@ class InferenceServicer:
 
 
 class _InferStream(RequestStream):
-    """A stream of ModelStreamInfer."""
+    """One call of ModelStreamInfer."""
 
     __slots__ = ("_servicer",)
 
@@ -270,7 +270,7 @@ def _earlier(deadline: float | None, other: float | None) -> float | None:
 
 
 def _number(name: str, parameter: pb.InferParameter) -> float:
-    """Read a number, or its text: Triton's older clients send no fractions."""
+    """Read a number or its text, which Triton's older clients send for fractions."""
     kind = parameter.WhichOneof("parameter_choice")
     value = getattr(parameter, kind) if kind else None
     if not isinstance(value, bool) and value is not None:
@@ -282,7 +282,7 @@ def _number(name: str, parameter: pb.InferParameter) -> float:
 
 
 def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, truncation: float) -> Draw:
-    """Check every tensor against the model and the limits, and return what is to be made."""
+    """Check every tensor against the model and the limits; return the images to make."""
     for output in request.outputs:
         if output.name != _OUTPUT:
             raise InvalidRequest("outputs", f"there is no output {output.name!r}; there is {_OUTPUT}")
@@ -350,7 +350,7 @@ def _tensors(request: pb.ModelInferRequest, model: ModelVersion) -> dict[str, ND
 
 
 def _check_shape(name: str, shape: Sequence[int], model: ModelVersion) -> None:
-    """Check all but the number of images."""
+    """Check a shape, apart from the number of images."""
     width, count_alone = (model.card.latent_dim, False) if name == "latent" else (1, True)
     fits = (len(shape) == 2 and shape[1] == width) or (len(shape) == 1 and count_alone)
     if not fits or shape[0] < 0:
@@ -383,7 +383,7 @@ def _respond(
     made: Made,
     parameters: Mapping[str, pb.InferParameter] | None = None,
 ) -> bytes:
-    """Write a serialised ModelInferResponse; the pixels are copied once."""
+    """Return a serialised ModelInferResponse; the pixels are copied once."""
     response = pb.ModelInferResponse(
         model_name=model.name,
         model_version=str(model.version),

@@ -1,6 +1,6 @@
-"""Server reflection, by which callers such as grpcurl learn the services and their messages: v1, and v1alpha as before.
+"""Server reflection, versions v1 and v1alpha, which tells clients such as grpcurl the services and their messages.
 
-Both versions have the same messages but for the package's name, so one servicer answers both.
+Both versions have the same messages apart from the package name, so one servicer answers both.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from ganserve_server.transport.interface import Call, Server
 _V1ALPHA = reflection_pb2.DESCRIPTOR.package
 _V1 = _V1ALPHA.removesuffix("alpha")
 SERVICES = tuple(f"{package}.ServerReflection" for package in (_V1, _V1ALPHA))
-_MAX_REQUEST_BYTES = 4096  # it comes back in its response
+_MAX_REQUEST_BYTES = 4096  # the response repeats it
 
 
 class ReflectionServicer:
     """The service.
 
     Args:
-        services: the names of the others.
-        files: that describe them.
+        services: the names of the other services.
+        files: the descriptors of all services.
     """
 
     def __init__(self, services: Iterable[str], files: Iterable[FileDescriptor]) -> None:
@@ -56,7 +56,7 @@ class ReflectionServicer:
     async def _answer(
         self, requests: AsyncIterator[reflection_pb2.ServerReflectionRequest], context: Call
     ) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
-        """Answer one request after the other; between two, others have their turn."""
+        """Answer one request after the other; let the event loop run between two."""
         async for response in self._servicer.ServerReflectionInfo(_checked(requests), context):
             yield response
             await asyncio.sleep(0)
@@ -72,7 +72,7 @@ async def _checked(
 
 
 def _describe_v1() -> descriptor_pb2.FileDescriptorProto:
-    """Return the file of v1, which the package grpcio-reflection does not have."""
+    """Return the descriptor of v1, which the package grpcio-reflection lacks."""
     file = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
     text = text_format.MessageToString(file).replace(_V1ALPHA, _V1)
     file = text_format.Parse(text, descriptor_pb2.FileDescriptorProto())

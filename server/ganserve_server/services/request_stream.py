@@ -14,12 +14,12 @@ from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.jobs import CallWork, Job, Made
 from ganserve_server.transport.interface import Call, RequestSink
 
-# Of one stream.
+# Limits of one stream.
 _MAX_RUNNING = 256
-_MAX_RUNNING_BYTES = 16 << 20  # of pixels: answers are kept while those before them are made
+_MAX_RUNNING_BYTES = 16 << 20  # of pixels: finished answers are kept until the ones before them are sent
 _MAX_PENDING_BYTES = 1 << 20
-_MAX_AT_ONCE = 64  # requests; one that is refused takes 10 to 20 µs of the event loop
-_NOTHING: "deque[Any]" = deque(maxlen=0)  # of a stream without requests: an empty deque of its own takes 600 bytes
+_MAX_AT_ONCE = 64  # requests; a refused one takes 10 to 20 µs of the event loop
+_NOTHING: "deque[Any]" = deque(maxlen=0)  # for streams without requests: an empty deque takes 600 bytes
 
 
 class StreamedRequest:
@@ -49,7 +49,7 @@ class RequestStream(ABC):
 
     @property
     def sink(self) -> RequestSink:
-        """What takes the stream's requests, and its end."""
+        """The functions that take the stream's requests, and its end."""
         return self._on_request, self._on_end
 
     @abstractmethod
@@ -57,7 +57,7 @@ class RequestStream(ABC):
         """Read a request, and queue it now or in `queue_taken`."""
 
     def queue_taken(self) -> None:  # noqa: B027  nothing to do where `take` queues
-        """Queue what was taken and is not queued: there is no room for more, or nothing more has come."""
+        """Queue the requests that `take` has held back: there is no room for more, or no more have come."""
 
     def submit(
         self,
@@ -101,7 +101,7 @@ class RequestStream(ABC):
             self._waits = True
             call.spawn(self._resume_once_sent(), cancel=self._cancel)
         if self._begin():
-            self._wake_soon()  # some may be answered; more have their turn behind other connections
+            self._wake_soon()  # some may be answered already; others follow after other connections' turns
         elif self._ended and not self._unread and not running:
             call.finish()
 
@@ -128,7 +128,7 @@ class RequestStream(ABC):
             self._call.fail(error)
 
     def _begin(self) -> bool:
-        """Take requests while there is room; tell whether there was one."""
+        """Take requests while there is room; return whether there was one."""
         taken = taken_bytes = 0
         while (
             self._unread
