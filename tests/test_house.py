@@ -166,6 +166,14 @@ def test_importing_the_sdk_loads_nothing_heavy() -> None:
     assert not heavy & set(loaded)
 
 
+def test_the_command_line_of_the_server_loads_nothing_heavy_before_it_needs_it() -> None:
+    """`--help` answers at once, and `admin` sets GRPC_VERBOSITY before grpc reads it."""
+    code = "import sys, ganserve_server.cli.main; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "typer" in loaded
+    assert not {"grpc", "google", "onnx", "onnxruntime", "numpy", "PIL", "prometheus_client"} & set(loaded)
+
+
 def test_the_base_install_asks_for_neither_torch_nor_onnxruntime() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [name for name in project["dependencies"] if name.startswith(("torch", "onnx"))]

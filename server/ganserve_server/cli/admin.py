@@ -1,4 +1,4 @@
-"""`ganserve-server admin`: has a server that runs look for models, load and unload them, by its --admin-address."""
+"""`ganserve-server admin`: loads, unloads and reloads models of a running server, at its --admin-address."""
 
 import ipaddress
 import os
@@ -25,7 +25,7 @@ _Model = Annotated[str, typer.Argument(help="Its name, which is that of its fold
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How to speak to the server of these settings."""
+    """How to reach the server."""
 
     settings: ServerSettings
     ca_file: Path | None
@@ -91,7 +91,9 @@ def _print(versions: "list[pb.VersionState]") -> None:
 
 
 def _ask(access: Access, method: str, **fields: str) -> Any:
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; what is wrong is told in one line, below
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # grpc reads it at its import; errors are printed in one line, below
     import grpc
 
     from ganserve.v1 import administration_pb2 as pb
@@ -146,11 +148,11 @@ def _metadata() -> list[tuple[str, str]]:
 
 
 def _credentials(access: Access) -> "grpc.ChannelCredentials | None":
-    """Return what to encrypt with; None for plain text.
+    """Return the TLS credentials; None for plain text.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: one is not what it should be.
+        ValueError: a file is not valid.
     """
     import grpc
 

@@ -63,7 +63,7 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     if context.invoked_subcommand:
         return
     _configure_logs(settings.log_format)
-    # Imported late: --help and a wrong flag should not wait for onnxruntime.
+    # Imported late, so that --help and a wrong flag do not wait for grpc and onnxruntime.
     from ganserve_server.processes import app
 
     async def run() -> None:
@@ -79,7 +79,7 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
 
 
 def _explain(error: ValidationError, given: Collection[str], config: str | None) -> list[str]:
-    """Say of each setting that is wrong where it stands."""
+    """Describe each wrong setting: where it is set, its value, and the rule."""
     told = []
     for problem in error.errors():
         name = str(problem["loc"][0])
@@ -173,7 +173,7 @@ def _bounds(context: typer.Context) -> None:
 
 
 def _toml(value: object) -> str:
-    """Write a number or a text: as JSON does, but for a character that TOML wants escaped."""
+    """Write a number or a text as TOML: as JSON, apart from a character that TOML escapes."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").encode("utf-8", "backslashreplace").decode()
 
 
@@ -186,7 +186,7 @@ def _variable(name: str) -> str:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """Make a flag of every setting, so that name, type, help and default stand in one place."""
+    """Return a flag for each setting, so that name, type, help and default are written only once."""
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     config = inspect.Parameter(
         "config",
@@ -198,7 +198,7 @@ def _parameters() -> list[inspect.Parameter]:
     )
     parameters = [context, config]
     for name, field in ServerSettings.model_fields.items():
-        # Texts, left to ServerSettings to fill in and check: what is wrong is told in one way, wherever it stands.
+        # Texts, which ServerSettings checks: an error reads the same for a flag, a variable and a file.
         kind = "<int>" if field.annotation is int else "<float>" if field.annotation is float else None
         help_ = typer.Option(
             _flag(name),
@@ -217,7 +217,7 @@ def _default(value: object) -> str:
 
 
 def _configure_logs(log_format: str) -> None:
-    """Send every log record, ours and the libraries', to standard error: as JSON lines, or coloured on a terminal."""
+    """Send all log records, also of libraries, to standard error: as JSON lines, or coloured on a terminal."""
     console = log_format == "console" or (log_format != "json" and sys.stderr.isatty())
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
@@ -267,5 +267,5 @@ def main() -> None:
 
 
 def _help(command: Callable[..., None]) -> str:
-    """Return a docstring with each paragraph on one line: the terminal's width is where lines end."""
+    """Return a docstring with each paragraph on one line, so that it is wrapped at the terminal's width."""
     return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n"))

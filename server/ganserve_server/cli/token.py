@@ -88,7 +88,7 @@ def _tokens_file(context: typer.Context, file: Path | None) -> Path:
 
 @contextlib.contextmanager
 def _refusing(file: Path) -> Iterator[None]:
-    """Tell what is wrong with a tokens file, and end."""
+    """Print what is wrong with a tokens file, and exit."""
     try:
         yield
     except OSError as error:

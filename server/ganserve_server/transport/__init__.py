@@ -1,9 +1,13 @@
-"""HTTP/2 and gRPC, the server's side: its own, or grpcio's; services see of both what `interface` names."""
+"""The server's side of gRPC over HTTP/2: an own one, or grpcio's. Services see both through `interface`.
+
+Other packages may import `interface`, `addresses`, `credentials`, `limits` and `new_server`. Knows neither services nor
+models nor tokens. May import errors, the machine and the memory that workers share.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-# Not here: settings import this package, and grpc takes long to import, and reads its environment then.
+# Not imported here: settings import this package, and grpc is slow to import and reads its environment then.
 if TYPE_CHECKING:
     from ganserve_server.transport.credentials import Credentials
     from ganserve_server.transport.interface import Server
@@ -19,8 +23,8 @@ def new_server(
     on_turned_away: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> "Server":
-    """Return a server of a transport, with the options that both have. The other is not even imported."""
-    if transport == "grpcio":  # its core says nothing of connections
+    """Return a server of a transport, with the options that both have. The other transport is not imported."""
+    if transport == "grpcio":  # its core does not report connections
         from ganserve_server.transport.grpcio_server import GrpcioServer
 
         return GrpcioServer(tls=credentials.pem, **options)

@@ -1,4 +1,4 @@
-"""Where the server listens: HOST:PORT as a user gives it, to sockets."""
+"""Turns HOST:PORT, as a user writes it, into bound sockets."""
 
 import errno
 import socket
@@ -15,25 +15,25 @@ _HINTS = {
 
 
 def bind(address: str, flag: str) -> list[socket.socket]:
-    """Bind an address, every one that its name stands for; nothing can connect until a server listens there.
+    """Bind all addresses that a host name stands for; nothing can connect until a server listens there.
 
     Raises:
-        StartError: it is no address, or not one of this machine, or taken.
+        StartError: it is not an address, not one of this machine, or taken.
     """
     _, port = split(address, flag)
     sockets: list[socket.socket] = []
     try:
         found = places(address, flag)
         for family, place in found:
-            # A port of the system's choice is one port.
+            # Port 0: the system chooses one port, for the first address only.
             if port == 0 and sockets:
                 break
-            # With the protocol said: asyncio turns TCP's delays off only for what it knows to be TCP.
+            # With the protocol, because asyncio sets TCP_NODELAY only on sockets that it knows to be TCP.
             bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             sockets.append(bound)
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
-                # "::" is every address of both kinds, as servers in containers expect; of "*", it is one of two.
+                # "::" stands for all addresses, IPv4 too, as is usual in containers; for "*", it is one of two sockets.
                 bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, place[0] != "::" or len(found) > 1)
             bound.bind(place)
     except OSError as error:
@@ -44,28 +44,28 @@ def bind(address: str, flag: str) -> list[socket.socket]:
 
 
 def places(address: str, flag: str) -> list[tuple[socket.AddressFamily, Any]]:
-    """Return what an address stands for, as sockets take it.
+    """Return the family and the socket address of everything that an address stands for.
 
     Raises:
-        StartError: it is no address.
-        OSError: its name is not known.
+        StartError: it is not an address.
+        OSError: its name is unknown.
     """
     host, port = split(address, flag)
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError as error:  # of a name that DNS cannot have
+    except UnicodeError as error:  # the name is not possible in DNS
         raise StartError(f"cannot listen on {address} ({flag}): {error}") from error
     return [(family, place) for family, _, _, _, place in found]
 
 
 def refused(address: str, flag: str, error: OSError) -> StartError:
-    """Say that an address cannot be listened on."""
+    """Return the error for an address that the server cannot listen on."""
     hint = f"; {_HINTS[error.errno]}" if error.errno in _HINTS else ""
     return StartError(f"cannot listen on {address} ({flag}): {error.strerror}{hint}")
 
 
 def name(bound: socket.socket, address: str) -> str:
-    """Return the address with the port that was taken."""
+    """Return the address with the port of the bound socket."""
     return f"{address.rpartition(':')[0]}:{bound.getsockname()[1]}"
 
 
@@ -73,7 +73,7 @@ def split(address: str, flag: str) -> tuple[str, int]:
     """Split HOST:PORT.
 
     Raises:
-        StartError: it is none.
+        StartError: it is not HOST:PORT.
     """
     host, colon, port = address.rpartition(":")
     bracketed = host.startswith("["), host.endswith("]")
@@ -85,5 +85,5 @@ def split(address: str, flag: str) -> tuple[str, int]:
 
 
 def reachable(host: str) -> str:
-    """Return where a server on this machine answers: one that listens on all addresses does on the machine's own."""
+    """Return the host at which to reach a server on this machine: the loopback address if it listens on all."""
     return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
