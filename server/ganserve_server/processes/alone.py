@@ -32,12 +32,12 @@ async def serve_alone(
     """
     with contextlib.closing(HttpEndpoint(settings.metrics_address, metrics.registry)) as endpoint:
         admin = AdminListener(settings, security)
-        host = _OnlyProcess(settings, stop, sockets, metrics, security, endpoint, admin, report_serving)
+        host = _OnlyProcessHost(settings, stop, sockets, metrics, security, endpoint, admin, report_serving)
         await serve_models(host, settings, stop, reload)
         await admin.stop()
 
 
-class _OnlyProcess(Host):
+class _OnlyProcessHost(Host):
     def __init__(
         self,
         settings: ServerSettings,

@@ -37,14 +37,14 @@ async def work(
     security = Security(settings, metrics, SharedRates(channel.rates))
     with contextlib.closing(channel):
         try:
-            await serve_models(_Worker(channel, settings, metrics, security, stop), settings, stop, reload)
+            await serve_models(_WorkerHost(channel, settings, metrics, security, stop), settings, stop, reload)
         except StartError as error:
             if channel.logs_for_all:
                 raise
             raise SystemExit(1) from error
 
 
-class _Worker(Host):
+class _WorkerHost(Host):
     def __init__(
         self,
         channel: SupervisorChannel,
