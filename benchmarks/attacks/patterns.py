@@ -348,6 +348,6 @@ def partial_preface(line: Line) -> None:
     line.write(PREFACE[:-4])
 
 
-@attack("idle connections", passive=True, connections=(50, 9_900))
+@attack("idle connections", passive=True, connections=(50, 1_900))
 def idle(line: Line) -> None:
     """Greet and say nothing more, up to a hundred less than the server's default of connections."""

@@ -204,6 +204,39 @@ async def test_a_full_queue_refuses_the_next_request_and_says_when_to_come_back(
     assert (await make(batcher, draw(50))).pixels.ravel().tolist() == [50]
 
 
+async def test_one_caller_cannot_fill_the_queue_for_the_others(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    ready = begin(batcher, 1, 8, fairness_key="many")  # in the batch that stands ready
+    many = [begin(batcher, 100 + 4 * n, 4, fairness_key="many") for n in range(5)]
+    await settle()
+    few = [begin(batcher, 200 + 5 * n, 5, fairness_key="few") for n in range(2)]
+    await settle()
+    # Half of the queue is this caller's share: its next request is refused, and so is more of the other's.
+    with pytest.raises(QueueFull, match="holds 20"):
+        await make(batcher, draw(210, 3), fairness_key="few")
+    with pytest.raises(QueueFull, match="holds 20"):
+        await make(batcher, draw(300, 4), fairness_key="many")
+    for _ in range(6):
+        engine.released.release()
+    assert [len((await task).pixels) for task in (first, ready, *many[:2], *few)] == [1, 8, 4, 4, 5, 5]
+    for refused in many[2:]:
+        with pytest.raises(QueueFull, match="holds 20"):
+            await refused
+
+
+async def test_bulk_requests_take_no_room_of_others(engine: HeldEngine, batcher: Batcher) -> None:
+    first = begin(batcher, 0)
+    await engine.wait_for_batch()
+    many = begin(batcher, 1, 28, fairness_key="many")
+    await settle()
+    with pytest.raises(QueueFull, match="holds 20"):
+        await make(batcher, draw(50), fairness_key="few", bulk=True)
+    for _ in range(5):
+        engine.released.release()
+    await asyncio.gather(first, many)
+
+
 async def test_an_empty_queue_takes_a_request_larger_than_its_bound(engine: HeldEngine, batcher: Batcher) -> None:
     for _ in range(5):
         engine.released.release()

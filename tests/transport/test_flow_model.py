@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -802,6 +803,7 @@ def turns_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same actions have the same outcome, on a busy machine too: turns end after a number of frames alone."""
     monkeypatch.setattr(turns, "_SLICE_S", math.inf)
     monkeypatch.setattr(turns, "_ITERATION_S", math.inf)
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
 
 def test_flow_control_is_as_the_model_says() -> None:

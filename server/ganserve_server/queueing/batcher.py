@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
@@ -105,7 +106,7 @@ class Batcher:
             work: of the call, if the call may have several draws.
 
         Raises:
-            QueueFull: too many images wait already.
+            QueueFull: too many images wait already, and no other key has more of them.
             DeadlineTooShort: with the waiting images before it, it would probably miss its deadline.
             DeadlineExceeded: it would probably miss its deadline even if nothing waited.
         """
@@ -114,12 +115,13 @@ class Batcher:
         if bulk:
             lane = self._bulk
         # An empty queue accepts any request; otherwise a request larger than the bound would never be accepted.
-        if not accepted and self._counted_images and self._counted_images + count > self._max_queue_images:
-            raise QueueFull(
-                f"the queue of model {self.model.name} holds {self._max_queue_images} images and has no room for "
-                f"{count} more; try again later",
-                retry_after_s=waiting * self._pace_s,
-            )
+        if (
+            not accepted
+            and self._counted_images
+            and self._counted_images + count > self._max_queue_images
+            and not self._make_room(fairness_key, count, bulk=bulk)
+        ):
+            raise self._full(count)
         if deadline is not None and not accepted and (waiting or self._running_images):
             # Round robin: no waiting job precedes this one with more images than this one has.
             jobs = self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)
@@ -150,6 +152,36 @@ class Batcher:
         self._publish_waiting()
         self._scheduler.wake(self)
         return job
+
+    def _full(self, count: int) -> QueueFull:
+        return QueueFull(
+            f"the queue of model {self.model.name} holds {self._max_queue_images} images and has no room for "
+            f"{count} more; try again later",
+            retry_after_s=self.waiting * self._pace_s,
+        )
+
+    def _make_room(self, fairness_key: Hashable, count: int, *, bulk: bool) -> bool:
+        """Refuse the newest jobs of the keys with the most images, for a key that has less than its share."""
+        lanes = (self._bulk,) if bulk else (self._bulk, self._large, self._small)
+        own = sum(lane.images_of.get(fairness_key, 0) for lane in lanes) + count
+        # Under overload thousands of requests per second are refused, nearly all of them here, after two sums.
+        keys = max(len(lane.images_of) for lane in lanes) + (own == count)
+        if own > self._max_queue_images // keys:
+            return False
+        images: Counter[Hashable] = Counter()
+        for lane in lanes:
+            images.update(lane.images_of)
+        while self._counted_images + count > self._max_queue_images:
+            largest, most = images.most_common(1)[0] if images else (fairness_key, 0)
+            if most <= own:
+                return False
+            job = next(filter(None, (lane.newest(largest) for lane in lanes)), None)
+            if job is None:
+                del images[largest]
+                continue
+            images[largest] -= job.count
+            job.fail(self._full(job.count))
+        return True
 
     async def make(
         self,

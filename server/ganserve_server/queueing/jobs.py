@@ -198,6 +198,7 @@ class Lane:
         self._quantum = quantum
         self._jobs: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self.images = 0
+        self.images_of: dict[Hashable, int] = {}  # by fairness key
         self.jobs = 0
 
     def put(self, job: Job) -> None:
@@ -206,18 +207,33 @@ class Lane:
         if jobs is None:
             jobs = self._jobs[job.fairness_key] = deque()
         jobs.append(job)
-        self.images += job.count
+        self._count(job.fairness_key, job.count)
         self.jobs += 1
 
     def drop(self, job: Job) -> None:
         """Stop counting a job; `take` skips it."""
-        self.images -= job.count - job.taken
+        self._count(job.fairness_key, job.taken - job.count)
         self.jobs -= 1
         jobs = self._jobs.get(job.fairness_key)
         if jobs is not None and jobs and jobs[0] is job:
             jobs.popleft()
             if not jobs:
                 del self._jobs[job.fairness_key]
+
+    def _count(self, fairness_key: Hashable, more: int) -> None:
+        """Add to the number of waiting images, and to that of a key."""
+        self.images += more
+        if images := self.images_of.get(fairness_key, 0) + more:
+            self.images_of[fairness_key] = images
+        else:
+            del self.images_of[fairness_key]
+
+    def newest(self, fairness_key: Hashable) -> Job | None:
+        """Return the last job of a key, if none of it is in a batch and max_queue_images counts it."""
+        jobs = self._jobs.get(fairness_key)
+        while jobs and jobs[-1].over:
+            jobs.pop()
+        return jobs[-1] if jobs and jobs[-1].counted and not jobs[-1].taken else None
 
     def images_before(self, fairness_key: Hashable) -> float:
         """Return the most images that precede a new job of a key if other keys keep sending jobs like theirs now."""
@@ -245,7 +261,7 @@ class Lane:
                 whole = stop - start == job.count
                 batch.append(Part(job, start, job.draw if whole else job.draw.part(start, stop)))
                 job.taken = stop
-                self.images -= stop - start
+                self._count(key, start - stop)
                 left -= stop - start
                 if stop == job.count:
                     self.jobs -= 1

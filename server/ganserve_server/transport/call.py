@@ -53,7 +53,7 @@ _PREFIX = 5  # bytes before a message: compressed or not, and its length
 _KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
 _KEPT_WITH_CALL = 8192  # bytes of an open call: twice what was measured, for small objects are freed late
 _KEPT_METADATA_BYTES = 1024  # larger headers are forgotten once they are read, but for those below
-_TRACE_HEADERS = (b"traceparent", b"tracestate")
+_TRACE_HEADERS, _MOST_TRACE_BYTES = (b"traceparent", b"tracestate"), 512  # W3C Trace Context, 3.3.1.5
 _FREELY_INFLATED_BYTES, _MOST_INFLATED = 256 << 10, 100  # a compressed message; more may be so many times as large
 _SMALL_ANSWER = 16 << 10
 _MESSAGES_A_LOOK = 64  # of a stream of requests, between two looks at the clock
@@ -83,9 +83,9 @@ def read_head(fields: Fields) -> Head:
     """
     pseudo: dict[bytes, bytes] = {}
     metadata: dict[bytes, bytes] = {}
-    size, twice = 0, False
-    for name, value in fields:
-        size += len(name) + len(value) + 32
+    size, twice = sum(len(name) + len(value) + 32 for name, value in fields), False
+    # More fields than that are over the limit of a call's headers, and are not looked at: that takes long.
+    for name, value in fields[: MAX_HEADER_LIST_BYTES // 32]:
         if BAD_VALUE.search(value):
             raise ValueError("a value has a NUL or a line end")
         if name.startswith(b":"):
@@ -275,7 +275,11 @@ class Http2Call(Stream):
             if method.open is not None:
                 self._sink = method.open(self)
         if self.head.size > _KEPT_METADATA_BYTES:
-            kept = {name: value for name, value in self.head.metadata.items() if name in _TRACE_HEADERS}
+            kept = {
+                name: value
+                for name, value in self.head.metadata.items()
+                if name in _TRACE_HEADERS and len(value) <= _MOST_TRACE_BYTES and not self.denied
+            }
             self.head = replace(self.head, path=self.head.path[:_KEPT_METADATA_BYTES], metadata=kept)
 
     # The request.

@@ -135,7 +135,9 @@ class SendFlow:
                 stream.waiting.popleft()
             else:
                 first = memoryview(first)
-                data, stream.waiting[0] = first[:size], first[size:]
+                data, rest = first[:size], first[size:]
+                # A view keeps the whole message, of which only what is left is counted.
+                stream.waiting[0] = bytes(rest) if 2 * len(rest) < memoryview(first.obj).nbytes else rest
         trailers = None
         if stream.waiting:
             self._sort(stream)

@@ -7,12 +7,14 @@ methods that are called most cost no task. The servicers of grpcio's own package
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 import ssl
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from socket import socket
+from socket import MSG_PEEK, socket
 from typing import Any
 
 import grpc
@@ -37,6 +39,9 @@ _YIELD_S = 0.001  # in which a worker with fewer connections takes the next
 _ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
 _UNUSED_S = 10.0  # without a call: workers share out new connections by those in use
 _IDLE_S = 1.0  # after which a connection makes place for another
+_SEARCH_AGAIN_S = 5e-5  # for connections that make place, times their number: a hundredth of the time or so
+_ACCEPT_S = 0.001  # in one iteration of the loop
+_SILENT_S = 0.005  # for the first byte of a new connection
 # What the C library and Python keep free is returned after so many bytes at once, or an eighth of them after so long.
 _GIVE_BACK_BYTES, _GIVE_BACK_EVERY_S = 32 << 20, 12.0
 
@@ -78,10 +83,16 @@ class GrpcServer(BaseServer[Http2Call]):
         self._empty = asyncio.Event()
         self._empty.set()
         self._listening: list[socket] = []
-        self._accepted = 0  # sockets that are not closed yet
-        self._handshakes: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._places: set[socket] = set()  # of connections and of those that begin
+        self._unstarted: set[socket] = set()  # whose handshake has not begun
+        self._ending = 0  # connections that drain
+        self._silent: dict[socket, asyncio.TimerHandle] = {}  # new connections
+        # Oldest first, each with its start.
+        self._handshakes: dict[socket, tuple[asyncio.Task[None], float]] = {}
         self._accept_order = None if self._board is None else AcceptOrder(self._board)
         self._unused = 0  # connections without a call of late
+        self._unused_ones: deque[Connection[Head]] = deque()  # that can make place for others
+        self._searched = 0.0  # for those, by time.monotonic
         self._looking: asyncio.TimerHandle | None = None
         self._gave_back, self._give_back_again = 0.0, False  # by time.monotonic
 
@@ -119,8 +130,13 @@ class GrpcServer(BaseServer[Http2Call]):
         for bound in listening:
             self.loop.remove_reader(bound)
             bound.close()
+        for accepted, timer in self._silent.items():
+            timer.cancel()
+            accepted.close()
+        self._places.difference_update(self._silent)
+        self._silent.clear()
         for connection in tuple(self._connections):
-            connection.drain()
+            self._end(connection)
             self._cut_off_unawaited(connection, "the server is shutting down")
         await self._emptied(timeout_s)
         calls = [call for connection in self._connections for call in connection.streams.values()]
@@ -137,6 +153,8 @@ class GrpcServer(BaseServer[Http2Call]):
         for task in tuple(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        while not self._loop_turns.idle:  # noqa: ASYNC110 (calls of connections that were lost end soon)
+            await asyncio.sleep(0)
 
     @staticmethod
     def _cut_off_unawaited(connection: Connection[Head], reason: str) -> None:
@@ -177,8 +195,9 @@ class GrpcServer(BaseServer[Http2Call]):
                 and not connection.draining
             ):
                 self._on_ended("idle")
-                connection.drain()
+                self._end(connection)
         self._unused = unused
+        self._unused_ones.clear()  # what has ended by now would be kept
         self._count_connections()
         pools = (self.requests, self.unguarded, self.answers)
         dropped = sum(pool.peak - pool.bytes for pool in pools)
@@ -201,11 +220,13 @@ class GrpcServer(BaseServer[Http2Call]):
         self._on_finished(call, code, text)
 
     def _accept(self, listening: socket) -> None:
-        """Take one connection, if no other worker that can has fewer: the one that has is woken too."""
-        pause_s = 0.0
-        if self._accept_order is not None and not self._accept_order.may_accept():
-            pause_s = _YIELD_S
-        else:
+        """Take the connections that wait, for a short time, while no other worker that can has fewer."""
+        until, pause_s = time.perf_counter() + _ACCEPT_S, 0.0
+        while not pause_s and time.perf_counter() < until:
+            # The worker that has fewer is woken too.
+            if self._accept_order is not None and not self._accept_order.may_accept():
+                pause_s = _YIELD_S
+                break
             try:
                 accepted, place = listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -213,25 +234,62 @@ class GrpcServer(BaseServer[Http2Call]):
             except OSError as error:
                 _log.error("a connection cannot be accepted", extra={"reason": str(error)})
                 pause_s = _ACCEPT_PAUSE_S
-            else:
-                if self._accept_order is not None:
-                    self._accept_order.accepted()
-                if not self._has_place():
-                    # Without a word: gRPC's clients would take a GOAWAY for a connection that was there, and connect
-                    # again at once, thousands of times a second.
-                    accepted.close()
-                    self._on_turned_away()
-                    return
-                accepted.setblocking(False)
-                self._accepted += 1
-                self._count_connections()
-                task = self.loop.create_task(self._adopt(accepted, address_of(place)))
-                self.tasks.add(task)
-                self._handshakes[task] = None
-                task.add_done_callback(self._adopted)
+                break
+            if self._accept_order is not None:
+                self._accept_order.accepted()
+            self._take(accepted, address_of(place))
         if pause_s:
             self.loop.remove_reader(listening)
             self.loop.call_later(pause_s, self._accept_again, listening)
+
+    def _take(self, accepted: socket, peer: str) -> None:
+        """Serve a connection, unless there is no place for it or its peer has closed it."""
+        accepted.setblocking(False)
+        first = _peek(accepted)
+        if first == b"":
+            self._refuse(accepted, peer)
+            return
+        if not self._has_place():
+            # Without a word: gRPC's clients would take a GOAWAY for a connection that was there, and connect
+            # again at once, thousands of times a second.
+            accepted.close()
+            self._on_turned_away()
+            return
+        self._places.add(accepted)
+        self._count_connections()
+        if first is None:
+            # A peer that only connects and closes, as some probes do, costs a tenth of a connection's start.
+            timer = self.loop.call_later(_SILENT_S, self._take_silent, accepted, peer)
+            self._silent[accepted] = timer
+        else:
+            self._serve(accepted, peer)
+
+    def _take_silent(self, accepted: socket, peer: str) -> None:
+        """Serve a connection whose peer had sent nothing when it was accepted, unless the peer has closed it since."""
+        del self._silent[accepted]
+        if _peek(accepted) == b"":
+            self._release(accepted)
+            self._refuse(accepted, peer)
+        else:
+            self._serve(accepted, peer)
+
+    def _refuse(self, accepted: socket, peer: str) -> None:
+        """Close a connection that its peer has closed."""
+        accepted.close()
+        if self._tls is not None:
+            self._on_tls_failure(ConnectionResetError(), peer)
+
+    def _serve(self, accepted: socket, peer: str) -> None:
+        task = self.loop.create_task(self._adopt(accepted, peer))
+        self.tasks.add(task)
+        self._unstarted.add(accepted)
+        self._handshakes[accepted] = task, time.monotonic()
+        task.add_done_callback(functools.partial(self._adopted, accepted))
+
+    def _release(self, accepted: socket) -> None:
+        """Give back the place of a connection that is over or did not begin, once or more."""
+        self._places.discard(accepted)
+        self._count_connections()
 
     def _accept_again(self, listening: socket) -> None:
         if listening in self._listening:
@@ -240,46 +298,75 @@ class GrpcServer(BaseServer[Http2Call]):
     def _has_place(self) -> bool:
         """Tell whether there is a place for one more connection; one that does nothing is ended for it."""
         most = self.limits.max_connections
-        if self._accepted < most:
+        if len(self._places) < most:
             return True
-        if self._accepted - sum(one.draining for one in self._connections) < most:
-            return self._accepted < most + most // 8 + 1  # those that drain are gone soon
+        if len(self._places) - self._ending < most:
+            return len(self._places) < most + most // 8 + 1  # those that drain are gone soon
         now = time.monotonic()
-        for connection in self._connections:
-            connection.look(now, busy=_is_busy(connection))
-        silent = next((one for one in self._connections if not one.greeted), None)
-        quiet = (one for one in self._connections if not one.draining and not _is_busy(one))
-        idle = min(quiet, key=lambda one: one.idle_since, default=None)
-        if self._handshakes:
-            next(iter(self._handshakes)).cancel()
-        elif silent is not None:
-            silent.abandon()
-        elif idle is not None and now - idle.idle_since >= _IDLE_S:
-            idle.drain()
+        handshakes = (one for one in self._handshakes.values() if not one[0].cancelling())
+        handshake, began = next(handshakes, (None, now))
+        if handshake is not None and now - began >= _IDLE_S:
+            handshake.cancel()
+        elif (connection := self._next_unused(now)) is not None:
+            if connection.greeted:
+                connection.leave()
+            else:
+                connection.abandon()
+        elif self._silent:
+            accepted = next(iter(self._silent))
+            self._silent.pop(accepted).cancel()
+            self._release(accepted)
+            accepted.close()
+        elif handshake is not None and self._tls is not None:
+            handshake.cancel()
         else:
             return False
         self._on_ended("crowded")
         return True
+
+    def _next_unused(self, now: float) -> Connection[Head] | None:
+        """Return a connection that makes place: one that has sent no preface, or the one that was idle for longest."""
+
+        def is_unused(connection: Connection[Head]) -> bool:
+            if connection.draining or connection.closing or connection not in self._connections:
+                return False
+            connection.look(now, busy=(busy := _is_busy(connection)))
+            return not connection.greeted or (not busy and now - connection.idle_since >= _IDLE_S)
+
+        # Looking through thousands of connections for each that comes would keep the others waiting.
+        if not self._unused_ones and now - self._searched > _SEARCH_AGAIN_S * len(self._connections):
+            self._searched = now
+            found = filter(is_unused, tuple(self._connections))
+            self._unused_ones.extend(sorted(found, key=lambda one: (one.greeted, one.idle_since)))
+        while self._unused_ones:
+            if is_unused(connection := self._unused_ones.popleft()):
+                return connection
+        return None
 
     async def _adopt(self, accepted: socket, peer: str) -> None:
         tls: dict[str, Any] = {}
         if self._tls is not None:
             timeout_s = self.limits.handshake_timeout_s or None
             tls = {"ssl": self._tls(), "ssl_handshake_timeout": timeout_s, "ssl_shutdown_timeout": 1.0}
+        self._unstarted.discard(accepted)
         try:
-            await self.loop.connect_accepted_socket(self._new_connection, accepted, **tls)
+            await self.loop.connect_accepted_socket(lambda: self._new_connection(accepted), accepted, **tls)
         except (OSError, asyncio.CancelledError) as error:
-            if tls and isinstance(error, OSError):
-                self._on_tls_failure(error, peer)
-            accepted.close()
-            self._accepted -= 1
-            self._count_connections()
+            # The transport has closed the socket, or does so; a connection that was made goes by `_lost`.
+            if accepted in self._handshakes:
+                if tls and isinstance(error, OSError):
+                    self._on_tls_failure(error, peer)
+                self._release(accepted)
 
-    def _adopted(self, task: "asyncio.Task[None]") -> None:
+    def _adopted(self, accepted: socket, task: "asyncio.Task[None]") -> None:
         self.tasks.discard(task)
-        del self._handshakes[task]
+        self._handshakes.pop(accepted, None)
+        if accepted in self._unstarted:  # it was cancelled before its first step
+            self._unstarted.discard(accepted)
+            accepted.close()
+            self._release(accepted)
 
-    def _new_connection(self) -> Connection[Head]:
+    def _new_connection(self, accepted: socket) -> Connection[Head]:
         return Connection(
             read_head=read_head,
             open_stream=self._open,
@@ -287,38 +374,43 @@ class GrpcServer(BaseServer[Http2Call]):
             answers=self.answers,
             turns=self._loop_turns,
             trusted=self.guard is None,
-            on_made=self._made,
-            on_lost=self._lost,
+            on_made=functools.partial(self._made, accepted),
+            on_lost=functools.partial(self._lost, accepted),
         )
 
-    def _made(self, connection: Connection[Head]) -> None:
+    def _made(self, accepted: socket, connection: Connection[Head]) -> None:
+        self._handshakes.pop(accepted, None)
         self._connections[connection] = None
         self._empty.clear()
         if self._draining:
-            connection.drain()  # it was accepted before the listeners were closed
+            self._end(connection)  # it was accepted before the listeners were closed
         elif self.limits.max_connection_age_s:
             age_s = self.limits.max_connection_age_s * random.uniform(0.9, 1.1)
             connection.end_later(age_s, self._age)
 
     def _age(self, connection: Connection[Head]) -> None:
         self._on_aged()
-        connection.drain()
+        self._end(connection)
         # Later: a probe that has come is answered, and a watcher may still be on its way.
         reason = "the connection has been open for long; call again on another"
         self.loop.call_later(_AGED_GRACE_S, self._cut_off_unawaited, connection, reason)
 
-    def _lost(self, connection: Connection[Head]) -> None:
+    def _end(self, connection: Connection[Head]) -> None:
+        self._ending += not connection.draining
+        connection.drain()
+
+    def _lost(self, accepted: socket, connection: Connection[Head]) -> None:
         self._connections.pop(connection, None)
-        self._accepted -= 1
-        self._count_connections()
+        self._ending -= connection.draining
+        self._release(accepted)
         if not self._connections:
             self._empty.set()
 
     def _count_connections(self) -> None:
         if self._board is not None:
-            self._board.set_connections(self._accepted)
+            self._board.set_connections(len(self._places))
             # Those that are kept, and not used, are no reason for the next ones to go to another worker.
-            self._board.set_in_use(max(0, self._accepted - self._unused))
+            self._board.set_in_use(max(0, len(self._places) - self._unused))
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Http2Call:
         self.running += 1
@@ -334,3 +426,13 @@ def _is_busy(connection: Connection[Head]) -> bool:
     """Tell whether a connection has a call that a drain waits for; others, such as a watch of health, may last."""
     calls = connection.streams.values()
     return any(isinstance(call, Http2Call) and (call.method is None or call.method.awaited) for call in calls)
+
+
+def _peek(accepted: socket) -> bytes | None:
+    """Return the first byte that a peer has sent; none if it has closed the connection; None if it has sent nothing."""
+    try:
+        return accepted.recv(1, MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""

@@ -10,11 +10,14 @@ and again, ends the connection.
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import logging
 import re
 import socket
 import struct
+import sys
+import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -64,6 +67,7 @@ _NO_MORE, _GOODBYE = b"no more!", b"goodbye!"  # of the PINGs behind the first G
 _KEPT_CLOSED = 128  # streams that this side reset, whose late frames are no error
 _KEPT_SKIPPED = 16
 _FRAMES_A_TURN = 64
+_RESET_AT_ONCE = 16
 # How often a peer may do what costs more than it brings: at once, and a second in the long run.
 # Streams that it opens and resets: 700 callers with deadlines of 50 ms reset 14,000 while a server stands for 1 s.
 RESETS = (16_000, 400)
@@ -213,7 +217,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._read_head, self._open_stream = read_head, open_stream
         self._on_made, self._on_lost = on_made, on_lost
         self._limits = limits
-        self._stream_window = limits.max_request_bytes + _GRANT_AFTER
+        # Of a message of that size with its prefix, what comes before it may not be granted again yet.
+        self._stream_window = limits.max_request_bytes + _GRANT_AFTER + 5
         self._loop = asyncio.get_running_loop()
         # Reading.
         self._decoder = Decoder(_MAX_DECODED_BYTES)
@@ -239,7 +244,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         # Turns.
         self._turns = turns
         self.until = 0.0  # of the turn that there is now, by time.perf_counter
-        self.window_began = self.used_s = 0.0
+        self.seen_s = self.used_s = self.finish_s = 0.0
         self._in_turn = self._waits_for_turn = self._asleep = self._reading_paused = False
         self._todo: deque[Callable[[], None]] = deque()
         # Writing.
@@ -250,12 +255,14 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._flushing = False
         self._writable = True
         self._control_bytes = 0  # written while it takes no more
+        self._below: asyncio.WriteTransport | None = None  # TLS's own
         self._output = Holding(answers, self, self.abandon)  # that buffer, while the peer does not read
         # Ends.
         self._goaway_at: int | None = None  # no stream above this is answered
         self._closing = False
         self._peer_timer: asyncio.TimerHandle | None = None  # for what the peer must do in time
         self._drain_timer: asyncio.TimerHandle | None = None
+        self._unread_seen = 0  # bytes that the peer had not acknowledged at the last look
         self._age_timer: asyncio.TimerHandle | None = None
         self._last_id_seen = 0  # by the last look for idle connections
         self.idle_since = time.monotonic()
@@ -272,6 +279,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         """Whether the peer was asked to open no more streams here."""
         return self._goaway_at is not None
 
+    @property
+    def closing(self) -> bool:
+        """Whether the connection ends, or has ended."""
+        return self._closing
+
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -282,6 +294,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         transport.set_write_buffer_limits(high=1, low=0)
         if hasattr(transport, "max_size"):
             setattr(transport, "max_size", READ_BYTES)  # noqa: B010 (not of the abstract class)
+        if hasattr(transport, "set_read_buffer_limits"):  # TLS
+            transport.set_read_buffer_limits(high=READ_BYTES)
+        self._below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
+        if self._below is not None:
+            self._below.set_write_buffer_limits(high=1, low=0)
         with contextlib.suppress(OSError):  # the peer is gone already; connection_lost comes next
             # A peer that was switched off says no goodbye, and would count as a connection for ever.
             connected = transport.get_extra_info("socket")
@@ -331,12 +348,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     def pause_writing(self) -> None:
         """Let answers wait: the peer does not read."""
         self._writable = False
-        self._output.resize(self.transport.get_write_buffer_size())
+        self._output.resize(self._buffered())
 
     def resume_writing(self) -> None:
         """Send what waits."""
         self._writable, self._control_bytes = True, 0
-        self._output.resize(0)
+        self._output.resize(self._buffered())
         self._send_waiting()
 
     # What LoopTurns call.
@@ -488,9 +505,14 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         """Take note of what the peer did since the last look: of streams that it opened, and of output that it read."""
         if busy or self._last_id != self._last_id_seen:
             self._last_id_seen, self.idle_since = self._last_id, now
-        if self._output.size and (size := self.transport.get_write_buffer_size()) < self._output.size:
+        size = self._buffered()
+        if size or self._output.size:
+            unread = self._unread()
+            progress = size < self._output.size or unread != self._unread_seen
             self._output.resize(size)
-            self._output.progress()
+            if progress:
+                self._output.progress()
+            self._unread_seen = unread
 
     def stands_still_since(self) -> float | None:
         """When the peer last read any of the output that waits, by time.monotonic; None: there is none."""
@@ -643,12 +665,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         return head
 
     def _decode(self, block: bytes) -> Fields:
-        if not self.trusted and (left := self._strange_bytes.take(len(block))) < 0:
-            self._sleep(-left / STRANGE_BYTES[1])
         if block and block[0] >> 5 == 1:
             self._table.changes += 1  # its size changes, perhaps to 0 and back
+        fields: Fields = []
         try:
-            return [(name, value) for name, value in self._decoder.decode(block, raw=True)]
+            fields = [(name, value) for name, value in self._decoder.decode(block, raw=True)]
         except OversizedHeaderListError as error:
             raise _ConnectionFailed(ENHANCE_YOUR_CALM, f"headers may have {MAX_HEADER_LIST_BYTES} bytes") from error
         except (HPACKError, IndexError, ValueError) as error:
@@ -657,6 +678,10 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             if self._heads_of != self._table.changes:
                 self._heads_of = self._table.changes
                 self._heads.clear()
+        cost = max(len(block), 32 * len(fields))  # 32: as RFC 9113 counts a field, besides its own bytes
+        if not self.trusted and (left := self._strange_bytes.take(cost)) < 0:
+            self._sleep(-left / STRANGE_BYTES[1])
+        return fields
 
     def _on_data(self, stream_id: int, flags: int, payload: bytes) -> None:
         size = len(payload)
@@ -860,7 +885,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             if not self.transport.is_closing():
                 self.transport.write(data)
                 if not self._writable:
-                    self._output.resize(self.transport.get_write_buffer_size())
+                    self._output.resize(self._buffered())
 
     def _control(self, data: bytes) -> None:
         """Answer a control frame, unless the peer asks for more answers than it reads."""
@@ -922,11 +947,46 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         """
         if not self._closing:
             self._write(frame(PING, 0, 0, _GOODBYE))
-            self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self.transport.abort)
+            self._unread_seen = self._unread()
+            self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self._abort_unread)
+
+    def _abort_unread(self) -> None:
+        """End the connection if its peer has read nothing for a while."""
+        if (unread := self._unread()) == self._unread_seen:
+            self.transport.abort()
+            return
+        self._unread_seen = unread
+        self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self._abort_unread)
+
+    def _buffered(self) -> int:
+        """Return how many bytes of output wait for the kernel."""
+        size = self.transport.get_write_buffer_size()
+        return size if self._below is None else size + self._below.get_write_buffer_size()
+
+    def _unread(self) -> int:
+        """Return how many bytes the peer has not acknowledged, of those that the kernel has."""
+        connected = self.transport.get_extra_info("socket")
+        try:
+            return int.from_bytes(fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except (AttributeError, OSError, ValueError):  # there is none any more, or in a test
+            return 0
 
     def _end_streams(self) -> None:
-        for stream in tuple(self.streams.values()):
-            self._end(stream, reset=True)
+        """End all streams: what that means to calls takes time, and follows in later iterations for most of many."""
+        streams = tuple(self.streams.values())
+        for stream in streams:
+            self._end(stream)
+        for stream in streams[:_RESET_AT_ONCE]:
+            stream.on_reset()
+        self._turns.spread(stream.on_reset for stream in streams[_RESET_AT_ONCE:])
+
+    def leave(self) -> None:
+        """Close a connection without calls at once. A client opens a call that crosses this on another connection."""
+        self._write(frame(GOAWAY, 0, 0, struct.pack(">II", self._last_id, NO_ERROR)))
+        self._flush_now()
+        self._closing = True
+        self._stop_timers()
+        self.transport.close()
 
     def abandon(self) -> None:
         """End the connection without a word: its peer does not read what it would be told."""

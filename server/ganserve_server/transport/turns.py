@@ -1,21 +1,26 @@
 """Shares the event loop's time among connections: a burst of one keeps the others waiting for milliseconds."""
 
 import asyncio
+import heapq
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 _SLICE_S = 0.002  # of one member at a time
 _ITERATION_S = 0.004  # of all members that wait, in one iteration of the loop
-# A member that took less than this of the last window is served at once, whoever waits.
-_LIGHT_S, _WINDOW_S = 0.002, 0.1
+# A member that takes at most this part of the time, and so much at once, does not wait for others; unless all such
+# members have taken too much of an iteration.
+_LIGHT, _LIGHT_S = 0.02, 0.002
+_MOST_S = 0.012
 
 
 class Member(Protocol):
-    """Has work that comes in pieces."""
+    """Has work that comes in pieces. The attributes are `LoopTurns`'s."""
 
-    window_began: float  # for LoopTurns
-    used_s: float  # for LoopTurns, in this window
+    seen_s: float  # when its last turn began
+    used_s: float  # above its light part of the time
+    finish_s: float  # virtual time at the end of its last turn
 
     def turn(self, until: float) -> bool:
         """Work until a time by time.perf_counter; return whether there is more to do."""
@@ -27,29 +32,61 @@ class Member(Protocol):
 class LoopTurns:
     """Gives turns: at once while there is time, else in a queue, a slice for each member.
 
+    The queue is start-time fair queueing (Goyal, Vin and Cheng, 1996): virtual time advances with the work that is
+    done, and the member whose last turn ended first in virtual time is next. So a member that takes little is served
+    before those that take much, and one whose pieces are expensive waits for as many turns of the others.
+
     A slice ends after the piece of work that passes its end. The longest pieces take about 10 ms: a message inflated to
     4 MiB, or a header block of 64 KiB.
     """
 
-    __slots__ = ("_loop", "_scheduled", "_spent_s", "_waiting")
+    __slots__ = ("_loop", "_number", "_pieces", "_scheduled", "_spent_s", "_virtual_s", "_waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: deque[Member] = deque()
+        self._waiting: list[tuple[float, int, Member]] = []  # a heap, by virtual start and arrival
+        self._number = 0
+        self._virtual_s = 0.0  # the start of the last turn
         self._spent_s = 0.0  # since the queue's last turn
         self._scheduled = False
+        self._pieces: deque[Callable[[], object]] = deque()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no pieces wait."""
+        return not self._pieces
+
+    def spread(self, pieces: Iterable[Callable[[], object]]) -> None:
+        """Do pieces of work that cannot wait for turns, a slice of the time in each iteration of the loop."""
+        if not self._pieces:
+            self._loop.call_soon(self._do_pieces)
+        self._pieces.extend(pieces)
+
+    def _do_pieces(self) -> None:
+        until = time.perf_counter() + _SLICE_S
+        try:
+            while self._pieces and time.perf_counter() < until:
+                self._pieces.popleft()()
+        finally:
+            if self._pieces:
+                self._loop.call_soon(self._do_pieces)
 
     def begin(self, member: Member) -> None:
         """Work for a member that is not in the queue: now, or once its turn comes."""
         start = time.perf_counter()
-        if start - member.window_began > _WINDOW_S:
-            member.window_began, member.used_s = start, 0.0
-        if (self._waiting or self._spent_s > _ITERATION_S) and member.used_s > _LIGHT_S:
+        member.used_s = max(0.0, member.used_s - _LIGHT * (start - member.seen_s))
+        member.seen_s = start
+        busy = self._waiting or self._spent_s > _ITERATION_S
+        if busy and (member.used_s > _LIGHT_S or self._spent_s > _MOST_S):
             self.wait(member)
             return
+        tag = self._tag(member)
+        if not self._waiting:
+            self._virtual_s = tag
         more = member.turn(start + _SLICE_S)
         took = time.perf_counter() - start
         member.used_s += took
+        member.finish_s = tag + took
         self._spent_s += took
         if more:
             self.wait(member)
@@ -57,10 +94,18 @@ class LoopTurns:
             self._schedule()
 
     def wait(self, member: Member) -> None:
-        """Put a member that is not in the queue at its end."""
+        """Put a member that is not in the queue into it."""
         member.waits()
-        self._waiting.append(member)
+        self._put(member)
         self._schedule()
+
+    def _tag(self, member: Member) -> float:
+        """Return the virtual time at which a member's next turn starts."""
+        return max(self._virtual_s, member.finish_s)
+
+    def _put(self, member: Member) -> None:
+        self._number += 1
+        heapq.heappush(self._waiting, (self._tag(member), self._number, member))
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -70,15 +115,18 @@ class LoopTurns:
     def _next(self) -> None:
         self._scheduled = False
         start = now = time.perf_counter()
-        for _ in range(len(self._waiting)):
-            member, began = self._waiting.popleft(), now
+        unfinished = []
+        while self._waiting and now - start <= _ITERATION_S:
+            began = now
+            self._virtual_s, _, member = heapq.heappop(self._waiting)
             more = member.turn(now + _SLICE_S)
             now = time.perf_counter()
             member.used_s += now - began
+            member.finish_s = self._virtual_s + now - began
             if more:
-                self._waiting.append(member)
-            if now - start > _ITERATION_S:
-                break
+                unfinished.append(member)  # others may begin before its next turn
+        for member in unfinished:
+            self._put(member)
         self._spent_s = now - start
         if self._waiting:
             self._schedule()
