@@ -19,7 +19,7 @@ from pathlib import Path
 import trustme
 from running import Running, h2load, metrics, serving
 
-from ganserve_server import tokens
+from ganserve_server.auth import token_file
 
 LOADS = {"L1": (1, 1, 1), "L2": (8, 8, 1), "L3": (8, 1, 64)}  # connections, calls in flight on each, images a call
 CONNECTIONS = 300
@@ -45,8 +45,8 @@ def main() -> None:
         issued = trustme.CA().issue_cert("127.0.0.1")
         chain.write_bytes(b"".join(part.bytes() for part in issued.cert_chain_pems))
         issued.private_key_pem.write_to_path(key)
-        token, digest = tokens.new_token()
-        tokens.add(file, {"name": "benchmark", "sha256": digest, "roles": ["generate"]})
+        token, digest = token_file.new_token()
+        token_file.add(file, {"name": "benchmark", "sha256": digest, "roles": ["generate"]})
         tls = (f"--tls-certificate-file={chain}", f"--tls-key-file={key}")
         ways: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
             "plain text": ({"scheme": "http"}, ()),

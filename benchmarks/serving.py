@@ -231,9 +231,9 @@ LAYERS = {
     "latents": ("_latents (",),
     "HTTP/2": ("ganserve_server/transport/http2.py",),
     "gRPC": tuple(f"ganserve_server/transport/{name}.py" for name in ("grpc_server", "call", "answering")),
-    "checking and answering": ("ganserve_server/requests.py", "ganserve_server/servicer.py"),
-    "scheduling": ("ganserve_server/batcher.py", "ganserve_server/scheduler.py"),
-    "metrics": ("prometheus_client/", "ganserve_server/calls.py"),
+    "checking and answering": ("ganserve_server/services/",),
+    "scheduling": ("ganserve_server/queueing/",),
+    "metrics": ("prometheus_client/", "ganserve_server/observe/"),
     "sockets and event loop": ("asyncio/", "selectors.py"),
 }
 

@@ -35,7 +35,7 @@ from tests.wire import (
 )
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.bounds import worst_case_bytes
+from ganserve_server.cli.bounds import worst_case_bytes
 from ganserve_server.transport.http2 import literal
 from ganserve_server.transport.limits import Limits
 

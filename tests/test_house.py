@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import graphlib
 import importlib.metadata
 import itertools
 import os
@@ -16,7 +17,7 @@ import pytest
 from prometheus_client import Metric
 
 import ganserve
-from ganserve_server.metrics import Load, Metrics
+from ganserve_server.observe.metrics import Load, Metrics
 from ganserve_server.settings import BUNDLED_MODELS, ENVIRONMENT_PREFIX, ServerSettings
 from ganserve_trainer.settings import Settings
 
@@ -91,6 +92,91 @@ def test_one_module_of_the_sdk_knows_the_messages() -> None:
     assert knows == ["_messages.py"]
 
 
+# What each package and top module of the server may import of the others, from the ground up. The docstring of each
+# package says why.
+_MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "start_errors": set(),
+    "spelling": set(),
+    "machine": set(),
+    "inference": set(),
+    "shared": set(),
+    "transport": {"errors", "start_errors", "machine", "shared"},
+    "settings": {"start_errors", "spelling", "transport"},
+    "compute": {"settings"},
+    "observe": {"errors", "settings", "transport"},
+    "auth": {"errors", "start_errors", "spelling", "shared", "transport", "settings", "observe"},
+    "queueing": {"errors", "shared", "compute", "observe"},
+    "repository": {
+        *("errors", "start_errors", "spelling", "machine", "shared", "settings", "compute", "observe", "queueing"),
+    },
+    "services": {"errors", "inference", "transport", "settings", "compute", "observe", "queueing", "repository"},
+    "processes": {
+        *("errors", "start_errors", "machine", "inference", "shared", "transport", "settings", "compute", "observe"),
+        *("auth", "repository", "services"),
+    },
+    "cli": {
+        *("start_errors", "machine", "shared", "transport", "settings", "compute", "auth", "repository", "services"),
+        "processes",
+    },
+    "__main__": {"cli"},
+}
+# What other packages may import of the transport: `new_server`, which is in __init__, and these.
+_TRANSPORT_DOORS = {"", "interface", "addresses", "credentials", "limits"}
+_BEHIND_THE_DOORS = {
+    ("cli.bounds", "transport.http2"),  # prints its limits
+    ("services.health", "transport.answering"),  # ends calls with statuses of its own
+}
+
+
+def _server_imports() -> dict[str, set[str]]:
+    """Return the modules of the server, each with those that it imports at any place, also for types only."""
+    root = ROOT / "server" / "ganserve_server"
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+        for path in root.rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {module: set() for module in files}
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path} has a relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                package, _, inner = name.partition(".")
+                if package == "ganserve_server":
+                    imports[module].add(inner if inner in files else inner.rpartition(".")[0])
+    return imports
+
+
+def test_the_packages_of_the_server_import_only_what_they_may() -> None:
+    modules = _server_imports()
+    assert {module.partition(".")[0] for module in modules if module} == set(_MAY_IMPORT), "a package lacks a rule"
+    tuple(graphlib.TopologicalSorter(_MAY_IMPORT).static_order())  # raises CycleError
+    used: dict[str, set[str]] = {package: set() for package in _MAY_IMPORT}
+    for module, imported in modules.items():
+        package = module.partition(".")[0]
+        for other in imported:
+            part, _, inner = other.partition(".")
+            if part != package:
+                assert part in _MAY_IMPORT[package], f"{module} imports {other}"
+                used[package].add(part)
+                if part == "transport" and inner not in _TRANSPORT_DOORS:
+                    assert (module, other) in _BEHIND_THE_DOORS, f"{module} imports {other}, which is not public"
+    assert used == _MAY_IMPORT, "a rule allows more than is needed"
+
+
+def test_the_modules_of_the_server_import_each_other_in_no_circle() -> None:
+    tuple(graphlib.TopologicalSorter(_server_imports()).static_order())  # raises CycleError
+
+
+def test_every_package_of_the_server_says_what_it_is_for() -> None:
+    for path in (ROOT / "server" / "ganserve_server").glob("*/__init__.py"):
+        if path.parent.name != "inference":
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
 def test_importing_the_sdk_loads_nothing_heavy() -> None:
     code = "import sys, ganserve; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -99,12 +185,20 @@ def test_importing_the_sdk_loads_nothing_heavy() -> None:
     assert not heavy & set(loaded)
 
 
+def test_the_command_line_of_the_server_loads_nothing_heavy_before_it_needs_it() -> None:
+    """`--help` answers at once, and `admin` sets GRPC_VERBOSITY before grpc reads it."""
+    code = "import sys, ganserve_server.cli.main; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "typer" in loaded
+    assert not {"grpc", "google", "onnx", "onnxruntime", "numpy", "PIL", "prometheus_client"} & set(loaded)
+
+
 def test_the_base_install_asks_for_neither_torch_nor_onnxruntime() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [name for name in project["dependencies"] if name.startswith(("torch", "onnx"))]
 
 
-@pytest.mark.parametrize("module", ["ganserve_server.engine", "ganserve_trainer.export"])
+@pytest.mark.parametrize("module", ["ganserve_server.compute.engine", "ganserve_trainer.export"])
 def test_onnxruntime_is_told_not_to_report_its_use(module: str) -> None:
     code = f"import os, {module}; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}

@@ -1,4 +1,4 @@
-"""Starts `ganserve-server`, or says what to install."""
+"""Starts `ganserve-server`, or names the extra to install."""
 
 import os
 import signal
@@ -7,12 +7,12 @@ import sys
 
 def main() -> None:
     """Run the program."""
-    # First of all, and until the loop has its own handler: a container's process 1 ignores SIGTERM without one. Not by
-    # an exception: an import that it interrupts makes another of it.
+    # First of all, and until the event loop has its own handler: without one, process 1 of a container ignores SIGTERM.
+    # No exception, because an import that it interrupts may turn it into another.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what it asks for is what a start does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a start reads everything anyway
     try:
-        from ganserve_server.cli import main as run
+        from ganserve_server.cli.main import main as run
 
         run()
     except ModuleNotFoundError as error:

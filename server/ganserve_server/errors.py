@@ -1,4 +1,4 @@
-"""What can be wrong with a request: each class is one gRPC status. The call answers with it."""
+"""The errors of requests. Each class has one gRPC status, with which the call ends."""
 
 import functools
 
@@ -8,17 +8,17 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "ganserve"
-# The text repeats what the caller sent. It travels three times in trailers, percent-encoded and in base64, which makes
-# up to six bytes of one; gRPC allows 8 KiB, and a longer one would reach the caller as another error.
+# The text repeats what the caller sent. Trailers have it three times, percent-encoded and in base64, which takes up to
+# six bytes for one. gRPC allows 8 KiB of trailers; with more, the caller would get another error.
 _MAX_TEXT_BYTES = 1000
 
 
 class ServingError(Exception):
-    """The root. The text goes to the caller: what was wrong, the limit, and what to do."""
+    """The base class. The caller gets the text: what was wrong, the limit, and what to do."""
 
     code: grpc.StatusCode
     reason: str  # short and stable, for metrics and for programs
-    field: str | None = None  # of the request, that is wrong
+    field: str | None = None  # the wrong field of the request
     retry_after_s: float | None = None
 
     def __init__(self, text: str) -> None:
@@ -26,7 +26,7 @@ class ServingError(Exception):
 
 
 def shortened(text: str, most_bytes: int) -> str:
-    """Return a text, or its begin if it has more bytes in UTF-8."""
+    """Return a text, cut off after `most_bytes` in UTF-8."""
     encoded = text.encode(errors="replace")
     return text if len(encoded) <= most_bytes else encoded[:most_bytes].decode(errors="ignore") + "…"
 
@@ -43,7 +43,7 @@ class InvalidRequest(ServingError):  # noqa: N818
 
 
 class MalformedMessage(ServingError):  # noqa: N818
-    """The bytes are no message of the method."""
+    """The bytes are not a message of the method."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = "malformed"
@@ -122,7 +122,7 @@ class DeadlineExceeded(ServingError):  # noqa: N818
 
 
 class EngineFailed(ServingError):  # noqa: N818
-    """The engine raised; the log has the cause, the caller has not."""
+    """The engine raised. The log has the cause; the caller does not get it."""
 
     code = grpc.StatusCode.INTERNAL
     reason = "engine"
@@ -131,12 +131,12 @@ class EngineFailed(ServingError):  # noqa: N818
 def status_details(error: ServingError) -> bytes:
     """Serialise the error as a google.rpc.Status, for the trailer `grpc-status-details-bin`.
 
-    It has an ErrorInfo with the reason, and where there is one the field that is wrong or when to try again.
+    It has an ErrorInfo with the reason, and if there are any, the wrong field and the time to wait before a retry.
     """
     return _status(error.code, str(error), error.reason, error.field, error.retry_after_s)
 
 
-@functools.lru_cache(256)  # under overload the same is said thousands of times a second
+@functools.lru_cache(256)  # under overload the same status is needed thousands of times a second
 def _status(code: grpc.StatusCode, text: str, reason: str, field: str | None, retry_after_s: float | None) -> bytes:
     details: list[Message] = []
     if field is not None:

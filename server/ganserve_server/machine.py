@@ -1,32 +1,20 @@
-"""What the machine has: cores, memory, an NVIDIA driver, and the libraries that onnxruntime's CUDA provider needs."""
+"""What this process may use of the machine: cores and memory."""
 
 import contextlib
 import ctypes
 import gc
-import importlib.util
-import io
-import mmap
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_DRIVER = "libcuda.so.1"
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_NO_LIMIT = 1 << 60  # or more, where cgroups of version 1 have none
-# Not by importing it: that takes long, and a supervisor does without.
-_ONNXRUNTIME = Path(importlib.util.find_spec("onnxruntime").submodule_search_locations[0])  # type: ignore[union-attr,index]
-_CUDA_PROVIDER = _ONNXRUNTIME / "capi" / "libonnxruntime_providers_cuda.so"
-_TENSORRT_PROVIDER = _CUDA_PROVIDER.with_name("libonnxruntime_providers_tensorrt.so")
-# Of the ELF format: a section's type, an entry's tag, and what is said of each section.
-_DYNAMIC, _NEEDED = 6, 1
-_SECTION = struct.Struct("<IIQQQQIIQQ")
+_NO_LIMIT = 1 << 60  # cgroups of version 1 report this or more if there is no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """How many cores there are, and why this process may use so many of them."""
+    """How many cores there are, and what limits how many of them this process may use."""
 
     machine: int
     affinity: int
@@ -57,7 +45,7 @@ def memory_limit() -> int | None:
 
 
 def _cgroups(controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and of those above it, which limit it too; of version 2 or 1."""
+    """Yield the folders of this process's cgroup and of its ancestors, which limit it too; for version 2 or 1."""
     with contextlib.suppress(OSError, ValueError):
         for line in _OWN_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -70,7 +58,7 @@ def _cgroups(controller: str) -> Iterator[Path]:
 def _quota(group: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError):
         quota, period = (group / "cpu.max").read_text().split()
-        return int(quota) / int(period)  # no number is no limit
+        return int(quota) / int(period)  # "max" is no number: there is no limit
     with contextlib.suppress(OSError, ValueError):
         quota_us, period_us = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return quota_us / period_us if quota_us > 0 else None
@@ -78,89 +66,10 @@ def _quota(group: Path) -> float | None:
 
 
 def give_back_memory() -> None:
-    """Let go of what past calls still hold, and have the C library return what it keeps free.
+    """Collect garbage, and make the C library return its free memory to the system.
 
     Reading a model takes several times its size for a moment.
     """
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc's own
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def nvidia_driver() -> bool:
-    """Tell whether NVIDIA's driver is installed."""
-    return _why_not_loaded(_DRIVER) is None
-
-
-def load_cuda_libraries() -> None:
-    """Load CUDA's and TensorRT's libraries out of Python packages (nvidia-cublas, …): the providers find them then."""
-    import onnxruntime
-
-    with contextlib.redirect_stdout(io.StringIO()):  # where onnxruntime says what it misses; `why_no_cuda` says it too
-        onnxruntime.preload_dlls()
-    with contextlib.suppress(ImportError, OSError):
-        importlib.import_module("tensorrt_libs")  # the package of TensorRT's libraries; it loads them
-
-
-def cuda_libraries() -> dict[str, str | None]:
-    """Return the libraries that the CUDA provider is linked with, each with the reason why it does not load, or None.
-
-    Empty if this onnxruntime has no CUDA provider.
-    """
-    return _libraries_of(_CUDA_PROVIDER)
-
-
-def tensorrt_libraries() -> dict[str, str | None]:
-    """Return what the TensorRT provider is linked with, as `cuda_libraries` does."""
-    return _libraries_of(_TENSORRT_PROVIDER)
-
-
-def why_no_cuda() -> str:
-    """Say what keeps onnxruntime from running on a GPU."""
-    libraries = cuda_libraries()
-    if not libraries:
-        return "this onnxruntime has no CUDA provider (install onnxruntime-gpu)"
-    if not nvidia_driver():
-        return f"there is no NVIDIA driver ({_DRIVER} is missing)"
-    if missing := [name for name, reason in libraries.items() if reason]:
-        return f"{', '.join(missing)} cannot be loaded (install ganserve[gpu], which brings CUDA's libraries)"
-    return "the driver and all libraries load, but the CUDA provider does not start; its own messages say why"
-
-
-def why_no_tensorrt() -> str:
-    """Say what keeps onnxruntime from running on a GPU by TensorRT."""
-    libraries = tensorrt_libraries()
-    if not libraries:
-        return "this onnxruntime has no TensorRT provider (install onnxruntime-gpu)"
-    if not nvidia_driver():
-        return f"there is no NVIDIA driver ({_DRIVER} is missing)"
-    if missing := [name for name, reason in libraries.items() if reason]:
-        return f"{', '.join(missing)} cannot be loaded (install TensorRT, and ganserve[gpu] for CUDA's libraries)"
-    return "the driver and all libraries load, but the TensorRT provider does not start; its own messages say why"
-
-
-def _libraries_of(provider: Path) -> dict[str, str | None]:
-    if not provider.is_file():
-        return {}
-    return {name: _why_not_loaded(name) for name in _needed(provider) if name.startswith(("libcu", "libnv"))}
-
-
-def _needed(library: Path) -> list[str]:
-    """Read from an ELF file of 64 bits which libraries it is linked with, as ldd does."""
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        (table,) = struct.unpack_from("<Q", content, 0x28)
-        size, count = struct.unpack_from("<HH", content, 0x3A)
-        sections = [_SECTION.unpack_from(content, table + index * size) for index in range(count)]
-        dynamic = next(section for section in sections if section[1] == _DYNAMIC)
-        strings = sections[dynamic[6]][4]
-        entries = struct.iter_unpack("<QQ", content[dynamic[4] : dynamic[4] + dynamic[5]])
-        starts = [strings + value for tag, value in entries if tag == _NEEDED]
-        return [content[start : content.find(b"\0", start)].decode() for start in starts]
-
-
-def _why_not_loaded(library: str) -> str | None:
-    try:
-        ctypes.CDLL(library)
-    except OSError as error:
-        return str(error)
-    return None

@@ -1,15 +1,16 @@
 """The server's settings: each is a flag, an environment variable and a key of a TOML file."""
 
-import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ganserve_server.spelling import nearest
+from ganserve_server.start_errors import SettingsError
 from ganserve_server.transport.limits import Limits
 
 AccessLog = Literal["off", "errors", "all"]
@@ -17,21 +18,16 @@ ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
 _PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
-_MOST_THREADS = 64  # where there are not more cores
+_MOST_THREADS = 64  # or the number of cores, if that is larger
 _MOST_MODEL_MIB = 2048  # protobuf reads no larger message
-_LONGEST_GUESSED_AT = 100  # characters: to compare takes their square
-# What Kubernetes and Docker tell every container of a service that is called ganserve-server, or ganserve-server-…
+# Variables that Kubernetes and Docker set in every container for a service called ganserve-server, or ganserve-server-…
 _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)")
 
 
-class SettingsError(Exception):
-    """A setting is wrong or unknown; the text says which, where it stands, and what is near it."""
-
-
 class ServerSettings(BaseModel):
-    """What the server is told. Unknown keys and values are errors."""
+    """All settings of the server. Unknown keys and wrong values are errors."""
 
-    # A file's `workers = 2` is as good as the flag's text.
+    # In a file `workers = 2` is as valid as the text of the flag.
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     models: Annotated[Path, Field(description="Model repository: MODELS/NAME/VERSION/model.onnx.")] = BUNDLED_MODELS
@@ -161,7 +157,7 @@ class ServerSettings(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        """The transport's bounds, as far as they are settings."""
+        """The limits of the transport that are settings."""
         return Limits(
             max_connections=self.max_connections,
             max_streams=self.max_calls_per_connection,
@@ -175,7 +171,7 @@ class ServerSettings(BaseModel):
 
     @property
     def most_versions(self) -> int | None:
-        """How many versions of a model to serve, the newest of those that can be; None: all."""
+        """How many versions of a model to serve: the N newest valid ones; None: all."""
         return {"all": None, "latest": 1}[self.versions] if self.versions.isalpha() else int(self.versions)
 
     @field_validator("versions")
@@ -195,7 +191,7 @@ class ServerSettings(BaseModel):
     @field_validator("threads")
     @classmethod
     def _bounded(cls, threads: int) -> int:
-        """Keep from a machine what it could not run: while a model is loaded there are twice as many."""
+        """Refuse more threads than the machine could run: while a model is loaded there are twice as many."""
         machine = os.cpu_count() or 1
         if threads > (most := max(_MOST_THREADS, machine)):
             raise ValueError(f"this machine has {machine} cores, a server at most {most} threads; 0 takes one a core")
@@ -204,7 +200,7 @@ class ServerSettings(BaseModel):
     @field_validator(*_PATHS)
     @classmethod
     def _absolute(cls, path: str | Path) -> str | Path:
-        """Mean the same file wherever the value is shown or written to."""
+        """Make paths absolute, so that they name the same file wherever the value is used."""
         if "\0" in str(path):
             raise ValueError("a path has no NUL character")
         absolute = Path(path).absolute()
@@ -231,10 +227,10 @@ def read_config(file: str) -> dict[str, Any]:
 
 
 def check_config(content: Mapping[str, Any], file: str) -> None:
-    """Look for what is no setting in what was read of a file.
+    """Check that a configuration file has only known settings.
 
     Raises:
-        SettingsError: there is one.
+        SettingsError: there is an unknown one.
     """
     for key, value in content.items():
         if key not in ServerSettings.model_fields:
@@ -246,10 +242,10 @@ def check_config(content: Mapping[str, Any], file: str) -> None:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Look for variables of this program that are none of its settings.
+    """Check that the environment has no unknown variables of this program.
 
     Raises:
-        SettingsError: there is one.
+        SettingsError: there is an unknown one.
     """
     known = [(ENVIRONMENT_PREFIX + name).upper() for name in _names()] + [CONFIG_VARIABLE]
     unknown = sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
@@ -260,7 +256,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def allowed(name: str) -> str:
-    """Say which values a setting may have, if it is a number or one of a few words."""
+    """Describe the values of a setting that is a number or one of a few words."""
     field = ServerSettings.model_fields[name]
     if get_origin(field.annotation) is Literal:
         *others, last = get_args(field.annotation)
@@ -274,16 +270,6 @@ def allowed(name: str) -> str:
         if (value := getattr(part, bound, None)) is not None
     }
     return f"{kind} from {bounds['ge']} to {bounds['le']}" if "le" in bounds else f"{kind}, {bounds['ge']} or more"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at what was probably meant, whatever its case, or nothing."""
-    if not 1 <= len(name) <= _LONGEST_GUESSED_AT:
-        return ""
-    by_folded = {one.casefold(): one for one in known}
-    wanted = name.casefold()
-    near = difflib.get_close_matches(wanted, by_folded, 1) or [one for one in by_folded if wanted in one]
-    return f"; did you mean {by_folded[near[0]]!r}?" if near else ""
 
 
 def _names() -> list[str]:

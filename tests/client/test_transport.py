@@ -425,10 +425,10 @@ def test_an_idle_connection_is_kept_alive(twin: Twin, server: RunningServer, mon
 
 
 def test_the_client_takes_the_largest_answer_of_the_server() -> None:
-    from ganserve_server import requests
+    from ganserve_server.services import messages
 
     beside_pixels = pb.GenerateImagesResponse(seeds=[2**32 - 1] * 10**6, labels=[2**32 - 1] * 10**6).ByteSize()
-    assert requests._MAX_PIXEL_BYTES + beside_pixels <= _endpoint.MAX_ANSWER_BYTES
+    assert messages._MAX_PIXEL_BYTES + beside_pixels <= _endpoint.MAX_ANSWER_BYTES
 
 
 def test_the_budget_bounds_retries() -> None:

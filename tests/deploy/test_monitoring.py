@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ganserve_server.metrics import Load, Metrics
+from ganserve_server.observe.metrics import Load, Metrics
 
 ROOT = Path(__file__).parents[2]
 RULES = (ROOT / "deploy/prometheus/rules.yml").read_text()

@@ -17,15 +17,16 @@ from tests.transport.in_process import FakeTransport, SteppedLoop, logged_errors
 from tests.wire import DATA, END_STREAM, HEADERS, PREFACE, RST_STREAM, SETTINGS, frame
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server import health, reflection
-from ganserve_server.batcher import Batcher, Made
-from ganserve_server.calls import CallRecorder
-from ganserve_server.engine import Draw
+from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import QueueFull, ServingError, Unauthenticated
-from ganserve_server.lifecycle import ModelTable
-from ganserve_server.metrics import Metrics
-from ganserve_server.repository import ModelVersion
-from ganserve_server.servicer import GenerationServicer
+from ganserve_server.observe.call_recorder import CallRecorder
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import Made
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.services import health, reflection
+from ganserve_server.services.generation import GenerationServicer
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.grpc_server import GrpcServer
 from ganserve_server.transport.interface import Call

@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
-with atheris.instrument_imports(include=["ganserve_server.transport", "ganserve_server.servicer", "hpack"]):
-    from ganserve_server import servicer  # noqa: F401
+with atheris.instrument_imports(include=["ganserve_server.transport", "ganserve_server.services.generation", "hpack"]):
+    from ganserve_server.services import generation  # noqa: F401
     from ganserve_server.transport import grpc_server, http2  # noqa: F401
 
-with atheris.instrument_imports(include=["ganserve_server.requests"]):
-    from ganserve_server import requests  # noqa: F401
+with atheris.instrument_imports(include=["ganserve_server.services.messages"]):
+    from ganserve_server.services import messages  # noqa: F401
 
 from tests.fuzz.frames import MAX_BYTES, Target, split  # noqa: E402
 from tests.fuzz.seeds import BODIES, HEADER_BLOCKS, seeds  # noqa: E402

@@ -47,7 +47,7 @@ from tests.wire import (
 )
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.bounds import CONNECTION_BYTES, page, worst_case_bytes
+from ganserve_server.cli.bounds import CONNECTION_BYTES, page, worst_case_bytes
 from ganserve_server.errors import Unauthenticated
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport import grpc_server, http2, pools

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ganserve_server import machine
+from ganserve_server.compute import cuda
 
 
 def doctor(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -27,47 +28,47 @@ def test_the_doctor_says_what_runs_and_what_is_missing() -> None:
 
 
 def test_the_doctor_fails_where_cuda_is_asked_for_and_does_not_run() -> None:
-    machine.load_cuda_libraries()
-    ready = machine.nvidia_driver() and not any(machine.cuda_libraries().values())
+    cuda.load_cuda_libraries()
+    ready = cuda.nvidia_driver() and not any(cuda.cuda_libraries().values())
     for arguments in (["doctor", "--provider", "cuda"], ["--provider", "cuda", "doctor"]):
         done = doctor(*arguments)
         assert done.returncode == (0 if ready else 1)
-        assert ("cuda runs on CUDA" if ready else machine.why_no_cuda()) in done.stdout
-    assert ("auto runs on CUDA" if ready else f"auto runs on CPU: {machine.why_no_cuda()}") in doctor("doctor").stdout
+        assert ("cuda runs on CUDA" if ready else cuda.why_no_cuda()) in done.stdout
+    assert ("auto runs on CUDA" if ready else f"auto runs on CPU: {cuda.why_no_cuda()}") in doctor("doctor").stdout
 
 
 def test_why_cuda_does_not_run_is_told_in_the_order_of_the_causes(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, str | None] = {}
-    monkeypatch.setattr(machine, "cuda_libraries", lambda: found)
-    monkeypatch.setattr(machine, "nvidia_driver", lambda: True)
-    assert "no CUDA provider (install onnxruntime-gpu)" in machine.why_no_cuda()
+    monkeypatch.setattr(cuda, "cuda_libraries", lambda: found)
+    monkeypatch.setattr(cuda, "nvidia_driver", lambda: True)
+    assert "no CUDA provider (install onnxruntime-gpu)" in cuda.why_no_cuda()
     found |= {"libcublas.so.13": None, "libcurand.so.10": "cannot open"}
-    assert machine.why_no_cuda().startswith("libcurand.so.10 cannot be loaded (install ganserve[gpu]")
+    assert cuda.why_no_cuda().startswith("libcurand.so.10 cannot be loaded (install ganserve[gpu]")
     found["libcurand.so.10"] = None
-    assert "its own messages say why" in machine.why_no_cuda()
+    assert "its own messages say why" in cuda.why_no_cuda()
 
 
 def test_why_tensorrt_does_not_run_names_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, str | None] = {}
-    monkeypatch.setattr(machine, "tensorrt_libraries", lambda: found)
-    monkeypatch.setattr(machine, "nvidia_driver", lambda: True)
-    assert "no TensorRT provider" in machine.why_no_tensorrt()
+    monkeypatch.setattr(cuda, "tensorrt_libraries", lambda: found)
+    monkeypatch.setattr(cuda, "nvidia_driver", lambda: True)
+    assert "no TensorRT provider" in cuda.why_no_tensorrt()
     found |= {"libcudart.so.13": None, "libnvinfer.so.10": "cannot open"}
-    assert machine.why_no_tensorrt().startswith("libnvinfer.so.10 cannot be loaded (install TensorRT")
+    assert cuda.why_no_tensorrt().startswith("libnvinfer.so.10 cannot be loaded (install TensorRT")
     found["libnvinfer.so.10"] = None
-    assert "its own messages say why" in machine.why_no_tensorrt()
-    monkeypatch.setattr(machine, "nvidia_driver", lambda: False)
-    assert "no NVIDIA driver" in machine.why_no_tensorrt()
+    assert "its own messages say why" in cuda.why_no_tensorrt()
+    monkeypatch.setattr(cuda, "nvidia_driver", lambda: False)
+    assert "no NVIDIA driver" in cuda.why_no_tensorrt()
 
 
 def test_needed_libraries_are_read_from_the_file_as_the_linker_reads_them() -> None:
     from ctypes.util import find_library
 
-    library = Path(machine._CUDA_PROVIDER)
+    library = Path(cuda._CUDA_PROVIDER)
     if library.is_file():
-        assert "libcuda.so.1" in machine._needed(library)
+        assert "libcuda.so.1" in cuda._needed(library)
     python = Path(sys.executable).resolve()
-    assert find_library("c") in machine._needed(python)
+    assert find_library("c") in cuda._needed(python)
 
 
 @pytest.mark.parametrize(

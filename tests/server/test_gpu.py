@@ -11,11 +11,20 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from ganserve_server import engine as engine_module
-from ganserve_server import gpu
-from ganserve_server.engine import Draw, Engine, Provider, ProviderUnavailable, SessionRefused
-from ganserve_server.gpu import CPU, CUDA, TENSORRT, BucketRunner, GpuOptions, agreeing_sizes, bucket_sizes, gpu_options
-from ganserve_server.repository import ModelRejected, load_version
+from ganserve_server.compute import engine as engine_module
+from ganserve_server.compute import gpu
+from ganserve_server.compute.engine import Draw, Engine, Provider, ProviderUnavailable, SessionRefused
+from ganserve_server.compute.gpu import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    BucketRunner,
+    GpuOptions,
+    agreeing_sizes,
+    bucket_sizes,
+    gpu_options,
+)
+from ganserve_server.repository.verify import ModelRejected, load_version
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
 SHAPE = (2, 2, 1)

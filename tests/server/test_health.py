@@ -16,7 +16,7 @@ from tests.server.test_security import write_tokens
 from tests.server.test_start_and_drain import wait_for_sample
 from tests.wire import INITIAL_WINDOW_SIZE, WINDOW_UPDATE, Peer, head
 
-from ganserve_server import health
+from ganserve_server.services import health
 from ganserve_server.settings import BUNDLED_MODELS
 
 Start = Callable[..., RunningServer]

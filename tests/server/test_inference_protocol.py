@@ -29,14 +29,14 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.administration import RepositoryServicer
-from ganserve_server.batcher import Made
 from ganserve_server.errors import InvalidRequest, ModelNotFound
-from ganserve_server.health import HealthServicer
 from ganserve_server.inference import grpc_service_pb2
-from ganserve_server.inference_protocol import SERVICE, InferenceServicer, _draw
-from ganserve_server.lifecycle import ModelTable
-from ganserve_server.repository import load_version
+from ganserve_server.queueing.jobs import Made
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.repository.verify import load_version
+from ganserve_server.services.administration import RepositoryServicer
+from ganserve_server.services.health import HealthServicer
+from ganserve_server.services.open_inference import SERVICE, InferenceServicer, _draw
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 from ganserve_server.transport.grpc_server import GrpcServer
 from ganserve_server.transport.limits import Limits
@@ -597,7 +597,7 @@ async def main():
     logging.getLogger().addHandler(Listener())
     logging.getLogger().setLevel(logging.INFO)
     settings = ganserve_server.settings.ServerSettings(address="127.0.0.1:0", metrics_address="off")
-    server = asyncio.create_task(ganserve_server.app.serve(settings, stop, asyncio.Event()))
+    server = asyncio.create_task(ganserve_server.processes.app.serve(settings, stop, asyncio.Event()))
     await asyncio.wait([server, address], return_when=asyncio.FIRST_COMPLETED)
     seed = tritonclient.grpc.aio.InferInput("seed", [1], "UINT32")
     seed.set_data_from_numpy(np.array([3], np.uint32))
@@ -615,7 +615,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_one_program_can_be_server_and_both_clients(order: int, tmp_path: Path) -> None:
-    modules = ("ganserve", "ganserve_server.app, ganserve_server.settings", "tritonclient.grpc.aio")
+    modules = ("ganserve", "ganserve_server.processes.app, ganserve_server.settings", "tritonclient.grpc.aio")
     program = tmp_path / "together.py"
     program.write_text(TOGETHER.format(imports="\n".join(f"import {names}" for names in modules[::order])))
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, timeout=60)

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from ganserve.v1 import generation_pb2 as generation_pb
 from ganserve_server.inference import grpc_service_pb2 as pb
-from ganserve_server.request_stream import RequestStream, Turn
+from ganserve_server.services.request_stream import RequestStream, StreamedRequest
 
 Start = Callable[..., RunningServer]
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -154,12 +154,12 @@ class FakeCall:
 
 
 def test_requests_count_until_they_are_answered() -> None:
-    turns: list[Turn] = []
+    requests: list[StreamedRequest] = []
 
     class Stream(RequestStream):
-        def take(self, content: bytes) -> Turn:
-            turns.append(Turn())
-            return turns[-1]
+        def take(self, content: bytes) -> StreamedRequest:
+            requests.append(StreamedRequest())
+            return requests[-1]
 
     call: Any = FakeCall()
     stream = Stream(call)
@@ -167,16 +167,16 @@ def test_requests_count_until_they_are_answered() -> None:
     for _ in range(10):
         stream.sink[0](content)
     call.work_on()
-    assert len(turns) == 4  # have 16 MiB
-    turns[1].answer = b"second"
+    assert len(requests) == 4  # have 16 MiB
+    requests[1].answer = b"second"
     stream.send_answers()
     assert (call.sent, call.consumed_bytes) == ([], [])
-    turns[0].answer = b"first"
+    requests[0].answer = b"first"
     stream.send_answers()
     call.work_on()
     assert call.sent == [b"first", b"second"]
     assert call.consumed_bytes == [(8 << 20, 2)]
-    assert len(turns) == 6
+    assert len(requests) == 6
 
 
 def test_thousands_of_wrong_requests_in_a_row_are_answered(stream: Callable[..., Any]) -> None:

@@ -12,8 +12,8 @@ from tests.conftest import RunningServer
 from tests.server.test_security import write_tokens
 from tests.wire import CANCEL, RST_STREAM, Answer, Peer, head, message
 
-from ganserve_server import reflection
-from ganserve_server.reflection import ReflectionServicer
+from ganserve_server.services import reflection
+from ganserve_server.services.reflection import ReflectionServicer
 
 Start = Callable[..., RunningServer]
 SERVICES = [

@@ -17,16 +17,11 @@ from tests.conftest import RunningServer, ordinary_user
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server import machine
-from ganserve_server.engine import Engine, ProviderUnavailable
-from ganserve_server.repository import (
-    CARD_KEY,
-    ModelRejected,
-    ModelVersion,
-    find_misplaced,
-    find_versions,
-    load_version,
-)
+from ganserve_server.compute import cuda
+from ganserve_server.compute.engine import Engine, ProviderUnavailable
+from ganserve_server.compute.model import ModelVersion
+from ganserve_server.repository.scan import find_misplaced, find_versions
+from ganserve_server.repository.verify import CARD_KEY, ModelRejected, load_version
 from ganserve_server.settings import BUNDLED_MODELS
 
 GOOD = BUNDLED_MODELS / "cdcgan-mnist" / "1" / "model.onnx"
@@ -352,4 +347,4 @@ def test_the_server_keeps_a_bad_version_out_and_serves_the_good_ones(
 def test_cuda_that_is_missing_is_not_replaced_in_silence() -> None:
     with pytest.raises(ProviderUnavailable, match="--provider") as caught:
         Engine(GOOD.read_bytes(), 64, "cuda", 1)
-    assert machine.why_no_cuda() in str(caught.value)
+    assert cuda.why_no_cuda() in str(caught.value)

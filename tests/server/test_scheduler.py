@@ -14,15 +14,16 @@ import pytest
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.batcher import Batcher, Made
-from ganserve_server.engine import Draw, Engine
+from ganserve_server.compute.engine import Draw, Engine
+from ganserve_server.compute.gpu import Feeds
+from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
-from ganserve_server.gpu import Feeds
-from ganserve_server.metrics import Metrics
-from ganserve_server.repository import ModelVersion
-from ganserve_server.scheduler import Scheduler
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import Made
+from ganserve_server.queueing.scheduler import Scheduler
 from ganserve_server.settings import BUNDLED_MODELS
-from ganserve_server.workers import Board
+from ganserve_server.shared.scoreboard import Scoreboard
 
 WAIT_S = 30
 
@@ -97,7 +98,7 @@ def draw(first: int, count: int = 1) -> Draw:
 
 async def make(batcher: Batcher, draw: Draw, time_remaining_s: float | None = None, **options: Any) -> Made:
     deadline = None if time_remaining_s is None else time.monotonic() + time_remaining_s
-    return await batcher.make(draw, caller=options.pop("caller", "caller"), deadline=deadline, **options)
+    return await batcher.make(draw, fairness_key=options.pop("fairness_key", "caller"), deadline=deadline, **options)
 
 
 def begin(
@@ -206,16 +207,16 @@ async def test_a_full_queue_refuses_the_next_request_and_says_when_to_come_back(
 async def test_one_caller_cannot_fill_the_queue_for_the_others(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    ready = begin(batcher, 1, 8, caller="many")  # in the batch that stands ready
-    many = [begin(batcher, 100 + 4 * n, 4, caller="many") for n in range(5)]
+    ready = begin(batcher, 1, 8, fairness_key="many")  # in the batch that stands ready
+    many = [begin(batcher, 100 + 4 * n, 4, fairness_key="many") for n in range(5)]
     await settle()
-    few = [begin(batcher, 200 + 5 * n, 5, caller="few") for n in range(2)]
+    few = [begin(batcher, 200 + 5 * n, 5, fairness_key="few") for n in range(2)]
     await settle()
     # Half of the queue is this caller's share: its next request is refused, and so is more of the other's.
     with pytest.raises(QueueFull, match="holds 20"):
-        await make(batcher, draw(210, 3), caller="few")
+        await make(batcher, draw(210, 3), fairness_key="few")
     with pytest.raises(QueueFull, match="holds 20"):
-        await make(batcher, draw(300, 4), caller="many")
+        await make(batcher, draw(300, 4), fairness_key="many")
     for _ in range(6):
         engine.released.release()
     assert [len((await task).pixels) for task in (first, ready, *many[:2], *few)] == [1, 8, 4, 4, 5, 5]
@@ -227,10 +228,10 @@ async def test_one_caller_cannot_fill_the_queue_for_the_others(engine: HeldEngin
 async def test_bulk_requests_take_no_room_of_others(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    many = begin(batcher, 1, 28, caller="many")
+    many = begin(batcher, 1, 28, fairness_key="many")
     await settle()
     with pytest.raises(QueueFull, match="holds 20"):
-        await make(batcher, draw(50), caller="few", bulk=True)
+        await make(batcher, draw(50), fairness_key="few", bulk=True)
     for _ in range(5):
         engine.released.release()
     await asyncio.gather(first, many)
@@ -334,9 +335,9 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine
 async def test_callers_have_turns_however_many_requests_they_send(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    greedy = [begin(batcher, 100 + n, caller="greedy") for n in range(18)]
+    greedy = [begin(batcher, 100 + n, fairness_key="greedy") for n in range(18)]
     await settle()
-    modest = begin(batcher, 7, caller="modest")
+    modest = begin(batcher, 7, fairness_key="modest")
     await settle()
     for _ in range(4):
         engine.released.release()
@@ -434,8 +435,8 @@ async def test_an_answer_that_cannot_be_written_hurts_nobody_else(engine: HeldEn
 
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    batcher.submit(draw(1), broken, caller="a", deadline=None)
-    other = begin(batcher, 2, caller="b")
+    batcher.submit(draw(1), broken, fairness_key="a", deadline=None)
+    other = begin(batcher, 2, fairness_key="b")
     await settle()
     for _ in range(2):
         engine.released.release()
@@ -449,7 +450,7 @@ async def test_a_batch_that_has_two_parts_of_a_request_takes_its_time_once(engin
     batcher = queue_of(engine, scheduler, metrics)
     first = begin(batcher, 0)
     await engine.wait_for_batch()
-    small, large = begin(batcher, 50, caller="a"), begin(batcher, 100, 16, caller="b")
+    small, large = begin(batcher, 50, fairness_key="a"), begin(batcher, 100, 16, fairness_key="b")
     await settle()
     for _ in range(4):
         engine.released.release()
@@ -495,7 +496,7 @@ async def test_two_cores_make_the_parts_of_a_request_at_a_time_and_they_come_bac
 async def test_a_worker_has_the_cores_of_the_others_while_they_compute_nothing(engine: HeldEngine) -> None:
     memory = os.memfd_create("board")
     os.ftruncate(memory, 4096)
-    mine, other = Board(memory, workers=2, mine=0), Board(memory, workers=2, mine=1)
+    mine, other = Scoreboard(memory, workers=2, mine=0), Scoreboard(memory, workers=2, mine=1)
     scheduler = Scheduler(2, mine)
     batcher = queue_of(engine, scheduler)
     for seed, running, at_once in ((0, 0, 2), (16, 1, 1), (32, 0, 2)):
@@ -583,7 +584,7 @@ def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core() -> None:
     assert not engine.wide_is_faster
 
 
-class Flickering(Board):
+class Flickering(Scoreboard):
     """The other worker computes, or does not, whenever one looks."""
 
     def others_running(self) -> int:
@@ -602,7 +603,7 @@ async def test_what_another_worker_does_meanwhile_loses_no_request(engine: HeldE
         engine.released.release()
     async with asyncio.timeout(WAIT_S):
         for first in range(0, 2000, 20):
-            made = await make(batcher, draw(first, 20), caller=first)
+            made = await make(batcher, draw(first, 20), fairness_key=first)
             assert made.pixels.ravel().tolist() == [seed % 256 for seed in range(first, first + 20)]
     await asyncio.to_thread(scheduler.close)
     os.close(memory)

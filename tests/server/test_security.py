@@ -48,11 +48,13 @@ from ganserve.v1 import administration_pb2 as admin_pb
 from ganserve.v1 import administration_pb2_grpc as admin_pb_grpc
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server import errors, tls, tokens
+from ganserve_server import errors
+from ganserve_server.auth import tls, token_file, tokens
+from ganserve_server.auth.security import Security
 from ganserve_server.errors import RateLimited
-from ganserve_server.requests import varint
-from ganserve_server.security import Security
+from ganserve_server.services.wire import varint
 from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
 
 Start = Callable[..., RunningServer]
 CA = trustme.CA()
@@ -83,10 +85,10 @@ def with_tls(tmp_path: Path) -> tuple[str | Path, ...]:
 
 def write_tokens(file: Path, *entries: dict[str, Any]) -> list[str]:
     """Write a tokens file; return the tokens."""
-    made = [tokens.new_token() for _ in entries]
+    made = [token_file.new_token() for _ in entries]
     file.unlink(missing_ok=True)
     for (_, digest), entry in zip(made, entries, strict=True):
-        tokens.add(file, {"name": "somebody", "roles": ["generate"], "sha256": digest} | entry)
+        token_file.add(file, {"name": "somebody", "roles": ["generate"], "sha256": digest} | entry)
     return [token for token, _ in made]
 
 
@@ -556,14 +558,14 @@ def test_a_file_that_changes_while_the_server_starts_is_read_again(
     (old,) = write_tokens(file := tmp_path / "tokens.toml", {})
     new: list[str] = []
 
-    def read_and_change(read: Path) -> list[tokens.Token]:
+    def read_and_change(read: Path) -> list[token_file.Token]:
         found = read_tokens(read)
         new[:] = new or write_tokens(file, {})
         return found
 
     read_tokens = tokens.read_tokens
     monkeypatch.setattr(tokens, "read_tokens", read_and_change)
-    guard = Security(ServerSettings(tokens_file=str(file)), None, tokens.Buckets())
+    guard = Security(ServerSettings(tokens_file=str(file)), None, SharedRates())
     assert guard.tokens is not None
 
     def name_of(token: str) -> str:
@@ -576,14 +578,14 @@ def test_a_file_that_changes_while_the_server_starts_is_read_again(
 
 
 def add(file: Path, name: str) -> None:
-    tokens.add(file, {"name": name, "roles": ["generate"], "sha256": tokens.new_token()[1]})
+    token_file.add(file, {"name": name, "roles": ["generate"], "sha256": token_file.new_token()[1]})
 
 
 def test_tokens_that_are_added_at_the_same_time_are_all_there(tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda number: add(file, f"t{number}"), range(40)))
-    assert {token.name for token in tokens.read_tokens(file)} == {f"t{number}" for number in range(40)}
+    assert {token.name for token in token_file.read_tokens(file)} == {f"t{number}" for number in range(40)}
 
 
 def test_a_token_is_added_where_a_link_leads_and_owner_and_mode_stay(tmp_path: Path) -> None:
@@ -601,7 +603,7 @@ def test_a_token_is_added_where_a_link_leads_and_owner_and_mode_stay(tmp_path: P
     after = file.stat()
     assert link.is_symlink()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
-    assert [token.name for token in tokens.read_tokens(file)] == ["first", "second"]
+    assert [token.name for token in token_file.read_tokens(file)] == ["first", "second"]
     with pytest.raises(ValueError, match="there is a token 'second' already"):
         add(link, "second")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["real.toml", "tokens.toml"]
@@ -702,9 +704,9 @@ def test_a_withdrawn_token_is_no_longer_let_in(start_server: Start, tmp_path: Pa
 
 
 def test_the_greatest_debt_and_the_longest_burst_are_counted() -> None:
-    digest = tokens.new_token()[1]
-    slowest = tokens.Token(name="a", sha256=digest, roles=("generate",), images_per_s=0.001, burst_images=1e9)
-    caller = tokens.Caller(slowest, tokens.Buckets())
+    digest = token_file.new_token()[1]
+    slowest = token_file.Token(name="a", sha256=digest, roles=("generate",), images_per_s=0.001, burst_images=1e9)
+    caller = tokens.Principal(slowest, SharedRates())
     caller.take(1_000_000_000)  # a burst of 30,000 years, and the machine is younger
     with pytest.raises(RateLimited) as caught:
         caller.take(1)

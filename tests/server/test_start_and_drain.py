@@ -34,10 +34,11 @@ from tests.conftest import START_TIMEOUT_S, RunningServer, ordinary_user
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.addresses import StartError, bind
-from ganserve_server.endpoint import Endpoint
+from ganserve_server.observe.http_endpoint import HttpEndpoint
+from ganserve_server.processes.systemd import notify
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
-from ganserve_server.systemd import notify
+from ganserve_server.start_errors import StartError
+from ganserve_server.transport.addresses import bind
 
 Start = Callable[..., RunningServer]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -284,7 +285,7 @@ import os, signal, sys
 
 class Finder:
     def find_spec(self, name, *_):
-        if name == "ganserve_server.cli":
+        if name == "ganserve_server.cli.main":
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 sum(range(1000))
@@ -719,7 +720,7 @@ def test_the_program_itself_tells_whether_a_server_of_its_settings_is_ready(star
 
 
 def test_a_server_that_loads_is_alive_and_not_ready() -> None:
-    endpoint = Endpoint("127.0.0.1:0", CollectorRegistry())
+    endpoint = HttpEndpoint("127.0.0.1:0", CollectorRegistry())
     assert endpoint.address is not None
     assert http_get(endpoint.address, "/readyz") == (503, "starting\n")
     assert http_get(endpoint.address, "/livez") == (200, "ok\n")
@@ -742,14 +743,14 @@ def test_a_scraper_that_asks_for_a_version_that_is_none_gets_the_usual_one(kind:
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    running = Endpoint("127.0.0.1:0", CollectorRegistry())
+def endpoint() -> Iterator[HttpEndpoint]:
+    running = HttpEndpoint("127.0.0.1:0", CollectorRegistry())
     yield running
     running.close()
 
 
-def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ganserve_server.endpoint._MAX_TIMEOUT_S", 0.5)
+def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ganserve_server.observe.http_endpoint._MAX_TIMEOUT_S", 0.5)
     assert endpoint.address is not None
     host, _, port = endpoint.address.rpartition(":")
     with socket.create_connection((host, int(port)), START_TIMEOUT_S) as peer:
@@ -763,8 +764,8 @@ def test_peers_that_send_byte_by_byte_are_cut_off(endpoint: Endpoint, monkeypatc
                         raise ConnectionResetError("closed")
 
 
-def test_of_too_many_scrapers_the_oldest_is_closed(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ganserve_server.endpoint._MAX_CONNECTIONS", 3)
+def test_of_too_many_scrapers_the_oldest_is_closed(endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ganserve_server.observe.http_endpoint._MAX_CONNECTIONS", 3)
     assert endpoint.address is not None
     host, _, port = endpoint.address.rpartition(":")
     with contextlib.ExitStack() as peers:

@@ -161,7 +161,7 @@ class Tell(logging.Handler):
     def emit(self, record):
         if record.msg == "serving":
             print(*sorted(name for name in sys.modules if name.partition(".")[0] == "opentelemetry"), flush=True)
-from ganserve_server import cli
+from ganserve_server.cli import main as cli
 configure = cli._configure_logs
 def configure_and_tell(settings):
     configure(settings)

@@ -19,9 +19,9 @@ from tests.server.test_security import CA, serial_of, write_certificate
 from tests.server.test_start_and_drain import failing_start, wait_for_sample
 
 from ganserve import Client, GanserveError
-from ganserve_server.addresses import bind, name
 from ganserve_server.errors import InvalidRequest, Unauthenticated
 from ganserve_server.transport import new_server
+from ganserve_server.transport.addresses import bind, name
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server
 from ganserve_server.transport.limits import Limits
 
@@ -182,7 +182,7 @@ def test_the_other_transport_is_not_imported(transport: str) -> None:
     program = """
 import asyncio, sys
 from types import SimpleNamespace
-from ganserve_server import admin_server, process
+from ganserve_server.processes import admin_listener, alone, worker
 from ganserve_server.transport import new_server
 from ganserve_server.transport.limits import Limits
 async def main():

@@ -25,7 +25,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.machine import cores
 from ganserve_server.settings import BUNDLED_MODELS
-from ganserve_server.workers import Board, Turns
+from ganserve_server.shared.scoreboard import AcceptOrder, Scoreboard
 
 Start = Callable[..., RunningServer]
 
@@ -419,14 +419,14 @@ def test_far_more_threads_than_cores_are_refused() -> None:
 def test_connections_that_are_kept_unused_do_not_send_the_next_ones_elsewhere() -> None:
     memory = os.memfd_create("board")
     os.ftruncate(memory, 2 * 6 * 8)
-    one, other = Board(memory, workers=2, mine=0), Board(memory, workers=2, mine=1)
+    one, other = Scoreboard(memory, workers=2, mine=0), Scoreboard(memory, workers=2, mine=1)
     one.set_connections(100)
     other.set_connections(5)
     for board, in_use in ((one, 5), (other, 5)):
         board.set_in_use(in_use)
-    assert Turns(one).mine()
-    assert Turns(other).mine()
+    assert AcceptOrder(one).may_accept()
+    assert AcceptOrder(other).may_accept()
     one.set_in_use(100)
-    assert not Turns(one).mine()
+    assert not AcceptOrder(one).may_accept()
     other.absent(1)
-    assert Turns(one).mine()
+    assert AcceptOrder(one).may_accept()

@@ -15,7 +15,7 @@ from tests.conftest import RunningServer
 from torch import Tensor, nn
 
 from ganserve import Client
-from ganserve_server.repository import load_version
+from ganserve_server.repository.verify import load_version
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export import export_module
 

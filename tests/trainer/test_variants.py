@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.repository import load_version
+from ganserve_server.repository.verify import load_version
 from ganserve_trainer import cli
 from ganserve_trainer.data.datasets import load_dataset
 from ganserve_trainer.errors import TrainerError

@@ -1,17 +1,21 @@
-"""HTTP/2 and gRPC, the server's side: its own, or grpcio's; services see of both what `interface` names."""
+"""The server's side of gRPC over HTTP/2: an own one, or grpcio's. Services see both through `interface`.
+
+Other packages may import `interface`, `addresses`, `credentials`, `limits` and `new_server`. Knows neither services nor
+models nor tokens. May import errors, the machine and the memory that workers share.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-# Not here: settings import this package, and grpc takes long to import, and reads its environment then.
+# Not imported here: settings import this package, and grpc is slow to import and reads its environment then.
 if TYPE_CHECKING:
-    from ganserve_server.security import Security
+    from ganserve_server.transport.credentials import Credentials
     from ganserve_server.transport.interface import Server
 
 
 def new_server(
     transport: Literal["own", "grpcio"],
-    security: "Security",
+    credentials: "Credentials",
     *,
     on_tls_failure: Callable[[OSError, str], None],
     on_aged: Callable[[], None] = lambda: None,
@@ -19,15 +23,15 @@ def new_server(
     on_turned_away: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> "Server":
-    """Return a server of a transport, with the options that both have. The other is not even imported."""
-    if transport == "grpcio":  # its core says nothing of connections
+    """Return a server of a transport, with the options that both have. The other transport is not imported."""
+    if transport == "grpcio":  # its core does not report connections
         from ganserve_server.transport.grpcio_server import GrpcioServer
 
-        return GrpcioServer(tls=security.pem, **options)
+        return GrpcioServer(tls=credentials.pem, **options)
     from ganserve_server.transport.grpc_server import GrpcServer
 
     return GrpcServer(
-        tls=security.context,
+        tls=credentials.context,
         on_tls_failure=on_tls_failure,
         on_aged=on_aged,
         on_ended=on_ended,

@@ -9,9 +9,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from ganserve_server.errors import ServingError, status_details
+from ganserve_server.shared.scoreboard import Scoreboard
 from ganserve_server.transport.interface import Call, Method, RequestSink, read_message
 from ganserve_server.transport.limits import Limits
-from ganserve_server.workers import Board
 
 CallT = TypeVar("CallT")
 
@@ -111,7 +111,7 @@ class BaseServer(Generic[CallT]):
         on_internal_error: Callable[[CallT, BaseException], None],
         limits: Limits,
         unawaited_services: Collection[str] = (),
-        board: Board | None = None,
+        board: Scoreboard | None = None,
         guard: Callable[[CallT], None] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()

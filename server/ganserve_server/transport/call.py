@@ -13,7 +13,7 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
 
@@ -36,12 +36,9 @@ from ganserve_server.transport.http2 import (
     Stream,
     literal,
 )
-from ganserve_server.transport.interface import Caller, RequestSink, Work
-from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES
-from ganserve_server.transport.pools import Holding
-
-if TYPE_CHECKING:
-    from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport.interface import Caller, Method, RequestSink, Work
+from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
+from ganserve_server.transport.pools import Holding, Pool
 
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _TIMEOUT_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -131,6 +128,27 @@ def read_head(fields: Fields) -> Head:
     )
 
 
+class CallServer(Protocol):
+    """The server, as its calls see it."""
+
+    loop: asyncio.AbstractEventLoop
+    methods: dict[str, Method]
+    limits: Limits
+    guard: Callable[["Http2Call"], None] | None
+    tasks: set[asyncio.Task[None]]
+    requests: Pool
+    unguarded: Pool
+    answers: Pool
+    on_refused: Callable[["Http2Call", ServingError], None]
+    on_internal_error: Callable[["Http2Call", BaseException], None]
+
+    def new_request_id(self) -> str:
+        """Return an id that no other call has."""
+
+    def on_finished(self, call: "Http2Call", code: grpc.StatusCode, text: str) -> None:
+        """Record a call that has ended."""
+
+
 class Http2Call(Stream):
     """One call. `reply` or `fail` ends it; `write` and `finish` answer with many messages."""
 
@@ -164,7 +182,7 @@ class Http2Call(Stream):
         "work",
     )
 
-    def __init__(self, server: "GrpcServer", connection: Connection[Head], stream_id: int, head: Head) -> None:
+    def __init__(self, server: CallServer, connection: Connection[Head], stream_id: int, head: Head) -> None:
         super().__init__(stream_id)
         self.server, self.connection, self.head = server, connection, head
         self.method = server.methods.get(head.path)
@@ -222,8 +240,8 @@ class Http2Call(Stream):
         return self._headers_sent
 
     @property
-    def turn_of(self) -> object:
-        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+    def fairness_key(self) -> object:
+        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
         return self.connection if self.caller is None else self.caller.name
 
     @property
@@ -234,7 +252,7 @@ class Http2Call(Stream):
     @property
     def key(self) -> object:
         """Whose share of the memory for requests and answers it takes."""
-        return self.turn_of
+        return self.fairness_key
 
     def _admit(self) -> None:
         """Find out who calls, and open the method; what is denied is so before its body comes."""

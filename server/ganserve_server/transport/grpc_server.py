@@ -21,13 +21,13 @@ import grpc
 
 from ganserve_server.errors import Unavailable
 from ganserve_server.machine import give_back_memory
+from ganserve_server.shared.scoreboard import AcceptOrder
 from ganserve_server.transport.answering import BaseServer
 from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
 from ganserve_server.transport.http2 import CANCEL, GOAWAY_TIMEOUT_S, Connection
 from ganserve_server.transport.limits import Limits
 from ganserve_server.transport.pools import Pool
 from ganserve_server.transport.turns import LoopTurns
-from ganserve_server.workers import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class GrpcServer(BaseServer[Http2Call]):
         self._silent: dict[socket, asyncio.TimerHandle] = {}  # new connections
         # Oldest first, each with its start.
         self._handshakes: dict[socket, tuple[asyncio.Task[None], float]] = {}
-        self._turns = None if self._board is None else Turns(self._board)
+        self._accept_order = None if self._board is None else AcceptOrder(self._board)
         self._unused = 0  # connections without a call of late
         self._unused_ones: deque[Connection[Head]] = deque()  # that can make place for others
         self._searched = 0.0  # for those, by time.monotonic
@@ -224,7 +224,7 @@ class GrpcServer(BaseServer[Http2Call]):
         until, pause_s = time.perf_counter() + _ACCEPT_S, 0.0
         while not pause_s and time.perf_counter() < until:
             # The worker that has fewer is woken too.
-            if self._turns is not None and not self._turns.mine():
+            if self._accept_order is not None and not self._accept_order.may_accept():
                 pause_s = _YIELD_S
                 break
             try:
@@ -235,8 +235,8 @@ class GrpcServer(BaseServer[Http2Call]):
                 _log.error("a connection cannot be accepted", extra={"reason": str(error)})
                 pause_s = _ACCEPT_PAUSE_S
                 break
-            if self._turns is not None:
-                self._turns.take()
+            if self._accept_order is not None:
+                self._accept_order.accepted()
             self._take(accepted, address_of(place))
         if pause_s:
             self.loop.remove_reader(listening)

@@ -19,7 +19,6 @@ from typing import Any, NoReturn, cast
 import grpc
 
 from ganserve_server.errors import MessageTooLarge, Unavailable
-from ganserve_server.tls import Pem
 from ganserve_server.transport.answering import (
     REQUEST_ID_KEY,
     Aborted,
@@ -30,6 +29,7 @@ from ganserve_server.transport.answering import (
     request_id_of,
     spawn,
 )
+from ganserve_server.transport.credentials import Pem
 from ganserve_server.transport.interface import Caller, Method, Work
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 
@@ -73,8 +73,8 @@ class GrpcioCall:
         self._status: tuple[grpc.StatusCode, str, bytes] = (grpc.StatusCode.OK, "", b"")
 
     @property
-    def turn_of(self) -> object:
-        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+    def fairness_key(self) -> object:
+        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
         return self.peer if self.caller is None else self.caller.name
 
     @property

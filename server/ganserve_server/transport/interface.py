@@ -90,8 +90,8 @@ class Call(Protocol):
         """Whether some of the answer was sent before the last of it."""
 
     @property
-    def turn_of(self) -> object:
-        """Who takes turns with others: whose token it is; without one the connection, perhaps a proxy's."""
+    def fairness_key(self) -> object:
+        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
 
     @property
     def peer(self) -> str:

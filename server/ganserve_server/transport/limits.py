@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+MAX_REFLECTION_STREAMS = 20  # at a time, of one caller or connection
 MAX_HEADER_LIST_BYTES = 16384  # of a request, by RFC 9113's count (6.5.2)
 
 

@@ -1,0 +1,159 @@
+"""Guards an address with TLS and tokens. Their files may change while the server runs."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from socket import AF_INET6, socket
+
+from ganserve_server.auth.tls import Certificates
+from ganserve_server.auth.token_file import Role
+from ganserve_server.auth.tokens import Tokens
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
+from ganserve_server.start_errors import StartError
+from ganserve_server.transport.credentials import Pem
+from ganserve_server.transport.interface import Call
+
+_log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 2.0
+
+
+class Security:
+    """The certificates and tokens of a process; either may be None.
+
+    Args:
+        settings: name the files.
+        metrics: of this process; None in a supervisor, because its workers have them.
+        rates: where the tokens' rates are counted.
+
+    Raises:
+        StartError: a file cannot be used.
+    """
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics | None, rates: SharedRates) -> None:
+        self._files = {
+            "certificates": _named(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file),
+            "tokens": _named(settings.tokens_file),
+        }
+        # Before the files are read, so that a change during the reading is noticed later.
+        self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
+        self.certificates = certificates_of(settings, metrics)
+        self.tokens = tokens_of(settings, metrics, rates)
+        self._metrics = metrics
+        self._log_expired()
+        self._parts = {"certificates": self.certificates, "tokens": self.tokens}
+
+    @property
+    def context(self) -> Callable[[], ssl.SSLContext] | None:
+        """Returns the TLS context for a new connection; None without TLS."""
+        certificates = self.certificates
+        return None if certificates is None else lambda: certificates.context
+
+    @property
+    def pem(self) -> Callable[[], Pem] | None:
+        """Returns the same as PEM, for a transport that does TLS itself; None without TLS."""
+        certificates = self.certificates
+        return None if certificates is None else lambda: certificates.pem
+
+    def guard(self, role: Role) -> Callable[[Call], None] | None:
+        """Return a function that identifies the caller, and raises if it lacks the role; None if everyone may call."""
+        tokens = self.tokens
+        if tokens is None:
+            return None
+
+        def check(call: Call) -> None:
+            call.caller = caller = tokens.identify(call.metadata)
+            caller.check(role)
+            if call.method is not None and not call.method.counts_images:
+                caller.take(1)
+
+        return check
+
+    def refresh(self) -> None:
+        """Read changed files again; if one cannot be used, log that and keep what was read before."""
+        for kind, seen in self._seen.items():
+            part = self._parts[kind]
+            assert part is not None
+            if (state := _state(self._files[kind])) == seen:
+                continue
+            self._seen[kind] = state
+            try:
+                facts, kept_out = part.reload(), False
+            except StartError as error:
+                kept_out = True
+                _log.error("what was read before stays in use", extra={"kind": kind, "reason": str(error)})
+            else:
+                _log.info("read again", extra={"kind": kind} | facts)
+                if kind == "certificates":
+                    self._log_expired()
+            if self._metrics is not None:
+                self._metrics.file_reloads.labels(kind, "kept_out" if kept_out else "loaded").inc()
+                self._metrics.files_kept_out.labels(kind).set(kept_out)
+
+    def _log_expired(self) -> None:
+        for kind, end in (self.certificates.expired if self.certificates else {}).items():
+            _log.error("a certificate has expired", extra={"certificate": kind, "since": end.isoformat()})
+
+    async def watch(self) -> None:
+        """Refresh every two seconds: not every kernel reports changes of mounted secrets, which are links."""
+        while self._seen:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            self.refresh()
+
+    def warn_if_open(self, sockets: list[socket], flag: str) -> None:
+        """Log a warning if anyone on the network may call, or tokens travel in plain text."""
+        if all(_is_loopback(bound) for bound in sockets):
+            return
+        if self.tokens is None and not (self.certificates and self.certificates.asks_callers):
+            _log.warning(
+                "anyone who reaches this address may call: there is neither --tokens-file nor --tls-client-ca-file",
+                extra={"flag": flag},
+            )
+        elif self.certificates is None:
+            _log.warning("tokens come in plain text: there is no --tls-certificate-file", extra={"flag": flag})
+
+
+def certificates_of(settings: ServerSettings, metrics: Metrics | None) -> Certificates | None:
+    """Read the certificates, if the settings name any.
+
+    Raises:
+        StartError: they cannot be used.
+    """
+    named = settings.tls_certificate_file or settings.tls_key_file or settings.tls_client_ca_file
+    return Certificates(settings, metrics) if named else None
+
+
+def tokens_of(settings: ServerSettings, metrics: Metrics | None, rates: SharedRates) -> Tokens | None:
+    """Read the tokens, if the settings name a file.
+
+    Raises:
+        StartError: it cannot be used.
+    """
+    if not settings.tokens_file:
+        return None
+    return Tokens(settings.tokens_file, rates, None if metrics is None else metrics.caller_limited)
+
+
+def _named(*files: str) -> tuple[Path, ...]:
+    return tuple(Path(file) for file in files if file)
+
+
+def _state(files: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
+    """Return values that differ if a file has changed."""
+    states: list[tuple[int, ...] | None] = []
+    for file in files:
+        try:
+            told = file.stat()
+            states.append((told.st_mtime_ns, told.st_size, told.st_ino, told.st_dev))
+        except OSError:
+            states.append(None)
+    return states
+
+
+def _is_loopback(bound: socket) -> bool:
+    host = str(bound.getsockname()[0])
+    return host == "::1" if bound.family == AF_INET6 else host.startswith("127.")

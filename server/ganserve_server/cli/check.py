@@ -1,0 +1,91 @@
+"""`ganserve-server config --check`: whether a server could start with its settings, and callers reach it."""
+
+import contextlib
+import errno
+import itertools
+from collections.abc import Iterator
+
+from ganserve_server.auth.security import certificates_of, tokens_of
+from ganserve_server.repository.scan import find_misplaced, find_versions, require_models
+from ganserve_server.repository.verify import ModelRejected, load_version
+from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
+from ganserve_server.start_errors import StartError
+from ganserve_server.transport.addresses import bind, places
+
+
+def problems_of(settings: ServerSettings) -> list[str]:
+    """Do what a server does when it starts, up to listening; return the problems.
+
+    Models are loaded on the CPU, one after the other and in one thread, because a server may be running.
+    """
+    found: list[str] = []
+
+    @contextlib.contextmanager
+    def collecting() -> Iterator[None]:
+        try:
+            yield
+        except StartError as error:
+            found.append(str(error))
+
+    with collecting():
+        require_models(settings.models)
+        found += _rejected(settings)
+    with collecting():
+        certificates = certificates_of(settings, None)
+        files = {"server": settings.tls_certificate_file, "client_ca": settings.tls_client_ca_file}
+        for kind, end in (certificates.expired if certificates else {}).items():
+            found.append(f"a certificate in {files[kind]} has expired, on {end:%Y-%m-%d at %H:%M} UTC")
+    with collecting():
+        tokens_of(settings, None, SharedRates())
+    addresses = {
+        "--address": settings.address,
+        "--metrics-address": settings.metrics_address,
+        "--admin-address": settings.admin_address,
+    }
+    sound: dict[str, set[tuple[str, int]]] = {}
+    for flag, address in addresses.items():
+        if address != "off" or flag == "--address":
+            with collecting():
+                _try(address, flag)
+                sound[flag] = {place[:2] for _, place in places(address, flag)}
+    for one, other in itertools.combinations(sound, 2):
+        if any(_overlap(*pair) for pair in itertools.product(sound[one], sound[other])):
+            found.append(f"{one} {addresses[one]} and {other} {addresses[other]} are in each other's way")
+    return found
+
+
+def _rejected(settings: ServerSettings) -> Iterator[str]:
+    """Yield a line for each file that a server would not serve, with the reason."""
+    for path, reason in find_misplaced(settings.models):
+        yield f"{path} would be kept out: {reason}"
+    versions = find_versions(settings.models)
+    for name, of_model in itertools.groupby(versions, key=lambda version: version[0]):
+        served = 0
+        for _, number, path in reversed(list(of_model)):
+            if served == settings.most_versions:
+                break
+            try:
+                load_version(name, number, path, max_model_mib=settings.max_model_mib, provider="cpu", threads=1)
+                served += 1
+            except ModelRejected as error:
+                yield f"{path} would be kept out: {error}"
+            except Exception as error:  # a file from outside can cause any exception in the libraries
+                yield f"{path} would be kept out: the file could not be read ({' '.join(str(error).split())})"
+
+
+def _try(address: str, flag: str) -> None:
+    """Bind an address, unless it is in use, probably by a server that runs with these settings."""
+    try:
+        for bound in bind(address, flag):
+            bound.close()
+    except StartError as error:
+        if not (isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE):
+            raise
+
+
+def _overlap(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    (host, port), (other_host, other_port) = one, other
+    hosts = {host, other_host}
+    of_all = "::" in hosts or ("0.0.0.0" in hosts and not any(":" in each for each in hosts))
+    return port == other_port != 0 and (host == other_host or of_all)

@@ -1,0 +1,271 @@
+"""The `ganserve-server` program: its flags are the fields of ServerSettings."""
+
+import asyncio
+import http.client
+import inspect
+import json
+import logging
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection
+from typing import Annotated, Any
+
+import structlog
+import typer
+from pydantic import ValidationError
+
+from ganserve_server.cli import admin as admin_commands
+from ganserve_server.cli import token as token_commands
+from ganserve_server.cli.problems import print_problems
+from ganserve_server.settings import (
+    BUNDLED_MODELS,
+    CONFIG_VARIABLE,
+    ENVIRONMENT_PREFIX,
+    ServerSettings,
+    allowed,
+    check_config,
+    check_environment,
+    read_config,
+)
+from ganserve_server.start_errors import SettingsError, StartError
+from ganserve_server.transport.addresses import reachable
+
+_log = logging.getLogger(__name__)
+
+_HEALTH_TIMEOUT_S = 4.0
+
+
+def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
+    """Serve images from a repository of ONNX generators over gRPC.
+
+    Answers GenerationService, the Open Inference Protocol, grpc.health.v1 and server reflection. A flag goes before its
+    environment variable, that before the file of --config. SIGTERM drains and exits with status 0.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    values: dict[str, Any] = given
+    try:
+        if config:
+            in_file = read_config(config)
+            values = in_file | given
+            check_config(in_file, config)
+        check_environment()
+        context.obj = settings = ServerSettings(**values)
+    except (SettingsError, ValidationError) as error:
+        problems = [str(error)] if isinstance(error, SettingsError) else _explain(error, given, config)
+        if context.invoked_subcommand:
+            print_problems(problems)
+        else:
+            _configure_logs(values.get("log_format", "auto"))
+            for problem in problems:
+                _log.error("cannot start", extra={"reason": problem})
+        raise typer.Exit(2) from error
+    if context.invoked_subcommand:
+        return
+    _configure_logs(settings.log_format)
+    # Imported late, so that --help and a wrong flag do not wait for grpc and onnxruntime.
+    from ganserve_server.processes import app
+
+    async def run() -> None:
+        stop, reload = asyncio.Event(), asyncio.Event()
+        app.handle_signals(asyncio.get_running_loop(), stop, reload)
+        await app.serve(settings, stop, reload)
+
+    try:
+        asyncio.run(run())
+    except StartError as error:
+        _log.error("cannot start", extra={"reason": str(error)})
+        raise typer.Exit(1) from error
+
+
+def _explain(error: ValidationError, given: Collection[str], config: str | None) -> list[str]:
+    """Describe each wrong setting: where it is set, its value, and the rule."""
+    told = []
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
+        own = problem["type"] == "value_error"
+        rule = problem["msg"].removeprefix("Value error, ") if own else f"it must be {allowed(name)}"
+        told.append(f"{place} is {problem['input']!r}; {rule}")
+    return told
+
+
+def _doctor(
+    context: typer.Context,
+    provider: Annotated[
+        str | None, typer.Option(help="auto, cuda, tensorrt or cpu.", show_default="as the server has it")
+    ] = None,
+) -> None:
+    """Say what this machine has, and on what a server would compute here; exit status 1 if not as asked for."""
+    from ganserve_server.cli import doctor
+
+    settings: ServerSettings = context.obj
+    if provider not in (None, "auto", "cuda", "tensorrt", "cpu"):
+        raise typer.BadParameter(f"{provider!r} is none of auto, cuda, tensorrt and cpu", param_hint="--provider")
+    lines, as_asked = doctor.examine(settings.model_copy(update={"provider": provider or settings.provider}))
+    print("\n".join(lines))
+    if not as_asked:
+        raise typer.Exit(1)
+
+
+def _health(context: typer.Context) -> None:
+    """Ask the server of these settings, by its metrics address, whether it is ready; exit status 1 if it is not."""
+    settings: ServerSettings = context.obj
+    host, _, port = settings.metrics_address.rpartition(":")
+    if not host:
+        print("ganserve-server: there is no --metrics-address to ask", file=sys.stderr)
+        raise typer.Exit(2)
+    try:
+        with urllib.request.urlopen(f"http://{reachable(host)}:{port}/readyz", timeout=_HEALTH_TIMEOUT_S) as response:
+            told = response.read().decode().strip()
+    except urllib.error.HTTPError as error:
+        told = error.read().decode().strip()
+    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
+        told = f"no answer from {settings.metrics_address}: {getattr(error, 'reason', error)}"
+    if told != "ok":
+        print(f"not ready: {told}", file=sys.stderr)
+        raise typer.Exit(1)
+    print("ready")
+
+
+def _config(
+    context: typer.Context,
+    check: Annotated[bool, typer.Option("--check", help="Say instead whether a server could start with them.")] = False,
+) -> None:
+    """Print the settings as a server would have them, each with where it comes from: TOML that --config reads.
+
+    There are no secrets among them: keys and tokens stay in their files, of which the settings have the names.
+
+    With --check the files that they name are read, the models loaded and the addresses tried, as by a server that
+    starts, but on the CPU (`doctor` tells of the GPU), and an address may be in use, as by the server that runs. Each
+    problem is a line, each model file that would be kept out, too; exit status 1 if there is one.
+    """
+    parent = context.parent
+    assert parent is not None
+    settings: ServerSettings = context.obj
+    if check:
+        from ganserve_server.cli.check import problems_of
+
+        if problems := problems_of(settings):
+            print_problems(problems)
+            raise typer.Exit(1)
+        print("ok")
+        return
+    file = parent.params["config"]
+    in_file = read_config(file) if file else {}
+    for name, value in settings.model_dump(mode="json").items():
+        source = parent.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            told = _flag(name)
+        elif source is not None and source.name == "ENVIRONMENT":
+            told = _variable(name)
+        else:
+            told = _toml(file)[1:-1] if name in in_file else "default"
+        print(f"{name} = {_toml(value)}  # {told}")
+
+
+def _bounds(context: typer.Context) -> None:
+    """Print what clients may have a server of these settings keep and do, and the worst case of its memory."""
+    from ganserve_server.cli.bounds import page
+
+    settings: ServerSettings = context.obj
+    print("\n".join(page(settings.limits)))
+
+
+def _toml(value: object) -> str:
+    """Write a number or a text as TOML: as JSON, apart from a character that TOML escapes."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f").encode("utf-8", "backslashreplace").decode()
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _variable(name: str) -> str:
+    return (ENVIRONMENT_PREFIX + name).upper()
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """Return a flag for each setting, so that name, type, help and default are written only once."""
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    config = inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            str | None, typer.Option("--config", help="TOML file of these settings.", envvar=CONFIG_VARIABLE)
+        ],
+    )
+    parameters = [context, config]
+    for name, field in ServerSettings.model_fields.items():
+        # Texts, which ServerSettings checks: an error reads the same for a flag, a variable and a file.
+        kind = "<int>" if field.annotation is int else "<float>" if field.annotation is float else None
+        help_ = typer.Option(
+            _flag(name),
+            metavar=kind,
+            help=field.description,
+            envvar=_variable(name),
+            show_default=_default(field.default),
+        )
+        option = Annotated[str | None, help_]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    return parameters
+
+
+def _default(value: object) -> str:
+    return "the bundled models" if value == BUNDLED_MODELS else str(value)
+
+
+def _configure_logs(log_format: str) -> None:
+    """Send all log records, also of libraries, to standard error: as JSON lines, or coloured on a terminal."""
+    console = log_format == "console" or (log_format != "json" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[Any] = (
+        [structlog.dev.ConsoleRenderer()]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    )
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+
+
+_serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Run the program."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.callback(invoke_without_command=True, help=_help(_serve))(_serve)
+    commands: dict[str, Callable[..., None]] = {
+        "config": _config,
+        "bounds": _bounds,
+        "health": _health,
+        "doctor": _doctor,
+    }
+    for name, command in commands.items():
+        app.command(name, help=_help(command))(command)
+    token = typer.Typer(help="Make, list and withdraw the tokens of a file.", no_args_is_help=True)
+    for name, command in token_commands.COMMANDS.items():
+        token.command(name, help=_help(command))(command)
+    app.add_typer(token, name="token")
+    admin = typer.Typer(no_args_is_help=True)
+    admin.callback(help=_help(admin_commands.admin))(admin_commands.admin)
+    for name, command in admin_commands.COMMANDS.items():
+        admin.command(name, help=_help(command))(command)
+    app.add_typer(admin, name="admin")
+    app()
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Return a docstring with each paragraph on one line, so that it is wrapped at the terminal's width."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n"))

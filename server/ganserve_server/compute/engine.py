@@ -1,0 +1,277 @@
+"""Runs one model: draws the latents of seeds, as the wire contract defines them, and runs an onnxruntime session."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ganserve_server.compute.cuda import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
+from ganserve_server.compute.gpu import (
+    CPU,
+    CUDA,
+    PROBES,
+    TENSORRT,
+    BucketRunner,
+    Feeds,
+    GpuOptions,
+    Providers,
+    cuda_providers,
+    tensorrt_providers,
+)
+
+_log = logging.getLogger(__name__)
+
+Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
+
+_TIMED_IMAGES = 8
+# Repeat each timing: one disturbed run would pick the wrong session permanently. All cores are tried until they win.
+_LEAST_TRIES, _TIMED_S, _WIDE_TIMED_S = 3, 0.01, 0.05
+# Below this, one core is faster: threads of the other cores fall asleep between calls, which the timing does not show.
+_SHORT_S = 0.0002
+
+
+class ProviderUnavailable(Exception):  # noqa: N818
+    """The provider that was asked for does not run on this machine."""
+
+
+class SessionRefused(Exception):  # noqa: N818
+    """Onnxruntime refuses the model."""
+
+
+@dataclass(slots=True)  # not frozen: that doubles what making one costs
+class Draw:
+    """The images to make, by seeds or by latents already scaled by truncation; with labels for conditional models."""
+
+    count: int
+    seeds: NDArray[np.uint32] | None  # [count]
+    latents: NDArray[np.float32] | None  # [count, latent_dim]
+    labels: NDArray[np.int64] | None  # [count]
+    truncation: float
+
+    def part(self, start: int, stop: int) -> "Draw":
+        """Return images start to stop of these."""
+        seeds = None if self.seeds is None else self.seeds[start:stop]
+        latents = None if self.latents is None else self.latents[start:stop]
+        labels = None if self.labels is None else self.labels[start:stop]
+        return Draw(stop - start, seeds, latents, labels, self.truncation)
+
+
+class Engine:
+    """The onnxruntime sessions of one model: one for the calling thread and one for all cores, or one on a GPU.
+
+    Batches may run at the same time, each in its own thread: onnxruntime releases Python's lock.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        latent_dim: int,
+        provider: Provider,
+        threads: int,
+        *,
+        gpu: GpuOptions = GpuOptions(),  # noqa: B008
+        classes: int = 0,
+    ) -> None:
+        """Open the sessions.
+
+        Args:
+            model: the ONNX file.
+            latent_dim: the size of its latents.
+            provider: what to run it on.
+            threads: of the session for all cores.
+            gpu: how to use a GPU.
+            classes: the number of classes; 0: the model takes no labels.
+
+        Raises:
+            ProviderUnavailable: CUDA or TensorRT was asked for and is not what runs.
+            SessionRefused: onnxruntime refuses the model.
+        """
+        self._latent_dim = latent_dim
+        self._of_thread = threading.local()
+        wanted: list[Providers] = []  # the best first
+        if provider == "tensorrt":
+            wanted.append(tensorrt_providers(gpu, latent_dim, conditional=classes > 0))
+        elif provider == "cuda" or (provider == "auto" and nvidia_driver()):
+            wanted += [cuda_providers(gpu, graphs=True), cuda_providers(gpu, graphs=False)]
+        if wanted:
+            load_cuda_libraries()
+        failure = ""
+        try:
+            self._session, failure = _first_that_opens(model, [*wanted, [CPU]])
+            self.provider: str = self._session.get_providers()[0]
+            self.inputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
+            self.outputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
+            self.on_cpu = self.provider == CPU
+            several = self.on_cpu and threads > 1
+            self._wide_session = _session(model, [CPU], threads) if several else self._session
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            raise SessionRefused(f"onnxruntime refuses the model: {error}") from error
+        if provider == "cuda" and self.provider != CUDA:
+            raise _unavailable("CUDA", self.provider, why_no_cuda(), failure)
+        if provider == "tensorrt" and self.provider != TENSORRT:
+            raise _unavailable("TensorRT", self.provider, why_no_tensorrt(), failure)
+        if wanted and self.on_cpu:
+            _log.warning(
+                "the GPU is not used", extra={"reason": _reason(why_no_cuda(), failure), "provider": self.provider}
+            )
+        elif failure:
+            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+        self._gpu, self._classes = gpu, classes
+        self._runner: BucketRunner | None = None
+        self._reopen: Callable[[], onnxruntime.InferenceSession] | None = None
+        if self.provider == CUDA and not failure:
+            self._reopen = lambda: _session(model, wanted[-1], 1)
+        self._call_s = self._image_s = 0.0
+        self.wide_is_faster = False
+
+    def warm_up(self, image_shape: tuple[int, int, int]) -> None:
+        """Prepare the GPU. The inputs and outputs of the model must have been checked against its card."""
+        if self.on_cpu:
+            return
+        labels = np.arange(PROBES) % self._classes if self._classes else None
+        draw = Draw(PROBES, np.arange(PROBES, dtype=np.uint32), None, labels, 1.0)
+        probes, reopen, failure = self.feeds([draw]), self._reopen, ""
+        self._reopen = None  # frees the file's bytes
+        try:
+            self._bind(image_shape, probes)
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            if reopen is None:
+                raise
+            failure = str(error)
+        if failure and reopen:  # here the error no longer keeps the failed session alive
+            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+            self._session = self._wide_session = reopen()
+            self._bind(image_shape, probes)
+
+    @property
+    def buckets(self) -> list[int]:
+        """The batch sizes that the GPU computes; none on the CPU, which computes any size."""
+        return self._runner.sizes if self._runner else []
+
+    def padding(self, count: int) -> int:
+        """Return how many images are made and discarded to fill up a batch of `count`."""
+        return self._runner.padding(count) if self._runner else 0
+
+    def measure(self, label: int | None) -> None:
+        """Warm up, and time both sessions on one image, and one session on several."""
+
+        def least_s(count: int, *, wide: bool = False, until_s: float = 0.0, longest_s: float = _TIMED_S) -> float:
+            """Return the shortest time of a batch in several tries, which end when one is below `until_s`."""
+            labels = None if label is None else np.full(count, label, np.int64)
+            draw = Draw(count, np.arange(count, dtype=np.uint32), None, labels, 1.0)
+            begun = time.perf_counter()
+            took: list[float] = []
+            while len(took) < _LEAST_TRIES or (time.perf_counter() - begun < longest_s and min(took) >= until_s):
+                started = time.perf_counter()
+                self.run([draw], wide=wide)
+                took.append(time.perf_counter() - started)
+            return min(took)
+
+        several = self.buckets[-1] if self.buckets else _TIMED_IMAGES
+        one_s = least_s(1)
+        several_s = least_s(several)
+        if self._wide_session is not self._session and one_s > _SHORT_S:
+            wide_s = least_s(1, wide=True, until_s=one_s, longest_s=_WIDE_TIMED_S)
+            one_s = min(one_s, least_s(1))  # again: it may have been disturbed
+            self.wide_is_faster = max(wide_s, _SHORT_S) < one_s
+        if not self.wide_is_faster:
+            self._wide_session = self._session  # frees its weights
+        self._image_s = max(0.0, several_s - one_s) / max(1, several - 1)
+        self._call_s = max(0.0, one_s - self._image_s)
+
+    @property
+    def least_batch(self) -> int:
+        """The number of images whose own time exceeds the fixed cost of a batch."""
+        return math.ceil(self._call_s / max(self._image_s, 1e-9))
+
+    def seconds_for(self, images: int) -> float:
+        """Estimate how long a batch takes on one core."""
+        return self._call_s + images * self._image_s
+
+    def run(self, draws: list[Draw], *, wide: bool = False) -> NDArray[np.uint8]:
+        """Make the images of all draws in one batch, in order: [n, height, width, channels].
+
+        Args:
+            draws: the images to make.
+            wide: use all cores instead of the calling thread.
+        """
+        return self.compute(self.feeds(draws), wide=wide)
+
+    def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
+        """Make the images of a batch; this holds Python's lock only at the start and at the end."""
+        if self._runner is not None:
+            return self._runner.run(feeds)
+        pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
+        return pixels
+
+    def _bind(self, image_shape: tuple[int, int, int], probes: Feeds) -> None:
+        gpu = self._gpu
+        self._runner = BucketRunner(self._session, image_shape, probes, gpu.max_batch_size, device_id=gpu.device)
+
+    def feeds(self, draws: list[Draw]) -> Feeds:
+        """Return the model's inputs for one batch of all draws, in order."""
+        feeds: dict[str, NDArray[Any]] = {"latent": self._latents(draws)}
+        labels = [draw.labels for draw in draws if draw.labels is not None]
+        if labels:
+            feeds["label"] = labels[0] if len(labels) == 1 else np.concatenate(labels)
+        return feeds
+
+    def _latents(self, draws: list[Draw]) -> NDArray[np.float32]:
+        latents = np.empty((sum(draw.count for draw in draws), self._latent_dim), np.float32)
+        # Seeding a generator again costs 5 µs an image, making a new one 94 µs; the numbers are the same.
+        random = getattr(self._of_thread, "random", None)
+        if random is None:
+            random = self._of_thread.random = np.random.RandomState(0)
+        seed, standard_normal, size = random.seed, random.standard_normal, self._latent_dim
+        row = 0
+        for draw in draws:
+            first, row = row, row + draw.count
+            if draw.seeds is None:
+                latents[first:row] = draw.latents
+                continue
+            for index, number in enumerate(draw.seeds.tolist(), first):
+                seed(number)
+                latents[index] = standard_normal(size)
+            if draw.truncation != 1.0:
+                latents[first:row] *= np.float32(draw.truncation)
+        return latents
+
+
+def _first_that_opens(model: bytes, choices: list[Providers]) -> tuple[onnxruntime.InferenceSession, str]:
+    """Open a session on the first choice that works; also return why an earlier choice failed, if one did."""
+    failure = ""
+    for providers in choices[:-1]:
+        try:
+            return _session(model, providers, 1), failure
+        except Exception as error:  # onnxruntime's exceptions have no common root
+            failure = str(error)
+    return _session(model, choices[-1], 1), failure
+
+
+def _unavailable(asked: str, runs: str, reason: str, failure: str) -> ProviderUnavailable:
+    return ProviderUnavailable(
+        f"{asked} was asked for, but onnxruntime would run on {runs.removesuffix('ExecutionProvider')}: "
+        f"{_reason(reason, failure)}; mend that (`ganserve-server doctor` tells all it finds), "
+        "or use --provider auto or cpu"
+    )
+
+
+def _reason(reason: str, failure: str) -> str:
+    return f"{reason} ({failure})" if failure else reason
+
+
+def _session(model: bytes, providers: Providers, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin between batches take the cores that answer the calls.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4
+    # onnxruntime's own fallback is silent and forgets the options.
+    return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)

@@ -1,0 +1,26 @@
+"""A model version that was loaded and verified, ready to run."""
+
+from dataclasses import dataclass, field
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.compute.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelVersion:
+    """A model that passed all rules, ready to run."""
+
+    name: str
+    version: int
+    digest: str
+    card: pb.ModelCard
+    engine: Engine
+    answer: bytes  # serialised: what every GenerateImagesResponse of this version says
+
+    classes: int = field(init=False)
+    pixel_bytes: int = field(init=False)  # of one image
+
+    def __post_init__(self) -> None:
+        """Read from the card, once, what every request needs: protobuf's fields are slow."""
+        object.__setattr__(self, "classes", len(self.card.class_names))
+        object.__setattr__(self, "pixel_bytes", self.card.height * self.card.width * self.card.channels)

@@ -1,0 +1,164 @@
+"""Starts the server, as one process or as several, and stops it without losing a call."""
+
+import asyncio
+import contextlib
+import importlib
+import importlib.metadata
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ganserve_server.auth.security import Security
+from ganserve_server.compute.cuda import nvidia_driver
+from ganserve_server.machine import cores, memory_limit
+from ganserve_server.observe.http_endpoint import HttpEndpoint
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.processes.admin_listener import AdminListener
+from ganserve_server.processes.administration import WorkersAdministration
+from ganserve_server.processes.channel import WORKER_VARIABLE, SupervisorChannel
+from ganserve_server.processes.reports import ReportServing, report_draining, why_not_ready
+from ganserve_server.processes.supervisor import Supervisor
+from ganserve_server.processes.systemd import notify, reloading
+from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
+from ganserve_server.transport.addresses import bind, name
+
+_log = logging.getLogger(__name__)
+
+# The memory of a worker without a model, and for each byte of a model file: 1.5 times what was measured.
+_WORKER_BYTES, _BYTES_PER_FILE_BYTE = 140 << 20, 3
+_NO_LIMIT = 1 << 60  # of bytes
+_LONGEST_END_S = 5.0  # what the end of a worker may take beside the drain
+
+
+async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain; whenever `reload` is set, look for changes in the repository.
+
+    Raises:
+        StartError: no model can be served, or an address is taken.
+    """
+    # Slow imports, above all onnxruntime, stand where a process needs them: a supervisor does not, and starts the
+    # workers first.
+    if variable := os.environ.get(WORKER_VARIABLE):
+        from ganserve_server.processes.worker import work
+
+        await work(SupervisorChannel(variable), settings, stop, reload)
+        return
+    started = time.perf_counter()
+    sockets = bind(settings.address, "--address")
+    workers = _count_workers(settings)
+
+    def report_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
+        _log.info(
+            "serving",
+            extra={
+                "address": name(sockets[0], settings.address),
+                "metrics_address": metrics_address,
+                "admin_address": admin_address,
+                "transport": settings.transport,
+                "workers": workers,
+                "tls": security.certificates is not None,
+                "tokens": security.tokens is not None,
+                "start_s": round(time.perf_counter() - started, 3),
+                "version": importlib.metadata.version("ganserve"),
+                **facts,
+            },
+        )
+        notify("READY=1")
+
+    metrics = Metrics() if workers == 1 else None
+    security = Security(settings, metrics, SharedRates())
+    security.warn_if_open(sockets, "--address")
+    if metrics is not None:
+        from ganserve_server.processes.alone import serve_alone
+
+        await serve_alone(settings, stop, reload, sockets, metrics, security, report_serving)
+    else:
+        await _supervise(settings, stop, reload, Supervisor(workers, sockets), security, report_serving)
+    _log.info("stopped")
+
+
+async def _supervise(
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    reload: asyncio.Event,
+    supervisor: Supervisor,
+    security: Security,
+    report_serving: ReportServing,
+) -> None:
+    """Serve with several workers until `stop` is set, then end them."""
+    with (
+        contextlib.closing(supervisor),
+        contextlib.closing(HttpEndpoint(settings.metrics_address, supervisor.registry)) as endpoint,
+    ):
+        admin = AdminListener(settings, security)
+        meanwhile = asyncio.to_thread(importlib.import_module, "ganserve_server.services.administration")
+        starting = asyncio.gather(supervisor.start(), meanwhile)
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return  # no call was served yet
+        facts, _ = starting.result()
+        if facts is None:
+            raise SystemExit(1)
+        report_serving(facts, endpoint.address, admin.start(WorkersAdministration(supervisor)))
+        endpoint.why_not_ready = lambda: why_not_ready(stop, supervisor)
+        tasks = [
+            asyncio.create_task(_forward_reloads(reload, supervisor, security)),
+            asyncio.create_task(security.watch()),
+        ]
+        await stopped
+        report_draining(settings)
+        for task in tasks:
+            task.cancel()
+        most_s = settings.drain_delay_s + settings.drain_timeout_s + _LONGEST_END_S
+        await asyncio.gather(admin.stop(), supervisor.stop(most_s))
+
+
+def _count_workers(settings: ServerSettings) -> int:
+    """Decide how many processes serve."""
+    if settings.workers != "auto":
+        return int(settings.workers)
+    if settings.provider != "cpu" and nvidia_driver():
+        return 1  # each would keep every model on the GPU
+    # On two cores, one process makes as many images of a large model as two, in less than half the memory. With more
+    # cores, its event loop becomes the limit; a quarter of the cores is a guess.
+    usable = cores().usable
+    wanted = min(settings.threads or usable, usable) // 4
+    # Where memory is short, fewer workers: each loads every model, and one process computes large models as fast.
+    files = 0
+    with contextlib.suppress(OSError):  # the loading reports files that cannot be read
+        for file in settings.models.glob("*/*/*.onnx"):
+            with contextlib.suppress(OSError):
+                files += file.stat().st_size
+    memory = min(memory_limit() or _NO_LIMIT, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    fitting = memory * 3 // 4 // (_WORKER_BYTES + _BYTES_PER_FILE_BYTE * files)
+    return max(1, min(wanted, fitting))
+
+
+async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, security: Security) -> None:
+    while True:
+        await reload.wait()
+        reload.clear()
+        with reloading():
+            security.refresh()
+            await supervisor.ask_all({"do": "refresh"})
+        _log.info("reloaded")
+
+
+def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:
+    """Set `stop` on SIGTERM and SIGINT, and `reload` on SIGHUP. A second SIGTERM or SIGINT exits at once."""
+
+    def begin(number: signal.Signals) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, begin, number)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)

@@ -1,0 +1,33 @@
+"""What the server reports about itself, as one process or as several: to the log, to systemd and to probes."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ganserve_server.processes.systemd import notify
+from ganserve_server.settings import ServerSettings
+
+_log = logging.getLogger(__name__)
+
+# Called with facts for the log, and with the addresses of metrics and administration, if there are any.
+ReportServing = Callable[[Mapping[str, Any], str | None, str | None], None]
+
+
+class ModelServer(Protocol):
+    """The lifecycle of the only process, or the supervisor of several."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is a model that can be called."""
+
+
+def why_not_ready(stop: asyncio.Event, server: ModelServer) -> str:
+    """Return the answer to readiness probes; an empty text: it is ready."""
+    return "draining" if stop.is_set() else "" if server.serves else "no model is served"
+
+
+def report_draining(settings: ServerSettings) -> None:
+    """Report that the server begins to drain."""
+    notify("STOPPING=1")
+    _log.info("draining", extra={"drain_delay_s": settings.drain_delay_s})

@@ -1,0 +1,364 @@
+"""The queue of a model version: what waits, who is next, what is refused.
+
+Waiting jobs are taken fairly. Small requests go into the next batch, round robin by caller. Large requests are cut into
+parts, so that a request for a thousand images starves no other. Bulk work gets the remaining room, or an eighth of each
+batch while other jobs wait. A request that was cancelled or whose deadline has passed never reaches the engine. A
+request that cannot meet its deadline is refused at once. A batch that fails answers its own callers and nobody else's.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.model import ModelVersion
+from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.queueing.jobs import CallWork, Job, Lane, Made, Part
+
+_log = logging.getLogger(__name__)
+
+LEAST_BATCH = 8  # images that are not worth spreading over more cores
+_SMALL_PART = 8  # of a batch: a request up to an eighth of a batch is never cut
+_BULK_PART = 8
+# On two cores, with a model that takes 1 ms an image, batches of 16 to 24 images reach the throughput of larger ones.
+_BATCH_S = 0.02
+_ROUND_TRIP_S = 0.003  # of a few calls, on busy cores
+_DEADLINE_MARGIN = 1.2
+_CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
+_batch_numbers = itertools.count()  # across all models, because one call may use several
+
+
+class Dispatcher(Protocol):
+    """Runs the batches: the scheduler, as a queue sees it."""
+
+    cores: int
+
+    def wake(self, batcher: "Batcher") -> None:
+        """Look at a queue soon: it has a new job."""
+
+
+class Batcher:
+    """The queue of one model version."""
+
+    def __init__(
+        self, model: ModelVersion, max_batch_size: int, max_queue_images: int, metrics: Metrics, scheduler: Dispatcher
+    ) -> None:
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self.small = max(1, max_batch_size // _SMALL_PART)  # a request for this many images is never cut
+        self._max_queue_images = max_queue_images
+        self._scheduler = scheduler
+        self._small, self._large, self._bulk = (Lane(max_batch_size) for _ in range(3))
+        self._counted_images = 0  # those that count towards max_queue_images
+        # The time of one core for an image, and the time from one image to the next while images wait. Deadlines are
+        # checked by the second one: it includes the work of the calls themselves and of the other models.
+        self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
+        self._pace_s = self._core_s / scheduler.cores
+        self._running_images = 0
+        self._bulk_credit = 0  # in eighths of an image
+        self.overtaken = False  # by another model's batch, when too few images waited for one of this model
+        self._saturated_since: float | None = None  # the last batch came back, or began, with images still waiting
+        self._published_waiting = 0
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._queue_seconds = metrics.queue_seconds.labels(model.name)
+        self._compute_seconds = metrics.compute_seconds.labels(model.name)
+        self._batch_size = metrics.batch_size.labels(model.name)
+        self._queue_images = metrics.queue_images.labels(model.name)
+        self._images = metrics.images.labels(model.name, str(model.version))
+        self._padding_images = metrics.padding_images.labels(model.name)
+
+    @property
+    def waiting(self) -> int:
+        """The number of waiting images."""
+        return self._small.images + self._large.images + self._bulk.images
+
+    def submit(
+        self,
+        draw: Draw,
+        done: Callable[[Made | ServingError], None],
+        *,
+        fairness_key: Hashable,
+        deadline: float | None,
+        bulk: bool = False,
+        accepted: bool = False,
+        work: CallWork | None = None,
+    ) -> Job:
+        """Queue a draw; `done` is called with the images, or the error, once.
+
+        Args:
+            draw: what to make.
+            done: called from the event loop; if it raises, it is called once more with an error.
+            fairness_key: jobs of different keys are taken in turn.
+            deadline: by time.monotonic; None if there is none.
+            bulk: gets only the room that other jobs leave.
+            accepted: a later chunk of a stream that was accepted: max_queue_images neither applies to it nor counts it.
+            work: of the call, if the call may have several draws.
+
+        Raises:
+            QueueFull: too many images wait already, and no other key has more of them.
+            DeadlineTooShort: with the waiting images before it, it would probably miss its deadline.
+            DeadlineExceeded: it would probably miss its deadline even if nothing waited.
+        """
+        count, waiting = draw.count, self.waiting
+        lane = self._small if count <= self.small else self._large
+        if bulk:
+            lane = self._bulk
+        # An empty queue accepts any request; otherwise a request larger than the bound would never be accepted.
+        if (
+            not accepted
+            and self._counted_images
+            and self._counted_images + count > self._max_queue_images
+            and not self._make_room(fairness_key, count, bulk=bulk)
+        ):
+            raise self._full(count)
+        if deadline is not None and not accepted and (waiting or self._running_images):
+            # Round robin: no waiting job precedes this one with more images than this one has.
+            jobs = self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)
+            # Of the jobs still to come, the next one of each other key precedes it, for each round it has to wait.
+            before = max(min(waiting, jobs * count), lane.images_before(fairness_key))
+            # An image that comes too late is wasted: rather accept one too few.
+            needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
+            left_s = deadline - time.monotonic()
+            if _DEADLINE_MARGIN * count * self._pace_s > left_s:
+                # The reason is not the waiting images, so a retry would not help.
+                raise DeadlineExceeded(
+                    f"{count} images take about {count * self._pace_s:.2g} s here and the deadline is in "
+                    f"{max(0.0, left_s):.2g} s; ask for fewer, or give them longer"
+                )
+            if needed_s > left_s:
+                raise DeadlineTooShort(
+                    f"with what waits, {count} images of model {self.model.name} would take about {needed_s:.2g} s, "
+                    f"and the deadline is in {max(0.0, left_s):.2g} s; try again later",
+                    retry_after_s=needed_s - left_s,
+                )
+        job = Job(self, lane, draw, fairness_key, deadline, counted=not accepted, done=done, work=work)
+        if work is not None:
+            work.queued(job)
+        job.lane.put(job)
+        self.hold()
+        if job.counted:
+            self._counted_images += count
+        self._publish_waiting()
+        self._scheduler.wake(self)
+        return job
+
+    def _full(self, count: int) -> QueueFull:
+        return QueueFull(
+            f"the queue of model {self.model.name} holds {self._max_queue_images} images and has no room for "
+            f"{count} more; try again later",
+            retry_after_s=self.waiting * self._pace_s,
+        )
+
+    def _make_room(self, fairness_key: Hashable, count: int, *, bulk: bool) -> bool:
+        """Refuse the newest jobs of the keys with the most images, for a key that has less than its share."""
+        lanes = (self._bulk,) if bulk else (self._bulk, self._large, self._small)
+        own = sum(lane.images_of.get(fairness_key, 0) for lane in lanes) + count
+        # Under overload thousands of requests per second are refused, nearly all of them here, after two sums.
+        keys = max(len(lane.images_of) for lane in lanes) + (own == count)
+        if own > self._max_queue_images // keys:
+            return False
+        images: Counter[Hashable] = Counter()
+        for lane in lanes:
+            images.update(lane.images_of)
+        while self._counted_images + count > self._max_queue_images:
+            largest, most = images.most_common(1)[0] if images else (fairness_key, 0)
+            if most <= own:
+                return False
+            job = next(filter(None, (lane.newest(largest) for lane in lanes)), None)
+            if job is None:
+                del images[largest]
+                continue
+            images[largest] -= job.count
+            job.fail(self._full(job.count))
+        return True
+
+    async def make(
+        self,
+        draw: Draw,
+        *,
+        fairness_key: Hashable,
+        deadline: float | None,
+        bulk: bool = False,
+        accepted: bool = False,
+        work: CallWork | None = None,
+    ) -> Made:
+        """Make the images of a draw, and count it in the work of its call.
+
+        Raises:
+            ServingError: as `submit`, or the deadline passed, or the engine failed.
+        """
+        result: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
+
+        def done(made: Made | ServingError) -> None:
+            if result.done():
+                return
+            if isinstance(made, Made):
+                result.set_result(made)
+            else:
+                result.set_exception(made)
+
+        job = self.submit(
+            draw, done, fairness_key=fairness_key, deadline=deadline, bulk=bulk, accepted=accepted, work=work
+        )
+        try:
+            return await result
+        finally:
+            job.cancel()
+
+    def drop(self, job: Job) -> None:
+        """Forget the images of a job that are not in a batch yet."""
+        job.lane.drop(job)
+        if job.counted:
+            self._counted_images -= job.count - job.taken
+        if not self.waiting:
+            self._saturated_since = None
+        self._publish_waiting()
+
+    def next_batch(self, room: int) -> list[Part]:
+        """Take up to `room` of the waiting images."""
+        now = time.monotonic()
+        batch: list[Part] = []
+        small, large, bulk = self._small, self._large, self._bulk
+        others = small.images + large.images
+        for_bulk = 0
+        if bulk.images and others:
+            self._bulk_credit += room
+            for_bulk, self._bulk_credit = divmod(self._bulk_credit, _BULK_PART)
+        # An equal share for each job; the shares of all large jobs go to one of them at a time.
+        for_large = math.ceil((room - for_bulk) * large.jobs / (large.jobs + small.jobs)) if large.images else 0
+        left = room - small.take(room - for_bulk - for_large, now, batch)
+        left -= large.take(left - for_bulk, now, batch)
+        left -= bulk.take(left, now, batch)
+        if left:
+            left -= small.take(left, now, batch)
+            large.take(left, now, batch)
+        for part in batch:
+            if part.job.counted:
+                self._counted_images -= part.draw.count
+        self._running_images += sum(part.draw.count for part in batch)
+        self._publish_waiting()
+        return batch
+
+    def batch_size(self) -> int:
+        """Return the size of a full batch: small enough to keep waits short, large enough for full throughput."""
+        return min(self.max_batch_size, max(LEAST_BATCH, int(_BATCH_S / max(self._core_s, 1e-9))))
+
+    def chunk_size(self) -> int:
+        """Return how many images of a stream go into one message: a batch, or the batches that one core makes in 5 ms.
+
+        A message costs its reader about 100 µs, which is the time to make 6 images of a small model.
+        """
+        batches = min(
+            _CHUNK_S / max(self._core_s, 1e-9) // self.max_batch_size,
+            _CHUNK_BYTES // (self.model.pixel_bytes * self.max_batch_size),
+            _CHUNK_BATCHES,
+        )
+        return self.max_batch_size * max(1, int(batches))
+
+    def least_batch_while_busy(self) -> int:
+        """Return how many images justify a batch while all cores are busy and more images may still join."""
+        return min(self.batch_size(), max(LEAST_BATCH, self.model.engine.least_batch))
+
+    def round_trip_images(self) -> int:
+        """Return how many images keep a core busy while answers and the next calls travel."""
+        return max(LEAST_BATCH, math.ceil(_ROUND_TRIP_S / max(self._core_s, 1e-9)))
+
+    def saturated(self) -> None:
+        """Record that images wait and no core is free."""
+        if self._saturated_since is None:
+            self._saturated_since = time.monotonic()
+
+    def returned(self, batch: list[Part]) -> None:
+        """Record that a batch is done, successfully or not."""
+        self._running_images -= sum(part.draw.count for part in batch)
+
+    def deliver(
+        self, batch: list[Part], pixels: NDArray[np.uint8], started: float, seconds: float, cores: int, *, busy: bool
+    ) -> None:
+        """Give the images of a batch to its jobs.
+
+        Args:
+            batch: the parts of the jobs.
+            pixels: all images of the batch, in order.
+            started: when it started, by time.monotonic.
+            seconds: how long it took.
+            cores: how many cores it ran on.
+            busy: whether all cores are busy.
+        """
+        count = len(pixels)
+        self._compute_seconds.observe(seconds)
+        self._batch_size.observe(count)
+        self._images.inc(count)
+        if padding := self.model.engine.padding(count):
+            self._padding_images.inc(padding)
+        # Small batches are mostly fixed cost, and say little about the time of many images.
+        weight = 0.1 * min(1.0, count / self.batch_size())
+        self._core_s += weight * (seconds * cores / count - self._core_s)
+        now = time.monotonic()
+        if self._saturated_since is not None:
+            self._pace_s += weight * ((now - self._saturated_since) / count - self._pace_s)
+        self._saturated_since = now if self.waiting or (busy and self._running_images) else None
+        first, number = 0, next(_batch_numbers)
+        for part in batch:
+            stop = first + part.draw.count
+            if not part.start:
+                part.job.queue_s = started - part.job.accepted
+                self._queue_seconds.observe(part.job.queue_s)
+            part.job.arrive(part.start, pixels[first:stop], number, seconds)
+            first = stop
+
+    def failed(self, batch: list[Part], error: Exception) -> None:
+        """Fail the jobs of a batch, and log the error."""
+        _log.error("the engine failed", exc_info=error, extra={"model": self.model.name, "version": self.model.version})
+        for part in batch:
+            part.job.fail(EngineFailed("internal error"))
+        self.rest()
+
+    def rest(self) -> None:
+        """Record that no images came back: the idle time that follows does not count as pace."""
+        if not self.waiting and not self._running_images:
+            self._saturated_since = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the version from being retired while a call still queues draws."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def hold(self) -> None:
+        """Keep the version until `release`."""
+        self._users += 1
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        self._users -= 1
+        if not self._users:
+            self._unused.set()
+
+    async def retire(self) -> None:
+        """Wait for the draws and calls that hold the version; the caller sees to it that no new ones come."""
+        while self._users:
+            self._unused.clear()
+            await self._unused.wait()
+
+    def _publish_waiting(self) -> None:
+        waiting = self.waiting
+        self._queue_images.inc(waiting - self._published_waiting)  # of all versions of the model
+        self._published_waiting = waiting
+
+    def _batch_s(self) -> float:
+        return self.batch_size() * self._core_s

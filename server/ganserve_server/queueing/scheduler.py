@@ -1,0 +1,229 @@
+"""Runs the batches of all queues on the cores or on a GPU: as soon as there is room, never on a timer."""
+
+import asyncio
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganserve_server.compute.gpu import Feeds
+from ganserve_server.queueing.batcher import LEAST_BATCH, Batcher
+from ganserve_server.queueing.jobs import Part
+from ganserve_server.shared.scoreboard import Scoreboard
+
+# A shorter batch runs in the event loop: handing it to a thread and back costs 50 to 100 µs.
+_INLINE_S = 0.0003
+# A batch on all cores delays the next call. So it runs only for what seems to be a lone caller: this many batches in a
+# row were alone.
+_LONE_BATCHES = 8
+
+
+class _Threads:
+    """Threads that compute, and the number of their batches: each thread runs one, and may have a second one ready."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.taken = 0
+        self.work: queue.SimpleQueue[_RunningBatch | None] = queue.SimpleQueue()
+
+
+@dataclass(slots=True)
+class _RunningBatch:
+    """A batch on its way through a thread."""
+
+    batcher: Batcher
+    parts: list[Part]
+    feeds: Feeds
+    wide: bool
+    threads: _Threads
+
+
+class Scheduler:
+    """Runs the batches of all queues on a number of cores, or on one device.
+
+    The cores are used in two ways: one batch on each core gives the highest throughput, and one batch on all cores
+    gives a lone caller the lowest latency. A second batch may be ready behind each running one, so that no core waits
+    for the event loop. Latents are drawn in the event loop, because the computing threads would wait for Python's lock
+    each time.
+
+    Args:
+        cores: how many there are.
+        board: of the workers that share the cores, if there are several. Each worker has its own part of the cores, and
+            borrows the cores of the others while those compute nothing.
+    """
+
+    def __init__(self, cores: int, board: Scoreboard | None = None) -> None:
+        self.cores = cores
+        own = cores if board is None else max(1, cores // board.workers)
+        self._own, self._others = _Threads(own), _Threads(cores - own)
+        self._board = board
+        self._loop = asyncio.get_running_loop()
+        self._ready: OrderedDict[Batcher, None] = OrderedDict()
+        self._woken = False
+        self._alone_in_a_row = 0  # batches during which no other call came
+        self._threads = [
+            threading.Thread(target=self._run, args=(kind.work,), name=f"engine-{number}", daemon=True)
+            for kind in (self._own, self._others)
+            for number in range(kind.count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self, batcher: Batcher) -> None:
+        """Look at a queue in this iteration of the event loop, after all calls that came with this one are in it."""
+        self._ready[batcher] = None
+        if not self._idle:
+            self._alone_in_a_row = 0
+        if not self._woken and self._places:
+            self._woken = True
+            self._loop.call_soon(self._dispatch)
+
+    def close(self) -> None:
+        """End the threads. No job may be waiting."""
+        for kind in (self._own, self._others):
+            for _ in range(kind.count):
+                kind.work.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._own.taken or self._others.taken)
+
+    @property
+    def _lent(self) -> int:
+        """How many cores of the other workers are idle."""
+        if self._board is None or not self._others.count:
+            return 0
+        return max(0, self._others.count - self._board.others_running())
+
+    @property
+    def _free(self) -> int:
+        """How many more batches would run at once."""
+        own, others = self._own, self._others
+        return max(0, own.count - own.taken) + max(0, self._lent - others.taken)
+
+    @property
+    def _places(self) -> int:
+        """How many more batches would run at once, or be ready behind a running one."""
+        own, others = self._own, self._others
+        return max(0, 2 * own.count - own.taken) + max(0, 2 * self._lent - others.taken)
+
+    def _next_place(self) -> _Threads:
+        own, others = self._own, self._others
+        if own.taken >= own.count and (others.taken < self._lent or own.taken >= 2 * own.count):
+            return others
+        return own
+
+    def _dispatch(self) -> None:
+        self._woken = False
+        too_few: list[Batcher] = []  # for a batch that would have to wait
+        # Read again for each batch: the other workers lend and take back their cores at any moment.
+        while self._ready and (places := self._places):
+            batcher, _ = self._ready.popitem(last=False)
+            waiting, engine, free = batcher.waiting, batcher.model.engine, self._free
+            if not waiting:
+                continue
+            if not free and waiting < batcher.least_batch_while_busy() and not batcher.overtaken:
+                too_few.append(batcher)
+                continue
+            alone = self._idle and not self._ready
+            spread = max(LEAST_BATCH, math.ceil(waiting / (free or 1)))
+            lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
+            wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
+            # Small enough that each core can have another batch ready; otherwise it would wait for the next calls.
+            behind = max(batcher.round_trip_images(), math.ceil(waiting / places))
+            batch = batcher.next_batch(min(spread, behind, batcher.batch_size()))
+            if batcher.waiting:
+                self._ready[batcher] = None  # behind the others
+            if not batch:
+                continue
+            try:
+                feeds = engine.feeds([part.draw for part in batch])
+            except Exception as error:
+                batcher.returned(batch)
+                batcher.failed(batch, error)
+                continue
+            work = _RunningBatch(batcher, batch, feeds, wide, self._next_place())
+            self._count(work, 1)
+            batcher.overtaken = False
+            for other in too_few:
+                other.overtaken = True  # only once: its few images are next
+            # On a GPU it may wait for a batch that warms up another model.
+            if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
+                self._done(work, *self._compute(work))
+            else:
+                work.threads.work.put(work)
+        for batcher in reversed(too_few):
+            self._ready[batcher] = None
+            self._ready.move_to_end(batcher, last=False)
+        if not self._free:
+            for batcher in self._ready:
+                batcher.saturated()
+
+    def _count(self, work: _RunningBatch, change: int) -> None:
+        """Count a batch that starts (1) or is done (-1)."""
+        if work.wide:
+            for kind in (self._own, self._others):
+                kind.taken += change * 2 * kind.count
+        else:
+            work.threads.taken += change
+        if self._board is not None:
+            self._board.set_running(sum(min(kind.taken, kind.count) for kind in (self._own, self._others)))
+
+    def _run(self, queued: "queue.SimpleQueue[_RunningBatch | None]") -> None:
+        while (work := queued.get()) is not None:
+            result = self._compute(work)
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                self._loop.call_soon_threadsafe(self._done, work, *result)
+            del work, result  # their model may be retired while this thread waits for the next batch
+
+    @staticmethod
+    def _compute(work: _RunningBatch) -> tuple[NDArray[np.uint8] | Exception | None, list[Part], float, float]:
+        """Return the images of the parts that are still wanted, or the error; those parts; the start; the duration."""
+        started, engine, parts, feeds = time.monotonic(), work.batcher.model.engine, work.parts, work.feeds
+        try:
+            if not all(part.job.wanted(started) for part in parts):
+                parts = [part for part in parts if part.job.wanted(started)]
+                if not parts:
+                    return None, parts, started, 0.0
+                feeds = engine.feeds([part.draw for part in parts])
+            pixels = engine.compute(feeds, wide=work.wide)
+            if len(pixels) != (wanted := len(feeds["latent"])):
+                raise ValueError(f"the model made {len(pixels)} images of {wanted} latents")
+        except Exception as error:
+            return error, parts, started, time.monotonic() - started
+        return pixels, parts, started, time.monotonic() - started
+
+    def _done(
+        self,
+        work: _RunningBatch,
+        result: NDArray[np.uint8] | Exception | None,
+        parts: list[Part],
+        started: float,
+        seconds: float,
+    ) -> None:
+        self._count(work, -1)
+        self._alone_in_a_row += 1
+        batcher = work.batcher
+        batcher.returned(work.parts)
+        if self._ready and not self._woken:
+            self._woken = True
+            self._loop.call_soon(self._dispatch)
+        if len(parts) < len(work.parts):
+            for part in work.parts:
+                if part not in parts:
+                    part.job.expire()  # unless it was cancelled
+        if isinstance(result, Exception):
+            batcher.failed(parts, result)
+        elif result is None:
+            batcher.rest()
+        else:
+            cores = self.cores if work.wide else 1
+            batcher.deliver(parts, result, started, seconds, cores, busy=not self._free)

@@ -1,0 +1,145 @@
+"""Finds model files in the repository's folder, and files that were probably meant as models; reads none of them."""
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ganserve_server.start_errors import StartError
+
+MODEL_FILE_NAME = "model.onnx"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_MAX_REPORTED = 3
+
+Stamp = tuple[int, int, int] | None  # of a file: changes with its content; None: there is no file
+
+
+def look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str, int]], dict[Path, str]]:
+    """Return the repository's versions with their stamps, the versions that have no file yet, and misplaced files."""
+    found: dict[tuple[str, int], Stamp] = {}
+    awaited: set[tuple[str, int]] = set()
+    for name, version, path in find_versions(repository):
+        try:
+            status = path.stat()
+        except OSError:
+            if is_awaited(path):
+                awaited.add((name, version))
+            else:
+                found[name, version] = None
+        else:
+            found[name, version] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found, awaited, dict(find_misplaced(repository))
+
+
+def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
+    """Yield (model, version, file) of every version in the repository, in order; skip other files."""
+    for folder in sorted(repository.iterdir()):
+        names: list[str] = []
+        if _NAME.fullmatch(folder.name) and not folder.name.endswith(".tmp") and os.path.isdir(folder):
+            with contextlib.suppress(OSError):  # `find_misplaced` yields it
+                names = os.listdir(folder)
+        versions = (folder / name for name in names if _VERSION.fullmatch(name))
+        for path in sorted(versions, key=lambda path: int(path.name)):
+            yield folder.name, int(path.name), path / MODEL_FILE_NAME
+
+
+def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
+    """Yield paths that `find_versions` skips but were probably meant to be served, in order, each with the reason.
+
+    These are ONNX files in the wrong place, folders that have one, and folders that cannot be read. Names that begin
+    with a dot or end in .tmp are skipped, and links to a neighbour.
+    """
+    wrong_depth = f"expected {repository}/NAME/VERSION/{MODEL_FILE_NAME}"
+    for path in _candidates(repository):
+        if _is_onnx(path):
+            yield path, wrong_depth
+        elif not _NAME.fullmatch(path.name):
+            if _has_onnx(path, levels=2):
+                rule = "1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or a digit"
+                yield path, f"{path.name!r} is no name of a model: {rule}"
+        elif os.path.isdir(path):
+            try:
+                yield from _misplaced_versions(path, wrong_depth)
+            except OSError as error:
+                yield path, f"cannot be read: {error.strerror}"
+
+
+def _misplaced_versions(folder: Path, wrong_depth: str) -> Iterator[tuple[Path, str]]:
+    for path in _candidates(folder):
+        if _is_onnx(path):
+            yield path, wrong_depth
+        elif _VERSION.fullmatch(path.name):
+            continue
+        elif _has_onnx(path, levels=1):
+            yield path, f"{path.name!r} is no version: a whole number from 1 to 999999999, with no 0 before it"
+        elif _has_onnx(path, levels=2):
+            yield path, wrong_depth
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """List the entries of a folder that may have been meant as models, in order."""
+    names = sorted(name for name in os.listdir(folder) if not (name.startswith(".") or name.endswith(".tmp")))
+    return [folder / name for name in names if not _is_alias(folder / name)]
+
+
+def _is_alias(path: Path) -> bool:
+    """Return whether it is a link to a neighbour, such as `latest`."""
+    return path.is_symlink() and os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
+
+
+def _has_onnx(folder: Path, levels: int) -> bool:
+    """Return whether a folder has an ONNX file, at most `levels` deep; False if it cannot be read."""
+    try:
+        inside = _candidates(folder)
+    except OSError:
+        return False
+    return any(_is_onnx(path) or (levels > 1 and _has_onnx(path, levels - 1)) for path in inside)
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx" and os.path.isfile(path)
+
+
+def is_awaited(path: Path) -> bool:
+    """Return whether a version's folder has no ONNX file of any name yet: somebody may be copying."""
+    try:
+        return not any(_is_onnx(other) for other in _candidates(path.parent)) and not os.path.lexists(path)
+    except OSError:
+        return False
+
+
+def require_models(repository: Path) -> None:
+    """Check that there is something to load.
+
+    Raises:
+        StartError: it is no folder, cannot be listed, or has no version at all.
+    """
+    try:
+        if not repository.is_dir():
+            wrong = "is not a folder" if repository.exists() else "does not exist"
+            raise StartError(f"the model repository {repository} {wrong}; give one by --models")
+        versions = [path for _, _, path in find_versions(repository)]
+    except OSError as error:
+        raise StartError(f"the model repository {repository} cannot be listed: {error.strerror}") from error
+    if any(map(os.path.isfile, versions)):
+        return
+    missing = ((path, why_missing(path)) for path in versions)
+    told = [f"{path} ({reason})" for path, reason in itertools.chain(find_misplaced(repository), missing)]
+    if len(told) > _MAX_REPORTED:
+        told[_MAX_REPORTED:] = [f"{len(told) - _MAX_REPORTED} more"]
+    raise StartError(
+        f"{repository} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
+        "as `ganserve-trainer export` writes it" + (f"; kept out are {', '.join(told)}" if told else "")
+    )
+
+
+def why_missing(path: Path) -> str:
+    """Say why a model file cannot be read, with a hint at a misnamed one."""
+    hint = ""
+    with contextlib.suppress(OSError):
+        if others := [other.name for other in _candidates(path.parent) if _is_onnx(other)]:
+            hint = f"; there is {others[0]}, which must be called {path.name}"
+    return f"the file cannot be read: it is missing, or not a regular file{hint}"

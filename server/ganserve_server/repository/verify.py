@@ -1,0 +1,234 @@
+"""Reads one model file, and rejects it if it breaks a rule.
+
+A file is untrusted input. The rules: its size is limited; onnx's checker accepts it; it has only standard operators,
+and all weights inside; it has a model card, and inputs and an output that match the card; it makes the same images each
+time, alone and in a batch; its golden images differ by at most one grey level.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+from PIL import Image
+
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.compute.engine import Draw, Engine, Provider, SessionRefused
+from ganserve_server.compute.gpu import GpuOptions
+from ganserve_server.compute.model import ModelVersion
+from ganserve_server.repository.scan import why_missing
+from ganserve_server.spelling import nearest
+
+_log = logging.getLogger(__name__)
+
+CARD_KEY = "ganserve.model_card"
+_MAX_REPORTED_KEYS = 3
+_AMONG = 3  # images in the batch with which a single image is compared
+_STANDARD_DOMAINS = {"", "ai.onnx"}
+_NEWLINE = "\n"
+
+
+class ModelRejected(Exception):  # noqa: N818
+    """A model file breaks a rule; the text, one line, names the rule."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))  # onnxruntime's and protobuf's reasons have several lines
+
+
+def load_version(
+    name: str,
+    version: int,
+    path: Path,
+    *,
+    max_model_mib: int,
+    provider: Provider,
+    threads: int,
+    gpu: GpuOptions = GpuOptions(),  # noqa: B008
+) -> ModelVersion:
+    """Read one version, check it against the rules, and warm it up.
+
+    Raises:
+        ModelRejected: a rule is broken.
+        ProviderUnavailable: the required provider is missing.
+    """
+    content = _read(path, max_model_mib)
+    card, unknown_keys = _parse_card(_check_graph(content))
+    try:
+        _check_card(card)
+        engine = Engine(content, card.latent_dim, provider, threads, gpu=gpu, classes=len(card.class_names))
+        _check_signature(engine, card)
+        _check_images(engine, card)
+    except SessionRefused as error:
+        raise ModelRejected(str(error)) from error
+    except ModelRejected as error:
+        if unknown_keys:
+            raise ModelRejected(f"{error}; {unknown_keys}") from error
+        raise
+    if unknown_keys:
+        _log.warning("the model card has unknown keys", extra={"path": str(path), "reason": unknown_keys})
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    answer = pb.GenerateImagesResponse(
+        model=name,
+        version=version,
+        digest=digest,
+        provider=engine.provider,
+        height=card.height,
+        width=card.width,
+        channels=card.channels,
+    )
+    return ModelVersion(name, version, digest, card, engine, answer.SerializeToString())
+
+
+def _read(path: Path, max_model_mib: int) -> bytes:
+    try:
+        if not path.is_file():
+            raise ModelRejected(why_missing(path))
+        with path.open("rb") as file:
+            content = file.read((max_model_mib << 20) + 1)
+        if not content:
+            raise ModelRejected("the file is empty")
+        if len(content) > max_model_mib << 20:
+            raise ModelRejected(f"the file has more than {max_model_mib} MiB, the limit set by --max-model-mib")
+        return content
+    except OSError as error:
+        raise ModelRejected(f"the file cannot be read: {error.strerror}") from error
+
+
+def _check_graph(content: bytes) -> str:
+    """Check everything that can be checked without running the model; return the card's JSON."""
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's DecodeError has another name in each implementation
+        raise ModelRejected("the file is not ONNX, or is truncated") from error
+    parts = list(_parts(model))
+    domains = {part.domain for part in parts if isinstance(part, onnx.NodeProto)}
+    if custom := domains - _STANDARD_DOMAINS:
+        raise ModelRejected(f"only standard ONNX operators are run; this model uses domain {sorted(custom)[0]!r}")
+    tensors = (part for part in parts if isinstance(part, onnx.TensorProto))
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
+        raise ModelRejected("weights must lie inside the file; this model refers to others (external data)")
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # ValidationError, and UnicodeDecodeError on a damaged file's text
+        raise ModelRejected(f"onnx's checker refuses the file: {str(error).partition(_NEWLINE)[0]}") from error
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if CARD_KEY not in properties:
+        raise ModelRejected(f"the file has no model card: metadata_props[{CARD_KEY!r}] is missing")
+    return properties[CARD_KEY]
+
+
+def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
+    """Return the card, and a text on unknown keys, which a newer trainer wrote or somebody misspelt."""
+    try:
+        card = json_format.Parse(text, pb.ModelCard(), ignore_unknown_fields=True)
+        keys = json.loads(text).keys()
+    except Exception as error:  # ParseError, and others for the text of a damaged file
+        raise ModelRejected(f"the model card is not the JSON of a ganserve.v1.ModelCard: {error}") from error
+    known = {field.json_name: field.name for field in pb.ModelCard.DESCRIPTOR.fields}
+    unknown = sorted(keys - known.keys() - set(known.values()))
+    told = "; ".join(f"{key!r} is no key of a model card{nearest(key, known)}" for key in unknown[:_MAX_REPORTED_KEYS])
+    return card, told
+
+
+def _check_card(card: pb.ModelCard) -> None:
+    if not (card.latent_dim and card.height and card.width and card.channels in (1, 3)):
+        raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1 or 3 channels")
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """Yield a message and all messages inside it, at any depth."""
+    yield message
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in (value,) if isinstance(value, Message) else value:
+                yield from _parts(part)
+
+
+def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
+    inputs: dict[str, tuple[str, int]] = {"latent": ("tensor(float)", 2)}
+    if card.class_names:
+        inputs["label"] = ("tensor(int64)", 1)
+    found = {name: (kind, len(shape)) for name, (kind, shape) in engine.inputs.items()}
+    if found != inputs:
+        raise ModelRejected(
+            f"by its card, the model's inputs must be {inputs} (name: type, dimensions); they are {found}"
+        )
+    for name, (_, shape) in engine.inputs.items():
+        if isinstance(shape[0], int):
+            raise ModelRejected(
+                f"the first dimension of the input {name} is fixed at {shape[0]}; it is the number of images, "
+                "and must be dynamic: export the model with a dynamic batch dimension"
+            )
+    latent_shape = engine.inputs["latent"][1]
+    if latent_shape[1] != card.latent_dim:
+        raise ModelRejected(
+            f"by its card the model takes latents of {card.latent_dim} values; its input is {latent_shape}"
+        )
+    if list(engine.outputs) != ["image"] or engine.outputs["image"][0] != "tensor(uint8)":
+        raise ModelRejected(f"the model's one output must be image, tensor(uint8); it has {engine.outputs}")
+
+
+def _check_images(engine: Engine, card: pb.ModelCard) -> None:
+    """Run the model: its images must be the same each time, and match the golden images. This warms it up, too."""
+    shape = (card.height, card.width, card.channels)
+    probes = list(card.golden_images) or [pb.GoldenImage(seed=0)]
+    labels = np.array([golden.label for golden in probes], np.int64) if card.class_names else None
+    if labels is not None and labels.max() >= len(card.class_names):
+        raise ModelRejected(f"a golden image has label {labels.max()}; the card names {len(card.class_names)} classes")
+    seeds = np.array([golden.seed for golden in probes], np.uint32)
+    try:
+        engine.warm_up(shape)
+        made = engine.run([Draw(len(probes), seeds, None, labels, 1.0)])
+        alone, again, among = _made_thrice(engine, len(card.class_names))
+        engine.measure(None if labels is None else len(card.class_names) - 1)
+    except Exception as error:  # onnxruntime's exceptions have no common root
+        raise ModelRejected(f"the model fails when it runs: {error}") from error
+    for images, count in ((made, len(probes)), (alone, 1), (again, 1), (among, _AMONG)):
+        if images.shape != (count, *shape):
+            raise ModelRejected(
+                f"by its card the model makes of {count} latents {count} images of {shape}; it made {images.shape}"
+            )
+    if not np.array_equal(alone, again):
+        raise ModelRejected("the same latent gives another image each time: the model must draw no random numbers")
+    # Kernels may differ with the batch size, and with the machine that made the golden images.
+    if (difference := _difference(alone[0], among[-1])) > 1:
+        raise ModelRejected(
+            f"an image differs by up to {difference} grey levels when it is made among others; it must depend on its "
+            "own latent and label alone: take no means over the batch, as BatchNorm does in training mode"
+        )
+    for golden, pixels in zip(card.golden_images, made, strict=False):
+        if f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}" == golden.digest:
+            continue
+        difference = _difference(pixels, _decoded(golden.png, pixels.shape))
+        if difference > 1:
+            raise ModelRejected(
+                f"the golden image of seed {golden.seed} is off by up to {difference} grey levels; 1 is allowed"
+            )
+
+
+def _made_thrice(engine: Engine, classes: int) -> list[NDArray[np.uint8]]:
+    """Make one image alone, alone again, and as the last of a batch: [n, height, width, channels] each."""
+    labels = np.arange(_AMONG) % classes if classes else None
+    batch = Draw(_AMONG, np.arange(_AMONG, dtype=np.uint32), None, labels, 1.0)
+    last = batch.part(_AMONG - 1, _AMONG)
+    return [engine.run([draw]) for draw in (last, last, batch)]
+
+
+def _difference(pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> int:
+    """Return the largest difference, in grey levels."""
+    return int(np.abs(pixels.astype(np.int16) - wanted).max())
+
+
+def _decoded(png: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ModelRejected(f"a golden image in the card is no PNG of the model's size: {error}") from error

@@ -1,0 +1,547 @@
+"""The Open Inference Protocol of Triton and KServe: their clients get the same images as GenerationService's.
+
+Limits, checks and batches are the same; only the encoding of tensors differs.
+"""
+
+import importlib.metadata
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf import message_factory
+from numpy.typing import NDArray
+
+from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.model import ModelVersion
+from ganserve_server.errors import (
+    InvalidRequest,
+    MalformedMessage,
+    MessageTooLarge,
+    PermissionDenied,
+    ServingError,
+)
+from ganserve_server.inference import grpc_service_pb2 as pb
+from ganserve_server.observe.metrics import OTHER
+from ganserve_server.queueing.batcher import Batcher
+from ganserve_server.queueing.jobs import Made
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.services.administration import refuse_repository_name
+from ganserve_server.services.health import SERVING, HealthServicer
+from ganserve_server.services.messages import check_labels, check_truncation, images_limit, labels_of, scaled
+from ganserve_server.services.request_stream import RequestStream, StreamedRequest
+from ganserve_server.services.wire import embedded, tag, varint
+from ganserve_server.settings import ServerSettings
+from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
+
+_DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+SERVICE = _DESCRIPTOR.full_name
+_EXTENSIONS = ("model_repository", "parameters", "schedule_policy")
+_PLATFORM = "onnxruntime_onnx"
+_OUTPUT = "image"
+_VERSION = re.compile(r"[0-9]{1,9}")
+_RAW_TAG = tag(pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER)
+_RESPONSE_TAG = tag(pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER)
+_FINAL = {"triton_final_response": pb.InferParameter(bool_param=True)}  # in streams: each request has one response
+_EMPTY_FINAL = "triton_enable_empty_final_response"  # has no effect, because the only response is the last
+_MAX_SEED = 2**32 - 1
+# For each input: the datatypes it may have, each with NumPy's type and the field of InferTensorContents.
+_FLOATS = {"FP32": ("<f4", "fp32_contents")}
+_LABELS = {"INT64": ("<i8", "int64_contents")}
+_SEEDS = {
+    "UINT32": ("<u4", "uint_contents"),
+    "INT32": ("<i4", "int_contents"),
+    "UINT64": ("<u8", "uint64_contents"),
+    "INT64": ("<i8", "int64_contents"),
+}
+_INPUTS = {"latent": _FLOATS, "seed": _SEEDS, "label": _LABELS}
+# What a request may have of each, so that no request takes the event loop for long.
+_MAX_INPUTS, _MAX_OUTPUTS, _MAX_PARAMETERS, _MAX_ID_BYTES = len(_INPUTS), 3, 16, 1024
+_TOLD = 8  # numbers of a shape in an error
+# protobuf takes up to 2 µs for two bytes of a message: for this many about 2 ms. Of larger messages a scan comes first.
+_FREELY_PARSED_BYTES = 16 << 10
+_BYTES_PER_IMAGE = 20  # a seed and a label, each a varint
+_MAX_SCANNED_FIELDS = 256
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
+_MAX_VARINT_BYTES = 10
+# By number, the fields in which the scan looks for fields, and what it finds there; None: numbers that are only copied.
+_Fields = Mapping[int, "_Fields | None"]
+_SCANNED: _Fields = {
+    pb.ModelInferRequest.INPUTS_FIELD_NUMBER: {
+        pb.ModelInferRequest.InferInputTensor.CONTENTS_FIELD_NUMBER: {
+            pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER: None
+        }
+    },
+    pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER: None,
+}
+_NOT_HERE = (
+    "models are not loaded or unloaded by calls to this address, but to the server's --admin-address; "
+    "or add a version to the repository's folder, or remove it"
+)
+
+
+class InferenceServicer:
+    """The service, over the queues of all models.
+
+    Args:
+        models: the served ones.
+        settings: the server's.
+        health_servicer: says whether the server is ready.
+    """
+
+    def __init__(self, models: ModelTable, settings: ServerSettings, health_servicer: HealthServicer) -> None:
+        self._models = models
+        self._settings = settings
+        self._health = health_servicer
+
+    def add_to(self, server: Server) -> None:
+        """Answer the service's calls."""
+        ours = {
+            "ModelInfer": Method(start=self._model_infer, counts_images=True),
+            "ModelStreamInfer": Method(open=self._model_stream_infer, counts_images=True),
+        }
+        for name, method in ours.items():
+            server.add_method(f"/{SERVICE}/{name}", method)
+        handlers = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                getattr(self, method.name),
+                request_deserializer=_bounded(message_factory.GetMessageClass(method.input_type).FromString),
+                response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+            )
+            for method in _DESCRIPTOR.methods
+            if method.name not in ours
+        }
+        server.add_registered_method_handlers(SERVICE, handlers)
+
+    def _model_infer(self, call: Call, content: bytes) -> None:
+        """Make all images, then answer. Without a task, which costs as much as an image of a small model."""
+        request = self.read(content)
+        batcher, draw, options = self.check(request, call)
+        request_id = request.id  # alone: the request's tensors may have megabytes
+
+        def done(made: Made | ServingError) -> None:
+            if isinstance(made, ServingError):
+                call.fail(made)
+            else:
+                call.reply(_respond(request_id, batcher.model, made))
+
+        deadline = _earlier(call.deadline, options.deadline)
+        call.work = job = batcher.submit(
+            draw, done, fairness_key=call.fairness_key, deadline=deadline, bulk=options.bulk
+        )
+        call.on_cancel = job.cancel
+
+    def _model_stream_infer(self, call: Call) -> RequestSink:
+        """Answer each request of a stream, in order."""
+        return _InferStream(self, call).sink
+
+    def read(self, content: bytes) -> pb.ModelInferRequest:
+        """Read a request, if that does not take long.
+
+        Raises:
+            ServingError: it is none, or one of too many parts.
+        """
+        if len(content) > _FREELY_PARSED_BYTES:
+            _scan(content, _FREELY_PARSED_BYTES + _BYTES_PER_IMAGE * self._settings.max_images_per_request)
+        return read_message(pb.ModelInferRequest.FromString, content)
+
+    def check(self, request: pb.ModelInferRequest, call: Call) -> "tuple[Batcher, Draw, _Options]":
+        """Find the model, and check the request and the rate of its caller.
+
+        Raises:
+            ServingError: it cannot be answered.
+        """
+        batcher = self._find(request.model_name, request.model_version, call)
+        _check_counts(request)
+        options = _options(request)
+        limit = images_limit(batcher.model, self._settings.max_images_per_request)
+        draw = _draw(request, batcher.model, limit, options.truncation)
+        if call.caller is not None:
+            call.caller.take(draw.count)
+        return batcher, draw, options
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Call) -> pb.ServerLiveResponse:  # noqa: N802
+        """Answer true: a dead server does not answer."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Call) -> pb.ServerReadyResponse:  # noqa: N802
+        """Answer as gRPC health does for the server."""
+        return pb.ServerReadyResponse(ready=self._health.status("") == SERVING)
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Call) -> pb.ModelReadyResponse:  # noqa: N802
+        """Answer whether a version is served."""
+        self._name(request.name, context)
+        version = _version(request.version)
+        served = self._models.batchers()
+        ready = request.name in self._models if version is None else (request.name, version) in served
+        return pb.ModelReadyResponse(ready=ready)
+
+    async def ServerMetadata(  # noqa: N802
+        self, request: pb.ServerMetadataRequest, context: Call
+    ) -> pb.ServerMetadataResponse:
+        """Describe the server."""
+        version = importlib.metadata.version("ganserve")
+        return pb.ServerMetadataResponse(name="ganserve", version=version, extensions=_EXTENSIONS)
+
+    async def ModelMetadata(  # noqa: N802
+        self, request: pb.ModelMetadataRequest, context: Call
+    ) -> pb.ModelMetadataResponse:
+        """Describe the tensors of a version's file, without `seed`: some clients fill every input that is listed."""
+        card = self._find(request.name, request.version, context).model.card
+        inputs: list[dict[str, Any]] = [{"name": "latent", "datatype": "FP32", "shape": (-1, card.latent_dim)}]
+        if card.class_names:
+            inputs.append({"name": "label", "datatype": "INT64", "shape": (-1,)})
+        image = {"name": _OUTPUT, "datatype": "UINT8", "shape": (-1, card.height, card.width, card.channels)}
+        return pb.ModelMetadataResponse(
+            name=request.name,
+            versions=[str(number) for number in self._models.versions(request.name)],
+            platform=_PLATFORM,
+            inputs=inputs,
+            outputs=[image],
+        )
+
+    async def RepositoryIndex(  # noqa: N802
+        self, request: pb.RepositoryIndexRequest, context: Call
+    ) -> pb.RepositoryIndexResponse:
+        """List every version that is served."""
+        refuse_repository_name(request.repository_name)
+        return pb.RepositoryIndexResponse(
+            models=[
+                {"name": name, "version": str(number), "state": "READY"}
+                for name, number in sorted(self._models.batchers())
+            ]
+        )
+
+    async def RepositoryModelLoad(  # noqa: N802
+        self, request: pb.RepositoryModelLoadRequest, context: Call
+    ) -> pb.RepositoryModelLoadResponse:
+        """Refuse: `RepositoryServicer` loads models."""
+        self._name(request.model_name, context)
+        raise PermissionDenied(_NOT_HERE)
+
+    async def RepositoryModelUnload(  # noqa: N802
+        self, request: pb.RepositoryModelUnloadRequest, context: Call
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Refuse: `RepositoryServicer` unloads models."""
+        self._name(request.model_name, context)
+        raise PermissionDenied(_NOT_HERE)
+
+    def _name(self, model: str, call: Call) -> None:
+        call.model = model if model in self._models else OTHER
+
+    def _find(self, model: str, version: str, call: Call) -> Batcher:
+        self._name(model, call)
+        batcher = self._models.find(model, _version(version))
+        call.version = batcher.model.version
+        return batcher
+
+
+class _InferStream(RequestStream):
+    """One call of ModelStreamInfer."""
+
+    __slots__ = ("_servicer",)
+
+    def __init__(self, servicer: InferenceServicer, call: Call) -> None:
+        super().__init__(call)
+        self._servicer = servicer
+
+    def take(self, content: bytes) -> StreamedRequest:
+        """Read, check and queue a request."""
+        streamed, request_id = StreamedRequest(), ""
+        try:
+            request = self._servicer.read(content)
+            request_id = request.id
+            batcher, draw, options = self._servicer.check(request, self._call)
+
+            def done(made: Made | ServingError) -> None:
+                if isinstance(made, ServingError):
+                    streamed.answer = _stream_error(request_id, made)
+                else:
+                    streamed.answer = embedded(_RESPONSE_TAG, _respond(request_id, batcher.model, made, _FINAL))
+
+            deadline = _earlier(self._call.deadline, options.deadline)
+            self.submit([streamed], batcher, draw, done, deadline=deadline, bulk=options.bulk)
+            streamed.pixel_bytes = draw.count * batcher.model.pixel_bytes
+        except ServingError as error:
+            streamed.answer = _stream_error(request_id, error)
+        return streamed
+
+
+def _stream_error(request_id: str, error: ServingError) -> bytes:
+    if len(request_id.encode()) > _MAX_ID_BYTES:
+        request_id = ""
+    response = pb.ModelInferResponse(id=request_id, parameters=_FINAL)  # the id says which request failed
+    return pb.ModelStreamInferResponse(error_message=str(error), infer_response=response).SerializeToString()
+
+
+def _bounded(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a function that reads only messages that protobuf reads in little time."""
+
+    def read_small(content: bytes) -> Any:
+        if len(content) > _FREELY_PARSED_BYTES:
+            raise MessageTooLarge(
+                f"the request has {len(content)} bytes; one of this method may have {_FREELY_PARSED_BYTES}"
+            )
+        return read(content)
+
+    return read_small
+
+
+def _scan(content: bytes, most_bytes: int) -> None:
+    """Refuse a large ModelInferRequest that protobuf would take long to read: one of thousands of small parts.
+
+    Args:
+        content: the request, serialised.
+        most_bytes: how many it may have beside the contents of raw_input_contents and fp32_contents.
+
+    Raises:
+        ServingError: it has more, or more fields than are scanned, or is no message.
+    """
+    found, copied_bytes = 0, 0
+    parts = [(0, len(content), _SCANNED)]
+    while parts:
+        position, end, known = parts.pop()
+        while position < end:
+            found += 1
+            if found > _MAX_SCANNED_FIELDS:
+                raise InvalidRequest(
+                    "inputs",
+                    f"the request has {len(content)} bytes and more than {_MAX_SCANNED_FIELDS} fields, which only one "
+                    f"of up to {_FREELY_PARSED_BYTES} bytes may have; send numbers in raw_input_contents, or packed",
+                )
+            tag, position = _varint(content, position)
+            number, kind = tag >> 3, tag & 7
+            size = 0
+            if kind == _LENGTH_DELIMITED:
+                size, position = _varint(content, position)
+                if number in known:
+                    inner = known[number]
+                    if inner is None:
+                        copied_bytes += size
+                    else:
+                        parts.append((position, position + size, inner))
+            elif kind == _VARINT:
+                _, position = _varint(content, position)
+            elif kind in (_FIXED64, _FIXED32):
+                size = 8 if kind == _FIXED64 else 4
+            else:
+                raise MalformedMessage("the request has a group; this method's messages have none")
+            position += size
+            if position > end:
+                raise MalformedMessage("the request ends within a field")
+    if (rest := len(content) - copied_bytes) > most_bytes:
+        raise InvalidRequest(
+            "inputs",
+            f"the request has {rest} bytes beside raw_input_contents and fp32_contents; {most_bytes} are allowed here",
+        )
+
+
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    """Read a number; return it and the position after it."""
+    value = 0
+    for index, byte in enumerate(content[position : position + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            return value, position + index + 1
+    raise MalformedMessage("the request has a number that does not end")
+
+
+def _check_counts(request: pb.ModelInferRequest) -> None:
+    """Check how many parts a request has, before any loop over them."""
+    if (count := len(request.inputs)) > _MAX_INPUTS:
+        raise _too_many("inputs", count, _MAX_INPUTS)
+    if (count := len(request.outputs)) > _MAX_OUTPUTS:
+        raise _too_many("outputs", count, _MAX_OUTPUTS)
+    if (count := len(request.parameters)) > _MAX_PARAMETERS:
+        raise _too_many("parameters", count, _MAX_PARAMETERS)
+    if (size := len(request.id.encode())) > _MAX_ID_BYTES:
+        raise InvalidRequest("id", f"the id has {size} bytes; it may have {_MAX_ID_BYTES}")
+
+
+def _too_many(field: str, count: int, most: int) -> InvalidRequest:
+    return InvalidRequest(field, f"the request has {count} {field}; it may have {most}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    truncation: float = 1.0
+    deadline: float | None = None  # by time.monotonic
+    bulk: bool = False
+
+
+_NO_OPTIONS = _Options()
+
+
+def _options(request: pb.ModelInferRequest) -> _Options:
+    """Read the parameters of a request."""
+    if not request.parameters:
+        return _NO_OPTIONS
+    if unknown := sorted(set(request.parameters) - {"priority", "timeout", "truncation", _EMPTY_FINAL}):
+        raise InvalidRequest(
+            "parameters", f"there is no parameter {unknown[0]!r}; there are priority, timeout and truncation"
+        )
+    numbers = {name: _number(name, one) for name, one in request.parameters.items() if name != _EMPTY_FINAL}
+    truncation, timeout_us = numbers.get("truncation", 1.0), numbers.get("timeout", 0.0)
+    check_truncation(truncation)
+    if not 0 <= timeout_us < math.inf:
+        raise InvalidRequest("timeout", f"timeout is {timeout_us:g}; it must be in microseconds, or 0 for none")
+    deadline = time.monotonic() + timeout_us / 1e6 if timeout_us else None
+    return _Options(truncation, deadline, bulk=numbers.get("priority", 0.0) > 1)
+
+
+def _earlier(deadline: float | None, other: float | None) -> float | None:
+    return min((one for one in (deadline, other) if one is not None), default=None)
+
+
+def _number(name: str, parameter: pb.InferParameter) -> float:
+    """Read a number or its text, which Triton's older clients send for fractions."""
+    kind = parameter.WhichOneof("parameter_choice")
+    value = getattr(parameter, kind) if kind else None
+    if not isinstance(value, bool) and value is not None:
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise InvalidRequest(name, f"parameter {name} is {value!r}; it must be a number")
+
+
+def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, truncation: float) -> Draw:
+    """Check every tensor against the model and the limits; return the images to make."""
+    for output in request.outputs:
+        if output.name != _OUTPUT:
+            raise InvalidRequest("outputs", f"there is no output {output.name!r}; there is {_OUTPUT}")
+        _check_no_parameters(output.name, output.parameters)
+    tensors = _tensors(request, model, limit)
+    latents, seeds, labels = tensors.get("latent"), tensors.get("seed"), tensors.get("label")
+    given = seeds if latents is None else latents
+    if given is None or (latents is not None and seeds is not None):
+        raise InvalidRequest("inputs", f"model {model.name} takes one of the inputs latent and seed")
+    count = len(given)
+    if not count:
+        raise _wrong_count("seed" if latents is None else "latent", count, limit)
+    if latents is not None:
+        latents = scaled(latents, truncation, "latent")
+        if labels is None and model.classes:
+            raise InvalidRequest("label", f"model {model.name} is conditional: latents need the input label")
+    if seeds is not None:
+        if seeds.min() < 0 or seeds.max() > _MAX_SEED:
+            raise InvalidRequest("seed", f"seed has values that are not from 0 to {_MAX_SEED}")
+        seeds = seeds.astype(np.uint32)
+    if labels is not None:
+        check_labels(labels, model, count, "label")
+        labels = labels.repeat(count) if len(labels) == 1 else labels
+    elif seeds is not None and model.classes:
+        labels = labels_of(seeds, model)
+    return Draw(count, seeds, latents, labels, truncation)
+
+
+def _wrong_count(name: str, count: int, limit: int) -> InvalidRequest:
+    return InvalidRequest(name, f"{name} is for {count} images; one call may ask for 1 to {limit} images here")
+
+
+def _tensors(request: pb.ModelInferRequest, model: ModelVersion, limit: int) -> dict[str, NDArray[Any]]:
+    """Read the inputs: latent [n, latent_dim], seed and label [n], with n up to the limit."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidRequest(
+            "raw_input_contents",
+            f"there are {len(raw)} raw contents for {len(request.inputs)} inputs; send one for each, or none",
+        )
+    tensors: dict[str, NDArray[Any]] = {}
+    for index, tensor in enumerate(request.inputs):
+        name = tensor.name
+        if name not in _INPUTS:
+            raise InvalidRequest("inputs", f"there is no input {name!r}; there are {', '.join(_INPUTS)}")
+        if name in tensors:
+            raise InvalidRequest("inputs", f"the input {name} is there twice")
+        _check_no_parameters(name, tensor.parameters)
+        if tensor.datatype not in _INPUTS[name]:
+            raise InvalidRequest(
+                name, f"{name} has datatype {tensor.datatype!r}; it must be {' or '.join(_INPUTS[name])}"
+            )
+        kind, field = _INPUTS[name][tensor.datatype]
+        if raw and tensor.HasField("contents"):
+            raise InvalidRequest(name, f"{name} has contents, but the request has raw_input_contents; send one of them")
+        _check_shape(name, tensor.shape, model)
+        if tensor.shape[0] > limit:
+            raise _wrong_count(name, tensor.shape[0], limit)
+        item = np.dtype(kind).itemsize
+        # Their number first: to convert millions of numbers takes hundreds of milliseconds.
+        content = raw[index] if raw else b""
+        given = len(content) if raw else len(getattr(tensor.contents, field)) * item
+        if given != (size := math.prod(tensor.shape)) * item:
+            raise InvalidRequest(
+                name,
+                f"{name} has {given} bytes of content; its shape {list(tensor.shape)} of {tensor.datatype} "
+                f"takes {size * item}",
+            )
+        values: NDArray[Any] = np.frombuffer(content if raw else _content(tensor.contents, field, kind), kind)
+        tensors[name] = values.reshape(-1, model.card.latent_dim) if name == "latent" else values
+    return tensors
+
+
+def _content(contents: pb.InferTensorContents, field: str, kind: str) -> bytes:
+    """Return the numbers of a field, little-endian."""
+    numbers = getattr(contents, field)
+    if field != "fp32_contents" or not numbers:
+        return np.array(numbers, kind).tobytes()
+    # NumPy converts a million of them one by one, in 200 ms. Serialised, they are the end of a message of them alone.
+    size = len(numbers) * np.dtype(kind).itemsize
+    for other, _ in contents.ListFields():
+        if other.name != field:
+            contents.ClearField(other.name)
+    contents.DiscardUnknownFields()  # type: ignore[attr-defined]
+    return contents.SerializeToString()[-size:]
+
+
+def _check_shape(name: str, shape: Sequence[int], model: ModelVersion) -> None:
+    """Check a shape, apart from the number of images."""
+    width, count_alone = (model.card.latent_dim, False) if name == "latent" else (1, True)
+    fits = (len(shape) == 2 and shape[1] == width) or (len(shape) == 1 and count_alone)
+    if not fits or shape[0] < 0:
+        wanted = "[n] or [n, 1]" if count_alone else f"[n, {width}]"
+        given = str(list(shape[:_TOLD])) if len(shape) <= _TOLD else f"of {len(shape)} dimensions"
+        raise InvalidRequest(name, f"{name} has shape {given}; model {model.name} takes {wanted}")
+
+
+def _check_no_parameters(name: str, parameters: Mapping[str, pb.InferParameter]) -> None:
+    if parameters:
+        one = min(itertools.islice(parameters, _MAX_PARAMETERS))
+        raise InvalidRequest(
+            name,
+            f"{name} has parameter {one!r}; tensors have none here: no shared memory is read or written, "
+            "send the values in the message",
+        )
+
+
+def _version(text: str) -> int | None:
+    if not text:
+        return None
+    if not _VERSION.fullmatch(text):
+        raise InvalidRequest(
+            "model_version", f"the version is {text!r}; it must be a number, or empty for the newest one"
+        )
+    return int(text)
+
+
+def _respond(
+    request_id: str,
+    model: ModelVersion,
+    made: Made,
+    parameters: Mapping[str, pb.InferParameter] | None = None,
+) -> bytes:
+    """Return a serialised ModelInferResponse; the pixels are copied once."""
+    response = pb.ModelInferResponse(
+        model_name=model.name,
+        model_version=str(model.version),
+        id=request_id,
+        parameters=parameters,
+        outputs=[{"name": _OUTPUT, "datatype": "UINT8", "shape": made.pixels.shape}],
+    )
+    pixels = made.pixels.tobytes()
+    return b"".join((response.SerializeToString(), _RAW_TAG, varint(len(pixels)), pixels))

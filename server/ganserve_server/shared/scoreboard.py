@@ -1,0 +1,166 @@
+"""How busy each worker process is, in memory that all of them see, and which of them accepts the next connection."""
+
+import asyncio
+import fcntl
+import mmap
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+_CELL_BYTES = 8
+# For each worker: its connections, its running batches, its running calls, its models, the connections it has accepted,
+# and its connections that had a call recently.
+_CELLS = 6
+_ABSENT = 1 << 60  # connections of a worker that cannot accept any
+_PATIENCE_S = 0.05  # for a worker that has fewer connections and does not accept the next
+_POLL_S, _LOAD_TIMEOUT_S = 0.005, 5.0
+
+
+def scoreboard_bytes(workers: int) -> int:
+    """Return how much memory a scoreboard needs."""
+    return workers * _CELLS * _CELL_BYTES
+
+
+class Scoreboard:
+    """Memory that all workers see: how busy each of them is. A worker writes only its own cells.
+
+    Args:
+        descriptor: the shared memory, of `scoreboard_bytes`.
+        workers: how many there are.
+        mine: the number of this worker.
+    """
+
+    def __init__(self, descriptor: int, workers: int, mine: int) -> None:
+        self._descriptor = descriptor
+        self._cells = memoryview(mmap.mmap(descriptor, scoreboard_bytes(workers))).cast("q")
+        self._mine = mine
+        self.workers = workers
+        self._others = [number for number in range(workers) if number != mine]
+
+    def set_connections(self, count: int) -> None:
+        """Publish how many connections this worker has."""
+        self._cells[self._mine * _CELLS] = count
+
+    def set_running(self, batches: int) -> None:
+        """Publish how many batches this worker computes."""
+        self._cells[self._mine * _CELLS + 1] = batches
+
+    def set_calls(self, calls: int) -> None:
+        """Publish how many calls this worker answers."""
+        self._cells[self._mine * _CELLS + 2] = calls
+
+    def set_models(self, count: int) -> None:
+        """Publish how many models this worker serves."""
+        self._cells[self._mine * _CELLS + 3] = count
+
+    @property
+    def mine(self) -> int:
+        """How many connections in use this worker has."""
+        return self._in_use(self._mine)
+
+    def set_in_use(self, count: int) -> None:
+        """Publish how many of this worker's connections had a call recently, or are new."""
+        self._cells[self._mine * _CELLS + 5] = count
+
+    def _in_use(self, worker: int) -> int:
+        first = worker * _CELLS
+        return _ABSENT if self._cells[first] == _ABSENT else self._cells[first + 5]
+
+    def set_accepted(self, connections: int) -> None:
+        """Publish how many connections this worker has accepted since it started."""
+        self._cells[self._mine * _CELLS + 4] = connections
+
+    def load(self) -> tuple[int, int]:
+        """Return the connections and the calls of all present workers, added up."""
+        cells = self._cells
+        present = [one for one in range(0, self.workers * _CELLS, _CELLS) if cells[one] != _ABSENT]
+        return sum(cells[one] for one in present), sum(cells[one + 2] for one in present)
+
+    def serving(self) -> int:
+        """Count the present workers that have a model."""
+        cells = self._cells
+        return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
+
+    def connections(self) -> dict[int, int]:
+        """Return how many connections in use each of the other workers has."""
+        return {other: self._in_use(other) for other in self._others}
+
+    def accepted(self) -> dict[int, int]:
+        """Return how many connections each of the other workers has accepted since it started."""
+        return {other: self._cells[other * _CELLS + 4] for other in self._others}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker is the first of the present ones."""
+        present = (worker for worker in range(self.workers) if self._cells[worker * _CELLS] != _ABSENT)
+        return next(present, None) == self._mine
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this worker accepts connections."""
+        return self.mine != _ABSENT
+
+    async def all_loaded(self) -> None:
+        """Wait until the others have loaded their models: the first to serve would get all waiting connections."""
+        until = time.monotonic() + _LOAD_TIMEOUT_S
+        models = [worker * _CELLS + 3 for worker in self._others]
+        while not all(self._cells[cell] for cell in models) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)  # processes have no Event in common
+
+    def others_running(self) -> int:
+        """Count the batches that the other workers compute."""
+        return sum(self._cells[other * _CELLS + 1] for other in self._others)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Hold the workers' lock: no other worker is in this block at the same time."""
+        await asyncio.to_thread(fcntl.lockf, self._descriptor, fcntl.LOCK_EX)  # the kernel frees it with the process
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+    def absent(self, worker: int) -> None:
+        """Record that a worker is not there; only the supervisor calls this."""
+        self._cells[worker * _CELLS] = _ABSENT
+        for cell in range(1, _CELLS):
+            self._cells[worker * _CELLS + cell] = 0
+
+
+class AcceptOrder:
+    """Decides which worker accepts next: the one with the fewest connections, skipping stalled workers."""
+
+    def __init__(self, board: Scoreboard) -> None:
+        self._board = board
+        self._accepted = 0
+        self._since = self._asked = 0.0
+        # Workers, each with the connections that it had accepted at that time.
+        self._waited_for: dict[int, int] = {}
+        self._stalled: dict[int, int] = {}
+
+    def accepted(self) -> None:
+        """Count a connection that this worker accepted."""
+        self._accepted += 1
+        self._board.set_accepted(self._accepted)
+
+    def may_accept(self) -> bool:
+        """Tell whether this worker may accept the waiting connection; if not, ask again soon."""
+        now, accepted = time.monotonic(), self._board.accepted()
+        self._stalled = {worker: count for worker, count in self._stalled.items() if accepted[worker] == count}
+        candidates = {
+            worker: count for worker, count in self._board.connections().items() if worker not in self._stalled
+        }
+        fewest = min(candidates.values(), default=_ABSENT)
+        if fewest >= self._board.mine:
+            self._waited_for = {}
+            return True
+        pause = now - self._asked > 2 * _PATIENCE_S
+        progress = any(accepted[worker] != count for worker, count in self._waited_for.items())
+        if pause or not self._waited_for or progress:
+            self._since = now  # this is another connection than then
+        self._asked = now
+        self._waited_for = {worker: accepted[worker] for worker, count in candidates.items() if count == fewest}
+        if now - self._since >= _PATIENCE_S:
+            self._stalled |= self._waited_for
+            self._waited_for = {}
+        return False

@@ -1,0 +1,12 @@
+"""What keeps the server from starting: the program logs the text and exits.
+
+Apart from `errors`, which imports grpc: `--help` and a wrong flag answer without it.
+"""
+
+
+class StartError(Exception):
+    """The server cannot start; the text says why and what to do."""
+
+
+class SettingsError(Exception):
+    """A setting is wrong or unknown; the text names the setting, where it is set, and the nearest known name."""
