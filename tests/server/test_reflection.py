@@ -97,7 +97,7 @@ def test_a_large_request_is_refused(ask: Callable[..., list[Any]]) -> None:
 class Call:
     """A call of a connection without a peer, which does what is put off a piece at a time."""
 
-    over, pending_bytes, turn_of = False, 0, "connection"
+    over, pending_bytes, fairness_key = False, 0, "connection"
 
     def __init__(self, todo: deque[tuple["Call", Callable[[float], None]]]) -> None:
         self.todo = todo
