@@ -129,7 +129,7 @@ def test_an_id_that_is_too_long_does_not_come_back(stream: Callable[..., Any]) -
 class FakeCall:
     """A call of no connection, which does what is put off when it is told."""
 
-    over, pending_bytes, turn_of = False, 0, "caller"
+    over, pending_bytes, fairness_key = False, 0, "caller"
 
     def __init__(self) -> None:
         self.todo: list[Callable[[float], None]] = []
