@@ -1,6 +1,7 @@
 # Two commands for everybody: `make demo` and `make test`. Each sets itself up in .venv, with packages only.
 PYTHON ?= python3
 VENV ?= .venv
+TEST_PROCESSES ?= 3
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint docs stubs locks sbom clean
@@ -8,8 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.server
 	$(BIN)/python examples/demo.py
 
+# By several processes: many tests wait for programs that they start.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # What a change must pass besides the tests.
 lint: $(VENV)/.dev
