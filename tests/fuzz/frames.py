@@ -179,7 +179,8 @@ class Target:
             self._servers[kind] = server
 
         def connect() -> FakeTransport:
-            protocol = server._new_connection()
+            accepted: Any = object()
+            protocol = server._new_connection(accepted)
             high_water = 1000 if options.high_water else 1 << 30
             transport = FakeTransport(self.loop, protocol, high_water=high_water, half_closes=options.half_closes)
             transport.peer_reads = options.reads
