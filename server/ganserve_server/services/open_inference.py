@@ -35,7 +35,7 @@ from ganserve_server.services.administration import refuse_repository_name
 from ganserve_server.services.health import SERVING, HealthServicer
 from ganserve_server.services.messages import check_labels, check_truncation, images_limit, labels_of, scaled
 from ganserve_server.services.request_stream import RequestStream, StreamedRequest
-from ganserve_server.services.wire import embedded, tag, varint
+from ganserve_server.services.wire import FIXED32, FIXED64, LENGTH_DELIMITED, VARINT, embedded, tag, varint
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
@@ -67,7 +67,6 @@ _TOLD = 8  # numbers of a shape in an error
 _FREELY_PARSED_BYTES = 16 << 10
 _BYTES_PER_IMAGE = 20  # a seed and a label, each a varint
 _MAX_SCANNED_FIELDS = 256
-_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 _MAX_VARINT_BYTES = 10
 # By number, the fields in which the scan looks for fields, and what it finds there; None: numbers that are only copied.
 _Fields = Mapping[int, "_Fields | None"]
@@ -314,21 +313,21 @@ def _scan(content: bytes, most_bytes: int) -> None:
                     f"the request has {len(content)} bytes and more than {_MAX_SCANNED_FIELDS} fields, which only one "
                     f"of up to {_FREELY_PARSED_BYTES} bytes may have; send numbers in raw_input_contents, or packed",
                 )
-            tag, position = _varint(content, position)
-            number, kind = tag >> 3, tag & 7
+            key, position = _read_varint(content, position)
+            number, kind = key >> 3, key & 7
             size = 0
-            if kind == _LENGTH_DELIMITED:
-                size, position = _varint(content, position)
+            if kind == LENGTH_DELIMITED:
+                size, position = _read_varint(content, position)
                 if number in known:
                     inner = known[number]
                     if inner is None:
                         copied_bytes += size
                     else:
                         parts.append((position, position + size, inner))
-            elif kind == _VARINT:
-                _, position = _varint(content, position)
-            elif kind in (_FIXED64, _FIXED32):
-                size = 8 if kind == _FIXED64 else 4
+            elif kind == VARINT:
+                _, position = _read_varint(content, position)
+            elif kind in (FIXED64, FIXED32):
+                size = 8 if kind == FIXED64 else 4
             else:
                 raise MalformedMessage("the request has a group; this method's messages have none")
             position += size
@@ -341,7 +340,7 @@ def _scan(content: bytes, most_bytes: int) -> None:
         )
 
 
-def _varint(content: bytes, position: int) -> tuple[int, int]:
+def _read_varint(content: bytes, position: int) -> tuple[int, int]:
     """Read a number; return it and the position after it."""
     value = 0
     for index, byte in enumerate(content[position : position + _MAX_VARINT_BYTES]):

@@ -5,12 +5,13 @@ The only module that writes tags and lengths. https://protobuf.dev/programming-g
 
 import functools
 
-_LENGTH_DELIMITED = 2  # the wire type of bytes and of messages
+# Wire types. LENGTH_DELIMITED is that of bytes and of messages.
+VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 
 
 def tag(field_number: int) -> bytes:
     """Write the tag of a field of bytes, or of a message."""
-    return varint(field_number << 3 | _LENGTH_DELIMITED)
+    return varint(field_number << 3 | LENGTH_DELIMITED)
 
 
 @functools.lru_cache(1024)
