@@ -129,8 +129,11 @@ def compare_with_pytorch(
         latent = latents(np.arange(batch_size), latent_dim)
         label = np.arange(batch_size) % classes if classes else None
         got = run_session(session, latent, label)
+        arguments = {"latent": torch.from_numpy(latent)}
+        if label is not None:  # as at the export: a module without classes takes no label
+            arguments["label"] = torch.from_numpy(label)
         with torch.no_grad():
-            wanted = module(torch.from_numpy(latent), None if label is None else torch.from_numpy(label)).numpy()
+            wanted = module(**arguments).numpy()
         difference = int(np.abs(got.astype(np.int16) - wanted).max()) if got.shape == wanted.shape else None
         if difference is None or difference > 1:
             raise TrainerError(
