@@ -240,7 +240,6 @@ class Target:
                 answer_bytes_each=5000 if options.little_room else 1 << 20,
             ),
             guard=_guard if options.guarded else None,
-            unawaited_services=reflection.SERVICES,
         )
         GenerationServicer(self._models, self._settings, self._metrics).add_to(server)
         servicer = health.HealthServicer()

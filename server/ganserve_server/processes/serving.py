@@ -113,7 +113,6 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
         on_ended=lambda reason: metrics.connections_ended.labels(reason).inc(),
         limits=settings.limits,
         # Their calls may never end.
-        unawaited_services=reflection.SERVICES,
         board=board,
     )
     host.server_made(server)

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -98,7 +98,6 @@ class BaseServer(Generic[CallT]):
         on_refused: called before it with the error, for those that end with one.
         on_internal_error: called with an unexpected exception, which the caller does not get.
         limits: what peers may have the server keep, do and wait for.
-        unawaited_services: whose calls are not for metrics, and are cut off by a drain.
         board: where the workers that share the sockets, if there are others, tell their connections.
         guard: finds a call's caller, at its headers, and raises a ServingError if it may not call; None: all may.
     """
@@ -110,7 +109,6 @@ class BaseServer(Generic[CallT]):
         on_refused: Callable[[CallT, ServingError], None],
         on_internal_error: Callable[[CallT, BaseException], None],
         limits: Limits,
-        unawaited_services: Collection[str] = (),
         board: Scoreboard | None = None,
         guard: Callable[[CallT], None] | None = None,
     ) -> None:
@@ -120,7 +118,6 @@ class BaseServer(Generic[CallT]):
         self.limits, self.guard = limits, guard
         self.on_refused, self.on_internal_error = on_refused, on_internal_error
         self._on_finished, self._board = on_finished, board
-        self._unawaited_services = unawaited_services
         self._draining = False
 
     def add_method(self, path: str, method: Method) -> None:
@@ -134,19 +131,19 @@ class BaseServer(Generic[CallT]):
         self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
     ) -> None:
         """Answer the methods of a servicer written for grpc.aio; of its context, it has a `Call`."""
-        for path, method in _methods_of(service, handlers, awaited=service not in self._unawaited_services):
+        for path, method in _methods_of(service, handlers):
             self.methods.setdefault(path, method)
 
 
 def _methods_of(
-    service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]", *, awaited: bool
+    service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
 ) -> Iterator[tuple[str, Method]]:
     """Yield path and method of each handler."""
     for name, handler in handlers.items():
         if handler.request_streaming:
-            method = Method(open=functools.partial(_open_stream, handler), awaited=awaited)
+            method = Method(open=functools.partial(_open_stream, handler))
         else:
-            method = Method(start=functools.partial(_start, handler), awaited=awaited)
+            method = Method(start=functools.partial(_start, handler))
         yield f"/{service}/{name}", method
 
 
