@@ -727,6 +727,29 @@ def test_a_server_that_loads_is_alive_and_not_ready() -> None:
     endpoint.close()
 
 
+READY_WHEN_REPORTED = """
+import logging, os, signal, urllib.request
+from ganserve_server.__main__ import main
+
+def ask(line):
+    if line.msg == "serving":
+        print(urllib.request.urlopen(f"http://{line.metrics_address}/readyz").status, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return True
+
+logging.getLogger("ganserve_server.processes.app").addFilter(ask)
+main()
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_server_is_ready_before_it_reports_that_it_serves(workers: str) -> None:
+    flags = ("--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--workers", workers)
+    command = [sys.executable, "-c", READY_WHEN_REPORTED, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=START_TIMEOUT_S)
+    assert (done.returncode, done.stdout) == (0, "200\n"), done.stderr
+
+
 def ask_for_metrics(address: str, accept: str) -> bytes:
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), START_TIMEOUT_S) as peer:

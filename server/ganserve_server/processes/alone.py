@@ -9,7 +9,7 @@ from ganserve_server.auth.security import Security
 from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.observe.metrics import Load, Metrics
 from ganserve_server.processes.admin_listener import AdminListener
-from ganserve_server.processes.reports import ReportServing, report_draining, why_not_ready
+from ganserve_server.processes.reports import ReportServing, report_draining
 from ganserve_server.processes.serving import Host, serve_models
 from ganserve_server.repository.lifecycle import Lifecycle
 from ganserve_server.settings import ServerSettings
@@ -32,7 +32,7 @@ async def serve_alone(
     """
     with contextlib.closing(HttpEndpoint(settings.metrics_address, metrics.registry)) as endpoint:
         admin = AdminListener(settings, security)
-        host = _OnlyProcessHost(settings, stop, sockets, metrics, security, endpoint, admin, report_serving)
+        host = _OnlyProcessHost(settings, sockets, metrics, security, endpoint, admin, report_serving)
         await serve_models(host, settings, stop, reload)
         await admin.stop()
 
@@ -41,7 +41,6 @@ class _OnlyProcessHost(Host):
     def __init__(
         self,
         settings: ServerSettings,
-        stop: asyncio.Event,
         sockets: list[socket],
         metrics: Metrics,
         security: Security,
@@ -49,7 +48,7 @@ class _OnlyProcessHost(Host):
         admin: AdminListener,
         report_serving: ReportServing,
     ) -> None:
-        self._settings, self._stop, self._endpoint, self._admin = settings, stop, endpoint, admin
+        self._settings, self._endpoint, self._admin = settings, endpoint, admin
         self.sockets, self.metrics, self.security = sockets, metrics, security
         self.board, self.unloaded, self.may_be_empty, self.logs = None, (), False, True
         self._report_serving = report_serving
@@ -60,8 +59,7 @@ class _OnlyProcessHost(Host):
 
     def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
         """Listen for operators, and report that the server is ready."""
-        self._report_serving(facts, self._endpoint.address, self._admin.start(lifecycle))
-        self._endpoint.why_not_ready = lambda: why_not_ready(self._stop, lifecycle)
+        self._report_serving(facts, self._endpoint, lifecycle, self._admin.start(lifecycle))
 
     def draining(self) -> None:
         """Report to systemd and the log."""

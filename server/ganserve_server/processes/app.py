@@ -19,7 +19,7 @@ from ganserve_server.observe.metrics import Metrics
 from ganserve_server.processes.admin_listener import AdminListener
 from ganserve_server.processes.administration import WorkersAdministration
 from ganserve_server.processes.channel import WORKER_VARIABLE, SupervisorChannel
-from ganserve_server.processes.reports import ReportServing, report_draining, why_not_ready
+from ganserve_server.processes.reports import ModelServer, ReportServing, report_draining, why_not_ready
 from ganserve_server.processes.supervisor import Supervisor
 from ganserve_server.processes.systemd import notify, reloading
 from ganserve_server.settings import ServerSettings
@@ -51,12 +51,16 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     sockets = bind(settings.address, "--address")
     workers = _count_workers(settings)
 
-    def report_serving(facts: Mapping[str, Any], metrics_address: str | None, admin_address: str | None) -> None:
+    def report_serving(
+        facts: Mapping[str, Any], endpoint: HttpEndpoint, server: ModelServer, admin_address: str | None
+    ) -> None:
+        # First: whoever acts on the line or on systemd's state finds the server ready.
+        endpoint.why_not_ready = lambda: why_not_ready(stop, server)
         _log.info(
             "serving",
             extra={
                 "address": name(sockets[0], settings.address),
-                "metrics_address": metrics_address,
+                "metrics_address": endpoint.address,
                 "admin_address": admin_address,
                 "transport": settings.transport,
                 "workers": workers,
@@ -106,8 +110,7 @@ async def _supervise(
         facts, _ = starting.result()
         if facts is None:
             raise SystemExit(1)
-        report_serving(facts, endpoint.address, admin.start(WorkersAdministration(supervisor)))
-        endpoint.why_not_ready = lambda: why_not_ready(stop, supervisor)
+        report_serving(facts, endpoint, supervisor, admin.start(WorkersAdministration(supervisor)))
         tasks = [
             asyncio.create_task(_forward_reloads(reload, supervisor, security)),
             asyncio.create_task(security.watch()),

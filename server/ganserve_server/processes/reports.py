@@ -5,13 +5,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.processes.systemd import notify
 from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
-
-# Called with facts for the log, and with the addresses of metrics and administration, if there are any.
-ReportServing = Callable[[Mapping[str, Any], str | None, str | None], None]
 
 
 class ModelServer(Protocol):
@@ -20,6 +18,10 @@ class ModelServer(Protocol):
     @property
     def serves(self) -> bool:
         """Whether there is a model that can be called."""
+
+
+# Called with facts for the log, the endpoint of probes, what they ask about, and the address of administration, if any.
+ReportServing = Callable[[Mapping[str, Any], HttpEndpoint, ModelServer, str | None], None]
 
 
 def why_not_ready(stop: asyncio.Event, server: ModelServer) -> str:
