@@ -1,6 +1,7 @@
 """What a peer may have the server keep, do and wait for: each bound is reached on the wire, and nobody else is hurt."""
 
 import asyncio
+import functools
 import gzip
 import os
 import socket
@@ -501,6 +502,34 @@ async def test_a_connection_that_takes_nothing_ends(small: Callable[..., Small])
             while not server.ended:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     assert server.ended == ["unread"]
+
+
+@pytest.mark.parametrize("part", ["consumed", "send"])
+async def test_a_stream_that_goes_on_outlives_one_that_stands_still(part: str, small: Callable[..., Small]) -> None:
+    # Their caller keeps too much: of its requests the one without progress for longest goes, not the oldest.
+    server = small(request_bytes_each=3 * 8 * KIB + 8000)  # 8 KiB of it for each call, however little has come
+
+    def take(call: Call, content: bytes) -> None:
+        call.consumed(len(content)) if part == "consumed" else call.send(content)
+
+    method = Method(open=lambda call: (functools.partial(take, call), call.finish))
+    server.server.add_method("/t.T/Part", method)
+    rest = message(bytes(3000))[:-1]
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            old, still, new = (peer.head(head("/t.T/Part")) for _ in range(3))
+            peer.body(old, message(b"1")[:-1], end=False)
+            peer.body(still, rest, end=False)
+            peer.body(old, b"1", end=False)
+            peer.body(old, rest, end=False)
+            peer.body(new, rest, end=False)
+            assert peer.answer(still).status == RESOURCE_EXHAUSTED
+            for stream in (old, new):
+                peer.body(stream, b"\0")
+                assert peer.answer(stream).status == OK
+
+    await aside(work)
 
 
 async def test_age_ends_a_connection_whose_peer_reads_nothing(

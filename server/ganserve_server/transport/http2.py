@@ -349,7 +349,6 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     def pause_writing(self) -> None:
         """Let answers wait: the peer does not read."""
         self._writable = False
-        self._output.resize(self._buffered())
 
     def resume_writing(self) -> None:
         """Send what waits."""
