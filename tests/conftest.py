@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,17 +71,31 @@ DATA_ROOT = Path(__file__).parent / "data"
 class RunningServer:
     process: "subprocess.Popen[str]"
     events: "queue.Queue[dict[str, Any]]"
+    log_ended: threading.Event
     address: str = ""
     metrics_address: str = ""
     admin_address: str = ""
     transport: str = ""
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        """Read the server's log up to this event."""
-        while True:
-            line = self.events.get(timeout=START_TIMEOUT_S)
+        """Read the server's log up to this event.
+
+        Raises:
+            AssertionError: it does not come.
+        """
+        seen, until = [], time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < until:
+            ended = self.log_ended.is_set()  # before the queue is found empty: nothing comes between
+            try:
+                line = self.events.get(timeout=0.1)
+            except queue.Empty:
+                if ended:
+                    break
+                continue
             if line["event"] == event:
                 return line
+            seen.append(line)
+        raise AssertionError(f"{event!r} is not in the log of process {self.process.args}, which has {seen}")
 
     def scrape(self) -> dict[str, float]:
         """Read the metrics."""
@@ -131,7 +146,7 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
     program = Path(sys.executable).with_name("ganserve-server")
     command = [program, "--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", "--log-format", "json", *flags]
     with subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True) as process:
-        server = RunningServer(process, queue.Queue())
+        server = RunningServer(process, queue.Queue(), threading.Event())
 
         def read() -> None:
             assert process.stderr is not None
@@ -140,6 +155,7 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
                     server.events.put(json.loads(line))
                 except json.JSONDecodeError:
                     server.events.put({"event": line})
+            server.log_ended.set()
 
         reader = threading.Thread(target=read)
         reader.start()
@@ -153,6 +169,12 @@ def run_server(*flags: str | Path) -> Iterator[RunningServer]:
         finally:
             process.kill()
             reader.join()
+
+
+def pytest_sessionstart() -> None:
+    """Have programs that tests start obey Ctrl-C, though these run in the background of a shell, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 PROGRAM = Path(sys.executable).with_name("ganserve")
 TIMEOUT_S = 60
@@ -18,6 +20,17 @@ def ganserve(*arguments: str | Path, address: str | None = None, **options: Any)
 
 def command(*arguments: str | Path, address: str | None = None) -> list[str]:
     return [str(PROGRAM), *map(str, arguments), *(["--address", address] if address else [])]
+
+
+@contextmanager
+def ended(process: "subprocess.Popen[AnyStr]") -> "Iterator[subprocess.Popen[AnyStr]]":
+    """Wait for the end of a program, but not if the test fails: it may wait for what the test does not do any more."""
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tests.client.program import TIMEOUT_S, command, environment, ganserve, read_terminal
+from tests.client.program import TIMEOUT_S, command, ended, environment, ganserve, read_terminal
 from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
 
@@ -172,7 +172,7 @@ def test_a_narrow_terminal_gets_fewer_columns_of_the_table_but_whole_figures(
 ) -> None:
     controller, terminal = os.openpty()
     environ = environment(TERM="xterm", COLUMNS=str(width))
-    with subprocess.Popen(command("models", address=server.address), stdout=terminal, env=environ) as process:
+    with ended(subprocess.Popen(command("models", address=server.address), stdout=terminal, env=environ)) as process:
         os.close(terminal)
         lines = re.sub(r"\x1b\[[\d;]*m", "", read_terminal(controller).decode()).splitlines()
         assert process.wait(TIMEOUT_S) == 0
@@ -187,7 +187,7 @@ def test_a_card_in_a_terminal_has_colours(server: RunningServer) -> None:
     controller, terminal = os.openpty()
     environ = environment(TERM="xterm-256color", COLORTERM="truecolor", COLUMNS="100")
     arguments = command("models", "cdcgan-mnist", address=server.address)
-    with subprocess.Popen(arguments, stdout=terminal, stderr=subprocess.PIPE, env=environ) as process:
+    with ended(subprocess.Popen(arguments, stdout=terminal, stderr=subprocess.PIPE, env=environ)) as process:
         os.close(terminal)
         shown = read_terminal(controller)
         assert process.wait(TIMEOUT_S) == 0
@@ -226,7 +226,7 @@ def test_health_waits_for_a_server(start_server: Callable[..., RunningServer]) -
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         waiting = command("health", "mlp-mnist", "--wait", "60", address=address)
-        with subprocess.Popen(waiting, stdout=subprocess.PIPE, text=True) as process:
+        with ended(subprocess.Popen(waiting, stdout=subprocess.PIPE, text=True)) as process:
             connection, _ = listening.accept()  # it has asked, and gets no answer
             connection.close()
             listening.close()
@@ -446,8 +446,10 @@ def test_a_terminal_shows_what_is_waited_for_and_takes_it_away() -> None:
     with overloaded_server(0.2) as address:
         controller, terminal = os.openpty()
         arguments = command("models", address=address)
-        with subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm", COLUMNS="45")
+        with ended(
+            subprocess.Popen(
+                arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm", COLUMNS="45")
+            )
         ) as process:
             os.close(terminal)
             shown = read_terminal(controller)
@@ -459,11 +461,13 @@ def test_a_terminal_shows_what_is_waited_for_and_takes_it_away() -> None:
 
 def test_a_terminal_is_as_before_when_an_error_is_told() -> None:
     controller, terminal = os.openpty()
-    with subprocess.Popen(
-        command("models", address="127.0.0.1:1"),
-        stdout=subprocess.PIPE,
-        stderr=terminal,
-        env=environment(TERM="xterm"),
+    with ended(
+        subprocess.Popen(
+            command("models", address="127.0.0.1:1"),
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            env=environment(TERM="xterm"),
+        )
     ) as process:
         os.close(terminal)
         shown = read_terminal(controller)
@@ -504,7 +508,7 @@ def test_a_closed_pipe_and_a_full_disk_end_a_command_quietly(server: RunningServ
 def test_ctrl_c_ends_a_command_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         waiting = command("models", address=f"127.0.0.1:{listening.getsockname()[1]}")
-        with subprocess.Popen(waiting, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with ended(subprocess.Popen(waiting, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
             connection, _ = listening.accept()  # it is in its call
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=TIMEOUT_S)

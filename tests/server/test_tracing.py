@@ -12,6 +12,7 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
+from tests.client.program import ended
 from tests.conftest import START_TIMEOUT_S, RunningServer
 
 from ganserve import Client, GanserveError
@@ -176,7 +177,7 @@ def served(environment: dict[str, str], missing: str = "nothing") -> tuple[list[
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     command = [sys.executable, "-c", WITHOUT.format(missing=missing)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=inherited | environment, **pipes) as process:  # type: ignore[call-overload]
+    with ended(subprocess.Popen(command, env=inherited | environment, **pipes)) as process:  # type: ignore[call-overload]
         loaded = process.stdout.readline().split()
         process.terminate()
         _, errors = process.communicate(timeout=START_TIMEOUT_S)
