@@ -29,6 +29,7 @@ from tests.wire import (
     INITIAL_WINDOW_SIZE,
     Peer,
     frame,
+    granted,
     head,
     message,
     request,
@@ -42,6 +43,7 @@ from ganserve_server.transport.limits import Limits
 MODEL = "mlp-mnist"
 IMAGES = 1024  # of one call: an answer of 784 KiB
 CALLS_AT_ONCE = 8
+LARGE_WINDOW = 1 << 20  # more than an answer of IMAGES
 CHECK = "/grpc.health.v1.Health/Check"
 SETTLE_S, MOST_LEFT_MIB = 60.0, 32
 
@@ -62,6 +64,12 @@ def fill_connection(peer: Peer) -> None:
     for _ in range(3):
         peer.send(CONTINUATION, 0, stream, bytes(16_000))
     peer.write(frame(CONTINUATION, 0, stream, bytes(16_384))[:-1])
+
+
+def fill_tls(peer: Peer) -> None:
+    """Have OpenSSL grow the buffers that it keeps: by an answer that is read."""
+    granted(peer, 0, LARGE_WINDOW)
+    assert peer.call(request(IMAGES // 2)).images
 
 
 def fill_requests(peer: Peer, limits: Limits) -> None:
@@ -103,7 +111,9 @@ def attack(running: Running, limits: Limits, tls: ssl.SSLContext, peers: ExitSta
     )
     used = sum(count for *_, count in fillers)
     for _ in range(limits.max_connections - used):
-        fill_connection(connect())
+        peer = connect({INITIAL_WINDOW_SIZE: LARGE_WINDOW})
+        fill_tls(peer)
+        fill_connection(peer)
     yield f"{limits.max_connections - used} connections"
     for what, fill, count in fillers:
         for _ in range(count):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 import trustme
-from benchmarks.worst_case import fill_connection
+from benchmarks.worst_case import fill_connection, fill_tls
 from hpack import Encoder
 from tests.conftest import RunningServer
 from tests.server.test_http2 import granted, memory_kib, setting
@@ -48,7 +48,7 @@ from tests.wire import (
 )
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.cli.bounds import CONNECTION_BYTES, page, worst_case_bytes
+from ganserve_server.cli.bounds import CONNECTION_BYTES, TLS_BYTES, page, worst_case_bytes
 from ganserve_server.errors import Unauthenticated
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport import grpc_server, http2, pools
@@ -101,6 +101,18 @@ def _each(call: Call) -> RequestSink:
         call.send(content)
 
     return take, call.finish
+
+
+def tls(folder: Path) -> tuple[tuple[object, ...], ssl.SSLContext]:
+    """Return the flags of a server with TLS, and what its clients trust."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    key, chain = folder / "key.pem", folder / "cert.pem"
+    certificate.private_key_pem.write_to_path(key)
+    certificate.cert_chain_pems[0].write_to_path(chain)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return ("--tls-certificate-file", chain, "--tls-key-file", key), context
 
 
 @pytest.fixture
@@ -608,15 +620,9 @@ async def test_silent_connections_make_place_for_others(small: Callable[..., Sma
 
 
 def test_half_open_handshakes_make_place_for_others(start_server: Start, tmp_path: Any) -> None:
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
-    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
-    flags = ("--tls-certificate-file", tmp_path / "cert.pem", "--tls-key-file", tmp_path / "key.pem")
+    flags, context = tls(tmp_path)
     running = start_server(*flags, "--max-connections", "4")
     host, _, port = running.address.rpartition(":")
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
     with ExitStack() as peers:
         for _ in range(20):
             peers.enter_context(socket.create_connection((host, int(port))))
@@ -886,6 +892,26 @@ def test_a_connection_keeps_no_more_than_the_page_says(start_server: Start) -> N
             for _ in range(20):
                 assert last.call(request()).status == OK
         assert (memory_kib(running) - before) / 200 <= CONNECTION_BYTES >> 10
+
+
+def test_tls_keeps_no_more_of_a_connection_than_the_page_says(start_server: Start, tmp_path: Path) -> None:
+    flags, context = tls(tmp_path)
+
+    def growth(context: ssl.SSLContext | None, *flags: object) -> float:
+        running = start_server(*flags)
+        with ExitStack() as peers:
+
+            def read_an_answer() -> None:
+                fill_tls(peers.enter_context(Peer(running.address, {INITIAL_WINDOW_SIZE: MIB}, tls=context)))
+
+            for _ in range(10):
+                read_an_answer()
+            before = memory_kib(running)
+            for _ in range(100):
+                read_an_answer()
+            return (memory_kib(running) - before) / 100
+
+    assert growth(context, *flags) - growth(None) <= TLS_BYTES >> 10
 
 
 async def test_calls_with_a_task_count_until_they_end(small: Callable[..., Small]) -> None:

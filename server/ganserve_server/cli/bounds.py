@@ -8,8 +8,8 @@ from ganserve_server.transport import http2
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, MAX_REFLECTION_STREAMS, Limits
 
 # Bytes of a connection that uses all of its limits: header table, remembered headers, an unfinished header block, and
-# input that waits for its turn. Measured and rounded up, without TLS.
-CONNECTION_BYTES, TLS_BYTES = 144 << 10, 64 << 10
+# input that waits for its turn. TLS adds its state, and OpenSSL's buffers. Measured and rounded up.
+CONNECTION_BYTES, TLS_BYTES = 144 << 10, 128 << 10
 
 
 class Bound(NamedTuple):

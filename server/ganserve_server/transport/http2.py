@@ -53,6 +53,7 @@ _DEFAULT_WINDOW = 65535
 _CLOSE_TIMEOUT_S = 5.0
 _CALM_CLOSE_TIMEOUT_S = 0.5  # of a peer that sends too much: it is no longer read
 _FLUSH_BYTES = 256 << 10  # written at once, so that memory stays small and the peer can begin to read
+_TLS_FLUSH_BYTES = 48 << 10  # OpenSSL's buffer stays as large as the most that was written at once
 MAX_CONTROL_BYTES = 64 << 10  # acknowledgements and resets that the peer asks for and does not read
 _MAX_PEER_FRAME = 64 << 10
 READ_BYTES = 32 << 10  # at once; asyncio's own 256 KiB would be kept while a connection waits for its turn
@@ -253,6 +254,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._table_size_told = False
         self._out: list[bytes | memoryview] = []
         self._out_bytes = 0
+        self._flush_bytes = _FLUSH_BYTES
         self._flushing = False
         self._writable = True
         self._control_bytes = 0  # written while it takes no more
@@ -299,6 +301,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             transport.set_read_buffer_limits(high=READ_BYTES)
         self._below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
         if self._below is not None:
+            self._flush_bytes = _TLS_FLUSH_BYTES
             self._below.set_write_buffer_limits(high=1, low=0)
         with contextlib.suppress(OSError):  # the peer is gone already; connection_lost comes next
             # A peer that was switched off says no goodbye, and would count as a connection for ever.
@@ -862,7 +865,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             return
         self._out.append(data)
         self._out_bytes += len(data)
-        if self._out_bytes > _FLUSH_BYTES:
+        if self._out_bytes > self._flush_bytes:
             self._flush_now()
         elif not self._flushing:
             self._flushing = True
