@@ -13,12 +13,15 @@ demo: $(VENV)/.server
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-# What a change must pass besides the tests.
+# What a change must pass besides the tests. The wire is compared with the last release; without one, with an older commit.
+BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --quiet --verify HEAD~100 \
+	|| git rev-list --max-parents=0 HEAD | tail -1)
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against ".git#ref=$(BASE)"
 
 # The documentation as a site, in dist/site; a broken link or a page that is missing from mkdocs.yml fails it.
 docs: $(VENV)/.docs
