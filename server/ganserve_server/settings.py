@@ -18,6 +18,7 @@ ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
 _PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")  # Path("s3://b") is "s3:/b"
 _MOST_THREADS = 64  # or the number of cores, if that is larger
 _MOST_MODEL_MIB = 2048  # protobuf reads no larger message
 # Variables that Kubernetes and Docker set in every container for a service called ganserve-server, or ganserve-server-…
@@ -203,6 +204,10 @@ class ServerSettings(BaseModel):
         """Make paths absolute, so that they name the same file wherever the value is used."""
         if "\0" in str(path):
             raise ValueError("a path has no NUL character")
+        if url := _URL.match(str(path)):
+            raise ValueError(
+                f"it must be a path of this machine, and {url[1]}:// is none: mount the store, or copy the files first"
+            )
         absolute = Path(path).absolute()
         return absolute if isinstance(path, Path) else path and str(absolute)
 
@@ -221,7 +226,9 @@ def read_config(file: str) -> dict[str, Any]:
         raise SettingsError(f"{file} (--config) is not TOML: {error}") from error
     here = Path(file).absolute().parent
     return {
-        key: str(here / value) if key in _PATHS and value and isinstance(value, str) else value
+        key: str(here / value)
+        if key in _PATHS and value and isinstance(value, str) and not _URL.match(value)
+        else value
         for key, value in content.items()
     }
 

@@ -538,3 +538,18 @@ def test_help_has_an_example_and_the_exit_statuses() -> None:
     bare = ganserve()
     assert bare.returncode == 2
     assert all(f" {name} " in bare.stdout for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "mlp-mnist", "-o", "s3://bucket/digit.png"),
+        ("interpolate", "mlp-mnist", "1", "2", "-o", "s3://bucket/walk.gif"),
+        ("stream", "mlp-mnist", "--count", "2", "--to", "s3://bucket/digits"),
+    ],
+)
+def test_a_url_is_no_file_to_write(arguments: tuple[str, ...], server: RunningServer, tmp_path: Path) -> None:
+    done = ganserve(*arguments, address=server.address, cwd=tmp_path, env=environment(COLUMNS="200"))
+    assert done.returncode == 2
+    assert "s3:// is none" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -487,12 +487,22 @@ def settings_told(*flags: str | Path) -> str:
         (f"max_batch_size = {'1' * 5000}", "is not TOML"),
         (f"max_batch_size = {'[' * 5000}", "is not TOML"),
         (r'tokens_file = "a\u0000b"', "a path has no NUL character"),
+        ('models = "s3://bucket/models"', "s3:// is none"),
         (f"max_model_mib = {10**30}", "it must be a whole number of MiB from 1 to 2048"),
     ],
 )
 def test_a_wrong_file_of_settings_is_told(content: str, text: str, tmp_path: Path) -> None:
     (file := tmp_path / "server.toml").write_text(content)
     assert text in failing_start("--config", file, code=2)
+
+
+def test_a_url_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--models" in (told := failing_start("--models", "s3://bucket/models", code=2))
+    assert "gs:// is none" in failing_start("--tokens-file", "gs://bucket/tokens.toml", code=2)
+    assert "s3:// is none" in told
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b").mkdir()  # a path as any other
+    assert "a:b has no model" in failing_start("--models", "a:b", code=1)
 
 
 def test_a_file_of_settings_that_is_not_there_is_told(tmp_path: Path) -> None:

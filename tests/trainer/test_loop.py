@@ -486,6 +486,20 @@ def test_bad_configurations_are_told_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("arguments", [("--out", "s3://bucket/run"), ("--out", "run", "--data-root", "gs://data")])
+def test_a_url_is_no_folder(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["ganserve-trainer", "train", "--preset", "mlp", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert ":// is none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", OTHER_NAMES)
 def test_names_that_other_programs_use_are_answered_with_ours(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

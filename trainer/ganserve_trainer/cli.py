@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -35,7 +36,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-DataRoot = Annotated[Path, typer.Option(help="Folder with the data sets, as torchvision lays them out.")]
+
+def _check_is_path(path: Path | None) -> Path | None:
+    """Refuse a URL, which would become a folder called "s3:"."""
+    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", str(path)):
+        raise typer.BadParameter(f"it must be a path of this machine, and {url[1]}:// is none: copy the files")
+    return path
+
+
+DataRoot = Annotated[
+    Path, typer.Option(callback=_check_is_path, help="Folder with the data sets, as torchvision lays them out.")
+]
 _PRESET = typer.Option(
     "--preset",
     help=f"Where to start from: {', '.join(PRESETS)}; see `presets`. Needed, but to resume or with a --config.",
@@ -101,7 +112,12 @@ def _settings(preset: str | None, config: Path | None, given: dict[str, Any], re
 @app.command()
 @_with_settings
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the run: run.toml, checkpoints/, samples/, report.html, …")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            callback=_check_is_path, help="Folder for the run: run.toml, checkpoints/, samples/, report.html, …"
+        ),
+    ],
     preset: Annotated[str | None, _PRESET] = None,
     config: Annotated[Path | None, _CONFIG] = None,
     data_root: DataRoot = Path("data"),
@@ -195,7 +211,9 @@ def presets() -> None:
 @app.command()
 @_with_settings
 def sweep(
-    out: Annotated[Path, typer.Option(help="Folder for the runs, results.md and results.json.")],
+    out: Annotated[
+        Path, typer.Option(callback=_check_is_path, help="Folder for the runs, results.md and results.json.")
+    ],
     vary: Annotated[list[str], typer.Option(help="A setting and its values, as loss=hinge,minimax; give it again.")],
     preset: Annotated[str | None, _PRESET] = None,
     config: Annotated[Path | None, _CONFIG] = None,
@@ -246,7 +264,11 @@ def evaluate(
     images: Annotated[int, typer.Option(min=2, help="How many images to generate.")] = 10_000,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for evaluation.json and neighbours.png", show_default="the run's; none for a file"),
+        typer.Option(
+            callback=_check_is_path,
+            help="Folder for evaluation.json and neighbours.png",
+            show_default="the run's; none for a file",
+        ),
     ] = None,
 ) -> None:
     """Measure a generator: FID, KID, precision, recall and more, by a network trained on the real training images.
@@ -267,7 +289,9 @@ def evaluate(
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint.")],
-    repository: Annotated[Path, typer.Option(help="Model repository: REPOSITORY/NAME/VERSION/model.onnx.")],
+    repository: Annotated[
+        Path, typer.Option(callback=_check_is_path, help="Model repository: REPOSITORY/NAME/VERSION/model.onnx.")
+    ],
     name: Annotated[str, typer.Option(help="The model's name: lower-case letters, digits, '-', '_' and '.'.")],
     precision: Annotated[ExportPrecision, typer.Option(help="fp32, int8 (for CPUs) or fp16 (for GPUs).")] = (
         ExportPrecision.FP32

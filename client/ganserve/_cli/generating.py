@@ -13,7 +13,15 @@ import typer
 from ganserve import _pictures
 from ganserve._arguments import Label
 from ganserve._cli.connection import Connection, with_connection
-from ganserve._cli.output import STDOUT, check_stdout_takes_bytes, encoded, print_json, write_file, write_stdout
+from ganserve._cli.output import (
+    STDOUT,
+    check_is_path,
+    check_stdout_takes_bytes,
+    encoded,
+    print_json,
+    write_file,
+    write_stdout,
+)
 from ganserve.images import ImageBatch, gathered, listed
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ganserve models` lists it.")]
@@ -42,6 +50,7 @@ def generate(
         typer.Option(
             "--out",
             "-o",
+            callback=check_is_path,
             help="The file to write: one picture of all images; or, with {index}, {seed}, {label}, {model} or "
             "{version} in it, one file an image. Its ending decides the format. '-' is standard output.",
             show_default="MODEL.png, or as --format says",
@@ -123,6 +132,7 @@ def interpolate(
         typer.Option(
             "--out",
             "-o",
+            callback=check_is_path,
             help="The animation to write, .gif or .webp; '-' is standard output.",
             show_default="MODEL-A-B.gif",
         ),

@@ -3,17 +3,32 @@
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from PIL import Image
 from rich.console import Console, RenderableType
 
+PathT = TypeVar("PathT", str, Path)
 STDOUT = "-"
+
+
+def check_is_path(path: PathT) -> PathT:
+    """Refuse a URL, which would become a folder called "s3:"; a callback of options that name a file to write.
+
+    Raises:
+        CommandLineError: it is one.
+    """
+    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", str(path)):
+        raise typer.BadParameter(
+            f"it must be a path of this machine, and {url[1]}:// is none: copy the file afterwards"
+        )
+    return path
 
 
 def print_json(value: Any) -> None:

@@ -18,7 +18,7 @@ from ganserve import Client
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.data_sets import SEED_LIMIT, Archive, Plan
 from ganserve._cli.generating import Labels, ModelName, Version, labels_of
-from ganserve._cli.output import print_json, whole_file, write_file
+from ganserve._cli.output import check_is_path, print_json, whole_file, write_file
 from ganserve._cli.waiting import progress
 from ganserve.errors import GanserveError, InvalidRequestError, NoProvenanceError
 from ganserve.images import ImageBatch
@@ -134,7 +134,10 @@ class _Archive:
 def stream(
     model: ModelName,
     count: Annotated[int, typer.Option(min=1, max=SEED_LIMIT, help="How many images.")],
-    to: Annotated[Path, typer.Option(help="A folder, with a sub-folder a class; or a file that ends in .npz.")],
+    to: Annotated[
+        Path,
+        typer.Option(callback=check_is_path, help="A folder, with a sub-folder a class; or a file that ends in .npz."),
+    ],
     seed: Annotated[
         int | None, typer.Option(min=0, max=SEED_LIMIT - 1, help="Of the first image.", show_default="drawn")
     ] = None,
