@@ -193,6 +193,13 @@ def test_the_command_line_of_the_server_loads_nothing_heavy_before_it_needs_it()
     assert not {"grpc", "google", "onnx", "onnxruntime", "numpy", "PIL", "prometheus_client"} & set(loaded)
 
 
+@pytest.mark.parametrize("program", ["ganserve", "ganserve-server", "ganserve-trainer"])
+def test_each_program_prints_its_version(program: str) -> None:
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{program} {importlib.metadata.version('ganserve')}\n"), done.stderr
+
+
 def test_the_base_install_asks_for_neither_torch_nor_onnxruntime() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [name for name in project["dependencies"] if name.startswith(("torch", "onnx"))]

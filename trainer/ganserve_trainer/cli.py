@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import os
 import re
@@ -34,7 +35,21 @@ if TYPE_CHECKING:
     from ganserve_trainer.report.history import Point
     from ganserve_trainer.train.loop import Report
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"ganserve-trainer {importlib.metadata.version('ganserve')}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the program's version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
 
 
 def _check_is_path(path: Path | None) -> Path | None:

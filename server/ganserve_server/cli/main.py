@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -88,6 +89,12 @@ def _explain(error: ValidationError, given: Collection[str], config: str | None)
         rule = problem["msg"].removeprefix("Value error, ") if own else f"it must be {allowed(name)}"
         told.append(f"{place} is {problem['input']!r}; {rule}")
     return told
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"ganserve-server {importlib.metadata.version('ganserve')}")
+        raise typer.Exit
 
 
 def _doctor(
@@ -196,7 +203,22 @@ def _parameters() -> list[inspect.Parameter]:
             str | None, typer.Option("--config", help="TOML file of these settings.", envvar=CONFIG_VARIABLE)
         ],
     )
-    parameters = [context, config]
+    version = inspect.Parameter(
+        "version",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            bool | None,
+            typer.Option(
+                "--version",
+                help="Print the program's version.",
+                callback=_print_version,
+                is_eager=True,
+                expose_value=False,
+            ),
+        ],
+    )
+    parameters = [context, config, version]
     for name, field in ServerSettings.model_fields.items():
         # Texts, which ServerSettings checks: an error reads the same for a flag, a variable and a file.
         kind = "<int>" if field.annotation is int else "<float>" if field.annotation is float else None
