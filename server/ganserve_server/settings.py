@@ -17,6 +17,7 @@ AccessLog = Literal["off", "errors", "all"]
 ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
+_TIMEOUTS_OF_OWN = ("handshake_timeout_s", "header_timeout_s", "body_timeout_s", "write_timeout_s")
 _PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")  # Path("s3://b") is "s3:/b"
 _MOST_THREADS = 64  # or the number of cores, if that is larger
@@ -47,7 +48,10 @@ class ServerSettings(BaseModel):
     )
     transport: Annotated[
         Literal["own", "grpcio"],
-        Field(description="Which HTTP/2 answers: own, or grpcio's, which costs several times the CPU for each call."),
+        Field(
+            description="Which HTTP/2 answers: own, or grpcio's, which costs several times the CPU for each call, and "
+            "has no handshake, header, body and write timeout."
+        ),
     ] = "own"
     metrics_address: Annotated[
         str, Field(description="Where to answer Prometheus, HOST:PORT; port 0 takes a free one; 'off' for none.")
@@ -169,6 +173,12 @@ class ServerSettings(BaseModel):
             idle_timeout_s=self.idle_timeout_s,
             max_connection_age_s=self.max_connection_age_s,
         )
+
+    @property
+    def without_effect(self) -> str:
+        """Name the settings that differ from their defaults and that the transport does not have; empty: none."""
+        changed = [name for name in _TIMEOUTS_OF_OWN if getattr(self, name) != type(self).model_fields[name].default]
+        return ", ".join(changed) if self.transport == "grpcio" else ""
 
     @property
     def most_versions(self) -> int | None:

@@ -1,6 +1,7 @@
 """What a peer may have the server keep, do and wait for: each bound is reached on the wire, and nobody else is hurt."""
 
 import asyncio
+import contextlib
 import functools
 import gzip
 import os
@@ -78,7 +79,7 @@ class Small:
             on_finished=lambda *_: None,
             on_refused=lambda *_: None,
             on_internal_error=lambda _, error: self.errors.append(error),
-            on_ended=self.ended.append,
+            on_ended=lambda reason, *_: self.ended.append(reason),
             limits=limits,
             guard=guard,
         )
@@ -542,6 +543,28 @@ async def test_a_stream_that_goes_on_outlives_one_that_stands_still(part: str, s
                 assert peer.answer(stream).status == OK
 
     await aside(work)
+
+
+@pytest.mark.parametrize(
+    ("reason", "sent", "error"),
+    [
+        ("flood", frame(PING, 0, 0, bytes(8)) * 20_000, "too many PING frames"),
+        ("protocol", frame(PING, 0, 1, bytes(8)), "PING belongs to the connection"),
+        ("slow", frame(HEADERS, 0, 1, b"\x82"), "no rest of a header block came within 0.2 s"),
+    ],
+    ids=["flood", "protocol", "slow"],
+)
+def test_an_end_by_the_server_is_counted_and_logged(reason: str, sent: bytes, error: str, start_server: Start) -> None:
+    running = start_server("--header-timeout-s", "0.2")
+    with Peer(running.address) as peer:
+        host, port = peer.socket.getsockname()
+        with contextlib.suppress(ConnectionError):  # before all of it was sent
+            peer.write(sent)
+        line = running.wait_for("connection ended")
+    assert (line["reason"], line["peer"]) == (reason, f"{host}:{port}")
+    assert error in line["error"]
+    ended = {name: value for name, value in running.scrape().items() if "connections_ended_total" in name and value}
+    assert ended == {f'ganserve_connections_ended_total{{reason="{reason}"}}': 1}
 
 
 async def test_age_ends_a_connection_whose_peer_reads_nothing(

@@ -505,6 +505,15 @@ def test_a_url_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "a:b has no model" in failing_start("--models", "a:b", code=1)
 
 
+def test_settings_that_a_transport_does_not_have_are_named() -> None:
+    flags = ("--transport", "grpcio", "--body-timeout-s", "4", "--idle-timeout-s", "600")
+    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+    assert done.stderr == "ganserve-server: warning: --transport grpcio does not have body_timeout_s\n"
+    assert "own has bounds" in failing_start("--transport", "grpcio", "bounds", code=1)
+
+
 def test_a_file_of_settings_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "nothing.toml (--config) cannot be read: No such file" in failing_start(
         "--config", tmp_path / "nothing.toml", code=2

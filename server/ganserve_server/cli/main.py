@@ -153,6 +153,8 @@ def _config(
     if check:
         from ganserve_server.cli.check import problems_of
 
+        if settings.without_effect:
+            print_problems([f"warning: --transport grpcio does not have {settings.without_effect}"])
         if problems := problems_of(settings):
             print_problems(problems)
             raise typer.Exit(1)
@@ -176,6 +178,9 @@ def _bounds(context: typer.Context) -> None:
     from ganserve_server.cli.bounds import page
 
     settings: ServerSettings = context.obj
+    if settings.transport != "own":
+        print_problems(["only --transport own has bounds that can be added up; docs/transport.md has those of grpcio"])
+        raise typer.Exit(1)
     print("\n".join(page(settings.limits)))
 
 

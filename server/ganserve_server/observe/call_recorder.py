@@ -34,6 +34,7 @@ class CallRecorder:
         self._tracing = tracing
         self._failed = _Lines("calls not logged", "code")
         self._tls_failed = _Lines("TLS failures not logged", "reason")
+        self._ended = _Lines("connection ends not logged", "reason")
         self._internal = _Lines("internal errors not logged", "method", most=_MOST_STACKS)
         # Finding a metric by its labels costs more than counting, so it is cached; the labels are bounded.
         self._of = functools.cache(self._find)
@@ -77,9 +78,18 @@ class CallRecorder:
         if self._access_log == "all" or self._tls_failed.have_room(reason):
             log_tls_failure(error, peer)
 
+    def connection_ended(self, reason: str, peer: str, text: str) -> None:
+        """Count a connection that the server has ended, and log it if its peer did what no ordinary client does."""
+        self._metrics.connections_ended.labels(reason).inc()
+        if reason in ("idle", "crowded") or self._access_log == "off":
+            return
+        if self._access_log == "all" or self._ended.have_room(reason):
+            _log.info("connection ended", extra={"reason": reason, "peer": peer, "error": text})
+
     def close(self) -> None:
         """Log the counts of suppressed lines."""
         self._failed.report()
+        self._ended.report()
         self._tls_failed.report()
         self._internal.report()
 

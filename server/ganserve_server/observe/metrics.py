@@ -131,11 +131,12 @@ class Metrics:
         )
         self.connections_ended = Counter(
             "ganserve_connections_ended",
-            "Connections ended by the server, by reason: idle, crowded (another took its place), unread.",
+            "Connections ended by the server, by reason: idle, crowded (another took its place), unread, "
+            "slow (headers), flood, protocol (wrong frames).",
             ["reason"],
             registry=registry,
         )
-        for reason in ("idle", "crowded", "unread"):
+        for reason in ("idle", "crowded", "unread", "slow", "flood", "protocol"):
             self.connections_ended.labels(reason)  # so that the series exists, and is 0
         self.connections_turned_away = Counter(
             "ganserve_connections_turned_away",

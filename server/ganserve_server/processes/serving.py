@@ -110,7 +110,7 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
         on_aged=metrics.connections_aged.inc,
         on_turned_away=metrics.connections_turned_away.inc,
         guard=security.guard("generate"),
-        on_ended=lambda reason: metrics.connections_ended.labels(reason).inc(),
+        on_ended=recorder.connection_ended,
         limits=settings.limits,
         # Their calls may never end.
         board=board,

@@ -55,7 +55,8 @@ class GrpcServer(BaseServer[Http2Call]):
         on_tls_failure: called with the reason and the peer's address when it and this side do not agree on TLS.
         on_aged: called for each connection that is drained for its age, which is the limits' give or take a tenth: so
             that a load balancer's long-lived ones spread over replicas that were added.
-        on_ended: called for each connection that is ended for another reason, with that: idle, crowded, unread.
+        on_ended: called for each connection that is ended for another reason, with that reason, the peer's address
+            and a text.
         on_turned_away: called for each connection that is closed at once: there are too many.
         options: `BaseServer`'s.
     """
@@ -67,7 +68,7 @@ class GrpcServer(BaseServer[Http2Call]):
         tls: Callable[[], ssl.SSLContext] | None = None,
         on_tls_failure: Callable[[OSError, str], None] = lambda *_: None,
         on_aged: Callable[[], None] = lambda: None,
-        on_ended: Callable[[str], None] = lambda _: None,
+        on_ended: Callable[[str, str, str], None] = lambda *_: None,
         on_turned_away: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> None:
@@ -183,7 +184,7 @@ class GrpcServer(BaseServer[Http2Call]):
                 write_timeout_s = min(write_timeout_s or _AGED_WRITE_TIMEOUT_S, _AGED_WRITE_TIMEOUT_S)
             since = connection.stands_still_since()
             if write_timeout_s and since is not None and now - since > write_timeout_s:
-                self._on_ended("unread")
+                self._ended(connection, "unread", f"the peer has read nothing for {write_timeout_s:g} s")
                 connection.abandon()
                 continue
             for call in tuple(connection.streams.values()):
@@ -194,7 +195,7 @@ class GrpcServer(BaseServer[Http2Call]):
                 and now - connection.idle_since > limits.idle_timeout_s
                 and not connection.draining
             ):
-                self._on_ended("idle")
+                self._ended(connection, "idle", f"there was no call for {limits.idle_timeout_s:g} s")
                 self._end(connection)
         self._unused = unused
         self._unused_ones.clear()  # what has ended by now would be kept
@@ -321,7 +322,7 @@ class GrpcServer(BaseServer[Http2Call]):
             handshake.cancel()
         else:
             return False
-        self._on_ended("crowded")
+        self._on_ended("crowded", "", "another connection took its place")
         return True
 
     def _next_unused(self, now: float) -> Connection[Head] | None:
@@ -376,6 +377,7 @@ class GrpcServer(BaseServer[Http2Call]):
             trusted=self.guard is None,
             on_made=functools.partial(self._made, accepted),
             on_lost=functools.partial(self._lost, accepted),
+            on_failed=self._ended,
         )
 
     def _made(self, accepted: socket, connection: Connection[Head]) -> None:
@@ -398,6 +400,9 @@ class GrpcServer(BaseServer[Http2Call]):
     def _end(self, connection: Connection[Head]) -> None:
         self._ending += not connection.draining
         connection.drain()
+
+    def _ended(self, connection: Connection[Head], reason: str, text: str) -> None:
+        self._on_ended(reason, address_of(connection.transport.get_extra_info("peername")), text)
 
     def _lost(self, accepted: socket, connection: Connection[Head]) -> None:
         self._connections.pop(connection, None)

@@ -214,9 +214,10 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         trusted: bool,
         on_made: "Callable[[Connection[HeadT]], None]",
         on_lost: "Callable[[Connection[HeadT]], None]",
+        on_failed: "Callable[[Connection[HeadT], str, str], None]" = lambda *_: None,
     ) -> None:
         self._read_head, self._open_stream = read_head, open_stream
-        self._on_made, self._on_lost = on_made, on_lost
+        self._on_made, self._on_lost, self._on_failed = on_made, on_lost, on_failed
         self._limits = limits
         # Of a message of that size with its prefix, what comes before it may not be granted again yet.
         self._stream_window = limits.max_request_bytes + _GRANT_AFTER + 5
@@ -1003,7 +1004,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     def _expect_soon(self, what: str, timeout_s: float) -> None:
         self._came()
         if timeout_s:
-            self._peer_timer = self._loop.call_later(timeout_s, self._fail, PROTOCOL_ERROR, f"no {what} came")
+            text = f"no {what} came within {timeout_s:g} s"
+            self._peer_timer = self._loop.call_later(timeout_s, self._fail, PROTOCOL_ERROR, text, "slow")
 
     def _came(self) -> None:
         if self._peer_timer is not None:
@@ -1014,10 +1016,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             if timer is not None:
                 timer.cancel()
 
-    def _fail(self, code: int, text: str) -> None:
+    def _fail(self, code: int, text: str, reason: str = "protocol") -> None:
         """Say why, and close."""
         if self._closing:
             return
+        if code not in (NO_ERROR, INTERNAL_ERROR):
+            self._on_failed(self, "flood" if code == ENHANCE_YOUR_CALM else reason, text)
         self._closing = True
         self._stop_timers()
         self._rest, self._block, self._unfinished = b"", None, None
