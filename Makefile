@@ -4,7 +4,7 @@ VENV ?= .venv
 TEST_PROCESSES ?= 3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs stubs locks sbom clean
+.PHONY: demo test check lint docs stubs locks sbom clean
 
 demo: $(VENV)/.server
 	$(BIN)/python examples/demo.py
@@ -12,6 +12,14 @@ demo: $(VENV)/.server
 # By several processes: many tests wait for programs that they start.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+# The fast loop: lint, and tests of each package that take seconds.
+FAST := tests/test_house.py tests/fuzz tests/transport/test_turns.py tests/transport/test_output.py \
+	tests/server/test_generate.py tests/server/test_scheduler.py tests/client/test_images.py \
+	tests/client/test_provenance.py tests/trainer/test_losses.py tests/trainer/test_networks.py \
+	tests/trainer/test_objectives.py
+check: lint
+	$(BIN)/python -m pytest --quiet -n $(TEST_PROCESSES) --dist loadfile $(FAST)
 
 # What a change must pass besides the tests. The wire is compared with the last release; without one, with an older commit.
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --quiet --verify HEAD~100 \
