@@ -50,7 +50,7 @@ class ServerSettings(BaseModel):
         Literal["own", "grpcio"],
         Field(
             description="Which HTTP/2 answers: own, or grpcio's, which costs several times the CPU for each call, and "
-            "has no handshake, header, body and write timeout."
+            "has no handshake, header, body and write timeout of these settings."
         ),
     ] = "own"
     metrics_address: Annotated[

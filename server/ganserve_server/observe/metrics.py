@@ -131,8 +131,8 @@ class Metrics:
         )
         self.connections_ended = Counter(
             "ganserve_connections_ended",
-            "Connections ended by the server, by reason: idle, crowded (another took its place), unread, "
-            "slow (headers), flood, protocol (wrong frames).",
+            "Connections ended by the server, by reason: idle, crowded (another took its place), unread, flood, slow, "
+            "protocol.",
             ["reason"],
             registry=registry,
         )
