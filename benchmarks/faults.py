@@ -1,12 +1,12 @@
-"""Does to a real server what the world does, and counts what is hurt. Needs h2load (Debian: nghttp2-client).
+"""Subjects a real server to common faults, and measures the damage. Needs h2load (Debian: nghttp2-client).
 
-start         from the command to the first answer, and the server's memory then
-connections   1,000 at a time, each with calls
-readers       50 streams whose readers stop reading, while an ordinary caller goes on: its latency, the server's memory
-leavers       300 callers that leave in the middle of a stream: what of theirs is left in the queue and in open files
-drain         SIGTERM under load with a delay in which load balancers notice: failed calls, exit status
-kill          SIGKILL of one of two workers under load: calls that failed, and until the next worker served
-soak          all kinds of calls for so many minutes: the server's memory each minute
+start         the time from the command to the first answer, and the server's memory then
+connections   1,000 connections at a time, each with calls
+readers       50 streams whose readers stop reading, beside an ordinary caller: its latency, the server's memory
+leavers       300 callers that disconnect in the middle of a stream: what remains in the queue and in open files
+drain         SIGTERM under load, with a drain delay for load balancers: failed calls, exit status
+kill          SIGKILL of one of two workers under load: failed calls, and the time until the next worker serves
+soak          all kinds of calls for some minutes: the server's memory each minute
 
     python benchmarks/faults.py [--only start,connections,readers,leavers,drain,kill] [--soak-minutes 0]
 """
@@ -42,7 +42,7 @@ FAULTS = ("start", "connections", "readers", "leavers", "drain", "kill")
 
 
 def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
-    """Return how many calls h2load had answered, and how many failed."""
+    """Return the number of h2load's calls that were answered, and the number that failed."""
     text = process.communicate()[0]
     found = re.search(r"requests: .*, (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", text)
     assert found, text
@@ -67,7 +67,7 @@ def waiting(running: Running) -> float:
 
 
 def first_answer(port: int) -> float:
-    """Call as soon as there is a server; return when it answered."""
+    """Call as soon as the server accepts; return the time of the answer."""
     while True:
         try:
             socket.create_connection(("127.0.0.1", port)).close()
@@ -131,7 +131,7 @@ async def readers() -> None:
         streams = [stub().StreamImages(request) for _ in range(50)]
         for stream in streams:
             await stream.read()
-        # Until nothing is made but for the caller: all are held up.
+        # Wait until images are made only for the caller: all streams are then blocked.
         made = -1.0
         while images(running) != made:
             await latencies(caller)
@@ -157,10 +157,10 @@ async def leavers() -> None:
             for number, stream in enumerate(streams):
                 await stream.read()
                 if number % 2:
-                    stream.cancel()  # and the others are cut off with their connection
+                    stream.cancel()  # the other streams end with their connection
             for channel in channels:
                 await channel.close()
-            # gRPC keeps a connection as long as anybody holds its channel.
+            # gRPC keeps a connection as long as its channel is referenced.
             del channels, channel, streams, stream
         async with grpc.aio.insecure_channel(running.address, options) as channel:
             await pb_grpc.GenerationServiceStub(channel).GenerateImages(pb.GenerateImagesRequest(model="dcgan-mnist"))

@@ -1,4 +1,4 @@
-"""What TLS and tokens cost: images a second in plain text, by TLS, and by TLS with a token, in alternating rounds.
+"""Measures the cost of TLS and tokens: images a second in plain text, with TLS, and with TLS and a token, alternating.
 
     L1, L2, L3   the loads of serving.py
     connections  a new connection for every call: handshakes a second

@@ -1,7 +1,7 @@
-"""Sends a server what no client should: random and mutated frames, floods, and peers that stop in the midst.
+"""Sends a server invalid traffic: random and mutated frames, floods, and peers that stop in the middle.
 
-After each batch an ordinary call on another connection must still get the right bytes. At the end: nothing that the
-server should not have logged, no connections or calls left over, and as much memory as in the beginning.
+After each batch, an ordinary call on another connection must still get the correct bytes. At the end, the log must have
+no unexpected line, no connections or calls may remain, and the memory must be about the same as in the beginning.
 
     python benchmarks/hostile.py [--connections 2000] [--seed 0]
 """
@@ -30,7 +30,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 PATHS = ("GenerateImages", "GenerateEach", "StreamImages", "ListModels", "GetModel", "Nothing")
 BATCH = 50  # connections
 SETTLE_S = 15.0
-MAX_GROWTH_KIB = 64 << 10  # what the allocator may keep of the largest answers
+MAX_GROWTH_KIB = 64 << 10  # the memory that the allocator may keep from the largest answers
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -67,7 +67,7 @@ def body(draw: random.Random) -> bytes:
 
 
 def sequence(draw: random.Random) -> tuple[bytes, int]:
-    """Make frames that are mostly right, in a mostly wrong order; return their bytes and number."""
+    """Make frames that are mostly valid, in a mostly invalid order; return their bytes and their number."""
     encoder, data, opened, count = Encoder(), bytearray(), [1], draw.randrange(1, 40)
     for _ in range(count):
         kind = draw.choices(range(11), (12, 12, 1, 4, 2, 0.2, 1, 0.2, 4, 0.5, 0.5))[0]
@@ -99,7 +99,7 @@ def sequence(draw: random.Random) -> tuple[bytes, int]:
 
 
 def flood(draw: random.Random) -> tuple[bytes, int]:
-    """Make many of what costs a peer little."""
+    """Make many frames of one kind that costs a peer little; return their bytes and their number."""
     block = header_block(draw, Encoder())
     count = draw.choice((100, 2000))
     kinds: list[Callable[[int], bytes]] = [
@@ -150,7 +150,7 @@ def attack(address: tuple[str, int], draw: random.Random) -> tuple[str, int]:
 
 
 class Server:
-    """A server of our own, whose log is kept."""
+    """A running server, whose log is kept."""
 
     def __init__(self) -> None:
         program = Path(sys.executable).with_name("ganserve-server")
@@ -204,7 +204,7 @@ def open_sockets(pid: int) -> int:
 
 
 def settled_sockets(pid: int, wanted: int) -> int:
-    """Count the server's sockets once it has closed those of peers that left."""
+    """Return the number of the server's sockets after it has closed those of disconnected peers."""
     end = time.monotonic() + SETTLE_S
     while (count := open_sockets(pid)) > wanted and time.monotonic() < end:
         time.sleep(0.05)
@@ -212,7 +212,7 @@ def settled_sockets(pid: int, wanted: int) -> int:
 
 
 def run(connections: int, seed: int, progress: Callable[[str], None] = lambda _: None) -> dict[str, object]:
-    """Attack a server; return what was seen."""
+    """Attack a server; return the observations."""
     draw, kinds, frames, wrong = random.Random(seed), Counter[str](), 0, 0
     with running() as server, grpc.insecure_channel(server.address) as channel:
         host, _, port = server.address.rpartition(":")
@@ -229,7 +229,7 @@ def run(connections: int, seed: int, progress: Callable[[str], None] = lambda _:
             wrong += stub.GenerateImages(ask, timeout=10).pixels != expected
 
         sockets = open_sockets(pid)
-        batch(min(connections, 4 * BATCH))  # what a first use allocates is no leak
+        batch(min(connections, 4 * BATCH))  # a warm-up: memory that the first use allocates is not a leak
         settled_sockets(pid, sockets)
         before = memory_kib(pid)
         while (done := sum(kinds.values())) < connections:
@@ -238,7 +238,7 @@ def run(connections: int, seed: int, progress: Callable[[str], None] = lambda _:
         left = settled_sockets(pid, sockets) - sockets
         after = memory_kib(pid)
         code = server.stop()
-    # Also what is not JSON: a traceback that the interpreter itself wrote.
+    # Including lines that are not JSON, such as a traceback from the interpreter.
     bad = [line for line in server.log if '"draining"' not in line and '"stopped"' not in line]
     return {
         "connections": dict(kinds),

@@ -1,6 +1,6 @@
-"""Calls at a fixed rate, whatever happens to them, until standard input ends; prints what became of them as JSON.
+"""Makes calls at a fixed rate, whatever their outcome, until standard input ends; prints the outcomes as JSON.
 
-Each call is one image by the SDK's AsyncClient, and its latency counts from when it was meant to be sent.
+Each call is one image by the SDK's AsyncClient. Its latency counts from the time at which it should have been sent.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Images a second in int8 beside fp32, in alternating rounds of one onnxruntime session each, and what int8 costs.
+"""Compares int8 with fp32: images a second, in alternating rounds of one onnxruntime session each, and the quality.
 
-models    bundled ones by name, and the three reference models, whose weights are random
+models    bundled models by name, and the three reference models, whose weights are random
 figures   images/s in batches of 64; the time of a single image; grey levels between int8 and fp32 over the images of
-          seeds 0, 1, …; with --data-root, label accuracy and FID of bundled models, judged as by `evaluate`
-bytes     each image in batches of 1 to 64, by sessions of one and of two threads, must be the same
+          seeds 0, 1, …; with --data-root, label accuracy and FID of bundled models, measured as by `evaluate`
+bytes     each image must be identical in batches of 1 to 64, by sessions with one thread and with two
 
 python benchmarks/precision.py [--models mlp-mnist,cdcgan28] [--data-root data] [--rounds 5] [--seconds 0.5]
 """
@@ -32,7 +32,7 @@ from ganserve_trainer.model_file import CARD_KEY, latents, run_session
 
 BUNDLED = ("mlp-mnist", "cdcgan-mnist", "cdcgan-fashion-mnist", "dcgan-mnist")
 BATCH_SIZE = 64
-# Batches of 1 to 64 are so many images.
+# The number of images in one batch of each size from 1 to 64.
 CHECKED_IMAGES = sum(range(1, 65))
 
 Feeds = dict[str, NDArray[Any]]
@@ -63,7 +63,7 @@ def inputs(card: pb.ModelCard, count: int) -> Feeds:
 
 
 def race(sessions: list[onnxruntime.InferenceSession], feeds: Feeds, rounds: int, seconds: float) -> list[float]:
-    """Return each session's images a second, the median over the rounds."""
+    """Return each session's images a second, as the median over the rounds."""
     rates: list[list[float]] = [[] for _ in sessions]
     for session in sessions:
         session.run(None, feeds)

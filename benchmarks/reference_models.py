@@ -1,4 +1,4 @@
-"""Three generators with random weights, whose speed can be compared from machine to machine and from server to server.
+"""Three generators with random weights, to compare speed between machines and between servers.
 
 mlp28      100-256-512-1024-784, 28x28 grey
 cdcgan28   110-256x7x7-128-1, conditional, 28x28 grey
@@ -30,7 +30,7 @@ NAMES = tuple(_SHAPES)
 
 
 def checkpoint_of(name: str) -> Checkpoint:
-    """Return one of the three as a run leaves it behind that has not begun."""
+    """Return the checkpoint of one of the three models, with its initial weights."""
     preset, changes, spec = _SHAPES[name]
     settings = from_preset(preset, {**changes, "batch_size": 2, "precision": "fp32"})
     images = torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8)
@@ -39,7 +39,7 @@ def checkpoint_of(name: str) -> Checkpoint:
 
 
 def publish(repository: Path) -> None:
-    """Publish all three, as the trainer publishes any model."""
+    """Publish all three models, as the trainer publishes any model."""
     for name in NAMES:
         with tempfile.TemporaryDirectory() as scratch:
             save_checkpoint(checkpoint_of(name), Path(scratch))

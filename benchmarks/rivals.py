@@ -1,12 +1,13 @@
-"""What one would write in an hour: a gRPC servicer on grpcio, one onnxruntime session, no queue, a call a batch.
+"""A simple server for comparison: a gRPC servicer on grpcio, one onnxruntime session, no queue, each call a batch.
 
-It lacks two things of the server: the queue that makes batches of calls, and the transport. `ganserve-server
---transport=grpcio` lacks only the second; serving.py measures all of them.
+It lacks two parts of the server: the queue that combines calls to batches, and the transport. `ganserve-server
+--transport=grpcio` lacks only the transport; serving.py measures all of them.
 
     python benchmarks/rivals.py sync|aio REPOSITORY
 
-Serves the repository's models by the same messages as ganserve, on a port that it prints, with all cores in the
-session. Its latents are drawn in one go, which is faster than by a seed an image, and not what ganserve promises.
+Serves the repository's models with the same messages as ganserve, on a port that it prints, with all cores in the
+session. It draws all latents of a call at once, which is faster than one seed for each image, but breaks ganserve's
+contract.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A server for a benchmark, what it uses, and calls from a C program, so that it is the server that is measured."""
+"""A server for a benchmark, its resource use, and calls from a C program (h2load), which does not limit the server."""
 
 import json
 import struct
@@ -25,7 +25,7 @@ class Running:
     metrics_address: str
 
     def resident_mib(self) -> float:
-        """Memory of the server and its workers."""
+        """Return the resident memory of the server and its workers, in MiB."""
         return sum(_resident_kib(pid) for pid in self.pids()) / 1024
 
     def pids(self) -> list[int]:
@@ -39,7 +39,7 @@ def _resident_kib(pid: int) -> int:
 
 @contextmanager
 def serving(*flags: str) -> Iterator[Running]:
-    """Start a server on free ports; end it, and see that it ends with status 0."""
+    """Start a server on free ports; end it, and check that it ends with status 0."""
     program = Path(sys.executable).with_name("ganserve-server")
     command = [program, "--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json"]
     with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as process:
@@ -59,7 +59,7 @@ def serving(*flags: str) -> Iterator[Running]:
 
 
 def h2load(address: str, model: str, *flags: str, count: int = 1, scheme: str = "http") -> "subprocess.Popen[str]":
-    """Begin to call for `count` images again and again (Debian: nghttp2-client)."""
+    """Start h2load (Debian: nghttp2-client), which calls for `count` images repeatedly."""
     message = pb.GenerateImagesRequest(model=model, count=count, seed=1).SerializeToString()
     with tempfile.NamedTemporaryFile(delete=False) as body:
         body.write(struct.pack(">BI", 0, len(message)) + message)

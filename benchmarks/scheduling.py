@@ -1,10 +1,10 @@
-"""What the scheduler promises, measured on a real server.
+"""Measures the scheduler's guarantees on a real server.
 
-fairness   one-image callers, alone and beside a stream of 10,000 images and bulk requests: by how many batches' time
-           does their p99 rise (2 are allowed)?
-overload   ten times the calls that can be answered, with a deadline: images that were made in time as a share of the
-           most that can be (0.9 are asked for), the p99 of those answered, and how the others were refused.
-small      the same with one image a call, from h2load (Debian: nghttp2-client): what it costs to refuse.
+fairness   one-image callers, alone and beside a stream of 10,000 images and bulk requests: the rise of their p99, in
+           batch times (at most 2).
+overload   ten times as many calls as the server can answer, with a deadline: images made in time as a share of the
+           maximum (at least 0.9), the p99 of answered calls, and how the other calls were refused.
+small      the same with one image a call, from h2load (Debian: nghttp2-client): the cost of refusals.
 
     python benchmarks/scheduling.py [--model dcgan64] [--seconds 10]
 """
@@ -30,13 +30,13 @@ DEADLINE_S = 1.0
 
 
 def channel(address: str) -> grpc.aio.Channel:
-    """A connection of its own: those of one program are shared otherwise."""
+    """Return a channel with a connection of its own; by default, the channels of a program share connections."""
     options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
     return grpc.aio.insecure_channel(address, options)
 
 
 async def one_image_calls(address: str, model: str, seconds: float) -> list[float]:
-    """Call for one image after the other from a few connections; return the latencies in ms."""
+    """Make one-image calls one after the other, on a few connections; return the latencies in ms."""
     latencies: list[float] = []
 
     async def caller(number: int) -> None:
@@ -90,7 +90,7 @@ async def fairness(address: str, model: str, seconds: float) -> None:
 
 
 async def load(address: str, model: str, rate: float, count: int, seconds: float) -> tuple[Counter[str], list[float]]:
-    """Call at a rate, whether or not earlier calls were answered; return outcomes and latencies of the answered."""
+    """Call at a fixed rate, whether or not earlier calls were answered; return the outcomes, and answered latencies."""
     outcomes: Counter[str] = Counter()
     latencies: list[float] = []
     channels = [channel(address) for _ in range(8)]
@@ -122,7 +122,7 @@ async def load(address: str, model: str, rate: float, count: int, seconds: float
 
 
 async def overload(address: str, model: str, count: int, seconds: float) -> None:
-    """Find the most that can be made by calls that wait for each other, then ask for more."""
+    """Find the maximum rate with a closed loop, then ask for more."""
 
     async def caller(connected: grpc.aio.Channel, end: float) -> int:
         stub, images = pb_grpc.GenerationServiceStub(connected), 0
@@ -161,7 +161,7 @@ async def overload(address: str, model: str, count: int, seconds: float) -> None
 
 
 def small(running: Running, model: str, seconds: float) -> None:
-    """Ask for one image a call, as often as can be answered and more often."""
+    """Ask for one image a call, at the rate that the server can answer and at a higher rate."""
 
     def outcomes(*flags: str) -> Counter[str]:
         before = codes(metrics(running))
@@ -184,7 +184,7 @@ def small(running: Running, model: str, seconds: float) -> None:
 
 async def measure(address: str, options: argparse.Namespace) -> None:
     await fairness(address, options.model, options.seconds)
-    # So few calls that this program, too, can make ten times as many.
+    # Calls of many images, so that this program can make ten times as many as the server can answer.
     await overload(address, options.model, options.count, options.seconds)
 
 

@@ -1,13 +1,13 @@
-"""What the SDK costs beside the raw stubs, on one server in one run.
+"""Measures the overhead of the SDK over the raw stubs, on one server in one run.
 
-latency   one caller, one image a call: the median of `Client` and `AsyncClient` less the raw stub's (30 µs allowed)
-calls     one caller, 64 images a call: images a second as a share of the raw stub's (0.90 asked for)
-stream    streams of all the images they can get, by batches and by images, as a share of what the server makes for
-          h2load's 8 connections of 64 images a call (0.95 asked for)
+latency   one caller, one image a call: the median of `Client` and `AsyncClient` minus the raw stub's (at most 30 µs)
+calls     one caller, 64 images a call: images a second as a share of the raw stub's (at least 0.90)
+stream    streams as fast as possible, by batches and by images, as a share of the images a second that h2load gets with
+          8 connections and 64 images a call (at least 0.95)
 each      the image of each of many scattered seeds: images a second by a loop of `generate`, by 64 such loops at once
           (`AsyncClient`), and by `generate_each`
 
-Raw and SDK alternate, a block of calls each, and the medians of the blocks are printed.
+Blocks of raw and SDK calls alternate; the medians of the blocks are printed.
 
     python benchmarks/sdk.py [--model cdcgan-mnist] [--rounds 15] [--seconds 5]
 """
@@ -36,7 +36,7 @@ _OPTIONS = [("grpc.max_receive_message_length", -1)]
 
 
 def block(call: Callable[[int], object], count: int) -> list[float]:
-    """Call so often; return the seconds each took."""
+    """Make `count` calls; return the seconds that each took."""
     seconds = []
     for seed in range(CALLS[count]):
         started = time.perf_counter()
@@ -55,7 +55,7 @@ async def async_block(call: Callable[[int], Awaitable[object]], count: int) -> l
 
 
 def tell(kind: str, count: int, raw: list[list[float]], ours: list[list[float]]) -> None:
-    """Print the difference of one round's medians, and the median of those over the rounds."""
+    """Print the median over the rounds of the difference between the medians of both blocks."""
     added = [statistics.median(b) - statistics.median(a) for a, b in zip(raw, ours, strict=True)]
     shares = [sum(a) / sum(b) for a, b in zip(raw, ours, strict=True)]
     rate = count / statistics.median(statistics.mean(b) for b in ours)
@@ -172,7 +172,7 @@ async def each_async(address: str, model: str, seconds: float) -> float:
 
 
 def read_streams(address: str, seconds: float, images: Callable[[Client], Iterator[int]]) -> float:
-    """Read from a client for each stream; return images a second of all, the first second left out."""
+    """Read each stream with a client of its own; return the images a second of all, without the first second."""
     counted = [0] * STREAMS
     begin = time.perf_counter() + 1
     end = begin + seconds
@@ -195,7 +195,7 @@ def read_streams(address: str, seconds: float, images: Callable[[Client], Iterat
 
 
 def by_images(images: Iterator[object]) -> Iterator[int]:
-    """Read one image after the other; count them in hundreds, for looking at the clock takes as long as an image."""
+    """Read image by image; count in hundreds, because reading the clock takes as long as an image."""
     while read := sum(1 for _ in itertools.islice(images, 100)):
         yield read
 

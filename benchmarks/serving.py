@@ -1,21 +1,21 @@
-"""Images a second and latency of the server under four loads, beside bare onnxruntime in the same run.
+"""Measures images a second and latency of the server under five loads, and of bare onnxruntime in the same run.
 
     L1      one caller, one image a call
     L2      64 calls in flight over 8 connections, one image each
     L3      8 connections, 64 images a call
     each    8 connections, streams of 64 one-image requests (GenerateEach)
-    stream  2 streams of all the images they can get
+    stream  2 streams, as fast as possible
 
-The calls come from h2load (Debian: nghttp2-client), a C program, so that the server is what is measured; the streams
-from a raw gRPC client in this process. Bare onnxruntime, the server and what it is compared with alternate; medians
-over the rounds are printed. The server is compared with itself over grpcio's transport (the same queue and batches:
-what its own HTTP/2 brings) and with the servicers of rivals.py (no queue, a call a batch: what both bring). Bare
-onnxruntime is the better of one process with all cores and one process a core, in batches of 64: with latents drawn in
-bulk, and with those of the contract, each of its own seed.
+The calls come from h2load (Debian: nghttp2-client), a C program, so that the client does not limit the server. The
+streams are read by a raw gRPC client in this process. Bare onnxruntime, the server and the servers to compare with
+alternate; medians over the rounds are printed. The server is compared with itself over grpcio's transport (the same
+queue and batches, which shows the gain of its own HTTP/2) and with the servicers of rivals.py (no queue, each call a
+batch, which shows the gain of both). Bare onnxruntime is the better of one process with all cores and one process for
+each core, in batches of 64: with latents drawn in bulk, and with the contract's latents, each from its own seed.
 
     python benchmarks/serving.py [--models cdcgan-mnist,mlp28,cdcgan28,dcgan64] [--rounds 3] [--seconds 5] [--layers]
 
---layers adds where the server's threads spend their time in L2, by py-spy (PyPI).
+--layers also prints where the server's threads spend their time in L2, by py-spy (PyPI).
 """
 
 import argparse
@@ -58,7 +58,7 @@ COMPARED = {
 STREAMS = 2
 REFERENCES = ("mlp28", "cdcgan28", "dcgan64")
 
-# Runs bare onnxruntime in a process of its own: model, threads, seconds, how latents are drawn.
+# Runs bare onnxruntime in a separate process; arguments: model, threads, seconds, how latents are drawn.
 BARE = """
 import sys, time
 import numpy as np
@@ -93,7 +93,7 @@ class Measured:
     images_per_s: float
     p50_ms: float
     p99_ms: float
-    server_cores: float  # how many the server kept busy
+    server_cores: float  # the number of cores that the server kept busy
     client_cores: float
 
 
@@ -111,7 +111,7 @@ def bare_onnxruntime(path: Path, processes: int, threads: int, seconds: float, l
 
 
 def cpu_s(pids: list[int]) -> float:
-    """Add up what these processes have used of the CPU."""
+    """Return the CPU seconds that the processes have used together."""
     used = 0.0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -145,7 +145,7 @@ def h2load(address: str, model: str, load: str, seconds: float, scratch: Path, s
     client = after.children_user + after.children_system - children.children_user - children.children_system
     rows = [line.split() for line in log.read_text().splitlines()]
     milliseconds = [int(microseconds) / 1000 for _, status, microseconds in rows if status == "200"]
-    # What runs when the time is over is cut off, and may be in the log.
+    # h2load cuts off the calls that run when the time is over; they may be in the log.
     if len(milliseconds) < len(rows) - connections * in_flight or len(rows) < 10:
         sys.exit(f"{model} {load}: {len(milliseconds)} of {len(rows)} calls were answered")
     percentiles = statistics.quantiles(milliseconds, n=100)
@@ -154,7 +154,7 @@ def h2load(address: str, model: str, load: str, seconds: float, scratch: Path, s
 
 
 def streams(address: str, model: str, seconds: float, server: list[int]) -> Measured:
-    """Read streams for so many seconds, the first of which do not count."""
+    """Read streams for a number of seconds, without counting the first of them."""
     images, gaps, counting = [0] * STREAMS, [], threading.Event()
 
     def read(index: int) -> None:
@@ -191,7 +191,7 @@ def streams(address: str, model: str, seconds: float, server: list[int]) -> Meas
 
 @contextmanager
 def server_over(transport: str, repository: Path, flags: str) -> Iterator[tuple[dict[str, str], int]]:
-    """Run the server; give what it says of itself and its process."""
+    """Run the server; yield its log line "serving" and its process id."""
     command = [Path(sys.executable).with_name("ganserve-server"), f"--transport={transport}", f"--models={repository}"]
     command += ["--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json", "--access-log=off"]
     with subprocess.Popen([*command, *flags.split()], stderr=subprocess.PIPE, text=True) as process:
@@ -206,17 +206,17 @@ def server_over(transport: str, repository: Path, flags: str) -> Iterator[tuple[
 
 
 def failed_calls(metrics_address: str) -> float:
-    """Count the calls that did not end with OK: h2load sees only HTTP's 200."""
+    """Return the number of calls that did not end with OK: h2load sees only the HTTP status 200."""
     with urllib.request.urlopen(f"http://{metrics_address}/metrics") as response:
         lines = response.read().decode().splitlines()
     calls = [line for line in lines if line.startswith("ganserve_requests_total") and 'code="OK"' not in line]
-    # h2load drops the calls in flight when its time is over, now and then in the middle of one.
+    # Without CANCELLED: when its time is over, h2load drops the calls in flight.
     return sum(float(line.split()[-1]) for line in calls if 'code="CANCELLED"' not in line)
 
 
 @contextmanager
 def rival(kind: str, repository: Path) -> Iterator[tuple[str, int]]:
-    """Run one; give its address and process."""
+    """Run a servicer of rivals.py; yield its address and its process id."""
     command = [sys.executable, str(Path(__file__).with_name("rivals.py")), kind, str(repository)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -239,7 +239,7 @@ LAYERS = {
 
 
 def layers(pid: int, seconds: float) -> dict[str, float]:
-    """Sample the stacks of a process; return each layer's share of the time that its threads run."""
+    """Sample the stacks of a process; return each layer's share of the time in which its threads run."""
     with tempfile.NamedTemporaryFile("r") as file:
         command = ["py-spy", "record", f"--pid={pid}", f"--duration={seconds:.0f}", "--rate=400", "--format=raw"]
         subprocess.run([*command, f"--output={file.name}"], check=True, capture_output=True)
@@ -248,7 +248,7 @@ def layers(pid: int, seconds: float) -> dict[str, float]:
     for line in lines:
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
-        # Waiting for work is no work.
+        # Skip threads that wait for work.
         if "select (selectors.py" in frames[-1] or frames[-1].startswith(("_run (", "Scheduler._run", "_worker")):
             continue
         innermost = (

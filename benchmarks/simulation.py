@@ -1,19 +1,20 @@
-"""How many replicas hold a p99, found by simulating them with service times measured on a real server.
+"""Finds how many replicas a p99 needs, by simulating them with service times measured on a real server.
 
-It measures a server's times (calibration), asks a real server and a simulated one for the same images (validation),
-and then simulates fleets behind balancers and an autoscaler. Needs h2load (Debian: nghttp2-client).
+It measures a server's times (calibration), sends the same requests to a real server and to a simulated one
+(validation), and then simulates fleets behind balancers and an autoscaler. Needs h2load (Debian: nghttp2-client).
 
     python benchmarks/simulation.py [--models cdcgan-mnist,dcgan64] [--server=--workers=2] [--quick]
 
-A balancer's ways: round-robin; two choices (of two replicas at random the one with less in hand: Envoy's
-LEAST_REQUEST); least-request (of all). Unless there is one alone, each balancer knows only of its own calls.
+A balancer's policies: round-robin; two choices (the one of two random replicas with fewer calls in flight: Envoy's
+LEAST_REQUEST); least-request (of all replicas). If there are several balancers, each knows only its own calls.
 
 A simulated replica has one thread that reads and answers calls, and two cores that compute. The thread takes all
-calls that wait, in `turn_s` and `call_s` for each; then they wait for a core. A core that is free takes its share of
-what waits, at most a batch, in `batch_s` and `image_s` for each image. While both compute, the thread's time comes
-out of theirs. Whoever was idle takes longer for the first thing (caches, clock): `cold_turn_s`, `cold_batch_s` more
-after 2 ms, less after less. A call of 64 images is made in parts. Calls come at random (Poisson) and never again.
-There is no network, no garbage collector, no neighbour, no batch on several cores and none made by the thread itself.
+waiting calls, in `turn_s` plus `call_s` for each call; then the calls wait for a core. A free core takes its share of
+the waiting calls, at most a batch, in `batch_s` plus `image_s` for each image. While both cores compute, the thread's
+time is taken from theirs. After 2 ms of idle time, the thread and a core take `cold_turn_s` and `cold_batch_s` longer
+for their first work (caches, clock), and less after a shorter idle time. A call of 64 images is made in parts. Calls
+arrive at random (Poisson) and are not retried. The simulation has no network, no garbage collector, no other load, no
+batch on several cores, and no batch in the thread itself.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.settings import BUNDLED_MODELS
 
-BALANCERS = 20  # where there are many; each knows only of its own calls
+BALANCERS = 20  # in a fleet with many balancers; each knows only its own calls
 WAYS = (
     ("round-robin", 1),
     ("round-robin", BALANCERS),
@@ -49,34 +50,34 @@ WAYS = (
 )
 SIZES = (1, 4, 16, 64)
 FAST = "cdcgan-mnist"
-BALANCER_US, BALANCER_US_PER_KB = 35.0, 3.0  # of a core, for a call through Envoy, as benchmarks/replicas.py prints
+BALANCER_US, BALANCER_US_PER_KB = 35.0, 3.0  # core time of a call through Envoy, as benchmarks/replicas.py prints
 COLD_AFTER_S = 0.002  # idle
-LONGEST_BATCH_S = 0.02  # what a batch may take of a core, if it has more than one image
+LONGEST_BATCH_S = 0.02  # the longest batch on a core, unless it has only one image
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What a server was measured to take, for calls of `images` images each."""
+    """The measured times of a server, for calls of `images` images each."""
 
     model: str
     images: int
-    turn_s: float  # the thread that reads and answers, each time it does
-    call_s: float  # and for each call
-    batch_s: float  # a core, each batch
-    image_s: float  # and for each image
-    cold_turn_s: float  # more, after it was idle
-    cold_batch_s: float  # more, of a core that was idle
+    turn_s: float  # of the thread that reads and answers, for each turn
+    call_s: float  # of the thread, for each call
+    batch_s: float  # of a core, for each batch
+    image_s: float  # of a core, for each image
+    cold_turn_s: float  # in addition, of a thread that was idle
+    cold_batch_s: float  # in addition, of a core that was idle
     bytes_per_call: float
     cores: int = 2
 
     @property
     def largest_batch(self) -> int:
-        """Images in a batch, at most."""
+        """The most images in a batch."""
         return max(1, min(64, int(LONGEST_BATCH_S / self.image_s)))
 
     @property
     def capacity(self) -> float:
-        """Calls a second that a replica cannot exceed: its thread's, or its cores' less the thread's work."""
+        """A replica's maximum calls a second: limited by its thread, or by its cores minus the thread's work."""
         compute_s = self.images * (self.image_s + self.batch_s / self.largest_batch)
         return min(1 / self.call_s, self.cores / (compute_s + self.call_s))
 
@@ -85,10 +86,10 @@ class Times:
 
 
 def calibrate(repository: Path, models: list[str], seconds: float) -> list[Times]:
-    """Measure calls of one image and of 64, by the CPU that they take: it hardly depends on what else the machine does.
+    """Measure calls of one image and of 64 images by their CPU time, which hardly depends on the machine's other load.
 
-    Two servers of one core each do the same at a time, so that the cores disturb each other as they would in a replica.
-    What a call takes besides computing is measured with a model that computes little.
+    Two servers with one core each do the same at the same time, so that the cores disturb each other as in a replica.
+    The cost of a call besides computing is measured with a model that computes little.
     """
     with (
         serving("--threads=1", f"--models={repository}") as one,
@@ -96,7 +97,7 @@ def calibrate(repository: Path, models: list[str], seconds: float) -> list[Times
     ):
 
         def call(model: str, count: int, *flags: str) -> tuple[float, float]:
-            """Return core-seconds a call, and calls in a batch."""
+            """Return the core-seconds of a call, and the calls in a batch."""
             before = metrics(one)
             flags = ("--threads=1", f"--duration={1000 * seconds:.0f}ms", *flags)
             for process in [h2load(running.address, model, *flags, count=count) for running in (one, two)]:
@@ -107,18 +108,18 @@ def calibrate(repository: Path, models: list[str], seconds: float) -> list[Times
             return more["process_cpu_seconds_total"] / calls, calls / _sum(more, "ganserve_compute_seconds_count")
 
         def batches(model: str) -> tuple[float, float]:
-            """Return what a batch takes, and each image in it with its part of the answer."""
+            """Return the time of a batch, and the time of each image in it with its part of the answer."""
             took = np.array([call(model, count, "--clients=1")[0] for count in SIZES])
             image_s = float(np.polyfit(SIZES, took, 1, w=1 / took)[0])  # small batches count as much as large ones
             return max(0.0, _computing(one, model) - image_s), image_s
 
         def cold(model: str) -> float:
-            """Return what one call more takes of a server that is idle between two."""
+            """Return the additional time of a call on a server that is idle between calls."""
             return max(0.0, call(model, 1, "--clients=1", "--rps=100")[0] - call(model, 1, "--clients=1")[0])
 
         batch_s, image_s = batches(FAST)
         alone, (busy, turn) = call(FAST, 1, "--clients=1")[0], call(FAST, 1, "--clients=8", "-m8")
-        cold_turn_s = cold(FAST)  # it computes little
+        cold_turn_s = cold(FAST)  # this model computes little
         turn_s = (alone - busy) / (1 - 1 / turn) - batch_s
         call_s = alone - turn_s - batch_s - image_s
         return [
@@ -131,7 +132,7 @@ def calibrate(repository: Path, models: list[str], seconds: float) -> list[Times
 
 
 def _computing(running: Running, model: str) -> float:
-    """Return what one image takes in the engine, where nothing comes between."""
+    """Return the time of one image in the engine, without interference."""
     with grpc.insecure_channel(running.address) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)
         answers = [stub.GenerateImages(pb.GenerateImagesRequest(model=model)) for _ in range(100)]
@@ -155,29 +156,29 @@ def _bytes_per_call(running: Running, model: str, count: int) -> float:
 
 @dataclass
 class Result:
-    """What became of the calls of a simulated fleet."""
+    """The latencies and the batch size of a simulated fleet."""
 
     p50_s: float
     p99_s: float
     images_per_batch: float
 
 
-Call = list[Any]  # when it arrived, how many parts are not made yet, and whose it is
+Call = list[Any]  # its arrival, the number of parts that are not made yet, and its balancer's calls in flight
 
 
 class Replica:
-    """What waits for a replica's thread and its cores, how many cores are free, and since when all of them are."""
+    """The calls that wait for a replica's thread and cores, and since when the thread and the cores are free."""
 
     __slots__ = ("free", "idle_since", "queue", "slow", "stolen", "thread_free", "thread_idle_since", "unread")
 
     def __init__(self, cores: int, slow: float) -> None:
         self.unread: list[Call] = []
         self.thread_free = True
-        self.queue: deque[Call] = deque()  # its parts
+        self.queue: deque[Call] = deque()  # an entry for each part of a call
         self.free = cores
         self.thread_idle_since = 0.0
-        self.idle_since = [0.0] * cores  # of those that are free; the last is the first to compute
-        self.stolen = 0.0  # by the thread of cores that computed, and not yet paid
+        self.idle_since = [0.0] * cores  # of the free cores; the last one computes first
+        self.stolen = 0.0  # core time that the thread took from computing cores, not yet added to a batch
         self.slow = slow
 
 
@@ -191,26 +192,26 @@ def simulate(
     slow: tuple[float, float] = (0.0, 1.0),
     client_s: float = 0.0,
 ) -> Result:
-    """Send a fleet these calls.
+    """Simulate a fleet that gets calls.
 
     Args:
-        times: of one replica.
-        arrivals: when each call arrives; the first fifth is not counted.
-        replicas: how many there are.
-        policy: how the balancer chooses: round-robin, two choices or least-request.
-        balancers: how many there are. Each call comes to one of them at random; each knows only of its own calls.
-        slow: the share of replicas that take longer, and how many times as long.
-        client_s: of the replica's cores for each call, where the load generator shares them.
+        times: the times of one replica.
+        arrivals: the arrival time of each call; the first fifth of the calls is not counted.
+        replicas: the number of replicas.
+        policy: how the balancers choose: round-robin, two choices or least-request.
+        balancers: the number of balancers. Each call goes to a random one; each balancer knows only its own calls.
+        slow: the share of slow replicas, and the factor on their times.
+        client_s: core time of each call for the load generator, if it shares the replica's cores.
     """
     draw = random.Random(0).random
     fleet = [Replica(times.cores, slow[1] if number < replicas * slow[0] else 1.0) for number in range(replicas)]
     random.Random(1).shuffle(fleet)
     events: list[
         tuple[float, int, int, list[list[float]]]
-    ] = []  # when, serial, replica (or ~replica: its thread), what
-    in_hand = [[0] * replicas for _ in range(balancers)]  # as each balancer knows
+    ] = []  # time, serial number, replica (or ~replica: its thread), calls
+    in_hand = [[0] * replicas for _ in range(balancers)]  # calls in flight that each balancer knows
     turns = [int(draw() * replicas) for _ in range(balancers)]
-    least = [(0, number) for number in range(replicas)]  # in hand, as was once so
+    least = [(0, number) for number in range(replicas)]  # a heap by calls in flight, with outdated entries
     latencies: list[float] = []
     serial = batches = 0
     # A call of many images is made in parts, which the cores share.
@@ -219,7 +220,7 @@ def simulate(
     part_s = times.image_s * times.images / parts
 
     def read(number: int, now: float) -> None:
-        """The thread takes all that waits."""
+        """Let the thread take all waiting calls."""
         nonlocal serial
         one = fleet[number]
         taken, one.unread, one.thread_free = one.unread, [], False
@@ -232,7 +233,7 @@ def simulate(
         heapq.heappush(events, (now + took, serial, ~number, taken))
 
     def compute(number: int, now: float) -> None:
-        """Each free core takes its share of what waits."""
+        """Let each free core take its share of the waiting parts."""
         nonlocal serial, batches
         one = fleet[number]
         queue = one.queue
@@ -310,23 +311,23 @@ def poisson(calls_per_s: float, calls: int) -> list[float]:
 
 @dataclass
 class Trace:
-    """What a real server did with calls."""
+    """The record of calls to a real server."""
 
     arrivals: list[float]  # s
     latencies_s: list[float]
-    client_s: float  # core-seconds that the load generator took for a call
+    client_s: float  # core-seconds of the load generator for each call
     images_per_batch: float
-    others: float  # cores that neither the server nor the load generator had
+    others: float  # cores that other programs used
 
 
 def _busy_s() -> float:
-    """Return the core-seconds that this machine has worked."""
+    """Return the core-seconds for which this machine has been busy."""
     fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def ask(running: Running, model: str, images: int, calls_per_s: float, seconds: float, scratch: Path) -> Trace:
-    """Send calls at random times. One h2load is late with many; four share them, and say when each was really sent."""
+    """Send calls at random times. Four h2loads share them, because one is late; they report the real send times."""
     generators = 4
     before, client, busy, began = metrics(running), os.times(), _busy_s(), time.perf_counter()
     logs, processes = [scratch / f"log-{number}" for number in range(generators)], []
@@ -358,7 +359,7 @@ def ask(running: Running, model: str, images: int, calls_per_s: float, seconds: 
 
 
 def validate(repository: Path, times: Times, seconds: float, flags: list[str]) -> None:
-    """Ask a real server and the simulated one for the same, and print both."""
+    """Send the same calls to a real server and to the simulated one; print both results."""
     with serving(f"--models={repository}", *flags) as running, tempfile.TemporaryDirectory() as scratch:
         for share in (0.2, 0.4, 0.6):
             trace = ask(running, times.model, times.images, share * times.capacity, seconds, Path(scratch))
@@ -373,18 +374,18 @@ def validate(repository: Path, times: Times, seconds: float, flags: list[str]) -
             )
 
 
-# What the tables say
+# The tables
 
 
 def policies(times: Times, seconds: float) -> None:
-    """Print p99 of a hundred replicas by load and by the balancers' way, and with ten that are half as fast."""
+    """Print the p99 of a hundred replicas by load and by policy, also with ten replicas that are half as fast."""
     print(f"\n{times.model}, {_calls(times)}, 100 replicas: p99 in ms (images a batch)")
     titles = [way if number == 1 else f"{way}, {number} balancers" for way, number in WAYS]
     _row("load", "replicas", *titles)
     _row(*["---"] * (2 + len(titles)))
     for slow in ((0.0, 1.0), (0.1, 2.0)):
         for load in (0.5, 0.7, 0.9):
-            # Of what these replicas can make.
+            # A share of the capacity of these replicas.
             calls_per_s = load * 100 * times.capacity * (1 - slow[0] + slow[0] / slow[1])
             arrivals = poisson(calls_per_s, round(seconds * calls_per_s))
             cells = []
@@ -396,10 +397,10 @@ def policies(times: Times, seconds: float) -> None:
 
 
 def sizes(times: Times, rates: list[float], seconds: float) -> int:
-    """Print how many replicas hold the p99 at some rates; return those of many balancers' two choices at the last.
+    """Print how many replicas the p99 needs at some rates; return the number for many balancers with two choices.
 
-    A rate that would take minutes to simulate gets ten times the replicas of a tenth of it: larger fleets do no worse.
-    That is then simulated once, for a shorter time.
+    The returned number is that of the last rate. A rate that would take minutes to simulate gets ten times the replicas
+    of a tenth of the rate, because larger fleets do no worse. The result is then simulated once, for a shorter time.
     """
     goal_s = max(0.02, 4 * simulate(times, [float(number) for number in range(10)], 1).p50_s)
     found: dict[tuple[str, int], int] = {}
@@ -434,13 +435,14 @@ def bottlenecks(times: Times, rate: float, replicas: int) -> None:
 
 
 def autoscale(factor: float, target: float, offered: bool, pull_s: float) -> tuple[float, float]:
-    """Multiply the load of ten replicas; return seconds until there are enough, and the share refused in five minutes.
+    """Multiply the load of ten replicas; return the seconds until there are enough, and the refused share in 5 minutes.
 
     Args:
-        factor: the new load over the old.
-        target: the load per replica that the autoscaler wants, of what one can make.
-        offered: whether it goes by what is asked for, refused or not, and not by what is made (CPU, images).
-        pull_s: what the image's download takes on a machine that has it not.
+        factor: the new load divided by the old one.
+        target: the load per replica that the autoscaler aims at, as a share of a replica's capacity.
+        offered: whether the autoscaler uses all requested images, including refused ones, rather than made ones (CPU,
+            images).
+        pull_s: the time to download the container image on a machine that lacks it.
     """
     step_s, sync_s, scrape_s, window_s, queue_s = 0.1, 15.0, 15.0, 60.0, 2.0
     ready_s = 1.0 + pull_s + 0.5 + 2.5  # scheduling, download, the server's start, the probe and the balancer's notice
@@ -467,7 +469,7 @@ def autoscale(factor: float, target: float, offered: bool, pull_s: float) -> tup
         if step % int(sync_s / step_s) == 0:
             metric = statistics.fmean(value for at, value in samples if at > now - window_s)
             desired = min(math.ceil(round(metric / target, 3)), max(2 * wanted, wanted + 4))
-            if desired > wanted * 1.1:  # its tolerance
+            if desired > wanted * 1.1:  # the autoscaler's tolerance
                 coming.append((now + ready_s, desired - wanted))
                 wanted = desired
     return enough_s, refused / asked

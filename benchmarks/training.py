@@ -1,12 +1,12 @@
-"""How fast the trainer is, and how good its images are after so many minutes, against the loop that everybody writes.
+"""Compares the trainer with a plain training loop: its speed, and the quality of its images after some minutes.
 
-`speed` trains each preset by both loops, each in a process of its own, in alternation, and prints images per second
-and their ratio. `quality` trains by both loops from nothing, measures after 1, 5 and 20 minutes of training, and draws
-the plot.
+`speed` trains each preset by both loops, each in a separate process, in alternation, and prints images per second and
+their ratio. `quality` trains by both loops from scratch, measures after 1, 5 and 20 minutes of training, and draws the
+plot.
 
-The plain loop is the one of most tutorials: torchvision's data set, a DataLoader with ToTensor and Normalize, two
-workers and shuffling, fp32, real and generated images in passes of their own. For `speed` it trains the same networks
-with the same batch size; for `quality` it follows the plain recipe too: networks of the same widths without spectral
+The plain loop is that of most tutorials: torchvision's data set, a DataLoader with ToTensor and Normalize, two workers
+and shuffling, fp32, and separate passes for real and generated images. For `speed`, it trains the same networks with
+the same batch size. For `quality`, it also follows the plain recipe: networks of the same widths without spectral
 normalisation, label channels, Adam with a learning rate of 2e-4 and beta1 0.5, no EMA.
 """
 
@@ -107,7 +107,7 @@ def plain_recipe(settings: Settings) -> Settings:
 
 
 def multiply_adds(network: nn.Module, *inputs: Tensor | None) -> int:
-    """Count the multiply-adds of one forward pass over one image."""
+    """Return the multiply-adds of one forward pass over one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -116,7 +116,7 @@ def multiply_adds(network: nn.Module, *inputs: Tensor | None) -> int:
 
 
 def flops_a_training_image(settings: Settings, dataset: Dataset) -> int:
-    """Count what a step must compute for one image: G forward and backward, D on real and fake, G's way through D."""
+    """Return the operations of a step for one image: G forward and backward, D on real and fake, and G through D."""
     spec = dataset.spec
     label = torch.zeros(1, dtype=torch.int64) if settings.conditional else None
     image = torch.zeros(1, spec.channels, spec.height, spec.width)
@@ -126,7 +126,7 @@ def flops_a_training_image(settings: Settings, dataset: Dataset) -> int:
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure what a large matrix product reaches in this precision."""
+    """Measure the operations per second of a large matrix product in this precision."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -156,7 +156,7 @@ def images_per_s(step: Step, settings: Settings, seconds: float, device: torch.d
 
 
 def serve_rates(loop: str, settings: Settings, data_root: Path, pipe: Connection) -> None:
-    """Train by one loop, in this process of its own, for as many seconds as are asked for; answer with images/s."""
+    """Train by one loop in a separate process: for each request with a number of seconds, answer with images/s."""
     device = best_device()
     dataset = load_dataset(settings.dataset, data_root, train=True)
     if loop == "plain":
@@ -173,7 +173,7 @@ def loop_in_a_process(loop: str, settings: Settings, data_root: Path) -> Iterato
     mine, theirs = context.Pipe()
     process = context.Process(target=serve_rates, args=(loop, settings, data_root, theirs))
     process.start()
-    theirs.close()  # so that the end of a process that failed is seen
+    theirs.close()  # so that the end of a failed process is noticed
 
     def rate(seconds: float) -> float:
         try:
@@ -212,7 +212,7 @@ def quality(arguments: argparse.Namespace, device: torch.device, precision: str)
     settings = from_preset(arguments.preset, {"precision": precision, "dataset": arguments.dataset})
     dataset = load_dataset(settings.dataset, arguments.data_root, train=True)
     measure = quick_measure(settings, dataset, arguments.data_root, images=10_000)
-    # Figures of the other loop are kept, so that each may be measured in a process of its own, at the same time.
+    # The results of the other loop are kept, so that the loops may be measured in separate processes at the same time.
     kept = arguments.plot.with_suffix(".json")
     for name in arguments.loops.split(","):
         mine: dict[str, dict[str, float]] = {}
@@ -229,7 +229,7 @@ def quality(arguments: argparse.Namespace, device: torch.device, precision: str)
             synchronize(device)
             trained_s = time.perf_counter() - started
             found = measure(network.eval()) | {"images": steps * settings.batch_size}
-            network.train(name == "plain")  # ours is the average, which is never trained
+            network.train(name == "plain")  # the trainer's network is the EMA, which stays in evaluation mode
             mine[f"{minutes:g}"] = found
             shown = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
             print(f"{name} after {minutes:g} min on {torch.get_num_threads()} threads: {shown}", flush=True)

@@ -1,12 +1,12 @@
-"""The memory that clients can have a server keep with its default bounds: filled by them all at once, and measured.
+"""Measures the memory that clients can make a server keep with its default bounds, with all bounds filled at once.
 
-Over TLS, without tokens: each connection fills all that is its own, then unfinished requests, unfinished health checks
-and answers that nobody reads fill their pools. The bound is what `ganserve-server bounds` prints; the kernel's buffers
-are not in it, nor in what is measured, which is the growth of the server's resident memory.
+Over TLS, without tokens: each connection fills its own buffers; then unfinished requests, unfinished health checks and
+unread answers fill their pools. `ganserve-server bounds` prints the bound. The measurement is the growth of the
+server's resident memory. Neither includes the kernel's buffers.
 
     python -m benchmarks.worst_case [--connections 2000] [--check]
 
---check exits with 1 if more was measured than the bound, or over 32 MiB more than before a minute after all have left.
+--check exits with 1 if the memory exceeds the bound, or if the growth is above 32 MiB a minute after all clients left.
 """
 
 import argparse
@@ -43,14 +43,14 @@ from ganserve_server.transport.limits import Limits
 MODEL = "mlp-mnist"
 IMAGES = 1024  # of one call: an answer of 784 KiB
 CALLS_AT_ONCE = 8
-LARGE_WINDOW = 1 << 20  # more than an answer of IMAGES
+LARGE_WINDOW = 1 << 20  # larger than an answer of IMAGES images
 CHECK = "/grpc.health.v1.Health/Check"
 SETTLE_S, MOST_LEFT_MIB = 60.0, 32
 
 
 def fill_connection(peer: Peer) -> None:
-    """Have the server keep all that it keeps for one connection."""
-    # The header table's 4 KiB, in entries of its least size, and all headers that are remembered.
+    """Make the server keep the most that it keeps for one connection."""
+    # The header table's 4 KiB, in entries of the smallest size, and all cached headers.
     peer.head([*head("/x"), *((f"{number:x}", "") for number in range(100))], END_HEADERS | END_STREAM)
     fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/x"), (b"content-type", b"text/html")]
     start = b"".join(literal(name, value) for name, value in fields)
@@ -58,7 +58,7 @@ def fill_connection(peer: Peer) -> None:
         block = start + b"".join(literal(b"%c" % letter, b"%d" % number) for letter in range(97, 109))
         peer.send(HEADERS, END_HEADERS | END_STREAM, peer.new_id(), block + literal(b"z", bytes(b"v" * 400)))
     peer.ping()
-    # A header block without end, and input that waits for its turn.
+    # An unfinished header block, and input that waits for its turn.
     stream = peer.new_id()
     peer.send(HEADERS, 0, stream, bytes(16_000))
     for _ in range(3):
@@ -67,13 +67,13 @@ def fill_connection(peer: Peer) -> None:
 
 
 def fill_tls(peer: Peer) -> None:
-    """Have OpenSSL grow the buffers that it keeps: by an answer that is read."""
+    """Make OpenSSL grow the buffers that it keeps, by an answer that is read."""
     granted(peer, 0, LARGE_WINDOW)
     assert peer.call(request(IMAGES // 2)).images
 
 
 def fill_requests(peer: Peer, limits: Limits) -> None:
-    """Send calls up to the last byte of their request, more than a connection's share."""
+    """Send calls except for the last byte of their requests, more than a connection's share."""
     body = message(bytes(limits.max_request_bytes))[:-1]
     for _ in range(limits.request_bytes_each // limits.max_request_bytes + 1):
         peer.body(peer.head(head()), body, end=False)
@@ -81,7 +81,7 @@ def fill_requests(peer: Peer, limits: Limits) -> None:
 
 
 def fill_unguarded(peer: Peer, limits: Limits) -> None:
-    """The same by a service that needs no token."""
+    """Do the same with a service that needs no token."""
     body = message(bytes(limits.unguarded_request_bytes))[:-1]
     for _ in range(limits.unguarded_bytes_each // limits.unguarded_request_bytes):
         peer.body(peer.head(head(CHECK)), body, end=False)
@@ -89,7 +89,7 @@ def fill_unguarded(peer: Peer, limits: Limits) -> None:
 
 
 def fill_answers(peer: Peer, limits: Limits) -> None:
-    """Ask for more than a connection's share of unread answers, and let none of it come."""
+    """Ask for more answers than a connection's share, and read none of them."""
     body = pb.GenerateImagesRequest(model=MODEL, count=IMAGES, seed=1).SerializeToString()
     calls = limits.answer_bytes_each // (IMAGES * 784) + 2
     for start in range(0, calls, CALLS_AT_ONCE):
@@ -99,7 +99,7 @@ def fill_answers(peer: Peer, limits: Limits) -> None:
 
 
 def attack(running: Running, limits: Limits, tls: ssl.SSLContext, peers: ExitStack) -> Iterator[str]:
-    """Fill the bounds one after the other; yield the name of each that is full."""
+    """Fill the bounds one after the other; yield the name of each once it is full."""
 
     def connect(settings: dict[int, int] | None = None) -> Peer:
         return peers.enter_context(Peer(running.address, settings, tls=tls))
@@ -138,7 +138,7 @@ def main() -> None:
         tls = ssl.create_default_context()
         authority.configure_trust(tls)
         flags = [f"--tls-certificate-file={chain}", f"--tls-key-file={key}", "--workers=1", "--access-log=off"]
-        # Filling takes longer than the times allow.
+        # Filling takes longer than the default timeouts.
         times = [f"--{name}-timeout-s=3600" for name in ("header", "body", "write")]
         running = servers.enter_context(
             serving(*flags, *times, f"--max-connections={limits.max_connections}", "--drain-timeout-s=1")

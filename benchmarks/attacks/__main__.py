@@ -1,18 +1,19 @@
-"""What named attacks on HTTP/2 and gRPC do to a good caller, by our transport and by grpc.aio, as a table.
+"""Prints as a table how named attacks on HTTP/2 and gRPC affect a good caller, with ganserve's transport and grpc.aio.
 
-Each attack, by one connection and by fifty, hits a server of its own. Meanwhile one good caller calls, from another
-process: one call at a time, a pause of 5 ms between them, one in four of 32 images, the others of one, ten on each
-connection. The attacker is a third process, of lower priority; where the server cuts it off it comes again after 0.1 s.
-The same good caller just before the attack is the baseline ("before"): the machine's other load slows it, too.
+Each attack, with one connection and with fifty, hits a server of its own. Meanwhile, one good caller makes calls from
+another process: one call at a time with pauses of 5 ms, ten calls on each connection; one call in four has 32 images,
+the other calls have one. The attacker is a third process with lower priority; when the server cuts a connection, the
+attacker reconnects after 0.1 s. The good caller's calls just before the attack are the baseline ("before"), because the
+machine's other load slows them, too.
 
     python -m benchmarks.attacks [--only NAME] [--servers NAME] [--seconds 4] [--json FILE] [--check] [--quick]
 
---quick takes three minutes at most: our transport alone, by the most connections of each attack, a second each, in
-any order; on a slow machine some are left out, and named.
+--quick takes at most three minutes: only ganserve's transport, with the most connections of each attack, a second each,
+in random order. A slow machine skips some attacks, and lists them.
 
-The bars, for our own transport: the good caller's p99 is at most 50 ms at one connection and 250 ms at fifty or more,
-it sees no error, and 30 s after the attack the server's memory is at most 32 MiB above what it was before. Where the
-baseline's p99 is over 10 ms, because the machine is busy, those of latency are higher in proportion.
+The limits, for ganserve's transport: the good caller's p99 is at most 50 ms with one connection and 250 ms with fifty
+or more, it sees no error, and 30 s after the attack the server's memory is at most 32 MiB above its memory before. If
+the baseline's p99 is above 10 ms, because the machine is busy, the limits on latency are higher in proportion.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from benchmarks.attacks.servers import OWN, SERVERS
 
 TRIES = 2  # the machine may have been busy with something else
 QUICK_CONNECTIONS = 1000
-QUICK_S = 140.0  # after which no cell begins: the slowest take half a minute
+QUICK_S = 140.0  # no cell begins after this time: the slowest take half a minute
 COLUMNS = (
     "attack",
     "connections",
@@ -51,7 +52,7 @@ COLUMNS = (
 
 
 def cut(outcome: Outcome) -> str:
-    """Tell how often connections were cut, at what age (median), and why."""
+    """Describe how often connections were cut, at what age (median), and why."""
     if not outcome.cuts:
         return "no"
     ages, why = zip(*outcome.cuts, strict=True)
@@ -87,7 +88,7 @@ def plan(only: list[str], servers: list[str], connections: list[int] | None, qui
             counts = [min(counts[-1], QUICK_CONNECTIONS)] if quick else counts
             wanted += [(name, count, server) for count in counts for server in servers]
     if quick:
-        random.shuffle(wanted)  # a slow machine has no time for all of them
+        random.shuffle(wanted)  # a slow machine has no time for all attacks
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""The same service on grpc.aio, with images of the same size that cost nothing: what attacks do to another transport.
+"""The same service on grpc.aio, with images of the same size at no cost, to attack another transport for comparison.
 
     python -m benchmarks.attacks.aio_server [CERTIFICATE KEY]
 

@@ -1,4 +1,4 @@
-"""Runs an attack, in a process of its own."""
+"""Runs an attack in a separate process."""
 
 import os
 import select
@@ -10,30 +10,30 @@ from multiprocessing.connection import Connection
 from benchmarks.attacks.line import Cut, Line, Over, RuleBroken
 from benchmarks.attacks.patterns import ATTACKS, Attack
 
-NICENESS = 5  # an attacker's machine is another one: here it may not take the server's time
+NICENESS = 5  # a real attacker has its own machine: here it must not take the server's CPU time
 RETURN_S = 0.1  # after being cut off, before the next connection
 MOST_CONNECTIONS = 20_000
 
 
 @dataclass
 class Outcome:
-    """What became of an attack."""
+    """The outcome of an attack."""
 
     connections: int = 0
     refused: int = 0
     cuts: list[tuple[float, str]] = field(default_factory=list)  # age of the connection in seconds, error
     sent_bytes: int = 0
-    rules_broken: dict[str, int] = field(default_factory=dict)  # by the server: how often
+    rules_broken: dict[str, int] = field(default_factory=dict)  # how often the server broke each rule
 
 
 def run(name: str, address: str, connections: int, seconds: float, told: Connection) -> None:
-    """Attack for so long, in this process; send the outcome."""
+    """Attack for `seconds` in this process; send the outcome."""
     os.nice(NICENESS)
     told.send(attack(name, address, connections, seconds))
 
 
 def attack(name: str, address: str, connections: int, seconds: float) -> Outcome:
-    """Attack for so long."""
+    """Attack for `seconds`; return the outcome."""
     chosen, outcome, end = ATTACKS[name], Outcome(), time.monotonic() + seconds
     if chosen.passive:
         _stand_by(chosen, address, connections, end, outcome)
@@ -48,7 +48,7 @@ def attack(name: str, address: str, connections: int, seconds: float) -> Outcome
 
 
 def _attack(chosen: Attack, address: str, connections: int, end: float, outcome: Outcome) -> None:
-    """Attack by one connection after the other."""
+    """Attack with one connection after the other."""
     while time.monotonic() < end and outcome.connections < MOST_CONNECTIONS:
         began, line = time.monotonic(), None
         try:
@@ -71,7 +71,7 @@ def _attack(chosen: Attack, address: str, connections: int, end: float, outcome:
 
 
 def _stand_by(chosen: Attack, address: str, connections: int, end: float, outcome: Outcome) -> None:
-    """Open the connections, and another for each that is cut off."""
+    """Open the connections, and replace each one that is cut off."""
     poll, lines = select.poll(), dict[int, tuple[float, Line]]()
     while time.monotonic() < end:
         while len(lines) < connections and outcome.connections < MOST_CONNECTIONS:
@@ -99,7 +99,7 @@ def _stand_by(chosen: Attack, address: str, connections: int, end: float, outcom
 
 
 def _stand(chosen: Attack, address: str, end: float) -> Line:
-    """Open a connection and send what the attack sends on it."""
+    """Open a connection, and send the attack's data on it."""
     line = Line(address, end, **chosen.line)
     try:
         chosen.run(line)

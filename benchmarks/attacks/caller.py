@@ -1,4 +1,4 @@
-"""The good caller, in a process of its own: one call after the other, with the right answer expected of each."""
+"""The good caller, in a separate process: makes one call after the other, and checks each answer."""
 
 import socket
 import ssl
@@ -14,7 +14,7 @@ from tests.wire import WINDOW_UPDATE, Peer, request
 PAUSE_S = 0.005
 TIMEOUT_S = 10.0
 CALLS_A_CONNECTION = 10  # so that connecting is part of what is measured
-LARGE_EVERY, LARGE = 4, 32  # images: an answer of 25 kB, which must wait where answers are kept
+LARGE_EVERY, LARGE = 4, 32  # images: an answer of 25 kB, which must wait in the pool of answers
 WARM_UP = 20
 
 
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 
 def run(address: str, authority: str, stop: Event, told: Connection) -> None:
-    """Call until told to stop; send a word when the first calls are done, and all samples at the end."""
+    """Call until `stop` is set; send a message when the first calls are done, and all samples at the end."""
     tls = None
     if authority:
         tls = ssl.create_default_context(cafile=authority)
@@ -56,7 +56,7 @@ def run(address: str, authority: str, stop: Event, told: Connection) -> None:
 
 
 def call(peer: Peer, count: int) -> str:
-    """Call once; return what was wrong."""
+    """Make one call; return the error, or an empty text."""
     answer = peer.call(request(count))
     if answer.reset:
         return f"reset by {answer.reset}"

@@ -1,4 +1,4 @@
-"""Measures one attack on one server: what a good caller sees before it, meanwhile and after, and what it costs."""
+"""Measures one attack on one server: its effect on a good caller before, during and after, and its cost."""
 
 import math
 import multiprocessing
@@ -15,23 +15,23 @@ from benchmarks.attacks.servers import SERVERS, certificate
 from benchmarks.running import Running
 from benchmarks.serving import cpu_s
 
-MOST_P99_MS = {1: 50.0, 50: 250.0}  # by connections, from so many on
+MOST_P99_MS = {1: 50.0, 50: 250.0}  # by the least number of connections
 MOST_LEFT_MIB = 32.0
-SETTLED_MIB = 8.0  # growth that is not waited for to go
-QUIET_P99_MS = 10.0  # before the attack, of a machine that does nothing else
+SETTLED_MIB = 8.0  # with at most this growth, the memory counts as released
+QUIET_P99_MS = 10.0  # before the attack, on an otherwise idle machine
 RECOVERY_S = 30.0
-_LEAST_RECOVERY_S = 0.5  # in which the good caller goes on
-_OPENED_A_SECOND = 800  # connections: thousands take longer than an attack of some seconds
+_LEAST_RECOVERY_S = 0.5  # in which the good caller continues
+_OPENED_A_SECOND = 800  # connections: opening thousands takes longer than an attack of some seconds
 _SAMPLE_S = 0.05
 _GRACE_S = 15.0  # for processes to end
-_MOST_GROWTH_MIB = 6144.0  # the attack is ended: the machine has no more
+_MOST_GROWTH_MIB = 6144.0  # the attack ends at this growth: the machine has no more memory
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([attacker.__name__, caller.__name__])
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Of the good caller, in ms."""
+    """The latency of the good caller, in ms."""
 
     p50: float
     p99: float
@@ -40,14 +40,14 @@ class Latency:
 
     @classmethod
     def of(cls, samples: list[caller.Sample]) -> "Latency":
-        """Summarise; a caller that got nothing is as slow as can be."""
+        """Summarise samples; without any answer, the latency is infinite."""
         ms = sorted(1000 * sample.seconds for sample in samples) or [math.inf]
         return cls(ms[(len(ms) - 1) // 2], ms[math.ceil(0.99 * len(ms)) - 1], ms[-1], len(samples))
 
 
 @dataclass
 class Cell:
-    """What was measured."""
+    """The measurement of one attack on one server."""
 
     attack: str
     connections: int
@@ -56,19 +56,19 @@ class Cell:
     before: Latency
     meanwhile: Latency
     errors: dict[str, int]  # of the good caller, from the attack's beginning to the end
-    cpu: float  # cores that the server took, meanwhile
+    cpu: float  # cores that the server used during the attack
     peak_mib: float  # growth of the server's memory
     left_mib: float
-    left_s: float  # when that was seen
+    left_s: float  # the time of that measurement after the attack
     outcome: attacker.Outcome = field(default_factory=attacker.Outcome)
-    fault: str = ""  # the server's
+    fault: str = ""  # of the server
 
     def faults(self) -> list[str]:
-        """Tell what the server did that no load excuses."""
+        """Return the faults of the server that no load excuses."""
         return [*([self.fault] if self.fault else []), *self.outcome.rules_broken]
 
     def broken(self) -> list[str]:
-        """Tell which bars it breaks. On a machine that is busy with something else, latency may be in proportion."""
+        """Return the limits that are exceeded. On a busy machine, the limits on latency are higher in proportion."""
         most = MOST_P99_MS[max(count for count in MOST_P99_MS if count <= self.connections)]
         most *= max(1.0, self.before.p99 / QUIET_P99_MS)
         found = self.faults()
@@ -91,7 +91,7 @@ def measure(
     baseline_s: float,
     settled_mib: float,
 ) -> Cell:
-    """Start the server and a good caller, attack, and wait until memory is back."""
+    """Start the server and a good caller, attack, and wait until the memory is released."""
     seconds = max(seconds, connections / _OPENED_A_SECOND)
     load, tls = os.getloadavg()[0], certificate(folder) if ATTACKS[name].tls else None
     cell = None
@@ -109,7 +109,7 @@ def measure(
             stop.set()
             samples = ours.recv() if ours.poll(_GRACE_S) else []
             good.join()
-            # Those under way at its beginning, too: one that waits all through it may be the only one.
+            # Including calls in flight at its beginning: one that waits during the whole attack may be the only one.
             inside = [one for one in samples if attacked < one.began + one.seconds and one.began < attacked + seconds]
             cell = Cell(
                 name,
@@ -121,7 +121,7 @@ def measure(
                 dict(Counter(one.error for one in samples if one.began + one.seconds > attacked and one.error)),
                 *seen,
             )
-    except (SystemExit, subprocess.TimeoutExpired) as error:  # how it ended
+    except (SystemExit, subprocess.TimeoutExpired) as error:  # the server's end
         if cell is None:
             raise
         cell.fault = cell.fault or str(error)
@@ -131,7 +131,7 @@ def measure(
 def _attack(
     running: Running, name: str, connections: int, seconds: float, settled_mib: float
 ) -> tuple[float, float, float, float, attacker.Outcome, str]:
-    """Attack; return the CPU, the growth of memory at its peak and at the end, when that was, and the outcome."""
+    """Attack; return the CPU, the memory growth at its peak and at the end, the time of the end, and the outcome."""
     ours, theirs = _CONTEXT.Pipe()
     arguments = (name, running.address, connections, seconds, theirs)
     attacking = _CONTEXT.Process(target=attacker.run, args=arguments, daemon=True)
@@ -155,7 +155,7 @@ def _attack(
             if after >= RECOVERY_S or (after >= _LEAST_RECOVERY_S and left <= settled_mib):
                 break
             time.sleep(0.1)
-    except (OSError, IndexError):  # of /proc: the server is no more
+    except (OSError, IndexError):  # from /proc: the server is gone
         attacking.kill()
         return cpu, peak, left, after, attacker.Outcome(), "the server has ended"
     return cpu, peak, left, after, outcome, fault

@@ -1,4 +1,4 @@
-"""A connection that is misused: it writes as fast as the server lets it, reads or not, and notices when it is cut."""
+"""A misused connection: writes as fast as the server allows, reads or not, and notices when the server cuts it."""
 
 import select
 import socket
@@ -39,18 +39,18 @@ ERRORS = [
 ]
 MAX_WINDOW = 2**31 - 1
 DEFAULT_WINDOW = 65535
-MOST_BYTES = 1 << 30  # that one connection sends
+MOST_BYTES = 1 << 30  # the most that one connection sends
 _CHUNK = 64 << 10
 _FRAME = 16384
 _POLL_MS = 50
 
 
 class Cut(Exception):  # noqa: N818
-    """The server has ended the connection; the text says by which error."""
+    """The server has ended the connection; the text has the error."""
 
 
 class RuleBroken(Exception):  # noqa: N818
-    """The server has done what no server may; the text says what."""
+    """The server has broken a rule of the protocol; the text says which."""
 
 
 class Over(Exception):  # noqa: N818
@@ -65,11 +65,11 @@ class Line:
     """One connection.
 
     Args:
-        end: by time.monotonic, when every method raises `Over`.
-        of: how many connections the attack has.
-        greets: sends the preface, and SETTINGS with these values.
-        reads: what the server sends, and acknowledges it.
-        receive_buffer: bytes that the kernel takes for a peer that does not read; 0: as it likes.
+        end: the time by time.monotonic from which every method raises `Over`.
+        of: the number of connections of the attack.
+        greets: whether to send the preface, and SETTINGS with `values`.
+        reads: whether to read and acknowledge the server's data.
+        receive_buffer: bytes that the kernel receives for a peer that does not read; 0: the default.
         granted: bytes that the server may send on the connection beyond the first 65,535.
     """
 
@@ -88,7 +88,7 @@ class Line:
         self.end, self.of, self._reads, self._greets = end, of, reads, greets
         self.sent = self.received = 0  # bytes; bytes of DATA
         self.pongs = 0
-        self.live: set[int] = set()  # streams that are open
+        self.live: set[int] = set()  # open streams
         self._next_id = 1
         self._out, self._rest = bytearray(), b""
         self._window = self._stream_window = DEFAULT_WINDOW
@@ -119,20 +119,20 @@ class Line:
         self.socket.close()
 
     def leave(self) -> None:
-        """Close by a reset, which leaves no port waiting behind."""
+        """Close with a TCP reset, which leaves no port in TIME_WAIT."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
     # Writing.
 
     def write(self, data: bytes) -> None:
-        """Send this, with what comes after it, or before the next wait."""
+        """Buffer data, to send with later data or before the next wait."""
         self._out += data
         if len(self._out) >= _CHUNK:
             self.flush()
 
     def flush(self) -> None:
-        """Send all that was written."""
+        """Send all buffered data."""
         while self._out:
             self._step(_POLL_MS)
 
@@ -141,7 +141,7 @@ class Line:
         return self._next_id - 2
 
     def open(self, block: bytes, flags: int = END_HEADERS, *, size: int = _FRAME) -> int:
-        """Open a stream by a header block, in frames of a size."""
+        """Open a stream with a header block, in frames of `size` bytes."""
         stream = self.new_id()
         self.live.add(stream)
         if len(block) <= size:
@@ -154,7 +154,7 @@ class Line:
         return stream
 
     def data(self, stream: int, payload: bytes, flags: int = 0) -> None:
-        """Send some of a body as the server's windows allow: one that ignores them is cut off, and is no attack."""
+        """Send a part of a body as the server's windows allow: ignoring them is no attack, but gets cut off."""
         for start in range(0, max(1, len(payload)), _FRAME):
             part = payload[start : start + _FRAME]
             while min(self._window, self._stream_window - self._used.get(stream, 0)) < len(part):
@@ -176,36 +176,36 @@ class Line:
     # Waiting.
 
     def wait(self, seconds: float) -> None:
-        """Send what was written, and wait."""
+        """Send all buffered data, and wait."""
         self.flush()
         self.until(lambda: False, seconds)
 
     def until(self, happened: Callable[[], bool], seconds: float = 1e9) -> None:
-        """Wait for something that the server sends, no longer than that."""
+        """Wait until `happened` returns true because of the server's data, at most for `seconds`."""
         self.flush()
         until = time.monotonic() + seconds
         while not happened() and (left := until - time.monotonic()) > 0:
             self._step(min(_POLL_MS, 1000 * left))
 
     def hold(self) -> None:
-        """Wait to the end of the attack."""
+        """Wait until the end of the attack."""
         self.wait(1e9)
 
     def read_up(self) -> None:
-        """Wait until the server has read all that was sent."""
+        """Wait until the server has read all sent data."""
         wanted = self.pongs + 1
         self.write(frame(PING, 0, 0, bytes(8)))
         self.until(lambda: self.pongs >= wanted)
 
     def keep_open(self, count: int, start: Callable[[], object], *, at_once: int = MAX_WINDOW) -> None:
-        """Have so many streams open, to the end; another is started, 20 ms later, for each that the server ends."""
+        """Keep `count` streams open until the end; replace each one that the server ends, 20 ms later."""
         while True:
             for _ in range(min(at_once, count - len(self.live))):
                 start()
             self.wait(0.02)
 
     def _step(self, milliseconds: float) -> None:
-        """Write and read what can be, after waiting for that at most so long."""
+        """Wait until the connection can be written or read, at most `milliseconds`; then write and read."""
         if time.monotonic() >= self.end or self.sent > MOST_BYTES:
             raise Over
         wanted = select.POLLRDHUP | (select.POLLOUT if self._out else 0) | (select.POLLIN if self._reads else 0)
@@ -214,7 +214,7 @@ class Line:
             self.on_event(seen)
 
     def on_event(self, seen: int) -> None:
-        """Read or write, as the kernel says."""
+        """Read or write, as the kernel reports."""
         try:
             if seen & select.POLLIN and self._reads:
                 self._read()

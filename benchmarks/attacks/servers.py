@@ -1,4 +1,4 @@
-"""The servers that are attacked, each started for one attack."""
+"""The attacked servers, each started for one attack."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ class Certificate:
 
 
 def certificate(folder: Path) -> Certificate:
-    """Issue one for 127.0.0.1."""
+    """Issue a certificate for 127.0.0.1."""
     authority, files = trustme.CA(), Certificate(folder / "ca.pem", folder / "chain.pem", folder / "key.pem")
     issued = authority.issue_cert("127.0.0.1")
     authority.cert_pem.write_to_path(files.authority)

@@ -17,7 +17,7 @@ _A_LABEL = "it must be an index, 0 or more, or a name of a class"
 
 
 def invalid(field: str, text: str) -> InvalidRequestError:
-    """Return an error about this argument."""
+    """Return an error about the argument `field`."""
     error = InvalidRequestError(text)
     error.field = field
     return error
@@ -114,7 +114,7 @@ def check_label_container(label: Any) -> None:
     """Reject an iterable that does not give one label after the other.
 
     Raises:
-        InvalidRequestError: `label` is one.
+        InvalidRequestError: `label` is such an iterable, for example bytes, a set or a mapping.
     """
     if isinstance(label, bytes | bytearray | memoryview | Set | Mapping) or getattr(label, "ndim", 1) > 1:
         raise invalid("label", f"label is {reprlib.repr(label)}; {_A_LABEL}, or a list with one for each image")

@@ -66,7 +66,7 @@ class AsyncClient(BaseClient):
         certificate_file: FilePath | None = None,
         key_file: FilePath | None = None,
     ) -> None:
-        """Make a client, as Client does."""
+        """Make a client, as `Client` does."""
         where = endpoint(
             address, token=token, tls=tls, ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
         )

@@ -27,7 +27,7 @@ from ganserve.models import Model
 from ganserve.provenance import Interpolation, Provenance
 
 DEFAULT_TIMEOUT_S = 30.0
-STREAM_ABOVE = 256  # images: more than these come as a stream, for one message should not hold them
+STREAM_ABOVE = 256  # images: more come as a stream, so that no message gets too large
 REPLICAS_AT_ONCE = 16
 REPLICA_TIMEOUT_S = 5.0  # for one replica, while waiting for all
 NOT_READY_YET = (UnavailableError, OverloadedError, DeadlineExceededError, ModelNotFoundError)

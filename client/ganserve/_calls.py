@@ -1,4 +1,4 @@
-"""Makes calls: on the client's own connection, with retries, and with corrected requests where the meaning is clear.
+"""Makes calls on the client's own connection: retries them, and corrects requests if their meaning is clear.
 
 `Calls` is for threads and `AsyncCalls` for asyncio. `_streams` and `_each` read the calls with many answers.
 """
@@ -35,7 +35,7 @@ _SHORTEST_TIMEOUT_S = 0.001
 
 
 class _BaseCalls:
-    """What both kinds share: where calls go, what the end of a call means, and what happens in a forked process."""
+    """The common part of `Calls` and `AsyncCalls`: the endpoint, the translation of errors, and forks."""
 
     def __init__(self, endpoint: Endpoint, *, retries: bool) -> None:
         self.endpoint = endpoint
@@ -53,7 +53,7 @@ class _BaseCalls:
         return self._closing.is_set()
 
     def to_one_address(self, target: str) -> Self:
-        """Return an object that calls one of the addresses only, without retries."""
+        """Return an object that calls only one of the addresses, without retries."""
         return type(self)(self.endpoint.of_one_address(target), retries=False)
 
     def check_open(self) -> None:
@@ -121,8 +121,8 @@ class Calls(_BaseCalls):
         given_s, deadline = timeout_s, time.monotonic() + timeout_s
         attempts = None
         while True:
-            # Without a request id, which would identify a call that timed out in the server's log: a new id for each
-            # call defeats the compression of headers, and costs 60 µs of a call's 400 µs.
+            # The call has no request id, although an id would identify a timed-out call in the server's log: a new id
+            # for each call defeats the compression of headers, and costs 60 µs of a call's 400 µs.
             send = getattr(self.connected(), method)
             thread = threading.get_ident()
             enter_call(thread)
@@ -149,8 +149,8 @@ class Calls(_BaseCalls):
         """Return the failure that ended a call; raise the error if it is not a failure of the call.
 
         Args:
-            error: what the call raised.
-            timeout_s: the call's, including its retries.
+            error: the exception that the call raised.
+            timeout_s: the timeout of the call, including its retries.
             request_id: the id that the call was sent with, if any.
             late: whether the call took too long.
         """
@@ -172,10 +172,10 @@ class Calls(_BaseCalls):
         return corrected
 
     def corrected(self, failure: GanserveError, request: Any, deadline: float) -> Any:
-        """Return what a request that the server refused meant; None if the server cannot help to find out.
+        """Return the corrected form of a request that the server refused; None if no further call can help.
 
         Raises:
-            GanserveError: the failure, whose text now says what was probably meant.
+            GanserveError: the failure, whose text now says what the caller probably meant.
         """
         explain_missing_label(failure, request)
         question = question_about(failure, request)
@@ -287,7 +287,7 @@ class AsyncCalls(_BaseCalls):
         return corrected
 
     async def corrected(self, failure: GanserveError, request: Any, deadline: float) -> Any:
-        """Return what a request that the server refused meant, as Calls.corrected does."""
+        """Return the corrected form of a request that the server refused, as Calls.corrected does."""
         explain_missing_label(failure, request)
         question = question_about(failure, request)
         if question is None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Client(BaseClient):
-    """A blocking client; threads may share it, and so may child processes that are forked between its calls.
+    """A blocking client. Threads may share it, and so may child processes that are forked between its calls.
 
     >>> with Client("127.0.0.1:50051") as client:
     ...     client.generate("cdcgan-mnist", count=4, label=7).pixels.shape
@@ -69,10 +69,10 @@ class Client(BaseClient):
         """Make a client; it connects with the first call.
 
         Args:
-            address: HOST:PORT, whose calls go to all replicas that DNS knows under the name, in turn; or several
-                IP:PORT with commas; or a gRPC target such as unix:/run/ganserve.sock. None takes the environment's
-                GANSERVE_ADDRESS, or 127.0.0.1:50051.
-            timeout_s: for each call, with its retries; None gives 30 s, and 0.02 s more for each image.
+            address: HOST:PORT; several IP:PORT with commas; or a gRPC target such as unix:/run/ganserve.sock. Calls to
+                HOST:PORT go in turn to all replicas that DNS lists for the name. None takes GANSERVE_ADDRESS from the
+                environment, or 127.0.0.1:50051.
+            timeout_s: for each call, including its retries; None: 30 s, plus 0.02 s for each image.
             retries: whether to repeat calls that no server answered, or that a server rejected for lack of room.
             token: sent with every call as `authorization: Bearer TOKEN`; None takes GANSERVE_TOKEN. The client sends it
                 in plain text only on this machine, or with tls=False.
@@ -114,14 +114,14 @@ class Client(BaseClient):
             model: the model's name, as `models()` lists it.
             count: the number of images; None makes 1, or one for each of several labels or latents. More than 256 come
                 as a stream.
-            seed: the first image's; image i has seed + i, modulo 2^32. None lets the server draw a seed, which the
-                batch reports. A retry of the call then gets other images; nobody saw the first ones.
+            seed: the seed of the first image; image i has seed + i, modulo 2^32. None lets the server draw a seed,
+                which the batch reports. A retry of the call then gets other images, but nobody saw the first ones.
             label: for conditional models: an index or a class name for all images, or a list with one for each image.
                 None takes the classes in turn: the image of seed s has class s modulo the number of classes.
             latents: your own latents instead of a seed, float32 [count, latent_dim].
             truncation: a factor on the latents, 0 to 2; below 1 gives more typical, less varied images.
-            version: the model's; None takes the newest.
-            timeout_s: for this call with its retries.
+            version: the version of the model; None takes the newest.
+            timeout_s: for this call, including its retries.
 
         Raises:
             InvalidRequestError: an argument is wrong.
@@ -152,7 +152,7 @@ class Client(BaseClient):
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[GeneratedImage, None, None]:
-        """Make any number of images, and yield them one by one and in order, as they come.
+        """Make any number of images, and yield them one by one and in order, as they arrive.
 
         The server stays at most one message ahead of the reader, so memory holds no more than that. Closing the
         iterator cancels the rest. A stream that breaks resumes with the next image, of the same version.
@@ -181,7 +181,7 @@ class Client(BaseClient):
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[ImageBatch, None, None]:
-        """Yield images in batches of the server's size, as `stream` does one by one: with less work for each image.
+        """Yield images in batches of the server's size: like `stream`, but with less work for each image.
 
         >>> sum(len(batch) for batch in client.stream_batches("mlp-mnist", count=1000))
         1000
@@ -203,9 +203,10 @@ class Client(BaseClient):
     ) -> Generator[GeneratedImage, None, None]:
         """Make the image of each of these seeds, which need not be consecutive, and yield the images in their order.
 
-        It is one call, where a loop of `generate` makes one for each seed: several times as many images a second. The
-        client reads seeds as it needs them, at most 256 ahead of the images, so they may be endless. Closing the
-        iterator cancels the rest. A call that breaks is repeated for the missing images, of the same version.
+        This is one call, whereas a loop of `generate` makes a call for each seed: several times as many images per
+        second. The client reads seeds as it needs them, at most 256 ahead of the images, so the iterable may be
+        endless. Closing the iterator cancels the rest. If the call breaks, the client repeats it for the missing
+        images, with the same version.
 
         >>> for image in client.generate_each("cdcgan-mnist", [3, 99, 17], label=[7, 7, 1]):
         ...     print(image.seed, image.label)
@@ -217,17 +218,17 @@ class Client(BaseClient):
             model: the model's name.
             seeds: any iterable of integers from 0 to 2^32-1.
             label: for conditional models: an index or a class name for all images, or an iterable with one for each
-                seed. None gives the image of seed s class s modulo the number of classes.
+                seed. None: the image of seed s has class s modulo the number of classes.
             truncation: as for `generate`.
             version: as for `generate`.
-            timeout_s: for the next image with its retries, from the time when the client waits for it; None gives 30 s.
-                The time that the reader and the seeds take does not count.
+            timeout_s: for the next image, including its retries, from the time when the client waits for it; None:
+                30 s. The time that the reader and the seeds take does not count.
 
         Raises:
-            InvalidRequestError: an argument is wrong; or, after the images of the seeds before, a seed or a label is
-                wrong, or there are more of one than of the other.
+            InvalidRequestError: an argument is wrong. Or, raised after the images of the earlier seeds: a seed or a
+                label is wrong, or the numbers of seeds and labels differ.
             GanserveError: as `generate` does.
-            Exception: what `seeds` or `label` raises, after the images of the seeds before.
+            Exception: any exception that `seeds` or `label` raises, after the images of the earlier seeds.
         """
         progress = self._each_progress(model, label, truncation, version, timeout_s)
         return each(self._calls, progress, seed_iterator(seeds))
@@ -252,11 +253,11 @@ class Client(BaseClient):
 
         Args:
             model: the model's name.
-            seed_a: the first image's.
-            seed_b: the last image's.
-            steps: the number of images with both ends, 2 or more.
+            seed_a: the seed of the first image.
+            seed_b: the seed of the last image.
+            steps: the number of images including both ends, 2 or more.
             kind: "slerp", along the great circle, on which all latents are as typical as the ends; or "linear".
-            label: as for `generate`; None gives each image the class of the seed at its nearer end.
+            label: as for `generate`; None gives each image the class of the nearer seed.
             truncation: as for `generate`.
             version: as for `generate`.
             timeout_s: for each of two calls.
@@ -287,9 +288,8 @@ class Client(BaseClient):
         (1, 2, 3, 4)
 
         Args:
-            provenance: of one image or several, as `read_provenance` returns it.
-            timeout_s: for each call, of which there are at most two; if the seeds are not consecutive, as for
-                `generate_each`.
+            provenance: the provenance of one image or several, as `read_provenance` returns it.
+            timeout_s: for each of at most two calls; if the seeds are not consecutive, as for `generate_each`.
 
         Raises:
             NoProvenanceError: the provenance does not say what each image was made from.
@@ -329,8 +329,8 @@ class Client(BaseClient):
         Args:
             model: the model's name.
             columns: the number of images in a row; an unconditional model gets four rows.
-            label: the rows': an index or a class name, or a list with one for each row. None takes all classes.
-            seed: the first image's, which is at the upper left; the others follow row by row.
+            label: the label of the rows: an index or a class name, or a list with one for each row. None: all classes.
+            seed: the seed of the first image, at the upper left; the next images follow row by row.
             truncation: as for `generate`.
             version: as for `generate`.
             scale: enlarges every pixel to a square of scale x scale.
@@ -362,7 +362,7 @@ class Client(BaseClient):
         return to_models(response)
 
     def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
-        """Describe a model; None takes its newest version.
+        """Describe a version of a model; None takes the newest one.
 
         >>> client.model("cdcgan-mnist").latent_dim
         64
@@ -391,7 +391,7 @@ class Client(BaseClient):
         >>> client.wait_until_ready(10, model="cdcgan-mnist")
 
         Raises:
-            DeadlineExceededError: it took longer than `timeout_s`; the text says what was wrong last.
+            DeadlineExceededError: the wait took longer than `timeout_s`; the text has the last problem.
             AuthenticationError: the server rejects the token, or one side rejects the other's certificate.
         """
         request = health_request(model)
@@ -409,10 +409,10 @@ class Client(BaseClient):
     def replicas(
         self, model: str | None = None, version: int | None = None, *, timeout_s: float | None = None
     ) -> list[Replica]:
-        """Ask every address that this client calls in turn whether it serves, and not just the next one.
+        """Ask every address that this client calls in turn, and not only the next one, whether it serves.
 
-        The addresses are those of the list, or those that DNS has for the name now; a proxy has one address. Each gets
-        one question, on its own connection.
+        The addresses are those of the list, or those that DNS lists for the name now; a proxy has one address. Each
+        address gets one question, on its own connection.
 
         >>> [replica.serving for replica in client.replicas("cdcgan-mnist", 1)]
         [True]
@@ -446,18 +446,19 @@ class Client(BaseClient):
     def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
         """Wait until every replica that `replicas` lists serves this version of a model.
 
-        Each round asks DNS again: the wait includes replicas that start meanwhile, and not those that stop.
+        Each round asks DNS again: the wait includes replicas that start meanwhile, but not replicas that stop.
 
         >>> len(client.wait_for_version("cdcgan-mnist", 1, 10))
         1
 
         Args:
             model: the model's name; None waits until every replica serves.
-            version: the model's; None waits for any version.
+            version: the version of the model; None waits for any version.
             timeout_s: for the whole wait.
 
         Raises:
-            DeadlineExceededError: it took longer than `timeout_s`; the text says which replicas lack it, and why.
+            DeadlineExceededError: the wait took longer than `timeout_s`; the text names the replicas that do not serve
+                the version, with the reasons.
             InvalidRequestError: as `replicas` does.
             AuthenticationError: a replica rejects the token, or one side rejects the other's certificate.
         """

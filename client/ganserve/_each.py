@@ -1,7 +1,7 @@
-"""Reads GenerateEach: the image of each of many seeds in order, by one call that takes the requests one by one.
+"""Reads GenerateEach: the images of many seeds in order, by one call with a request for each seed.
 
-`EachProgress` decides what to send and when, and puts the answers in order. If the call breaks, the next one asks for
-the images that are missing. `each` and `each_async` call and wait, with threads and with asyncio.
+`EachProgress` decides which requests to send and when, and matches answers to them. If the call breaks, the next call
+asks for the missing images. `each` and `each_async` call and wait, with threads and with asyncio.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ from ganserve.errors import (
 )
 from ganserve.images import GeneratedImage, ImageBatch
 
-_MOST_IN_FLIGHT = 256  # keeps a server busy, and is as many requests of one stream as its queue takes
+_MOST_IN_FLIGHT = 256  # keeps a server busy; a server runs at most this many requests of one stream at a time
 _REFILL_BELOW = 0.75  # of the requests that may be in flight: requests sent together are batched together
 _READING_S = 0.005  # the time for reading seeds while an answer may be waiting
 _END: Any = object()
 
 
 class _Asked:
-    """One image that the caller asked for, and its outcome: the image, or why there is none yet."""
+    """One image that the caller asked for, and its outcome: the image, or the error of the last try; None: none yet."""
 
     __slots__ = ("label", "outcome", "seed")
 
@@ -55,9 +55,9 @@ class EachProgress:
 
     Args:
         requests: the requests of the images.
-        label: of all images, or an iterable with one for each; None lets the server choose.
+        label: the label of all images, or an iterable with one for each; None lets the server choose.
         timeout_s: for the next image, from the time when the caller starts to wait for it.
-        address: the server's, for the texts of errors.
+        address: the server's address, for the texts of errors.
     """
 
     def __init__(self, requests: EachRequests, label: Any, timeout_s: float, address: str) -> None:
@@ -74,7 +74,7 @@ class EachProgress:
         self._unsent: deque[_Asked] = deque()
         self._sent: deque[_Asked] = deque()  # the server answers these in this order
         self._got = 0
-        self._room = 1.0  # in flight; the first image is asked for alone, for it fixes the version of the others
+        self._room = 1.0  # requests in flight; the first image is requested alone, because it fixes the version
         self._refused = False
         self._send: Callable[[bytes | None], object] | None = None  # None: there is no call that takes requests
         self._request_id = ""
@@ -88,7 +88,7 @@ class EachProgress:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to wait for until another seed has been read."""
+        """Whether there is nothing to wait for until another seed is read."""
         return not self._asked and not self._ended
 
     @property
@@ -119,7 +119,7 @@ class EachProgress:
 
     @property
     def failure(self) -> GanserveError | None:
-        """Why this call does not bring the next image; None if it may."""
+        """The error that keeps this call from bringing the next image; None if it may still bring it."""
         outcome = self._asked[0].outcome if self._refused and self._asked else None
         if not isinstance(outcome, GanserveError):
             return None
@@ -134,7 +134,7 @@ class EachProgress:
     def read(self, seeds: Iterator[int]) -> None:
         """Read seeds while there is room, and ask for their images.
 
-        Reading takes no longer than the last answer took: slow seeds do not delay the images of earlier ones.
+        Reading takes no longer than the last answer took, so that slow seeds do not delay the images of earlier seeds.
         """
         if self.hungry:
             until = time.monotonic() + max(_READING_S, self._last_wait_s)
@@ -165,7 +165,7 @@ class EachProgress:
         return True
 
     def end(self, error: BaseException | None = None) -> None:
-        """Note the end of the seeds. The caller gets `error`, if there is one, after the images of the seeds before."""
+        """Record the end of the seeds. The caller gets `error`, if there is one, after the images of earlier seeds."""
         try:
             if error is None and not self._alone and next(self._labels, _END) is not _END:
                 text = f"seeds is shorter than label: it has {self._count()}; give one for each label"
@@ -175,7 +175,7 @@ class EachProgress:
         self._ended, self.error = True, error
 
     def begin(self, send: Callable[[bytes | None], object], request_id: str) -> None:
-        """Begin a call: ask it for all images that have not come.
+        """Begin a call: send the requests of all missing images.
 
         Args:
             send: takes the requests, and None after the last one.
@@ -202,7 +202,7 @@ class EachProgress:
             self._send = None
 
     def wait(self) -> None:
-        """Note that the caller waits for the next image: its timeout runs."""
+        """Record that the caller waits for the next image: start its timeout."""
         self._waiting_since = time.monotonic()
         if self._deadline == math.inf:
             self._deadline = self._waiting_since + self.timeout_s
@@ -216,7 +216,7 @@ class EachProgress:
         """Read the next answer; return whether it has an image.
 
         Raises:
-            ServerError: it does not match the request, or another model made it than the images before.
+            ServerError: it does not match the request, or comes from another model file than the images before.
         """
         self._last_wait_s = time.monotonic() - self._waiting_since
         if not self._sent:
@@ -243,7 +243,7 @@ class EachProgress:
         return True
 
     def next_image(self) -> GeneratedImage | None:
-        """Return the next image if it has come, and end its timeout."""
+        """Return the next image if it has arrived, and end its timeout."""
         outcome = self._asked[0].outcome if self._asked else None
         if not isinstance(outcome, ImageBatch):
             return None
@@ -253,16 +253,16 @@ class EachProgress:
         return GeneratedImage(outcome, 0)
 
     def check_end(self) -> None:
-        """Check that all images have come.
+        """Check that all images have arrived.
 
         Raises:
-            ServerError: they have not, although the server reports success.
+            ServerError: images are missing, although the server reports success.
         """
         if not self.complete:
             raise ServerError(f"the server ended the stream after {self._got} of {self._count()} images")
 
     def correct(self, request: Any) -> None:
-        """Spell the label of the next image as this request does, here and wherever it comes again."""
+        """Spell the label of the next image as `request` does, now and in later requests."""
         self._requests.correct(self._asked[0].label, request)
 
     def _count(self) -> int:
@@ -370,7 +370,7 @@ async def _until_none(requests: "asyncio.Queue[bytes | None]") -> AsyncGenerator
         yield request
 
 
-# gRPC's deadline is for a whole call; GenerateEach has one for each next image, which these two watch.
+# gRPC's deadline is for a whole call, but GenerateEach has a deadline for each next image. The next two watch it.
 
 
 @contextlib.contextmanager
@@ -387,8 +387,8 @@ def _watched(progress: EachProgress, end_call: Callable[[], object]) -> Iterator
     try:
         yield
     finally:
-        # Nothing waits for the thread: it is gone if the program ends before the iterator. A forked child does not
-        # have it, and a lock that it held at the fork stays locked.
+        # Do not join the thread: it is gone if the program ends before the iterator. A forked child does not have the
+        # thread, and a lock that the thread held at the fork stays locked.
         if not lost_in_fork and not sys.is_finalizing():
             over.set()
 
@@ -396,7 +396,7 @@ def _watched(progress: EachProgress, end_call: Callable[[], object]) -> Iterator
 class _WatchedAsync:
     """Ends a call whose next image is late, as `_watched` does.
 
-    A class, because a function that schedules itself is a cycle of references, which would keep the call alive.
+    A class, because a function that schedules itself would be a reference cycle, which would keep the call alive.
     """
 
     def __init__(self, progress: EachProgress, end_call: Callable[[], object]) -> None:
@@ -416,9 +416,9 @@ class _WatchedAsync:
 
 
 class _SeedReader:
-    """Reads seeds for an EachProgress. A task of its own reads those of an async iterable.
+    """Reads seeds for an EachProgress. A separate task reads the seeds of an async iterable.
 
-    Therefore no answer waits for a seed, and the end of a call does not reach the code that makes the seeds.
+    So no answer waits for a seed, and the end of a call does not interrupt the code that yields the seeds.
     """
 
     def __init__(self, progress: EachProgress, seeds: Iterator[int] | AsyncIterator[int]) -> None:

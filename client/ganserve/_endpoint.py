@@ -1,8 +1,8 @@
 """Where a client's servers are and how to reach them: addresses, credentials, and the options of a gRPC channel.
 
 gRPC resolves HOST:PORT through DNS and sends the calls to all addresses of the name in turn (round robin), so that a
-headless service of Kubernetes needs no proxy. It asks DNS again when a connection ends, at most every 5 s: new replicas
-get calls from then on, and none while all old replicas stay.
+headless service of Kubernetes needs no proxy. It asks DNS again when a connection ends, at most every 5 s. New replicas
+get calls from then on, but none as long as no connection ends.
 """
 
 import ipaddress
@@ -62,7 +62,7 @@ class Endpoint:
             # Despite its name, this is the timeout of a connection attempt. gRPC's 20 s would also outlive the client.
             ("grpc.min_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),
             ("grpc.max_reconnect_backoff_ms", 5000),
-            # ganserve-server answers any number of PINGs. A server that does not says so, and gRPC then sends fewer.
+            # ganserve-server answers any number of PINGs. Other servers may reject them; gRPC then sends fewer.
             ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
             ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),

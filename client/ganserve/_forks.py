@@ -8,27 +8,27 @@ from typing import Any
 
 from ganserve.errors import UnavailableError
 
-# What was inside gRPC when this process was forked; empty if gRPC is usable. Streams read it after every image.
+# What was running inside gRPC when this process was forked; empty if gRPC is usable. Streams check it after each image.
 lost_in_fork: list[str] = []
 
-_inside: dict[object, None] = {}  # what is inside gRPC now: a thread's number, or a stream
+_inside: dict[object, None] = {}  # what runs inside gRPC now: thread ids, and streams
 # Objects of the parent process. The child keeps them alive: ending them would end connections that it does not own.
 _of_parents: list[object] = []
 
 
 def enter_call(call: object) -> None:
-    """Note that a call is inside gRPC: a thread's number, or a stream."""
+    """Record that a call is inside gRPC; `call` is a thread id, or a stream."""
     _inside[call] = None
 
 
 def leave_call(call: object) -> None:
-    """Note that the call has left gRPC."""
+    """Record that the call has left gRPC."""
     _inside.pop(call, None)
 
 
 @contextlib.contextmanager
 def cancelled_on_exit(call: Any) -> Iterator[Any]:
-    """Give a call whose answers are read; cancel what is left of it on exit."""
+    """Yield a call whose answers are read; cancel the rest of the call on exit."""
     enter_call(call)
     try:
         yield call
@@ -41,7 +41,7 @@ def cancelled_on_exit(call: Any) -> Iterator[Any]:
 
 @contextlib.asynccontextmanager
 async def answers_of(call: Any) -> AsyncIterator[AsyncIterator[Any]]:
-    """Give the answers of a call for asyncio; cancel what is left of it on exit."""
+    """Yield the answers of an asyncio call; cancel the rest of the call on exit."""
     answers = aiter(call)
     try:
         yield answers
@@ -55,12 +55,12 @@ async def answers_of(call: Any) -> AsyncIterator[AsyncIterator[Any]]:
 def _cancel(call: Any) -> None:
     if lost_in_fork:
         leave_to_parent(call)
-    elif not sys.is_finalizing():  # otherwise a dead thread of gRPC's may hold the lock of the call
+    elif not sys.is_finalizing():  # a dead gRPC thread may then hold the lock of the call
         call.cancel()
 
 
 def lose_in_fork(what: str) -> None:
-    """Note, in a child process, that gRPC is unusable in it."""
+    """Record, in a child process, that gRPC is unusable there."""
     lost_in_fork.append(what)
 
 

@@ -7,13 +7,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from ganserve._arguments import uint32
 
-_PARALLEL = 1e-6  # radians: vectors nearer to parallel or opposite than this have no unique great circle
+_PARALLEL = 1e-6  # radians: vectors within this angle of parallel or opposite have no unique great circle
 
 
 def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
-    """Return the latents of seeds before truncation, float32 [n, latent_dim]: the same in every process, permanently.
+    """Return the latents of seeds before truncation, float32 [n, latent_dim].
 
-    NumPy froze RandomState's stream (NEP 19).
+    They are the same in every process, permanently, because NumPy froze RandomState's stream (NEP 19).
 
     >>> latents([1, 2], 64).shape
     (2, 64)
@@ -29,10 +29,10 @@ def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
 def slerp(a: ArrayLike, b: ArrayLike, t: ArrayLike) -> NDArray[np.float32]:
     """Interpolate between the latents a and b on the great circle through them.
 
-    Returns float32 [latent_dim], or [n, latent_dim] for n of t.
+    Returns float32 [latent_dim], or [n, latent_dim] for n values of t.
 
-    The points of a straight line are too near the origin for a generator that was trained on normal latents, whose
-    lengths hardly vary (White, "Sampling Generative Networks", 2016). t = 0 gives a, and t = 1 gives b, to the bit.
+    Points on a straight line are too near the origin for a generator that was trained on normal latents, whose lengths
+    hardly vary (White, "Sampling Generative Networks", 2016). t = 0 gives exactly a, and t = 1 gives exactly b.
 
     >>> slerp([1.0, 0.0], [0.0, 1.0], 0.5)
     array([0.70710677, 0.70710677], dtype=float32)
@@ -63,7 +63,7 @@ WAYS: dict[str, Callable[[ArrayLike, ArrayLike, ArrayLike], NDArray[np.float32]]
 
 
 def between(seed_a: int, seed_b: int, at: ArrayLike, kind: str, latent_dim: int) -> NDArray[np.float32]:
-    """Return the latents [n, latent_dim] at n positions from the latent of seed_a, at 0, to that of seed_b, at 1."""
+    """Return the latents [n, latent_dim] at n positions between those of seed_a (at 0) and seed_b (at 1)."""
     start, end = latents((seed_a, seed_b), latent_dim)
     return WAYS[kind](start, end, at)
 
@@ -71,6 +71,6 @@ def between(seed_a: int, seed_b: int, at: ArrayLike, kind: str, latent_dim: int)
 def _exact_ends(
     mixed: NDArray[np.float64], start: NDArray[np.float64], end: NDArray[np.float64], way: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Remove rounding errors at the ends: their images must be those of the seeds."""
+    """Remove rounding errors at the ends, whose images must equal those of the seeds."""
     ends: NDArray[np.float64] = np.where(way == 0, start, np.where(way == 1, end, mixed))
     return ends.astype(np.float32)

@@ -1,7 +1,7 @@
-"""Converts between the SDK's values and the messages of the wire.
+"""Converts between the SDK's values and protobuf messages.
 
 Only this module imports the generated code of ganserve.v1 and of gRPC's health service: all other modules pass messages
-on without looking into them. (`_statuses` reads google.rpc's error details.)
+on without reading them. (`_statuses` reads google.rpc's error details.)
 """
 
 from collections.abc import Sequence
@@ -111,7 +111,7 @@ def model_request(name: str | None, version: int | None) -> pb.GetModelRequest:
 
 
 def health_request(model: str | None) -> health_pb2.HealthCheckRequest:
-    """Build the question for a model's health, or for the server's.
+    """Build the request for a model's health, or for the server's if `model` is None.
 
     Raises:
         InvalidRequestError: a message cannot hold the model's name.
@@ -189,7 +189,7 @@ def _model(message: pb.Model) -> Model:
 
 
 def is_serving(answer: health_pb2.HealthCheckResponse) -> bool:
-    """Return whether the server, or the model, is serving. A status that this SDK does not know counts as not."""
+    """Return whether the server, or the model, is serving. Any status other than SERVING counts as not serving."""
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -221,8 +221,8 @@ def stream_request(
         request: the request for all images.
         start: the first image of the part.
         stop: the image after the last one.
-        version: of the model, if an earlier part has fixed it.
-        seed: of the part's first image, if it is known.
+        version: the version of the model, if an earlier part has fixed it.
+        seed: the seed of the part's first image, if it is known.
     """
     part = pb.GenerateImagesRequest()
     part.CopyFrom(request)
@@ -242,10 +242,10 @@ def stream_request(
 
 
 def to_chunk(response: pb.StreamImagesResponse, start: int, stop: int) -> ImageBatch:
-    """Convert the next images of a stream that has brought those before `start`, and was asked for those before `stop`.
+    """Convert the next images of a stream, which has brought the images before `start` and must bring those to `stop`.
 
     Raises:
-        ServerError: the answer is empty, or has more images than the stream was asked for, or does not match itself.
+        ServerError: the answer is empty, has more images than are missing, or is inconsistent.
     """
     chunk = response.chunk
     if not 1 <= chunk.count <= stop - start:
@@ -254,7 +254,7 @@ def to_chunk(response: pb.StreamImagesResponse, start: int, stop: int) -> ImageB
 
 
 def _labels_per_image(request: pb.GenerateImagesRequest) -> list[Any]:
-    """Return the repeated fields of labels that have one for each image."""
+    """Return the label fields that have a value for each image."""
     fields: tuple[Any, ...] = (request.labels, request.label_names)
     return [field for field in fields if len(field) > 1]
 
@@ -266,7 +266,7 @@ class EachRequests:
     """The requests of GenerateEach. Requests with equal labels differ only in the seed, and share one message.
 
     Args:
-        common: what all images have in common.
+        common: the fields that all images share.
     """
 
     def __init__(self, common: pb.GenerateImagesRequest) -> None:
@@ -281,7 +281,7 @@ class EachRequests:
         return request.SerializeToString()
 
     def with_label(self, label: Label | None) -> pb.GenerateImagesRequest:
-        """Return the request for an image of this label."""
+        """Return the request for an image with this label."""
         return (self._of_labels.get(label) or self._with_label(label)).generate
 
     def _with_label(self, label: Label | None) -> pb.GenerateEachRequest:
@@ -294,12 +294,12 @@ class EachRequests:
         return request
 
     def fix_version(self, version: int) -> None:
-        """Ask for this version of the model from now on."""
+        """Use this version of the model in all later requests."""
         self.common.version = version
         self._of_labels.clear()
 
     def correct(self, label: Label | None, request: pb.GenerateImagesRequest) -> None:
-        """Spell a label as this request does from now on."""
+        """Spell a label as `request` does in all later requests."""
         self._spellings[label] = request.label_names[0]
         self._of_labels.pop(label)
 
@@ -323,7 +323,7 @@ def to_each(answer: pb.GenerateEachResponse) -> ImageBatch | EachError:
     return to_batch(answer.response, 1)
 
 
-# What a refused request probably meant.
+# Corrections of refused requests.
 
 
 def explain_missing_label(error: GanserveError, request: Any) -> None:
@@ -338,7 +338,7 @@ def explain_missing_label(error: GanserveError, request: Any) -> None:
 def question_about(error: GanserveError, request: Any) -> tuple[str, Any] | None:
     """Return the method and the request of a call whose answer can explain the error; None if no call can."""
     if isinstance(error, ModelNotFoundError):
-        # The errors of other methods list the models. A call would take the turn of another replica, call for call.
+        # The errors of other methods list the models already. A further call would shift the round robin of replicas.
         return ("list_models", models_request()) if isinstance(request, health_pb2.HealthCheckRequest) else None
     field = getattr(error, "field", None)
     if field not in ("label", "latents", "count") or not isinstance(request, pb.GenerateImagesRequest):
@@ -348,15 +348,15 @@ def question_about(error: GanserveError, request: Any) -> tuple[str, Any] | None
 
 
 def correct(error: GanserveError, request: Any, answer: pb.ListModelsResponse | pb.GetModelResponse) -> Any:
-    """Return the request with the spelling of labels that it meant; the caller must correct all else.
+    """Return the request with the model's spelling of its labels; the caller must correct any other error.
 
     Args:
-        error: the server's.
-        request: what the server refused.
-        answer: to the question of `question_about`.
+        error: the server's error.
+        request: the request that the server refused.
+        answer: the answer to the call of `question_about`.
 
     Raises:
-        GanserveError: the error, whose text now says what was probably meant.
+        GanserveError: the error, whose text now says what the caller probably meant.
     """
     if isinstance(answer, pb.ListModelsResponse):
         name, known = request.service, [model.name for model in answer.models]

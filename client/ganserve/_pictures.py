@@ -1,4 +1,4 @@
-"""Pictures as files: sheets and animations, with their provenance as metadata."""
+"""Writes pictures as files: images, sheets and animations, with their provenance as metadata."""
 
 import math
 import os
@@ -13,19 +13,19 @@ from ganserve.provenance import EXIF_IMAGE_DESCRIPTION, PNG_KEYWORD, Provenance
 
 _GAP = 2  # pixels between the images of a sheet
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
-WITH_PROVENANCE = ("PNG", "JPEG", "WEBP", "GIF", "TIFF")  # Pillow's names of the formats that have a place for it
+WITH_PROVENANCE = ("PNG", "JPEG", "WEBP", "GIF", "TIFF")  # Pillow's names of the formats that can hold provenance
 _SHORTEST_FRAME_MS = 20  # browsers show shorter frames for 100 ms
 
 
 class Sheet(Image.Image):
-    """A PIL image of several images, which `save` writes with its provenance. A changed copy of it has none."""
+    """A PIL image of several images, which `save` writes with its provenance. A modified copy has no provenance."""
 
     @classmethod
     def of(cls, image: Image.Image, provenance: Provenance) -> "Sheet":
-        """Make one of an image."""
+        """Make a sheet from an image and its provenance."""
         sheet = cls()
         sheet.__setstate__(image.__getstate__())
-        # Where pillow keeps the text of a PNG that it has read.
+        # Pillow keeps the text chunks of a PNG that it has read here.
         sheet.info[PNG_KEYWORD] = provenance.to_json()
         return sheet
 
@@ -37,16 +37,16 @@ class Sheet(Image.Image):
         provenance: bool = True,
         **params: Any,
     ) -> None:
-        """Write it as PIL.Image.Image.save does, JPEG in quality 95 and WebP lossless unless asked otherwise.
+        """Write the sheet as PIL.Image.Image.save does; by default, JPEG has quality 95 and WebP is lossless.
 
         Args:
             fp: a path or an open file.
-            format: None takes the path's ending.
-            provenance: writes how to make these images again, into PNG, JPEG, WebP, GIF and TIFF.
-            params: of pillow's writer of the format. Metadata of your own in them replaces the provenance.
+            format: Pillow's name of the format; None takes the format of the path's extension.
+            provenance: whether to write how to make the images again, into PNG, JPEG, WebP, GIF and TIFF.
+            params: parameters of Pillow's writer of the format. Your own metadata replaces the provenance.
 
         Raises:
-            ValueError: the ending is of no format that can be written.
+            ValueError: the extension is of no format that can be written.
             OSError: the file can't be written.
         """
         ending = ""
@@ -58,10 +58,10 @@ class Sheet(Image.Image):
 
 
 def format_of(name: str) -> str:
-    """Return Pillow's name of the format that a file name, or an ending alone, is of.
+    """Return Pillow's name of the format of a file name, or of an extension alone.
 
     Raises:
-        ValueError: it is of none that can be written.
+        ValueError: no format that can be written has this extension.
     """
     ending = os.path.splitext(name)[1] or name
     pillow_format = Image.registered_extensions().get(ending.lower())
@@ -74,10 +74,10 @@ def format_of(name: str) -> str:
 
 
 def write(image: Image.Image, target: Path | IO[bytes], provenance: Provenance | None, kind: str | None) -> None:
-    """Write one image as `kind`, or as a path's ending says. Missing folders are made.
+    """Write one image in the format `kind`, or in the format of the path's extension. Creates missing folders.
 
     Raises:
-        ValueError: it is of no format that can be written.
+        ValueError: the format cannot be written.
     """
     pillow_format = _format(target, kind)
     arguments = _arguments(pillow_format, None if provenance is None else provenance.to_json())
@@ -85,7 +85,7 @@ def write(image: Image.Image, target: Path | IO[bytes], provenance: Provenance |
 
 
 def lay_out(images: Sequence[Image.Image], columns: int, row_names: Sequence[str], scale: int) -> Image.Image:
-    """Put images of one size and mode into one, row by row, on black; see ImageBatch.sheet."""
+    """Arrange images of the same size and mode in one image, row by row, on black; see ImageBatch.sheet."""
     width, height, columns = images[0].width * scale, images[0].height * scale, min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(max(10, min(height // 2, 24)))
@@ -103,7 +103,7 @@ def lay_out(images: Sequence[Image.Image], columns: int, row_names: Sequence[str
 
 
 def enlarge(image: Image.Image, scale: int) -> Image.Image:
-    """Make every pixel a square of scale x scale."""
+    """Enlarge every pixel to a square of scale x scale."""
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
@@ -115,10 +115,10 @@ def animate(
     scale: int,
     provenance: Provenance | None,
 ) -> None:
-    """Write an endless animation; see ImageBatch.gif.
+    """Write an animation that loops forever; see ImageBatch.gif.
 
     Raises:
-        ValueError: it would neither be a GIF nor WebP, or the frames are too short.
+        ValueError: the format is neither GIF nor WebP, or the frames are too short.
     """
     if kind is None and isinstance(target, Path):
         pillow_format, wrong = target.suffix.removeprefix("."), f"{str(target)!r} must end in .gif or .webp"
@@ -139,14 +139,14 @@ def animate(
 def _format(target: Path | IO[bytes], kind: str | None) -> str:
     if kind is None and isinstance(target, Path):
         return format_of(str(target))
-    Image.init()  # else only the formats that have been used are known
+    Image.init()  # otherwise Pillow knows only the formats that it has used
     if (kind or "").upper() not in Image.SAVE:
         raise ValueError(f"format is {kind!r}; it must be PNG, JPEG, WEBP, or another that Pillow writes")
     return str(kind).upper()
 
 
 def _opened(target: Path | IO[bytes]) -> Path | IO[bytes]:
-    """Make the folders of a path."""
+    """Create the folders of a path; return the path, or a file that is already open."""
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     elif not hasattr(target, "write"):
@@ -155,10 +155,11 @@ def _opened(target: Path | IO[bytes]) -> Path | IO[bytes]:
 
 
 def _to_palette(image: Image.Image) -> Image.Image:
-    """Give a colour image the 256 colours a GIF frame has; grey has no more.
+    """Reduce a colour image to the 256 colours of a GIF frame; a grey image has at most 256 levels anyway.
 
-    A palette a frame, refined by k-means, without dithering: on smooth 64x64 pictures 31.0 dB, where pillow's own
-    choice has 28.1, one palette for all frames 27.8, and that with dithering, which would flicker, 26.3.
+    Each frame has its own palette, refined by k-means, without dithering. On smooth 64x64 pictures this has 31.0 dB;
+    Pillow's default has 28.1 dB, one palette for all frames 27.8 dB, and one palette with dithering, which would
+    flicker, 26.3 dB.
     """
     if image.mode == "L":
         return image
@@ -166,7 +167,7 @@ def _to_palette(image: Image.Image) -> Image.Image:
 
 
 def _arguments(format_or_ending: str, text: str | None) -> dict[str, Any]:
-    """Return what pillow's writer of this format is to be told: the quality, and the text as metadata."""
+    """Return the arguments for Pillow's writer of this format: the quality, and the text as metadata."""
     arguments: dict[str, Any] = {}
     kind = format_or_ending.lower().removeprefix(".")
     if kind in ("jpg", "jpeg"):

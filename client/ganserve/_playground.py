@@ -1,8 +1,8 @@
 """A web page to try a server's models: `ganserve playground`. Needs the extra `playground` (gradio).
 
-The page talks to its own process alone, and that to the server alone: fonts and scripts come with gradio, whose
-analytics are off. Pictures lie in the page as the files that the SDK writes, so that what is downloaded, by the link or
-by the browser's menu, still says how to make it again.
+The page talks only to this process, and this process only to the server: fonts and scripts come with gradio, whose
+analytics are off. The page embeds pictures as the files that the SDK writes, so that a download, by the link or by the
+browser's menu, keeps its provenance.
 """
 
 import base64
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import IO, Any, Literal, NamedTuple
 
-# Read when gradio is imported. A page on this machine is nobody's business.
+# gradio reads these when it is imported. A local page must send nothing to other hosts.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -30,18 +30,18 @@ from ganserve.models import Model
 
 _LOOK_EVERY_S = 2.0
 _LARGEST_SEED = (1 << 32) - 1
-_LARGEST_DRAGGED = 9999  # what a slider can hit by hand; any other picture is as good
+_LARGEST_DRAGGED = 9999  # the largest seed of a slider, whose values can still be hit by hand
 _LATENCIES_KEPT = 60
 
-# Of each model its name, its versions, and the digest of the newest.
+# For each model: its name, its versions, and the digest of the newest.
 _Seen = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
 class _Choice(NamedTuple):
-    """What a session looks at. Kept by the page's server: a browser may still send what its last model had."""
+    """The model, version and label of a session. Kept on the page's server: a browser may still send old choices."""
 
     model: str = ""
-    version: int = 0  # the newest
+    version: int = 0  # 0: the newest
     label: int | None = None
 
 
@@ -96,7 +96,7 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        OSError: the host and port cannot be had.
+        OSError: the page cannot listen on the host and port.
     """
     shown = f"[{host}]" if ":" in host else host
     page = build(client)
@@ -109,7 +109,7 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
             share=False,
             quiet=True,
             prevent_thread_lock=True,
-            ssr_mode=False,  # else gradio starts a Node.js of its own where there is one
+            ssr_mode=False,  # otherwise gradio starts Node.js, if it is installed
             footer_links=[],
             css=_CSS,
             theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
@@ -135,7 +135,7 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
 def build(client: Client) -> Any:
     """Make the page, as gradio's Blocks."""
     with gr.Blocks(title="ganserve playground", analytics_enabled=False, fill_width=True) as page:
-        known = gr.State(None)  # _Seen of the last look; None while the server does not answer
+        known = gr.State(None)  # the last `_Seen`; None while the server does not answer
         choice = gr.State(_Choice())
         latencies = gr.State([])
         tab = gr.State("picture")
@@ -172,7 +172,7 @@ def build(client: Client) -> Any:
                 card = gr.HTML(elem_id="card")
 
         def look(seen: _Seen | None) -> Any:
-            """See which models there are: what notices that the server went, came back, or has a new version."""
+            """Ask for the models: this notices that the server is gone, is back, or has a new version."""
             try:
                 models = client.models()
             except GanserveError as error:
@@ -228,7 +228,7 @@ def build(client: Client) -> Any:
                     return {notice: "", film: _film(walk, time.perf_counter() - started)}
                 batch = client.generate(chosen.model, seed=one_seed, **common)
             except UnavailableError as error:
-                # Known no more: the next look that finds the server draws the picture.
+                # Forget the models: the next look that reaches the server then draws the picture.
                 return {known: None, notice: _notice(error)}
             except GanserveError as error:
                 return {notice: _notice(error)}
@@ -265,7 +265,7 @@ def build(client: Client) -> Any:
 
 
 def _seed(label: str, value: int, elem_id: str) -> Any:
-    """Make a box for any seed, with a slider below it for some; return the box."""
+    """Make a box for any seed, with a slider for small seeds below it; return the box."""
     with gr.Group():
         box = gr.Number(
             value,
@@ -287,7 +287,7 @@ def _seed(label: str, value: int, elem_id: str) -> Any:
             elem_id=elem_id,
             elem_classes="seed-slider",
         )
-    # In the browser: the page need not ask its server to move one with the other.
+    # In the browser, so that box and slider follow each other without a request to the page's server.
     slider.input(None, slider, box, js="seed => seed", show_progress="hidden")
     box.input(None, box, slider, js=f"seed => Math.min(seed, {_LARGEST_DRAGGED})", show_progress="hidden")
     return box
@@ -330,7 +330,7 @@ def _film(walk: ImageBatch, seconds: float) -> str:
 
 
 def _data_uri(kind: str, save: Callable[[IO[bytes]], object]) -> str:
-    """Return the file that the SDK writes, with its provenance, as a URI for the page."""
+    """Return a file of the SDK, with its provenance, as a data URI for the page."""
     file = io.BytesIO()
     save(file)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Waits until servers that are starting are ready: how long until the next question, and what was wrong last."""
+"""The wait for starting servers: the delay until the next question, and the last problem."""
 
 import time
 
@@ -14,7 +14,7 @@ class Readiness:
 
     Args:
         timeout_s: how long to wait.
-        what: what is waited for, for the texts of errors and of the log.
+        what: the name of the awaited server or model, for errors and the log.
     """
 
     def __init__(self, timeout_s: float, what: str) -> None:
@@ -24,17 +24,17 @@ class Readiness:
         self._log = WaitLog()
 
     def remaining_s(self) -> float:
-        """Return what is left of the timeout, above 0."""
+        """Return the remaining part of the timeout, which is above 0."""
         return max(0.001, self._deadline - time.monotonic())
 
     def delay_s(self, error: GanserveError | None) -> float:
         """Return how long to wait before the next question; it leaves time for one more try.
 
         Args:
-            error: what was wrong; None if the server answers that it does not serve.
+            error: the problem; None if the server answers that it does not serve.
 
         Raises:
-            DeadlineExceededError: the time is over; the text says what was wrong last.
+            DeadlineExceededError: the time is over; the text has the last problem.
         """
         self._tries += 1
         left_s = self._deadline - time.monotonic()

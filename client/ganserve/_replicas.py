@@ -1,4 +1,4 @@
-"""The replicas behind a client's address, for questions to all of them and not just to the next one."""
+"""The replicas behind a client's address, for questions to all of them rather than only the next one."""
 
 import socket
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ganserve.errors import (
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One of a client's addresses, and whether it serves what `Client.replicas` asks for.
+    """One of a client's addresses, and whether it serves the model or version that `Client.replicas` asks for.
 
     >>> [replica.serving for replica in client.replicas("cdcgan-mnist")]
     [True]
@@ -39,13 +39,13 @@ class Replica:
 
 
 def targets(target: str) -> list[str]:
-    """Return a gRPC target for each address behind a target now. It asks DNS through the system, and blocks meanwhile.
+    """Return a gRPC target for each current address behind a target. Asks DNS through the system, and blocks meanwhile.
 
-    If a name has IPv4 and IPv6 addresses, only IPv4 counts: most likely both belong to the same replicas.
+    If a name has IPv4 and IPv6 addresses, only IPv4 counts: probably both belong to the same replicas.
 
     Raises:
         UnavailableError: DNS does not know the name, or does not answer.
-        InvalidRequestError: the target has no list of addresses.
+        InvalidRequestError: the addresses behind the target cannot be listed.
     """
     scheme, _, rest = target.partition(":")
     if scheme in ("ipv4", "ipv6"):
@@ -67,13 +67,13 @@ def targets(target: str) -> list[str]:
 
 
 def awaited(address: str, model: str | None, version: int | None) -> str:
-    """Name what a client waits for."""
+    """Return the name of what a client waits for, for errors and the log."""
     what = "the server" if model is None else f"model {model}" if version is None else f"version {version} of {model}"
     return f"{what} at each address of {address}"
 
 
 def silent(replicas: Sequence[Replica]) -> bool:
-    """Return whether none of them answered."""
+    """Return whether no replica answered."""
     return all(isinstance(replica.error, UnavailableError | DeadlineExceededError) for replica in replicas)
 
 

@@ -1,9 +1,9 @@
 """When to retry a call, and for how long.
 
 The SDK retries where that is safe and can help: after UNAVAILABLE, and after RESOURCE_EXHAUSTED if the server says when
-to come back. Every call may be repeated: images are functions of their seeds, and where the server draws the seed any
-answer is right. Three limits bound the retries: the deadline of the call; a patience, which is short for an address
-that has never answered; and a budget of the client, so that retries never make a server's overload much worse.
+to retry. Every call may be repeated: images are functions of their seeds, and if the server draws the seed, any answer
+is correct. Three limits bound the retries: the deadline of the call; a patience, which is short for an address that has
+never answered; and a budget of the client, so that retries do not make a server's overload much worse.
 """
 
 import random
@@ -13,12 +13,12 @@ import time
 from ganserve._wait_log import WaitLog
 from ganserve.errors import DeadlineExceededError, GanserveError, OverloadedError, UnavailableError
 
-SHORTEST_TRY_S = 0.1  # a shorter try would most likely report that it had no time, and not what is wrong
+SHORTEST_TRY_S = 0.1  # a shorter try would probably report a timeout rather than the real problem
 
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 2.0
 _PATIENCE_S = 60.0  # with servers that have answered before
-_PATIENCE_BEFORE_FIRST_ANSWER_S = 3.0  # an address that has never answered is most likely wrong
+_PATIENCE_BEFORE_FIRST_ANSWER_S = 3.0  # an address that has never answered is probably wrong
 # Retries. All calls on a lost connection fail at once: 500 of them at 200 calls a second to two replicas.
 _BUDGET = 1000.0
 _BUDGET_PER_SECOND = 10.0
@@ -28,8 +28,8 @@ _BUDGET_PER_CALL = 0.2
 class RetryBudget:
     """The retries that a client has left: each call adds a fifth of a retry, and each second adds ten.
 
-    A token bucket as Finagle's RetryBudget (twitter.github.io/finagle/guide/Clients.html, 2017). Without a budget, the
-    clients of a failing server would double and triple its load. The ten a second are for clients with few calls.
+    A token bucket like Finagle's RetryBudget (twitter.github.io/finagle/guide/Clients.html, 2017). Without a budget,
+    the clients of a failing server would double or triple its load. The ten per second are for clients with few calls.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class RetryBudget:
         self._filled_at = time.monotonic()
 
     def deposit(self) -> None:
-        """Count a call. Two threads may lose each other's deposit: a lock would cost more than that."""
+        """Count a call. Concurrent threads may lose a deposit, but a lock would cost more."""
         self._left = min(_BUDGET, self._left + _BUDGET_PER_CALL)
 
     def withdraw(self) -> bool:
@@ -52,7 +52,7 @@ class RetryBudget:
 
 
 class RetryPolicy:
-    """The part of retries that a whole client shares: its budget, and whether its servers have ever answered."""
+    """The state that all retries of a client share: its budget, and whether its servers have ever answered."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
@@ -70,25 +70,25 @@ class RetryPolicy:
 
 
 class Attempts:
-    """The consecutive failures of one request. `policy` is the client's."""
+    """The consecutive failures of one request. `policy` is the policy of its client."""
 
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
         self._failures = 0
-        self._since = 0.0  # when the first of them happened
-        self._last = ""  # the text of the last one
+        self._since = 0.0  # the time of the first failure
+        self._last = ""  # the text of the last failure
         self._log = WaitLog()
 
     def delay_s(self, error: GanserveError, deadline: float) -> float:
         """Return how long to wait before the next try, or raise the error if there should be none.
 
-        The delay has full jitter, which AWS's "Exponential Backoff and Jitter" (2015) found best: from 0 to a bound
-        that doubles. The delay that a server asks for is added to it, so that the calls that it rejected do not all
-        come back at the same time. The last delay is shortened to leave time for one more try.
+        The delay has full jitter, which AWS's "Exponential Backoff and Jitter" (2015) found best: it is random from 0
+        to a bound that doubles. The delay that a server asks for is added, so that the rejected calls do not all return
+        at the same time. The last delay is shortened to leave time for one more try.
 
         Args:
-            error: why the last try failed.
-            deadline: of the request, by time.monotonic.
+            error: the error of the last try.
+            deadline: the deadline of the request, by time.monotonic.
         """
         now = time.monotonic()
         if not self._failures:
@@ -117,7 +117,7 @@ class Attempts:
         return delay_s
 
     def answered(self) -> None:
-        """Note that a server has answered: the failures are over, and so is the wait that the log reports."""
+        """Record that a server has answered: forget the failures, and log the end of the wait."""
         self._policy.answered = True
         if self._failures:
             self._log.answered(time.monotonic() - self._since)

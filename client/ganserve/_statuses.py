@@ -1,4 +1,4 @@
-"""From gRPC's statuses and texts to the SDK's exceptions."""
+"""Converts gRPC's statuses and texts to the SDK's exceptions."""
 
 import logging
 import re
@@ -24,12 +24,12 @@ from ganserve.errors import (
 
 REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
-_NO_GRPC = "Expected SETTINGS frame as the first frame"  # what gRPC says of HTTP/1, SSH and the like
+_NO_GRPC = "Expected SETTINGS frame as the first frame"  # gRPC's text for HTTP/1, SSH and other protocols
 _WRITE_FAILED = "Internal error from Core"
 _SIZES = re.compile(r"(\d+) vs\. (\d+)")
 _CERTIFICATE_SIGNS = ("CERTIFICATE", "in peer certificate", "Verification Check", "verification check", "_ALERT_")
 _ARGUMENT_OF_FIELD = {"labels": "label", "label_names": "label"}
-# What surrounds the cause in gRPC's texts, in the order of removal.
+# The parts of gRPC's texts that surround the cause, in the order of removal.
 _NOISE = [
     (re.compile(pattern, re.DOTALL), words)
     for pattern, words in (
@@ -79,9 +79,9 @@ def translate(
 
     Args:
         error: the error.
-        address: the server's.
+        address: the server's address.
         closed: whether the client was closed during the call.
-        timeout_s: the call's, including its retries; None if it has none.
+        timeout_s: the timeout of the call, including its retries; None if there is none.
         request_id: the id that the call was sent with, if any.
     """
     code: grpc.StatusCode = error.code()
@@ -104,16 +104,16 @@ def translate(
 
 
 def translate_answer(code: int, reason: str, text: str, address: str, request_id: str) -> GanserveError:
-    """Return the exception for an error that answers one request of a stream: that of a single call."""
+    """Return the exception for an error that answers one request of a stream: the same as for a single call."""
     translated = _translated(_STATUS_OF_NUMBER.get(code, grpc.StatusCode.UNKNOWN), text, address, request_id)
     translated.reason = reason or translated.reason
     if isinstance(translated, OverloadedError):
-        translated.retry_after_s = 0.0  # the answer does not say; the stream's other requests take time anyway
+        translated.retry_after_s = 0.0  # the answer has no delay; the stream's other requests take time anyway
     return translated
 
 
 def too_late(address: str, timeout_s: float | None, request_id: str | None) -> GanserveError:
-    """Return the exception for an answer that missed the timeout, where the SDK measures the time and not gRPC."""
+    """Return the exception for an answer that missed a timeout that the SDK, and not gRPC, measures."""
     late = _translated(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", address, None, timeout_s)
     late.request_id = request_id
     return late

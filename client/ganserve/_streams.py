@@ -1,4 +1,4 @@
-"""Reads StreamImages: the images of one request in order, by as many calls as that takes.
+"""Reads StreamImages: the images of one request in order, by one or more calls.
 
 If a call breaks, or if one call cannot ask for all images, the next call asks for the images that are missing.
 `StreamProgress` knows which they are; `stream` and `stream_async` call and wait, with threads and with asyncio.
@@ -23,7 +23,7 @@ from ganserve.images import GeneratedImage, ImageBatch
 
 
 class StreamProgress:
-    """The images of a request that have come, and the request for those that have not.
+    """Which images of a request have arrived, and the request for the missing ones.
 
     A request with more labels or latents than one call may carry becomes several calls, one after the other.
     """
@@ -32,19 +32,19 @@ class StreamProgress:
         self.request = request
         self._count = image_count(request)
         self._done = 0
-        self._asked = 0  # how many are done when the current call has ended
+        self._asked = 0  # how many images are done once the current call has ended
         self._first: ImageBatch | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether all images have come."""
+        """Whether all images have arrived."""
         return self._done == self._count
 
     def take(self, response: Any) -> ImageBatch:
         """Return the next images.
 
         Raises:
-            ServerError: they do not follow the images before, or another model made them.
+            ServerError: they do not follow the images before, or come from another model file.
         """
         batch = to_chunk(response, self._done, self._asked)
         first = self._first = self._first or batch
@@ -60,16 +60,16 @@ class StreamProgress:
         return batch
 
     def check_end(self) -> None:
-        """Check that the call has brought all that it was asked for.
+        """Check that the call has brought all requested images.
 
         Raises:
-            ServerError: it has not, although the server reports success.
+            ServerError: images are missing, although the server reports success.
         """
         if self._done < self._asked:
             raise ServerError(f"the server ended the stream after {self._done} of {self._asked} images")
 
     def next_request(self) -> Any:
-        """Return the request for the missing images, or for as many as one call may ask for."""
+        """Return the request for the missing images, or for as many of them as one call may ask for."""
         self._asked = min(self._count, self._done + images_per_stream(self.request))
         version = None if self._first is None else self._first.version
         return stream_request(self.request, self._done, self._asked, version, self._next_seed())

@@ -1,14 +1,14 @@
-"""Logs what a client waits for, to the logger `ganserve`: each try in DEBUG, and ever fewer of them in INFO."""
+"""Logs what a client waits for, to the logger `ganserve`: each try at DEBUG, and fewer and fewer tries at INFO."""
 
 import logging
 
-_LOG_AGAIN_S = 5.0  # of waiting; after that, whenever the wait has doubled
+_LOG_AGAIN_S = 5.0  # the wait before the second INFO line; later lines follow whenever the wait has doubled
 
 _log = logging.getLogger("ganserve")
 
 
 class WaitLog:
-    """Logs one wait: in INFO the first try for each reason and then tries at growing intervals, in DEBUG each try."""
+    """Logs one wait. INFO has the first try for each reason, then tries at growing intervals; DEBUG has each try."""
 
     def __init__(self) -> None:
         self._begin()
@@ -18,7 +18,7 @@ class WaitLog:
         self._again_s = _LOG_AGAIN_S
 
     def waiting(self, text: str, reason: str, waiting_s: float) -> None:
-        """Log what the client waits for; `waiting_s` is how long the wait is by the next try."""
+        """Log what the client waits for; `waiting_s` is the length of the wait at the next try, in seconds."""
         level = logging.DEBUG
         if reason not in self._reasons or waiting_s >= self._again_s:
             level = logging.INFO

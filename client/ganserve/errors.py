@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions. grpc.RpcError never leaves the SDK.
+"""The SDK's exceptions. grpc.RpcError never leaves the SDK.
 
 GanserveError
 ├── InvalidRequestError      an argument is wrong; `field` names it
@@ -14,7 +14,7 @@ GanserveError
 
 Each error has a text that says what to do; `code`, the gRPC status, which is None if no call was made; `reason`, a
 short and stable word for programs; and `request_id`, which identifies the call in the server's log. `request_id` is
-None if no server answered, except for a stream that timed out: the client sends an id with each stream.
+None if no server answered. The exception is a stream that timed out: the client sends an id with each stream.
 """
 
 from collections.abc import Mapping
@@ -71,18 +71,18 @@ class GanserveError(Exception):
 
     @property
     def text(self) -> str:
-        """What is wrong, without what to do about it."""
+        """What is wrong, without the advice on what to do."""
         return str(self.args[0])
 
     def __str__(self) -> str:
         return self.told(_ARGUMENTS)
 
     def told(self, names: Mapping[str, str]) -> str:
-        """Return what is wrong and what to do, with these names of settings."""
+        """Return what is wrong and what to do, with `names` for the settings."""
         return f"{self.text}; {self.advice.format_map(names)}" if self.advice else self.text
 
     def add_text(self, more: str) -> None:
-        """Append to what is wrong, before what to do."""
+        """Append to the text of what is wrong, before the advice."""
         self.args = (self.text + more,)
 
 
@@ -94,7 +94,7 @@ class InvalidRequestError(GanserveError):
 
 
 class MessageTooLargeError(InvalidRequestError):
-    """A request or an answer has `size_bytes`, more than the `limit_bytes` of the receiver; None if it does not say."""
+    """A request or an answer has `size_bytes`, more than the receiver's `limit_bytes`; both are None if unknown."""
 
     reason = "too_large"
     size_bytes: int | None = None
@@ -127,13 +127,13 @@ class UnavailableError(GanserveError):
 
 
 class DeadlineExceededError(GanserveError):
-    """The answer did not come within the timeout."""
+    """The answer did not arrive within the timeout."""
 
     reason = "deadline"
 
 
 class RequestCancelledError(GanserveError):
-    """The call was cancelled before its answer came."""
+    """The call was cancelled before its answer arrived."""
 
     reason = "cancelled"
 

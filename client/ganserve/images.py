@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from ganserve._pictures import Sheet
 
-# What a notebook shows: so many images, or of large ones as many as have so many pixels; enlarged up to such a width.
+# A notebook shows at most this many images, and fewer if they have more pixels in total; small images are enlarged up
+# to this width.
 _SHOWN_IMAGES = 100
 _SHOWN_PIXELS = 4_000_000
 _SHOWN_WIDTH = 640  # pixels
@@ -31,7 +32,7 @@ _SHOWN_NUMBERS = 12  # seeds or labels in a caption that are not consecutive
 
 
 class GeneratedImage:
-    """One image of a batch. It is a view: as long as it lives its batch's pixels do; `copy.deepcopy` makes it its own.
+    """One image of a batch. It is a view, which keeps its batch's pixels in memory; `copy.deepcopy` copies its pixels.
 
     >>> image = client.generate("cdcgan-mnist", count=4, seed=1, label=7)[2]
     >>> image.seed, image.label, image.pixels.shape
@@ -39,30 +40,30 @@ class GeneratedImage:
     >>> image.save("seven.png").name
     'seven.png'
 
-    Not a dataclass, and its fields are looked up in the batch: a stream makes a million of these, in 0.1 µs each.
+    It is not a dataclass, and reads its fields from the batch: a stream makes a million of these, in 0.1 µs each.
     """
 
     __slots__ = ("_batch", "_index")
 
     def __init__(self, batch: "ImageBatch", index: int) -> None:
-        """Name image `index`, from 0 on, of the batch."""
+        """Make a view of image `index`, from 0 on, of the batch."""
         self._batch = batch
         self._index = index
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """uint8, [height, width, channels]."""
+        """The pixels, uint8 [height, width, channels]."""
         pixels: NDArray[np.uint8] = self._batch.pixels[self._index]
         return pixels
 
     @property
     def seed(self) -> int | None:
-        """What it was made from; None if it was a latent of your own, or between those of two seeds."""
+        """The image's seed; None if the image was made from your own latent, or lies between those of two seeds."""
         return None if self._batch.seeds is None else self._batch.seeds[self._index]
 
     @property
     def label(self) -> int | None:
-        """The index of its class; None for an unconditional model."""
+        """The index of the image's class; None for an unconditional model."""
         return None if self._batch.labels is None else self._batch.labels[self._index]
 
     @property
@@ -77,7 +78,7 @@ class GeneratedImage:
 
     @property
     def digest(self) -> str:
-        """Of the model's file: "sha256:" and 64 hexadecimal digits."""
+        """The digest of the model's file: "sha256:" and 64 hexadecimal digits."""
         return self._batch.digest
 
     @property
@@ -87,12 +88,12 @@ class GeneratedImage:
 
     @property
     def truncation(self) -> float:
-        """The factor on the latent."""
+        """The factor on the image's latent."""
         return self._batch.truncation
 
     @property
     def provenance(self) -> Provenance:
-        """What its file says of it."""
+        """How to make the image again, as its file has it."""
         way = self._batch.interpolation
         return Provenance(
             self.model,
@@ -116,11 +117,11 @@ class GeneratedImage:
         return f"<GeneratedImage {_times(self.pixels.shape)} by {self.model} version {self.version}, {source}{label}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To another process goes this image, not its batch.
+        # Pickle only this image, not its batch.
         return GeneratedImage, (self._batch[self._index : self._index + 1], 0)
 
     def pil(self) -> "Image":
-        """Return it as a PIL image, grey ("L") or colour ("RGB")."""
+        """Return the image as a PIL image, grey ("L") or colour ("RGB")."""
         return _to_pil(self.pixels)
 
     @overload
@@ -132,21 +133,21 @@ class GeneratedImage:
     def save(
         self, path: str | PathLike[str] | IO[bytes], format: str | None = None, *, provenance: bool = True
     ) -> Path | None:
-        """Write a file; its ending decides the format. Missing folders are made. Or write into an open file.
+        """Write the image to a file, whose extension decides the format, or into an open file. Creates missing folders.
 
         >>> import io
         >>> image, file = client.generate("cdcgan-mnist", seed=3)[0], io.BytesIO()
         >>> image.save(file, "PNG")
 
         Args:
-            path: of the file, which is returned; {index}, {seed}, {label} and {model} are filled in, as by
+            path: the path of the file, which is returned; {index}, {seed}, {label} and {model} are filled in, as by
                 `ImageBatch.save`. Or a file that is open for writing bytes.
-            format: PNG, JPEG, WebP or another that Pillow writes; None, where there is a path, takes its ending.
-            provenance: writes how to make the image again, into PNG, JPEG, WebP, GIF and TIFF.
+            format: PNG, JPEG, WebP or another format that Pillow writes; None takes the format of the path's extension.
+            provenance: whether to write how to make the image again, into PNG, JPEG, WebP, GIF and TIFF.
 
         Raises:
-            ValueError: the ending, or the format, is of none that can be written, or the path asks for what is not
-                there.
+            ValueError: the extension or the format cannot be written, or the path asks for a seed or label that the
+                image lacks.
             OSError: the file can't be written.
         """
         from ganserve._pictures import write
@@ -174,8 +175,9 @@ class ImageBatch:
     >>> client.interpolate("cdcgan-mnist", 1, 2, label=7).gif("walk.gif", scale=4).name
     'walk.gif'
 
-    `pixels` is uint8, [count, height, width, channels]; `seeds` is None for images of your own latents and of an
-    `interpolation`, `labels` for those of an unconditional model. `queue_s` and `compute_s` are the server's seconds.
+    `pixels` is uint8 [count, height, width, channels]. `seeds` is None for images of your own latents and of an
+    `interpolation`. `labels` is None for an unconditional model. `queue_s` and `compute_s` are the seconds that the
+    images waited in the server's queue and took to compute.
     """
 
     pixels: NDArray[np.uint8]
@@ -226,7 +228,7 @@ class ImageBatch:
 
     @property
     def provenance(self) -> Provenance:
-        """What a picture of them all says of them.
+        """How to make the images again, as a picture of all of them has it.
 
         Raises:
             ValueError: there are no images.
@@ -250,17 +252,17 @@ class ImageBatch:
         return [_to_pil(pixels) for pixels in self.pixels]
 
     def save(self, pattern: str | PathLike[str], *, provenance: bool = True) -> list[Path]:
-        """Write one file an image; its ending decides the format. Missing folders are made.
+        """Write one file for each image; its extension decides the format. Creates missing folders.
 
         Args:
             pattern: a path with {index}, {seed}, {label} or {model}, such as "out/{label}-{seed}.png".
-            provenance: writes how to make each image again, into PNG, JPEG, WebP, GIF and TIFF; `read_provenance` reads
-                it.
+            provenance: whether to write how to make each image again, into PNG, JPEG, WebP, GIF and TIFF;
+                `read_provenance` reads it.
 
         Raises:
-            ValueError: the pattern gives two images the same name, asks for a seed or label that is not there, or ends
-                like no format that can be written.
-            TypeError: it is an open file.
+            ValueError: the pattern gives two images the same name, asks for a seed or label that the images lack, or
+                has an extension of no format that can be written.
+            TypeError: the pattern is an open file.
             OSError: a file can't be written.
         """
         from ganserve._pictures import format_of
@@ -279,11 +281,11 @@ class ImageBatch:
         return [image.save(pattern, provenance=provenance) for image in self]
 
     def sheet(self, columns: int | None = None, *, row_names: Sequence[str] = (), scale: int = 1) -> "Sheet":
-        """Lay the images out in one picture, row by row: a PIL image, whose `save` writes how to make them again.
+        """Arrange the images in one picture, row by row: a PIL image, whose `save` writes how to make them again.
 
         Args:
-            columns: images a row; None makes it nearly square.
-            row_names: what to write in front of each row.
+            columns: the number of images in a row; None makes the picture nearly square.
+            row_names: the text in front of each row.
             scale: enlarges every pixel to a square of scale x scale.
 
         Raises:
@@ -330,19 +332,19 @@ class ImageBatch:
         scale: int = 1,
         provenance: bool = True,
     ) -> Path | None:
-        """Write an animation that shows the images in turn, for ever. Missing folders are made.
+        """Write an animation that shows the images in turn and loops forever. Creates missing folders.
 
         Args:
-            path: ending in .gif, which shows grey exactly and colour in 256 colours a frame, or in .webp, exact; it is
-                returned. Or a file that is open for writing bytes.
-            format: GIF or WebP; None takes the path's ending, and GIF for an open file.
-            frame_ms: how long each is shown, 20 or more; a GIF counts in steps of 10 ms.
-            bounce: goes back through the images after the last, where else it would jump to the first.
+            path: the path of the file, which is returned, or a file that is open for writing bytes. A path ends in .gif
+                or .webp. GIF shows grey exactly, and colour in 256 colours a frame; WebP shows both exactly.
+            format: GIF or WebP; None takes the format of the path's extension, or GIF for an open file.
+            frame_ms: the duration of each frame in ms, 20 or more; a GIF has steps of 10 ms.
+            bounce: whether to go back through the images after the last one, rather than jump to the first one.
             scale: enlarges every pixel to a square of scale x scale.
-            provenance: writes how to make the images again.
+            provenance: whether to write how to make the images again.
 
         Raises:
-            ValueError: there are no images, the ending is another, frame_ms is below 20, or scale below 1.
+            ValueError: there are no images, the extension is another one, frame_ms is below 20, or scale is below 1.
             OSError: the file can't be written.
         """
         from ganserve._pictures import animate
@@ -389,10 +391,10 @@ class ImageBatch:
         return self[: min(_SHOWN_IMAGES, max(1, _SHOWN_PIXELS // (height * width)))]
 
     def _picture(self) -> bytes:
-        """Return the first images as a PNG that can be seen: enlarged if they are small, some hundred at most."""
+        """Return the first images, 100 at most, as a PNG; small images are enlarged."""
         shown = self._shown()
         width = self.pixels.shape[2]
-        # Three in a row, if they fit: four places would have a gap.
+        # Three images go in one row, if they fit: a 2x2 grid would have a gap.
         columns = 3 if len(shown) == 3 and 3 * width <= _SHOWN_WIDTH else math.ceil(math.sqrt(len(shown)))
         scale = min(max(1, _SHOWN_WIDTH // (columns * width)), _SHOWN_SCALE)
         file = io.BytesIO()
@@ -435,12 +437,12 @@ def concatenate(batches: Sequence[ImageBatch]) -> ImageBatch:
 
 
 def gathered(images: Iterable[GeneratedImage]) -> ImageBatch:
-    """Put images of one model together, of whatever seeds."""
+    """Join images of one model, with any seeds, in one batch."""
     return concatenate([image._batch[image._index : image._index + 1] for image in images])
 
 
 def _joined(ways: Sequence[Interpolation | None]) -> Interpolation | None:
-    """Return the way that all batches are parts of, or None."""
+    """Return the interpolation that all batches are parts of, or None."""
     first = ways[0]
     if first is None or not all(way is not None and replace(way, shown=first.shown) == first for way in ways):
         return None
@@ -464,7 +466,7 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Write seeds or labels for people: "7" if all are, "5 to 20", or the first of them."""
+    """Format seeds or labels for people: "7" if all are equal, "5 to 20" if consecutive, or the first ones."""
     if len(set(numbers)) == 1:
         return str(numbers[0])
     if numbers and tuple(numbers) == tuple(range(numbers[0], numbers[0] + len(numbers))):

@@ -1,4 +1,4 @@
-"""What a server tells about its models."""
+"""A server's descriptions of its models."""
 
 import html
 import operator
@@ -11,7 +11,7 @@ from ganserve.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class QualityMetric:
-    """One measured figure of a model, and how it was measured.
+    """One quality metric of a model, and how it was measured.
 
     >>> client.model("cdcgan-mnist").metrics[0].name
     'label_accuracy'
@@ -19,12 +19,12 @@ class QualityMetric:
 
     name: str
     value: float
-    method: str = field(repr=False)  # for people: on what it was measured, and against what
+    method: str = field(repr=False)  # for people: which images were measured, and against which
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Model:
-    """One version of a model, as its card describes it. `card` holds all of the card, with JSON's types.
+    """One version of a model, as its card describes it. `card` holds the whole card, with JSON's types.
 
     >>> model = client.model("cdcgan-fashion-mnist")
     >>> model.label("Sneaker"), model.dataset
@@ -33,7 +33,7 @@ class Model:
 
     name: str
     version: int
-    versions: tuple[int, ...]  # all that the server has, ascending
+    versions: tuple[int, ...]  # all versions that the server has, ascending
     digest: str
     provider: str
     architecture: str
@@ -52,7 +52,7 @@ class Model:
         return bool(self.class_names)
 
     def label(self, name: str | int) -> int:
-        """Return the index of a class, given its index or its name; upper or lower case matters only between classes.
+        """Return the index of a class, given its index or its name. Case matters only if it distinguishes two classes.
 
         Raises:
             InvalidRequestError: the model has no such class.

@@ -1,17 +1,19 @@
-"""Where an image comes from, as its file says it: model, version, digest, seed, label, truncation.
+"""The provenance of an image, as its file has it: model, version, digest, seed, label, truncation.
 
-The server's files and the SDK's carry it as one JSON object: a PNG as the text chunk "ganserve", JPEG, WebP and TIFF as
-EXIF's ImageDescription, a GIF as its comment. A picture of several images, a sheet or an animation, has these too:
+Files of the server and of the SDK contain it as one JSON object: PNG in the text chunk "ganserve"; JPEG, WebP and TIFF
+in EXIF's ImageDescription; GIF in its comment. A picture of several images (a sheet or an animation) also has:
 
-- `count`: how many; `seed` and `label` are those of the first.
-- `seeds`: of each. Left out where they are consecutive, modulo 2^32, which a server's contact sheets always are.
-- `labels`: of each. A server's contact sheet of more than 4,096 images says the first label only.
+- `count`: the number of images; `seed` and `label` are those of the first image.
+- `seeds`: the seed of each image. Omitted if the seeds are consecutive, modulo 2^32, as in all contact sheets of a
+  server.
+- `labels`: the label of each image. A server's contact sheet of more than 4,096 images has only the first label.
 
-Images between those of two seeds have `interpolation`, with `kind`, `seed_a`, `seed_b`, `steps` and, unless they are
-all of its steps, `shown`: which ones, from 0 on. Their `seed` is null, as for images of the caller's own latents.
+Images between those of two seeds have `interpolation`, with `kind`, `seed_a`, `seed_b` and `steps`. If the picture does
+not show all steps, `shown` lists the shown ones, from 0 on. The `seed` of such images is null, as for images of the
+caller's own latents.
 
-Items of the lists are numbers, or runs, [first, length, step]: [7, 16, 0] is sixteen times 7, [5, 3, 1] is 5, 6, 7.
-Where so many are irregular that the JSON would be longer than a JPEG's EXIF can be, `seed`, `seeds`, `label`, `labels`
+The items of a list are numbers, or runs [first, length, step]: [7, 16, 0] is sixteen times 7, and [5, 3, 1] is 5, 6, 7.
+If the lists are so irregular that the JSON would exceed the size of a JPEG's EXIF, `seed`, `seeds`, `label`, `labels`
 and `interpolation` are null.
 """
 
@@ -31,19 +33,19 @@ if TYPE_CHECKING:
 PNG_KEYWORD = "ganserve"
 EXIF_IMAGE_DESCRIPTION = 0x010E
 _MAX_TEXT = 60_000  # characters; a JPEG holds 65,533 bytes of EXIF
-_MAX_IMAGES = 1_000_000  # a file of a few bytes must not make us write down more seeds
+_MAX_IMAGES = 1_000_000  # a file of a few bytes must not expand to more seeds
 _MOST_SHOWN = 16  # numbers of a list
 _UINT32_LIMIT = 1 << 32
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Interpolation:
-    """What images between those of two seeds were made from: step i is i / (steps - 1) of the way to seed_b's latent.
+    """The source of images between those of two seeds: step i is i / (steps - 1) of the way from seed_a to seed_b.
 
     >>> client.interpolate("cdcgan-mnist", 1, 2, 3, label=7).provenance.interpolation
     Interpolation(kind='slerp', seed_a=1, seed_b=2, steps=3, shown=(0, 1, 2))
 
-    `shown` says which of the steps the images are, from 0 on.
+    `shown` has the step of each image, from 0 on.
     """
 
     kind: Literal["slerp", "linear"]
@@ -58,15 +60,15 @@ class Interpolation:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Provenance:
-    """What an image, or a picture of several, was made from.
+    """The source of an image, or of a picture of several images.
 
     >>> client.generate("cdcgan-mnist", seed=1, label=7)[0].provenance.seed
     1
 
-    `seed` is None for images of an `interpolation`, and for those of the caller's own latents, which can't be made
-    again from this; `label` is None for those of an unconditional model. `count` is None for one image; else `seed` and
-    `label` are the first image's, `seeds` and `labels` those of all, in order. `labels` is None beside a `label` where
-    only the first one's is known: in the larger contact sheets that a server encodes.
+    `seed` is None for images of an `interpolation`, and for images of the caller's own latents, which can't be made
+    again from their provenance. `label` is None for an unconditional model. `count` is None for one image. Otherwise
+    `seed` and `label` are those of the first image, and `seeds` and `labels` those of all images, in order. If `label`
+    is set but `labels` is None, only the first label is known, as in a server's large contact sheets.
     """
 
     model: str
@@ -84,7 +86,7 @@ class Provenance:
         return _told(self, self.__slots__)
 
     def to_json(self) -> str:
-        """Write it as the metadata of a file; ASCII, 60,000 characters at most."""
+        """Serialise the provenance as the metadata of a file: ASCII, 60,000 characters at most."""
         content: dict[str, Any] = {
             "model": self.model,
             "version": self.version,
@@ -112,12 +114,12 @@ class Provenance:
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":
-        """Read the metadata of a file. Keys that it doesn't know are left alone.
+        """Read the metadata of a file. Unknown keys are ignored.
 
         Raises:
-            NoProvenanceError: the text is not what `to_json` or a server writes; it says where.
+            NoProvenanceError: the text is not of the form that `to_json` or a server writes; the error says where.
         """
-        # One check here spares the parser what no file of ours has: a hundred million brackets, say.
+        # This check protects the parser from hostile files, such as one with a hundred million brackets.
         if len(text) > 2 * _MAX_TEXT:
             raise NoProvenanceError(f"it has {len(text)} characters; ganserve writes {_MAX_TEXT} at most")
         try:
@@ -155,7 +157,7 @@ class Provenance:
 
 
 def read_provenance(source: str | Path | bytes | BinaryIO) -> Provenance:
-    """Read what a file says of where its image comes from. The pixels are neither decoded nor compared.
+    """Read the provenance in a file. The pixels are neither decoded nor compared.
 
     >>> client.generate("cdcgan-mnist", count=4, seed=1, label=7).sheet().save("sevens.png")
     >>> read_provenance("sevens.png").seeds
@@ -165,7 +167,7 @@ def read_provenance(source: str | Path | bytes | BinaryIO) -> Provenance:
         source: a path, the file's bytes, or an open binary file.
 
     Raises:
-        NoProvenanceError: the file is no image, or does not say it; the text says what was looked for.
+        NoProvenanceError: the file is not an image, or has no provenance; the text says what the SDK looked for.
         OSError: the file can't be opened.
     """
     if isinstance(source, bytes):
@@ -173,7 +175,7 @@ def read_provenance(source: str | Path | bytes | BinaryIO) -> Provenance:
     if isinstance(source, str | Path):
         with open(source, "rb") as file:
             return _read(file, str(source))
-    name = getattr(source, "name", None)  # a number, or None, of a file without one
+    name = getattr(source, "name", None)  # a number or None if the file has no name
     return _read(source, name if isinstance(name, str) else "this")
 
 
@@ -183,7 +185,7 @@ def _read(file: BinaryIO, name: str) -> Provenance:
     try:
         with Image.open(file) as image:
             found = _metadata(image)
-    # Pillow's readers raise nearly anything on a broken file; its guard against huge pictures has an error of its own.
+    # Pillow's readers raise nearly any exception on a broken file, and its guard against huge pictures another one.
     except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError)
         wrong = "is no image of a kind that Pillow knows" if unknown else f"can't be read as an image: {error}"
@@ -216,7 +218,7 @@ def _metadata(image: "Image") -> tuple[str, str] | None:
 
 
 def _told(made: object, names: Sequence[str]) -> str:
-    """Write down what is known, of long lists the first numbers."""
+    """Format the fields that are set; of long lists, only the first numbers."""
     known = {name: value for name in names if (value := getattr(made, name)) is not None}
     for name, value in known.items():
         long = isinstance(value, tuple) and len(value) > _MOST_SHOWN
@@ -257,7 +259,7 @@ def _from_runs(fields: dict[str, Any], key: str, count: int) -> tuple[int, ...] 
         first, length, step = run if isinstance(run, list) and len(run) == 3 else (run, 1, 0)
         if not (_is_uint32(first) and _is_uint32(length) and _is_uint32(step)):
             raise broken
-        # Before the numbers are written down: a run's length can be any number.
+        # Check before the run is expanded: its length can be any number.
         if step > 1 or length > count - len(numbers) or first + step * length > _UINT32_LIMIT:
             raise broken
         numbers += range(first, first + length) if step else [first] * length
@@ -267,7 +269,7 @@ def _from_runs(fields: dict[str, Any], key: str, count: int) -> tuple[int, ...] 
 
 
 def _interpolation(fields: dict[str, Any], count: int) -> Interpolation | None:
-    """Return the way that `count` images lie on, if they do."""
+    """Return the interpolation of `count` images, or None if there is none."""
     way = fields.get("interpolation")
     if way is None:
         return None
@@ -298,7 +300,7 @@ def _integer(fields: dict[str, Any], key: str) -> int | None:
 
 def _string(fields: dict[str, Any], key: str) -> str:
     value = _field(fields, key)
-    # Printable: these come from any file, and end up in terminals.
+    # Printable, because these texts come from any file and are shown in terminals.
     if not isinstance(value, str) or not value or not value.isprintable():
         raise NoProvenanceError(f"its {key!r} is not a name")
     return value

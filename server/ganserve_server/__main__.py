@@ -1,4 +1,4 @@
-"""Starts `ganserve-server`, or names the extra to install."""
+"""Starts `ganserve-server`; if a package is missing, names the extra to install."""
 
 import os
 import signal
@@ -7,10 +7,10 @@ import sys
 
 def main() -> None:
     """Run the program."""
-    # First of all, and until the event loop has its own handler: without one, process 1 of a container ignores SIGTERM.
-    # No exception, because an import that it interrupts may turn it into another.
+    # The first step, for the time until the event loop has its own handler: without a handler, process 1 of a container
+    # ignores SIGTERM. The handler raises no exception, because an interrupted import may replace it by another one.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a start reads everything anyway
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a starting server reads everything anyway
     try:
         from ganserve_server.cli.main import main as run
 

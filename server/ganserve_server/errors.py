@@ -8,8 +8,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "ganserve"
-# The text repeats what the caller sent. Trailers have it three times, percent-encoded and in base64, which takes up to
-# six bytes for one. gRPC allows 8 KiB of trailers; with more, the caller would get another error.
+# The text repeats values that the caller sent. Trailers contain the text three times, percent-encoded and in base64,
+# which takes up to six bytes for one. gRPC allows 8 KiB of trailers; with more, the caller would get another error.
 _MAX_TEXT_BYTES = 1000
 
 
@@ -26,7 +26,7 @@ class ServingError(Exception):
 
 
 def shortened(text: str, most_bytes: int) -> str:
-    """Return a text, cut off after `most_bytes` in UTF-8."""
+    """Return a text, cut off after `most_bytes` bytes of UTF-8."""
     encoded = text.encode(errors="replace")
     return text if len(encoded) <= most_bytes else encoded[:most_bytes].decode(errors="ignore") + "…"
 
@@ -57,21 +57,21 @@ class MessageTooLarge(ServingError):  # noqa: N818
 
 
 class ModelNotFound(ServingError):  # noqa: N818
-    """No such model, or no such version of it."""
+    """There is no such model, or no such version of it."""
 
     code = grpc.StatusCode.NOT_FOUND
     reason = "not_found"
 
 
 class PermissionDenied(ServingError):  # noqa: N818
-    """The caller may not do this here."""
+    """The caller lacks the role that the call needs, or the address does not allow the call."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
     reason = "permission_denied"
 
 
 class Unauthenticated(ServingError):  # noqa: N818
-    """The caller has not shown who it is."""
+    """The call has no valid token."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
     reason = "unauthenticated"
@@ -85,7 +85,7 @@ class ModelNotLoaded(ServingError):  # noqa: N818
 
 
 class QueueFull(ServingError):  # noqa: N818
-    """More images are waiting than the server will hold."""
+    """Too many images already wait for the model."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "queue_full"
@@ -96,7 +96,7 @@ class QueueFull(ServingError):  # noqa: N818
 
 
 class RateLimited(QueueFull):
-    """The caller asks for more images a second than it may."""
+    """The caller requests more images per second than its rate allows."""
 
     reason = "rate_limited"
 
@@ -109,20 +109,20 @@ class Unavailable(ServingError):  # noqa: N818
 
 
 class DeadlineTooShort(QueueFull):
-    """The images would be made only after the caller's deadline."""
+    """Because of the waiting images, these would be made only after the caller's deadline."""
 
     reason = "deadline_too_short"
 
 
 class DeadlineExceeded(ServingError):  # noqa: N818
-    """The caller's deadline passed while the images were waiting."""
+    """The caller's deadline passed while the images waited, or is too short even without waiting."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "deadline"
 
 
 class EngineFailed(ServingError):  # noqa: N818
-    """The engine raised. The log has the cause; the caller does not get it."""
+    """The engine raised an exception. The log has the cause; the caller does not get it."""
 
     code = grpc.StatusCode.INTERNAL
     reason = "engine"
@@ -131,7 +131,7 @@ class EngineFailed(ServingError):  # noqa: N818
 def status_details(error: ServingError) -> bytes:
     """Serialise the error as a google.rpc.Status, for the trailer `grpc-status-details-bin`.
 
-    It has an ErrorInfo with the reason, and if there are any, the wrong field and the time to wait before a retry.
+    It has an ErrorInfo with the reason and, if the error has them, the wrong field and the time until a retry.
     """
     return _status(error.code, str(error), error.reason, error.field, error.retry_after_s)
 

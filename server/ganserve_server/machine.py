@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and memory."""
+"""The cores and the memory that this process may use."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ _NO_LIMIT = 1 << 60  # cgroups of version 1 report this or more if there is no l
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """How many cores there are, and what limits how many of them this process may use."""
+    """The number of cores, and the limits on how many this process may use."""
 
     machine: int
     affinity: int
@@ -45,7 +45,7 @@ def memory_limit() -> int | None:
 
 
 def _cgroups(controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and of its ancestors, which limit it too; for version 2 or 1."""
+    """Yield the folders of this process's cgroup and of its ancestors, which also limit it; for version 2 or 1."""
     with contextlib.suppress(OSError, ValueError):
         for line in _OWN_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -58,7 +58,7 @@ def _cgroups(controller: str) -> Iterator[Path]:
 def _quota(group: Path) -> float | None:
     with contextlib.suppress(OSError, ValueError):
         quota, period = (group / "cpu.max").read_text().split()
-        return int(quota) / int(period)  # "max" is no number: there is no limit
+        return int(quota) / int(period)  # the quota "max" is no limit, and raises ValueError
     with contextlib.suppress(OSError, ValueError):
         quota_us, period_us = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return quota_us / period_us if quota_us > 0 else None

@@ -29,7 +29,7 @@ _OF_SERVICE_LINKS = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TC
 class ServerSettings(BaseModel):
     """All settings of the server. Unknown keys and wrong values are errors."""
 
-    # In a file `workers = 2` is as valid as the text of the flag.
+    # In a file, `workers = 2` is as valid as `workers = "2"`.
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     models: Annotated[Path, Field(description="Model repository: MODELS/NAME/VERSION/model.onnx.")] = BUNDLED_MODELS
@@ -202,7 +202,7 @@ class ServerSettings(BaseModel):
     @field_validator("threads")
     @classmethod
     def _bounded(cls, threads: int) -> int:
-        """Refuse more threads than the machine could run: while a model is loaded there are twice as many."""
+        """Reject more threads than the machine could run: while a model is loaded, there are twice as many."""
         machine = os.cpu_count() or 1
         if threads > (most := max(_MOST_THREADS, machine)):
             raise ValueError(f"this machine has {machine} cores, a server at most {most} threads; 0 takes one a core")
@@ -247,7 +247,7 @@ def check_config(content: Mapping[str, Any], file: str) -> None:
     """Check that a configuration file has only known settings.
 
     Raises:
-        SettingsError: there is an unknown one.
+        SettingsError: it has an unknown setting, or a value of a wrong type.
     """
     for key, value in content.items():
         if key not in ServerSettings.model_fields:
@@ -259,10 +259,10 @@ def check_config(content: Mapping[str, Any], file: str) -> None:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that the environment has no unknown variables of this program.
+    """Check that the environment has no unknown variables with this program's prefix.
 
     Raises:
-        SettingsError: there is an unknown one.
+        SettingsError: it has an unknown variable.
     """
     known = [(ENVIRONMENT_PREFIX + name).upper() for name in _names()] + [CONFIG_VARIABLE]
     unknown = sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)

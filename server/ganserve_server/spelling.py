@@ -1,13 +1,13 @@
-"""Suggests the name that was probably meant."""
+"""Suggests the known name that a user probably meant."""
 
 import difflib
 from collections.abc import Iterable
 
-_MAX_CHARACTERS = 100  # comparing takes time that grows with their square
+_MAX_CHARACTERS = 100  # the time of a comparison grows with the square of the length
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most like `name`, ignoring case; an empty text if none is."""
+    """Return a hint with the known name that is most similar to `name`, ignoring case; an empty text if none is."""
     if not 1 <= len(name) <= _MAX_CHARACTERS:
         return ""
     by_folded = {one.casefold(): one for one in known}

@@ -1,6 +1,6 @@
-"""What keeps the server from starting: the program logs the text and exits.
+"""The errors that keep the server from starting: the program logs the text and exits.
 
-Apart from `errors`, which imports grpc: `--help` and a wrong flag answer without it.
+Separate from `errors`, which imports grpc: `--help` and the report of a wrong flag do not need grpc.
 """
 
 

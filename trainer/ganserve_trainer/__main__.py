@@ -1,4 +1,4 @@
-"""Starts `ganserve-trainer`, or says what to install."""
+"""Starts `ganserve-trainer`; if a package is missing, names the extra to install."""
 
 import sys
 

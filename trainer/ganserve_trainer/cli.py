@@ -70,7 +70,7 @@ _CONFIG = typer.Option(help="A TOML file of settings, such as a run's run.toml; 
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's `**settings` by one option for every setting."""
+    """Replace a command's `**` parameter with one option for every setting."""
     signature = inspect.signature(command)
     parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     for field in dataclasses.fields(Settings):
@@ -103,7 +103,7 @@ def _option_type(field: "dataclasses.Field[Any]") -> Any:
 
 
 def _settings(preset: str | None, config: Path | None, given: dict[str, Any], resumed: Settings | None) -> Settings:
-    """Combine a preset, a file and the flags that were given; the later goes before the earlier."""
+    """Combine the settings. Precedence: flags, configuration file, the resumed run or the preset."""
     changes = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
     changes = {name: value for name, value in changes.items() if value is not None}
     if config is not None:
@@ -118,7 +118,7 @@ def _settings(preset: str | None, config: Path | None, given: dict[str, Any], re
         raise TrainerError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
     settings = from_preset(preset, changes)
     if resumed is not None:
-        # What may change on resuming stays as the run has it, unless it is given.
+        # Settings that may change on resuming keep the run's values, unless they are given.
         kept = {name: getattr(resumed, name) for name in FREE_ON_RESUME if name not in changes}
         settings = dataclasses.replace(settings, **kept)
     return settings
@@ -181,7 +181,7 @@ def _say(stage: str) -> None:
 
 @contextmanager
 def _progress(settings: Settings) -> Iterator["Report"]:
-    """Show a progress bar, or without a terminal a line every hundredth of the run; D and G are the networks."""
+    """Show a progress bar or, without a terminal, a line for every hundredth of the run; D and G are the networks."""
     text = "{task.fields[seen]:,.0f} images{task.fields[losses]}"
     columns = (BarColumn(), TextColumn(text), TextColumn("{task.fields[rate]:,.0f} images/s"), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -328,7 +328,7 @@ def export(
     print(f"next: ganserve-server --models {repository}", file=sys.stderr)
 
 
-# What other programs call a setting, and what it is here.
+# Names of settings in other programs, with the equivalent here.
 OTHER_NAMES = {
     "--epochs": "--images, seen in all: an epoch of MNIST is 60000 of them",
     "--steps": "--images, seen in all: a step is --batch-size of them",
@@ -349,7 +349,7 @@ OTHER_NAMES = {
 
 
 def main() -> None:
-    """Run the program; what the user can put right ends it with one message and exit status 2."""
+    """Run the program; errors that the user can fix end it with one message and exit status 2."""
     try:
         for word in sys.argv[2:]:
             if (name := word.partition("=")[0]) in OTHER_NAMES:
@@ -363,7 +363,7 @@ def main() -> None:
         print(f"ganserve-trainer: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        # torch's own errors, OutOfMemoryError on a GPU and a plain RuntimeError on the CPU, are RuntimeErrors.
+        # torch raises RuntimeErrors when memory runs out: OutOfMemoryError on a GPU, a plain RuntimeError on the CPU.
         kinds = ("MemoryError", "OutOfMemoryError")
         if type(error).__name__ not in kinds and "allocate memory" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""Writes files atomically: a reader, or a process after a crash, finds the whole file or none."""
+"""Writes files atomically: a reader, or a process after a crash, finds either the complete file or none."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import IO
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that replaces it on success: a reader finds the old content or the new."""
+    """Open a temporary file beside `path`, which replaces it on success: a reader finds the old or the new content."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
@@ -19,7 +19,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
         beside.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        # A failed write carries no file name, and the temporary file's name would mean nothing to the user.
+        # The error of a failed write has no file name, and the temporary file's name would mean nothing to the user.
         error.filename = str(path)
         raise
     finally:

@@ -1,8 +1,9 @@
-"""Adversarial losses on logits, and the table of those that `--loss` may name. They know no network and no run.
+"""Adversarial losses on logits, and the table of losses for `--loss`. The losses know no network and no run.
 
-A discriminator's loss takes the logits of real and of generated images, [n] each, and how far to smooth the targets of
-each. A generator's loss takes the logits of its images and, where the loss compares both kinds, those of real images.
-Each returns a mean over the batch. A new loss is its function and its line in `LOSSES`: nothing else names a loss.
+A discriminator's loss takes the logits of real and of generated images, [n] each, and the smoothing of the targets of
+each. A generator's loss takes the logits of generated images and, if the loss compares both kinds, those of real
+images. Each returns a mean over the batch. A new loss needs its function and a row in `LOSSES`: nothing else names a
+loss.
 
 `settings` reads the table, and the command line reads `settings` and must start fast: torch is imported in functions.
 """
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AdversarialLoss:
-    """A loss for each network, and what it needs of the rest of a step."""
+    """A loss for each network, and its requirements on the rest of a step."""
 
     discriminator: Callable[[Tensor, Tensor, float, float], Tensor]  # real logits, fake logits, smoothing of each
     generator: Callable[[Tensor, Tensor | None], Tensor]  # fake logits, and real logits if `is_paired`
-    has_targets: bool = False  # label smoothing can move its targets
-    is_paired: bool = False  # compares each generated image with a real one, in the generator's step too
+    has_targets: bool = False  # it has targets, which label smoothing can move
+    is_paired: bool = False  # it compares each generated image with a real one, also in the generator's step
     # A critic's logits have no zero that separates real from fake (Arjovsky et al., 2017).
     is_critic: bool = False
     clips_weights: bool = False  # bounds the critic's weights (Arjovsky et al., 2017)
@@ -32,11 +33,11 @@ class AdversarialLoss:
 
 
 def paired(loss: Callable[[Tensor, Tensor], Tensor]) -> AdversarialLoss:
-    """Make a loss for both networks of one function, as relativistic GANs do (Jolicoeur-Martineau, 2018).
+    """Make the losses of both networks from one function, as relativistic GANs do (Jolicoeur-Martineau, 2018).
 
     Args:
-        loss: takes two logits [n] each, and is low where the first ones exceed the second ones. The discriminator
-            minimises loss(real, fake), the generator loss(fake, real).
+        loss: takes two tensors of logits, [n] each, and is low where the first exceed the second. The discriminator
+            minimises loss(real, fake), and the generator minimises loss(fake, real).
     """
 
     def discriminator(real_logits: Tensor, fake_logits: Tensor, _real: float = 0.0, _fake: float = 0.0) -> Tensor:
@@ -54,8 +55,8 @@ def cross_entropy_discriminator(
 ) -> Tensor:
     """Binary cross-entropy of real against fake (Goodfellow et al., 2014, eq. 1).
 
-    The targets are 1 - smooth_real and smooth_fake: one-sided label smoothing (Salimans et al., 2016, section 3.4)
-    leaves the second at 0.
+    The targets are 1 - smooth_real and smooth_fake. In one-sided label smoothing (Salimans et al., 2016, section 3.4),
+    the target of fakes is 0.
     """
     # -t log sigmoid(x) - (1 - t) log(1 - sigmoid(x)) = softplus(x) - t x, and softplus(x) - x = softplus(-x)
     loss = _softplus(-real_logits).mean() + _softplus(fake_logits).mean()
@@ -72,7 +73,7 @@ def non_saturating_generator(fake_logits: Tensor, _: Tensor | None = None) -> Te
 
 
 def minimax_generator(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
-    """Minimise log(1 - D(G(z))) (Goodfellow et al., 2014, eq. 1); its gradient vanishes where D is sure."""
+    """Minimise log(1 - D(G(z))) (Goodfellow et al., 2014, eq. 1); its gradient vanishes if D is confident."""
     return -_softplus(fake_logits).mean()
 
 
@@ -101,7 +102,7 @@ def wasserstein_discriminator(
 
 
 def wasserstein_generator(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
-    """Raise the critic's logits of generated images (Arjovsky et al., 2017); hinge's generator does the same."""
+    """Maximise the critic's logits of generated images (Arjovsky et al., 2017); the hinge loss uses the same."""
     return -fake_logits.mean()
 
 

@@ -1,8 +1,8 @@
-"""The model file as its readers see it: names, the latent of a seed, and images by onnxruntime.
+"""The model file for its readers: its names, the latents of seeds, and its images by onnxruntime.
 
 `export` writes the file and `evaluation` reads it. Its inputs are `latent`, float32 [N, latent_dim], and, for a
-conditional model, `label`, int64 [N]. Its output is `image`, uint8 [N, height, width, channels]. Its metadata hold the
-model card as JSON.
+conditional model, `label`, int64 [N]. Its output is `image`, uint8 [N, height, width, channels]. Its metadata contain
+the model card as JSON.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ MODEL_FILE_NAME = "model.onnx"
 
 
 def latents(seeds: NDArray[np.int64], latent_dim: int) -> NDArray[np.float32]:
-    """Draw the latents of these seeds, [n, latent_dim], by the contract of generation.proto."""
+    """Draw the latents of seeds, [n, latent_dim], as generation.proto defines them."""
     rows = [np.random.RandomState(seed).standard_normal(latent_dim) for seed in seeds]
     return np.stack(rows).astype(np.float32)
 

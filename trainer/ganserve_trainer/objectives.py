@@ -1,8 +1,8 @@
-"""What each network minimises: the whole adversarial computation of a step, in one place.
+"""The objectives of both networks: the whole adversarial computation of a step, in one place.
 
-A step of training asks `Objective` for the discriminator's objective and then for the generator's, each with a real and
-a generated batch, and takes the gradients; nothing here changes a weight. This module may import `losses`, `networks`
-and `settings`; it knows no optimiser and no data set.
+A training step asks `Objective` for the discriminator's objective and then for the generator's, each with a real and a
+generated batch, and takes the gradients; nothing here changes a weight. This module may import `losses`, `networks` and
+`settings`; it knows no optimiser and no data set.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Both networks' objectives, by one discriminator's judgement."""
+    """The objectives of both networks, with one discriminator."""
 
     settings: Settings
     discriminator: Discriminator
@@ -36,12 +36,12 @@ class Objective:
     autocast: Callable[[], AbstractContextManager[object]]  # applied to every pass through the discriminator
 
     def of_discriminator(self, real: Batch, fake: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Return the scalar to minimise, and the loss and the accuracies on real and generated images, [3]."""
+        """Return the scalar to minimise; and [3]: the loss, and the accuracies on real and on generated images."""
         settings, loss, size = self.settings, self.settings.adversarial_loss, len(real.images)
         fake = Batch(fake.images.detach(), fake.labels)
         batches = [real, fake, *self._mismatched(real)]
         with self.autocast():
-            # One pass over all of them: the discriminator has no statistics that would mix them.
+            # One pass over all batches: the discriminator has no batch statistics that would mix them.
             images = self.augment(torch.cat([batch.images for batch in batches]))
             logits = self.discriminator(images, _joined([batch.labels for batch in batches]))
         real_logits, fake_logits = logits[:size], logits[size:]
@@ -64,7 +64,7 @@ class Objective:
         return objective, torch.stack([adversarial.detach(), *accuracies])
 
     def of_generator(self, real: Batch, fake: Batch) -> tuple[Tensor, Tensor]:
-        """Return the scalar to minimise, and the loss in it, without its gradient."""
+        """Return the scalar to minimise, and the adversarial loss in it, detached."""
         loss, discriminator, weight = self.settings.adversarial_loss, self.discriminator, self.settings.feature_matching
         with self.autocast():
             fake_features = discriminator.features(self.augment(fake.images), fake.labels)
@@ -74,7 +74,7 @@ class Objective:
                 return adversarial, adversarial.detach()
             with torch.no_grad():
                 real_features = discriminator.features(self.augment(real.images), real.labels)
-                # Only if needed: each pass through spectral normalisation changes its state.
+                # Only if needed: each pass through spectral normalisation updates its state.
                 real_logits = discriminator.judge(real_features, real.labels) if loss.is_paired else None
             adversarial = objective = loss.generator(fake_logits, real_logits)
             if weight:
@@ -82,9 +82,9 @@ class Objective:
         return objective, adversarial.detach()
 
     def _mismatched(self, real: Batch) -> list[Batch]:
-        """Return a share of the real images with a wrong label each, as fakes, if the settings ask for them.
+        """Return a share of the real images with wrong labels, to use as fakes, if the settings ask for them.
 
-        They make the discriminator look at the label (Reed et al., 2016).
+        They make the discriminator depend on the label (Reed et al., 2016).
         """
         settings = self.settings
         if not settings.mismatched_labels or real.labels is None:
@@ -95,7 +95,7 @@ class Objective:
         return [Batch(real.images[:count], (real.labels[:count] + shift) % self.classes)]
 
     def _judge_for_penalty(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Judge images without torch.compile, which has no gradient of a gradient."""
+        """Return the logits of images without torch.compile, which does not support double backward."""
         with torch.compiler.set_stance("force_eager"), self.autocast():
             logits: Tensor = self.discriminator(self.augment(images), labels)
         return logits
@@ -105,10 +105,10 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
     """WGAN-GP's penalty, (|gradient| - 1)^2, before its weight (Gulrajani et al., 2017, eq. 3).
 
     Args:
-        critic: images [n, c, h, w] to logits [n].
+        critic: maps images [n, c, h, w] to logits [n].
         real: real images.
-        fake: as many generated ones, without gradient.
-        share: the share of the real image in each point between the two, in 0…1, [n, 1, 1, 1].
+        fake: the same number of generated images, detached.
+        share: the share of the real image in each interpolated image, in 0…1, [n, 1, 1, 1].
     """
     between = torch.lerp(fake.float(), real.float(), share).requires_grad_(True)
     gradient = _image_gradient(critic(between), between).flatten(1)
@@ -125,7 +125,7 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tenso
 def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:
     """Squared distance between the mean features of real and generated images (Salimans et al., 2016, section 3.1).
 
-    Features are [n, f]. The mean over f makes a weight mean the same for every width.
+    Features are [n, f]. The mean over f makes the setting's weight independent of the width.
     """
     return (real_features.mean(0) - fake_features.mean(0)).square().mean()
 

@@ -1,7 +1,7 @@
-"""The settings of a training run: what they mean, what they may be, and the presets that fill them in.
+"""The settings of a training run: their meanings, their allowed values, and the presets.
 
-This table is the one source for the flags of `ganserve-trainer train`, for the keys of a `--config` file and for the
-configuration that a checkpoint and a model card carry.
+This table is the only source for the flags of `ganserve-trainer train`, for the keys of a `--config` file, and for the
+configuration in checkpoints and model cards.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class ExportPrecision(StrEnum):
-    """What an exported model computes in."""
+    """The precision in which an exported model computes."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -53,10 +53,10 @@ def _setting(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that decides what a run makes. Counts are in images shown to the discriminator.
+    """Everything that determines the result of a run. Counts are in images shown to the discriminator.
 
-    The defaults were chosen by measurement (docs/training.md): no momentum in Adam (StyleGAN's betas, Karras et al.,
-    2019), a light R1 penalty, and the label by projection.
+    The defaults were chosen by measurement (docs/training.md): Adam without momentum (StyleGAN's betas, Karras et al.,
+    2019), a light R1 penalty, and conditioning by projection.
 
     Raises:
         TrainerError: a value is out of its range, or two settings contradict each other.
@@ -159,11 +159,11 @@ class Settings:
         _check_together(self)
 
     def are_fulfilled(self, images_seen: int, elapsed_s: float) -> bool:
-        """Return whether a run with this progress is complete."""
+        """Return whether a run with the given progress is complete."""
         return images_seen >= self.images or (self.minutes > 0 and elapsed_s >= 60 * self.minutes)
 
     def learning_rates(self, images_seen: int) -> tuple[float, float]:
-        """Return the generator's and the discriminator's learning rate at that time of the run."""
+        """Return the learning rates of the generator and of the discriminator after `images_seen` images."""
         left = 1 - images_seen / self.images
         share = 1.0 if self.decay_from >= 1 else min(max(left / (1 - self.decay_from), 0.0), 1.0)
         of_discriminator = self.discriminator_learning_rate
@@ -181,7 +181,7 @@ class Settings:
         return tuple(name for name in self.augment.split("+") if name)
 
 
-# A resumed run may last longer and show itself more or less often; it differs in nothing else.
+# Settings that may change on resuming: the length of a run, and how often it reports.
 FREE_ON_RESUME = (
     "images",
     "minutes",
@@ -191,12 +191,12 @@ FREE_ON_RESUME = (
     "stop_on_collapse",
 )
 
-# Images that a minibatch layer compares: 4 by Karras et al., 2018, section 3.
+# The group size of each minibatch layer; 4 is from Karras et al., 2018, section 3.
 MINIBATCH_GROUPS: dict[MinibatchLayer, int] = {"none": 1, "stddev": 4, "discrimination": 16}
 
 
 def choices_of(field: "dataclasses.Field[Any]") -> tuple[str, ...]:
-    """Return the values that a setting may have, if there is a list of them."""
+    """Return the allowed values of a setting, or none if there is no list of them."""
     named = typing.get_args(field.type) if typing.get_origin(field.type) is Literal else ()
     return (*named, *field.metadata.get("choices", ()))
 
@@ -248,7 +248,7 @@ def _check_together(settings: Settings) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preset:
-    """A named starting point: its settings, and what it is for."""
+    """A named starting point: its settings, and its purpose."""
 
     settings: Settings
     summary: str
@@ -288,7 +288,7 @@ PRESETS = {
 
 
 def from_preset(name: str, changes: Mapping[str, Any]) -> Settings:
-    """Return a preset's settings with some of them changed.
+    """Return the settings of a preset, with some of them changed.
 
     Raises:
         TrainerError: there is no such preset or setting, or a value is not allowed.
@@ -303,7 +303,7 @@ def from_preset(name: str, changes: Mapping[str, Any]) -> Settings:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the settings of a TOML file; the table [versions] that a run's own file has is left out.
+    """Read the settings of a TOML file; ignore the table [versions], which is in a run's own file.
 
     Raises:
         TrainerError: the file is not valid TOML.
@@ -311,19 +311,19 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         content = tomllib.loads(path.read_text())
-    except ValueError as error:  # also what is not UTF-8
+    except ValueError as error:  # including files that are not UTF-8
         raise TrainerError(f"{path} is no TOML file: {error}") from error
     content.pop("versions", None)
     return content
 
 
 def versions() -> dict[str, str]:
-    """Return what a run's results depend on besides its settings."""
+    """Return the software versions on which a run's results depend."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONS_OF}}
 
 
 def write_config(settings: Settings) -> str:
-    """Return the settings as TOML that `read_config` reads, and the versions; what is not set is left out."""
+    """Return the settings and the versions as TOML for `read_config`; omit settings that are None."""
     lines = ["# All that decides what this run makes: ganserve-trainer train --config FILE --out DIR repeats it."]
     values = dataclasses.asdict(settings)
     lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]

@@ -47,7 +47,7 @@ def _program(
 
 
 def main() -> None:
-    """Run the program. An error is one line on standard error, and the exit status says of which kind it is."""
+    """Run the program. An error is reported in one line on standard error; the exit status tells the kind of error."""
     try:
         with told():
             status: Any = app(standalone_mode=False)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _give_up_stdout() -> None:
-    """Let what could not be written go: at its end, Python would try again and complain."""
+    """Discard output that could not be written: otherwise Python retries at exit and reports an error."""
     if sys.stdout is not None:
         try:
             sys.stdout.flush()

@@ -1,9 +1,9 @@
-"""`ganserve bench`: how fast a server makes a model's images, as a caller sees it.
+"""`ganserve bench`: measures how fast a server makes a model's images, as a caller sees it.
 
-A closed loop keeps so many calls in flight: each waits for the one before it, so a slow server gets fewer of them. An
-open loop sends at a given rate whatever the server does, and counts latency from the time a call was meant to be sent:
-a call that had to wait because the server, or this program, was held up counts that wait too (else it would be
-omitted, in step with the server: "coordinated omission", G. Tene, 2013).
+A closed loop keeps a given number of calls in flight: each call waits for the one before it, so a slow server gets
+fewer calls. An open loop sends at a given rate, whatever the server does, and counts latency from the time at which a
+call should have been sent. So the latency includes the wait of a call that the server or this program delayed.
+Otherwise the measurement would omit that wait ("coordinated omission", G. Tene, 2013).
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from ganserve._cli.output import print_json
 from ganserve.errors import GanserveError
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-_BUSY = 0.7  # of the time: a queue before someone so busy is longer than what it takes to serve
-_LATE = 0.1  # of the median latency: so much of it is this program's doing, not the server's
+_BUSY = 0.7  # fraction of the time; if this program is busier, calls wait for it longer than it works on them
+_LATE = 0.1  # fraction of the median latency that this program, and not the server, may cause
 _PROBE_EVERY_S = 0.01
 _BARS = 16
 _BAR_WIDTH = 40
@@ -40,7 +40,7 @@ _SEED_LIMIT = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What to ask for: calls of `count` images each, for a time."""
+    """The calls to make: `count` images each, for `duration_s` seconds."""
 
     model: str
     version: int
@@ -51,18 +51,18 @@ class _Load:
 
 @dataclass(slots=True)
 class _Record:
-    """What happened to the calls, in seconds."""
+    """The measured times of the calls, in seconds, and their errors."""
 
     latencies_s: list[float] = field(default_factory=list)
-    # From when something should have been done to when it was: the calls of an open loop, else a probe now and then.
+    # How late this program was: with the calls of an open loop, or with the probes of a closed loop.
     lags_s: list[float] = field(default_factory=list)
     queue_s: float = 0.0
     compute_s: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)  # by reason
-    first_errors: dict[str, str] = field(default_factory=dict)  # what the first of each reason said
+    first_errors: dict[str, str] = field(default_factory=dict)  # the text of the first error of each reason
     wall_s: float = 0.0
     process_cpu_s: float = 0.0
-    busy_s: float = 0.0  # when the one thread that answers all calls had something to do
+    busy_s: float = 0.0  # the time in which the event loop's thread had work
 
 
 @with_connection
@@ -93,14 +93,14 @@ def bench(
     with connection.client() as client:
         described = client.model(model, version)
         labels = labels_in_turn(label, count)
-        # Not measured; it also finds out what the server refuses.
+        # Not measured: a warm-up, which also reports a request that the server refuses.
         client.generate(model, count=count, seed=0, label=labels, version=described.version)
     load = _Load(model, described.version, count, labels, duration_s)
     record = _Record()
     try:
         asyncio.run(_measure(connection, load, concurrency, rate, record))
     finally:
-        # Whoever stops it by Ctrl-C has seen enough, and wants to read it.
+        # After Ctrl-C, too, report the figures so far.
         if record.wall_s:
             figures = _figures(record, load, concurrency, rate)
             if as_json:
@@ -115,7 +115,7 @@ def bench(
 
 
 async def _measure(connection: Connection, load: _Load, concurrency: int, rate: float | None, record: _Record) -> None:
-    # Without retries: a call that was refused is one that failed.
+    # Without retries: a refused call counts as failed.
     async with connection.async_client(retries=False) as client:
         await client.models()  # connects
         begin, busy_s, process_cpu_s = time.perf_counter(), _thread_busy_s(), time.process_time()
@@ -131,7 +131,7 @@ async def _measure(connection: Connection, load: _Load, concurrency: int, rate: 
 
 
 def _thread_busy_s() -> float:
-    """Return for how long this thread ran or, where the system tells, waited for a core that others had."""
+    """Return how long this thread ran or, if the system reports it, waited for a core; in seconds."""
     try:
         ran_ns, waited_ns, _ = Path("/proc/thread-self/schedstat").read_text().split()
     except (OSError, ValueError):
@@ -149,7 +149,7 @@ async def _closed_loop(client: AsyncClient, load: _Load, concurrency: int, recor
             await _call(client, load, next(numbers), time.perf_counter(), record)
 
     def probe() -> None:
-        # What a call's answer waits for this program's attention, a thread can tell that has none.
+        # This thread measures how long an answer waits until the event loop handles it.
         while (now := time.perf_counter()) < until:
             loop.call_soon_threadsafe(lambda: record.lags_s.append(time.perf_counter() - now))
             if stopped.wait(_PROBE_EVERY_S):
@@ -161,7 +161,7 @@ async def _closed_loop(client: AsyncClient, load: _Load, concurrency: int, recor
         try:
             await asyncio.to_thread(probe)
         finally:
-            stopped.set()  # else the program would go on with its thread
+            stopped.set()  # otherwise the thread would keep the program alive
 
 
 async def _open_loop(client: AsyncClient, load: _Load, rate: float, record: _Record) -> None:
@@ -177,7 +177,7 @@ async def _open_loop(client: AsyncClient, load: _Load, rate: float, record: _Rec
             calls.create_task(_call(client, load, number, intended, record))
 
         def keep_time() -> None:
-            # A thread's wait is right to some 0.1 ms; the event loop's are rounded up to whole milliseconds.
+            # A thread's wait is accurate to about 0.1 ms; the event loop rounds waits up to whole milliseconds.
             for number in range(max(1, round(rate * load.duration_s))):
                 intended = begin + number / rate
                 if stopped.wait(max(0.0, intended - time.perf_counter())):
@@ -236,7 +236,7 @@ def _figures(record: _Record, load: _Load, concurrency: int, rate: float | None)
 
 
 def _in_ms(seconds: list[float]) -> dict[str, float] | None:
-    """Return the mean, percentiles that were really measured (none between two), and the largest."""
+    """Return the mean, percentiles (measured values, without interpolation), and the maximum."""
     if not seconds:
         return None
     values = np.array(seconds) * 1e3
@@ -247,7 +247,7 @@ def _in_ms(seconds: list[float]) -> dict[str, float] | None:
 
 def _warnings(figures: dict[str, Any]) -> list[str]:
     warnings = []
-    # Who is mostly refused is busy with that, however fast.
+    # If most calls fail, this program is busy with errors, however fast it is.
     if figures["client_busy"] > _BUSY and sum(figures["errors"].values()) <= figures["calls"]:
         warnings.append(
             f"this program was busy for {figures['client_busy']:.0%} of the time, on {figures['client_cpu_cores']:.2f} "
@@ -304,7 +304,7 @@ def _row(title: str, figures: dict[str, float], *, values: bool = False) -> str:
 
 
 def histogram(values_ms: NDArray[np.float64]) -> list[str]:
-    """Return lines of a histogram of values [n]: bars between edges that grow by a factor, as latencies spread."""
+    """Return the lines of a histogram of values [n]. The bin edges grow by a constant factor, to suit latencies."""
     low, high = max(values_ms.min(), 1e-3), max(values_ms.max(), 2e-3)
     edges = np.geomspace(low, max(high, low * 1.01), _BARS + 1)
     edges[0], edges[-1] = min(values_ms.min(), edges[0]), max(values_ms.max() + 1e-9, edges[-1])

@@ -1,4 +1,4 @@
-"""`ganserve models`: what the server's models are, as a table, as one model's card, as JSON, or as a page."""
+"""`ganserve models`: describes the server's models in a table, one model's card, JSON, or an HTML page."""
 
 import base64
 import html
@@ -20,13 +20,13 @@ from ganserve._cli.output import console_on_stdout, print_json, show, write_file
 from ganserve._cli.terminal_pictures import TerminalPicture
 from ganserve.models import Model
 
-# The figures that the table has a column for.
+# The metrics that have a column in the table.
 _TABLE_METRICS = {"label_accuracy": "accuracy", "fid": "FID", "precision": "precision", "recall": "recall"}
-# In this order they are left out where a terminal is too narrow for all: cut figures would be wrong ones.
+# The order in which columns are left out if the terminal is too narrow: truncated figures would be wrong.
 _LEFT_OUT_FIRST = ("classes", "data set", "images", "recall", "precision")
-_NARROWEST_CLASSES = 24  # characters; they are folded
+_NARROWEST_CLASSES = 24  # characters; the column of classes wraps
 _GAP = 2
-_WIDEST_PICTURE = 32  # characters: three pictures abreast in most terminals
+_WIDEST_PICTURE = 32  # characters: three pictures fit side by side in most terminals
 
 
 @with_connection
@@ -89,7 +89,7 @@ def _table(listed: list[Model], width: int) -> Table:
             **{title: figures.get(metric, "") for metric, title in _TABLE_METRICS.items()},
             "classes": ", ".join(model.class_names),
         }
-        # Names come from model files: as Text, brackets in them are no markup.
+        # Names come from model files. In a Text, rich does not interpret their brackets as markup.
         rows.append({title: _plain(text) for title, text in cells.items()})
     titles = ["model", "versions", "images", "data set", *_TABLE_METRICS.values(), "classes"]
     widths = {title: max(len(title), *(row[title].cell_len for row in rows), 0) + _GAP for title in titles}
@@ -106,7 +106,7 @@ def _table(listed: list[Model], width: int) -> Table:
 
 
 def _plain(text: str) -> Text:
-    """Return text from a model file without control characters: a card must not steer the terminal."""
+    """Return text from a model file without control characters, so that a card cannot control the terminal."""
     return Text("".join(character if character.isprintable() else "�" for character in text))
 
 
@@ -151,7 +151,7 @@ def _facts(model: Model) -> dict[str, str]:
 
 
 def _methods(model: Model) -> tuple[list[str], str]:
-    """Return how each metric was measured, without the end that all have in common, and that end."""
+    """Return how each metric was measured, without the common suffix of all methods, and that suffix."""
     parts = [metric.method.split("; ") for metric in model.metrics]
     shared: list[str] = []
     while len(parts) > 1 and all(len(each) > 1 and each[-1] == parts[0][-1] for each in parts):
@@ -229,7 +229,7 @@ img {{ width: 112px; image-rendering: pixelated; display: block; margin: auto }}
 
 
 def card_page(model: Model) -> str:
-    """Return a model's card as an HTML page that needs nothing else. What a model file says is text, never markup."""
+    """Return a model's card as a self-contained HTML page. Text from the model file is escaped."""
     images = "".join(
         f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(image.png).decode()}">'
         f"<figcaption>{html.escape(image.caption)}</figcaption></figure>\n"

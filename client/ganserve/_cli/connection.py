@@ -1,4 +1,4 @@
-"""The options that say how to reach the server, the same for every command."""
+"""The options for the connection to the server, which all commands share."""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import typer
 from ganserve import AsyncClient, Client
 
 _PANEL = "Server"
-# The SDK reads the environment: what is given here goes before it.
+# These options take precedence over the environment, which the SDK reads.
 _OPTIONS: dict[str, Any] = {
     "address": Annotated[
         str | None,
@@ -50,7 +50,7 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the server is and how to speak to it; None leaves it to the environment and to defaults."""
+    """The address of the server and how to connect; None takes the value from the environment, or the default."""
 
     address: str | None
     timeout_s: float | None
@@ -71,7 +71,7 @@ class Connection:
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's parameter `connection` by the options that make one."""
+    """Replace a command's parameter `connection` with the options from which a Connection is made."""
 
     def run(**given: Any) -> None:
         connection = Connection(**{name: given.pop(name) for name in _OPTIONS})

@@ -1,4 +1,4 @@
-"""What `ganserve stream` writes down of a data set, by which its images are made, and can be made again."""
+"""The plan of a data set, which `ganserve stream` stores with it and from which its images can be made again."""
 
 import json
 import zipfile
@@ -24,13 +24,13 @@ _BROKEN = (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZ
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the images of a data set are made from. Image i has seed `seed` + i, and label i of `labels` in turn."""
+    """How to make the images of a data set. Image i has seed `seed` + i, and takes the labels of `labels` in turn."""
 
     model: str
     version: int
     digest: str
     seed: int
-    labels: tuple[int, ...] | None  # None: the server's choice, the classes in turn
+    labels: tuple[int, ...] | None  # None: the server's default, the classes in turn
     truncation: float
     class_names: tuple[str, ...]
     height: int
@@ -50,7 +50,7 @@ class Plan:
         return self.labels[index % len(self.labels)]
 
     def batches(self, client: Client, images: range) -> Iterator[ImageBatch]:
-        """Make these images, in order, in calls that a server takes."""
+        """Make these images in order, with calls that are small enough for a server."""
         for start in range(images.start, images.stop, _MOST_A_CALL):
             stop = min(start + _MOST_A_CALL, images.stop)
             labels: list[Label] | Label | None = None if self.labels is None else self.labels[0]
@@ -66,15 +66,15 @@ class Plan:
             )
 
     def to_json(self) -> str:
-        """Write it down, so that another run can go on."""
+        """Serialise the plan, so that another run can resume."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read it.
+        """Read a plan.
 
         Raises:
-            NoProvenanceError: this is nothing of ours.
+            NoProvenanceError: the text is not a plan of `ganserve stream`.
         """
         try:
             fields = json.loads(text)
@@ -104,10 +104,10 @@ class Plan:
 
 
 class Archive:
-    """An .npz that `ganserve stream` wrote, read from the first image to the last: it may be larger than the memory.
+    """An .npz of `ganserve stream`, read sequentially, because it may be larger than the memory.
 
     Raises:
-        NoProvenanceError: it is another file, or broken.
+        NoProvenanceError: the file is not such an .npz, or is broken.
     """
 
     def __init__(self, file: BinaryIO) -> None:

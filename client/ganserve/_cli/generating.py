@@ -1,4 +1,4 @@
-"""`ganserve generate` and `ganserve interpolate`: images as a picture, as a file each, animated, or into a pipe."""
+"""`ganserve generate` and `ganserve interpolate`: write images as a picture, files or an animation, or to a pipe."""
 
 import re
 import sys
@@ -37,9 +37,9 @@ Labels = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")]
 
-_COUNT = 16  # images, unless told
-_MOST_PIXELS = 178_956_970  # of a picture: programs that read by Pillow, as `ganserve inspect` does, refuse more
-_LONGEST_SIDE = {"WEBP": 16_383, "JPEG": 65_500, "GIF": 65_535}  # pixels that the format can say
+_COUNT = 16  # images by default
+_MOST_PIXELS = 178_956_970  # of a picture: programs that use Pillow, such as `ganserve inspect`, refuse larger ones
+_LONGEST_SIDE = {"WEBP": 16_383, "JPEG": 65_500, "GIF": 65_535}  # the formats' limits, in pixels
 
 
 @with_connection
@@ -193,7 +193,7 @@ def format_of(out: str, named: str | None) -> str:
     """Return Pillow's name of the format to write.
 
     Raises:
-        CommandLineError: there is no such format, or the file's ending is of none, or of another.
+        CommandLineError: there is no such format, or the file's extension is of no format, or of another one.
     """
     try:
         pillow_format = _pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
@@ -204,13 +204,13 @@ def format_of(out: str, named: str | None) -> str:
 
 
 def check_ending(out: str, file_format: str) -> None:
-    """Refuse a name that is of another format than the file's.
+    """Reject a file name whose extension does not match the format.
 
     Raises:
-        CommandLineError: it is.
+        CommandLineError: the extension is of another format.
     """
     by_ending = file_format
-    with suppress(ValueError):  # a name like no picture's may hold any
+    with suppress(ValueError):  # a name without a picture's extension may have any format
         by_ending = _pictures.format_of(out)
     if by_ending.lower() != file_format.lower():
         raise typer.BadParameter(
@@ -219,10 +219,10 @@ def check_ending(out: str, file_format: str) -> None:
 
 
 def check_size(size: tuple[int, int], scale: int, pillow_format: str) -> None:
-    """Refuse a picture of this size, so many times enlarged, that could not be written or read again.
+    """Reject a picture that, enlarged by `scale`, is too large to be written or read again.
 
     Raises:
-        CommandLineError: it is too large.
+        CommandLineError: the picture is too large.
     """
     width, height = size[0] * scale, size[1] * scale
     limit = _LONGEST_SIDE.get(pillow_format)
@@ -236,7 +236,7 @@ def check_size(size: tuple[int, int], scale: int, pillow_format: str) -> None:
 
 
 def check_out(out: str, as_json: bool) -> None:
-    """Refuse what cannot be written, before anything is asked of a server."""
+    """Reject an output that cannot be written, before the server is asked."""
     if out == STDOUT and as_json:
         raise typer.BadParameter("--json and -o - both write to standard output; give one of them")
     if out == STDOUT:
@@ -244,7 +244,7 @@ def check_out(out: str, as_json: bool) -> None:
 
 
 def write_picture(out: str, content: bytes) -> None:
-    """Write a file, whole or not at all, or to standard output."""
+    """Write a picture to standard output, or atomically to a file."""
     if out == STDOUT:
         write_stdout(content)
     else:
@@ -252,7 +252,7 @@ def write_picture(out: str, content: bytes) -> None:
 
 
 def described(batch: ImageBatch) -> dict[str, Any]:
-    """Return what `--json` says of the images that were made."""
+    """Return the content of `--json` for a batch."""
     return {
         "model": batch.model,
         "version": batch.version,
@@ -268,7 +268,7 @@ def described(batch: ImageBatch) -> dict[str, Any]:
 
 
 def summary(batch: ImageBatch) -> str:
-    """Return what was made, in a line."""
+    """Describe a batch in one line."""
     made = f"{len(batch)} image{'s' if len(batch) > 1 else ''} of {batch.model} version {batch.version}"
     if not batch.seeds:
         return made
@@ -276,7 +276,7 @@ def summary(batch: ImageBatch) -> str:
 
 
 def seeds_of(text: str) -> list[int]:
-    """Read seeds as the command line has them."""
+    """Parse the seeds on the command line."""
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError as error:
@@ -284,7 +284,7 @@ def seeds_of(text: str) -> list[int]:
 
 
 def labels_in_turn(labels: list[str] | None, count: int) -> Label | list[Label] | None:
-    """Return what `--label` means for so many images.
+    """Return the labels for `count` images: those of `--label`, in turn.
 
     Raises:
         CommandLineError: there are more labels than images.
@@ -298,9 +298,9 @@ def labels_in_turn(labels: list[str] | None, count: int) -> Label | list[Label] 
 
 
 def labels_of(texts: list[str]) -> list[Label]:
-    """Read labels as the command line has them: indices, with commas between them if they are several, or names."""
+    """Parse the labels on the command line: names, or indices, which may be several with commas between them."""
     labels: list[Label] = []
     for text in texts:
-        listed = re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text)  # a name may have a comma of its own
+        listed = re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text)  # only indices: a name may contain a comma
         labels += map(int, text.split(",")) if listed else [text]
     return labels

@@ -1,4 +1,4 @@
-"""`ganserve health`: whether a server, or one of its models, serves; or whether all replicas do."""
+"""`ganserve health`: checks whether a server, one of its models, or all of its replicas serve."""
 
 from typing import Annotated
 
@@ -78,6 +78,6 @@ def _every_address(
     else:
         print("\n".join(map(str, found)))
     if (error := refusal(found)) is not None:
-        raise error  # told with what to do, and the id of the request
+        raise error  # reported with advice and the request id
     if not serving:
         raise typer.Exit(ExitStatus.NO_ANSWER if silent(found) else ExitStatus.NO)

@@ -10,8 +10,8 @@ import typer
 
 from ganserve.errors import FLAGS, DeadlineExceededError, GanserveError, InvalidRequestError, UnavailableError
 
-# What typer and click raise for a wrong command line. Newer typers bring a click of their own, so that it has no
-# name that all versions know.
+# The exception of typer and click for a wrong command line. Newer versions of typer contain their own click, so no name
+# works in all versions.
 CommandLineError: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
 
 
@@ -39,11 +39,11 @@ EXIT_STATUSES = {
 
 
 class EndedError(Exception):
-    """A command ended by the exception that is this one's cause; typer would end the program for it in its own way."""
+    """Wraps the exception that ended a command, as its cause. Otherwise typer would handle it in its own way."""
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with BrokenPipeError and KeyboardInterrupt as causes of an EndedError."""
+    """Wrap a command, so that BrokenPipeError and KeyboardInterrupt become the cause of an EndedError."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **named: Any) -> None:
@@ -56,7 +56,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def outcome(error: BaseException) -> tuple[ExitStatus, str]:
-    """Return the exit status and the text, one line, for what ended a command; the text may be empty.
+    """Return the exit status and the one-line text, possibly empty, for an exception that ended a command.
 
     Raises:
         BaseException: the error itself, if no command should end with it.
@@ -68,7 +68,8 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
     if isinstance(error, UnavailableError | DeadlineExceededError):
         return ExitStatus.NO if _answered(error) else ExitStatus.NO_ANSWER, one_line(error)
     if isinstance(error, GanserveError):
-        # Whether the SDK refused or the server did; one that is not ready for what would be right is another matter.
+        # The arguments are wrong, whether the SDK or the server rejects them. FAILED_PRECONDITION is different: the
+        # request may be right, but the server is not ready for it.
         wrong = isinstance(error, InvalidRequestError) and error.code is not grpc.StatusCode.FAILED_PRECONDITION
         return ExitStatus.COMMAND_LINE if wrong else ExitStatus.NO, one_line(error)
     if isinstance(error, BrokenPipeError):
@@ -86,14 +87,14 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
 
 
 def _answered(error: GanserveError) -> bool:
-    """Say whether a server answered while it was waited for: it is there, and what was asked about is not so."""
+    """Return whether a server answered during a wait, so that the awaited state, and not the server, is missing."""
     last = error.__cause__
     unreachable = isinstance(last, GanserveError) and last.reason == "unreachable"
     return error.reason == "not_ready" and not unreachable and not isinstance(last, DeadlineExceededError)
 
 
 def one_line(text: object, error: BaseException | None = None) -> str:
-    """Return a text, or an error's, with what was noted on the error and the id of its request, in a line."""
+    """Return a text in one line, with the notes and the request id of the error, if there is one."""
     error = text if isinstance(text, BaseException) else error
     told = text.told(FLAGS) if isinstance(text, GanserveError) else str(text)
     notes: list[str] = getattr(error, "__notes__", [])

@@ -1,4 +1,4 @@
-"""What commands write: text and JSON on standard output, bytes into a pipe, and files that are whole or not there."""
+"""The output of commands: text and JSON on standard output, bytes to a pipe, and files that are written atomically."""
 
 import io
 import json
@@ -32,26 +32,26 @@ def check_is_path(path: PathT) -> PathT:
 
 
 def print_json(value: Any) -> None:
-    """Write one JSON document, a line, to standard output."""
+    """Write one JSON document, in one line, to standard output."""
     print(json.dumps(value))
 
 
 def console_on_stdout(piped_width: int = 1000) -> Console:
-    """Return how standard output is written to: in colour on a terminal, else plain and of that width."""
+    """Return a console for standard output: in colour on a terminal, otherwise plain and `piped_width` wide."""
     return Console(width=None if sys.stdout and sys.stdout.isatty() else piped_width, highlight=False)
 
 
 def show(renderable: RenderableType, *, piped_width: int = 1000) -> None:
-    """Write a table or the like to standard output."""
+    """Write a renderable, such as a table, to standard output."""
     console = console_on_stdout(piped_width)
-    # Not by the console itself: where a pipe is closed it would end the program in a way of its own.
+    # Not through the console itself, which would end the program in its own way if the pipe is closed.
     with console.capture() as capture:
         console.print(renderable)
     print("\n".join(line.rstrip() for line in capture.get().split("\n")), end="")
 
 
 def check_stdout_takes_bytes() -> None:
-    """Refuse to fill a terminal with a picture's bytes.
+    """Check that standard output can take a picture's bytes.
 
     Raises:
         CommandLineError: standard output is a terminal, or closed.
@@ -68,12 +68,12 @@ def write_stdout(content: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to; the file gets its name when all of it is written, else it is removed.
+    """Yield a temporary path to write to. On success the file is renamed to `path`; otherwise it is removed.
 
-    The path has the same ending. Missing folders are made.
+    The temporary path has the same extension. Creates missing folders.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # /dev/null and other devices are written to as they are.
+    # Write to /dev/null and other devices directly.
     device = path.exists() and not path.is_file()
     part = path if device else path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
@@ -89,13 +89,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def encoded(image: Image.Image, pillow_format: str) -> bytes:
-    """Return the file that the SDK would write for a picture of several images."""
+    """Return the content of the file that the SDK writes for a picture of several images."""
     file = io.BytesIO()
     image.save(file, pillow_format)
     return file.getvalue()
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with whole_file(path) as part:
         part.write_bytes(content)

@@ -8,7 +8,7 @@ from ganserve import Client
 from ganserve._cli.connection import Connection, with_connection
 from ganserve.errors import InvalidRequestError
 
-_TIMEOUT_S = 10.0  # who looks at the page should not wait longer to read what is wrong
+_TIMEOUT_S = 10.0  # a user of the page should not wait longer for an error
 
 
 @with_connection
@@ -29,7 +29,7 @@ def playground(
         if error.name is None or error.name.startswith("ganserve"):
             raise
         raise InvalidRequestError(f"{error.name} is missing; pip install 'ganserve[playground]'") from error
-    # No retries: the page says at once what is wrong, and looks again by itself.
+    # No retries: the page shows an error at once, and asks again by itself.
     with Client(
         connection.address,
         timeout_s=connection.timeout_s or _TIMEOUT_S,

@@ -50,7 +50,7 @@ Files = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """What a file has, and how it says that it was made."""
+    """The contents of a file: its size, and its provenance."""
 
     file_format: str
     width: int  # pixels, of the picture or, in an .npz, of an image
@@ -77,7 +77,7 @@ def inspect(
         if as_json:
             print_json(_described(file, found))
         elif len(files) > 1:
-            # As Text, brackets in a file's name are no markup.
+            # In a Text, rich does not interpret brackets of a file name as markup.
             table.add_row(*map(Text, (str(file), *(facts.get(column, "") for column in columns))))
         else:
             moving = f", {found.frames} frames" if found.frames > 1 else ""
@@ -155,13 +155,13 @@ def reproduce(
 def _each(
     files: list[Path], look: Callable[[BinaryIO], _Found], tell: Callable[[Path, _Found], bool], *, as_json: bool
 ) -> ExitStatus:
-    """Look at each file and tell what was found; what is wrong with one is a line on standard error.
+    """Call `look` for each file and `tell` for its result; report a file's error in a line on standard error.
 
     Returns:
-        The highest exit status of any.
+        The highest exit status of any file.
 
     Raises:
-        GanserveError: no file can be looked at, for the server does not answer, say.
+        GanserveError: an error that concerns all files, such as that the server does not answer.
     """
     worst = ExitStatus.OK
     for file in files:
@@ -206,14 +206,14 @@ def _contents(file: BinaryIO) -> _Contents:
 
 
 def _described(file: Path, found: _Contents) -> dict[str, Any]:
-    """Return what `--json` says of a file."""
+    """Return the content of `--json` for a file."""
     facts = {"format": found.file_format, "width": found.width, "height": found.height, "frames": found.frames}
     return {"picture": str(file), **facts, "images": found.count, "provenance": asdict(found.provenance)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Agreement:
-    """How far two pictures agree."""
+    """How closely two pictures agree."""
 
     pixels: int
     differing: int
@@ -221,7 +221,7 @@ class _Agreement:
 
     @classmethod
     def of(cls, here: NDArray[np.uint8], there: NDArray[np.uint8]) -> "_Agreement":
-        """Compare [frames, height, width, channels] with as many."""
+        """Compare two arrays [frames, height, width, channels] of the same shape."""
         difference = np.abs(here.astype(np.int16) - there).max(axis=3)
         return cls(difference.size, int(np.count_nonzero(difference)), int(difference.max()))
 
@@ -247,7 +247,7 @@ def _facts(found: _Contents) -> dict[str, str]:
 
 
 def _numbers(each: tuple[int, ...]) -> str:
-    """Write down a few numbers, or what they are: 3; 1 to 16; 4, 8, 9."""
+    """Format a list of numbers: 3; 1 to 16; 4, 8, 9."""
     if len(set(each)) == 1:
         return str(each[0])
     if each == tuple(range(each[0], each[0] + len(each))):
@@ -273,7 +273,7 @@ def _verdict(agreement: _Agreement | None, tolerance: int, first: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """What was found out, and by what."""
+    """The result of a comparison, with its inputs."""
 
     found: _Contents
     agreement: _Agreement | None  # None: nothing has the picture's size
@@ -283,7 +283,7 @@ class _Comparison:
 
 
 def _compare(client: Client, found: _Contents, content: bytes) -> _Comparison:
-    """Compare a picture with the new images, laid out in the way that agrees best."""
+    """Compare a picture with the new images, in the layout that agrees best."""
     provenance = found.provenance
     assert isinstance(provenance, Provenance)
     best: _Agreement | None = None
@@ -301,7 +301,7 @@ def _compare(client: Client, found: _Contents, content: bytes) -> _Comparison:
 
 
 def _compare_archive(client: Client, archive: Archive, found: _Contents, count: int | None) -> _Comparison:
-    """Compare the first images of an .npz with new ones, as they come."""
+    """Compare the first images of an .npz with new images, as these arrive."""
     count = min(count or archive.count, archive.count)
     sums = _Agreement(0, 0, 0)
     with progress(archive.plan.model, count) as advance:
@@ -317,12 +317,12 @@ def _compare_archive(client: Client, archive: Archive, found: _Contents, count: 
 
 
 def _readings(client: Client, provenance: Provenance) -> Iterator[Provenance]:
-    """Return what the file may mean: a server's large contact sheet names the first label only."""
+    """Yield the possible provenances of a file: a server's large contact sheet has only the first label."""
     label, count, seeds = provenance.label, provenance.count, provenance.seeds
     if label is None or count is None or provenance.labels is not None:
         yield provenance
         return
-    # All may have it, or the classes came in turn.
+    # All images may have this label, or the classes may have been taken in turn.
     yield replace(provenance, labels=(label,) * count)
     if seeds is not None and count > 1:
         classes = len(client.model(provenance.model, provenance.version).class_names)
@@ -332,7 +332,7 @@ def _readings(client: Client, provenance: Provenance) -> Iterator[Provenance]:
 def _pictures(
     batch: ImageBatch, provenance: Provenance, content: bytes
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Return the picture and what the images give in its format, for each layout that has its size.
+    """Yield the picture and the new images in its format, for each layout that has the picture's size.
 
     Both are [frames, height, width, channels].
     """
@@ -350,7 +350,7 @@ def _pictures(
         return
     if provenance.count is None:
         if there.shape == (1, height, width, channels):
-            # A sheet of one is the image alone, and is encoded as the SDK and the server encode.
+            # A sheet of one image is the image itself, encoded as by the SDK and the server.
             yield there, _frames(encoded(batch.sheet(), pillow_format), channels)
         return
     scales = range(1, _LARGEST_SCALE + 1)
@@ -358,7 +358,7 @@ def _pictures(
         rows = math.ceil(len(batch) / columns)
         if there_height != rows * (height * scale + _GAP) - _GAP:
             continue
-        # A margin holds the rows' names; they are no part of the images.
+        # A margin holds the rows' names, which are not part of the images.
         margin = there_width - (columns * (width * scale + _GAP) - _GAP)
         if margin == 0:
             yield there, _frames(encoded(batch.sheet(columns, scale=scale), pillow_format), channels)

@@ -1,4 +1,4 @@
-"""`ganserve stream`: any number of images on the disk, as a folder or as one .npz; a run that was killed goes on."""
+"""`ganserve stream`: writes any number of images, to a folder or one .npz; a killed run can be resumed."""
 
 import fcntl
 import os
@@ -23,30 +23,30 @@ from ganserve._cli.waiting import progress
 from ganserve.errors import GanserveError, InvalidRequestError, NoProvenanceError
 from ganserve.images import ImageBatch
 
-MANIFEST = ".ganserve.json"  # programs that read image folders skip what begins with a dot
+MANIFEST = ".ganserve.json"  # programs that read image folders skip names that begin with a dot
 _FORMATS = ("png", "webp", "jpg")
 _COPY_BYTES = 1 << 20
 
 
 class OtherImagesError(InvalidRequestError):
-    """What is there already was made otherwise."""
+    """The existing images were made with other settings."""
 
 
 class _Store(Protocol):
-    """Where the images go."""
+    """Where the images are stored."""
 
     def missing(self) -> list[range]:
-        """Return which images are not there yet."""
+        """Return the missing images."""
 
     def add(self, first: int, batch: ImageBatch) -> None:
-        """Keep the images number `first` and on."""
+        """Store a batch, whose first image has number `first`."""
 
     def finish(self) -> None:
-        """All images were added."""
+        """Complete the store: all images were added."""
 
 
 class _Folder:
-    """A file an image, in a sub-folder for each class; a file is whole or not there, and is found by its name."""
+    """One file for each image, in a sub-folder for each class. Files are written atomically, and found by name."""
 
     def __init__(self, folder: Path, plan: Plan, count: int, ending: str) -> None:
         self._folder, self._plan, self._count, self._ending = folder, plan, count, ending
@@ -82,7 +82,7 @@ class _Folder:
                 image.save(part)
 
     def finish(self) -> None:
-        """Every file is there already."""
+        """Do nothing: every file is complete."""
 
     def _name(self, index: int) -> str:
         label = self._plan.label_of(index)
@@ -91,7 +91,7 @@ class _Folder:
 
 
 class _Archive:
-    """One .npz: images [n, h, w, c], labels [n], seeds [n], and how they were made. Until all are there, raw files."""
+    """One .npz: images [n, h, w, c], labels [n], seeds [n], and their provenance. Raw files until it is complete."""
 
     def __init__(self, path: Path, folder: Path, plan: Plan, count: int) -> None:
         self._path, self._plan, self._count = path, plan, count
@@ -101,7 +101,7 @@ class _Archive:
 
     def missing(self) -> list[range]:
         done = min(self._raw.stat().st_size // self._bytes_each, self._count)
-        # A run that was killed may have left a part of an image.
+        # A killed run may have left a part of an image.
         os.truncate(self._raw, done * self._bytes_each)
         return [range(done, self._count)] if done < self._count else []
 
@@ -169,7 +169,7 @@ def stream(
         if there:
             if there != count:
                 raise OtherImagesError(f"{to} holds {there} images; for {count}, give another --to")
-            shutil.rmtree(folder)  # a run that was killed at the very end may have left it
+            shutil.rmtree(folder)  # a run that was killed at the end may have left it
             made = 0
         else:
             write_file(folder / MANIFEST, plan.to_json().encode())
@@ -184,7 +184,7 @@ def stream(
 
 
 def _make(client: Client, plan: Plan, store: _Store, count: int, to: Path) -> int:
-    """Make what is missing, and return how many images that was."""
+    """Make the missing images; return their number."""
     missing = store.missing()
     made = sum(map(len, missing))
     try:
@@ -201,7 +201,7 @@ def _make(client: Client, plan: Plan, store: _Store, count: int, to: Path) -> in
     except (GanserveError, OSError, KeyboardInterrupt) as error:
         with suppress(OSError):
             kept = count - sum(map(len, store.missing()))
-            # What the server refused it will refuse again.
+            # The server would refuse an invalid request again.
             on = "" if isinstance(error, InvalidRequestError) else "; the same command goes on from there"
             error.add_note(f"{kept} of {count} images of {to} are made and kept{on}")
         raise
@@ -209,7 +209,7 @@ def _make(client: Client, plan: Plan, store: _Store, count: int, to: Path) -> in
 
 
 def _before(to: Path, folder: Path, archive: bool) -> tuple[Plan, int] | tuple[None, int]:
-    """Return the plan of an earlier run to the same place, and how many images a whole archive there has, else 0."""
+    """Return the plan of an earlier run to the same place, and the number of images in a complete archive, or 0."""
     manifest = folder / MANIFEST
     if archive and to.exists():
         try:
@@ -238,7 +238,7 @@ def _plan(
     before: Plan | None,
     to: Path,
 ) -> Plan:
-    """Return what to make; what the command line leaves open is as it was in the earlier run, if there was one."""
+    """Return the plan. Options that are not given are taken from the earlier run, if there was one."""
     if before is not None:
         version = before.version if version is None else version
         seed = before.seed if seed is None else seed
@@ -273,7 +273,7 @@ def _shown(value: object) -> str:
 
 
 def folder_names(class_names: tuple[str, ...]) -> list[str]:
-    """Return a folder's name for each class: the class's, without what cannot be in one ("T-shirt/top")."""
+    """Return a folder name for each class: the class name without forbidden characters ("T-shirt/top")."""
     names: list[str] = []
     for index, class_name in enumerate(class_names):
         name = "".join(each if each.isprintable() and each not in '/\\:*?"<>|' else "-" for each in class_name)
@@ -284,7 +284,7 @@ def folder_names(class_names: tuple[str, ...]) -> list[str]:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Let no second run write to the same place; the system lets go of the lock however this one ends."""
+    """Keep a second run from writing to the same place. The system releases the lock, however this run ends."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -295,4 +295,4 @@ def _only_one(folder: Path) -> Iterator[None]:
     finally:
         os.close(descriptor)
         with suppress(OSError):
-            folder.rmdir()  # only if it is empty: nothing came of it
+            folder.rmdir()  # only if it is empty, because the run wrote nothing

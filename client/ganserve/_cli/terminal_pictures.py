@@ -1,4 +1,4 @@
-"""Pictures drawn with characters: two pixels to each, in colour where there is colour, else in five shades."""
+"""Pictures drawn with characters: two pixels for each, in colour if the terminal has colours, else in five shades."""
 
 import sys
 
@@ -16,7 +16,7 @@ _ASCII_SHADES = " .+#@"
 
 
 class TerminalPicture:
-    """A picture [height, width] or [height, width, 3], uint8; a character is one pixel wide and two high."""
+    """A picture, uint8 [height, width] or [height, width, 3]. A character is one pixel wide and two pixels high."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         coloured = pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)

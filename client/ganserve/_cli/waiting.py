@@ -1,6 +1,6 @@
-"""What a command tells on standard error while it goes on: how far it is, and what it waits for.
+"""Reports a running command's progress, and what it waits for, on standard error.
 
-On a terminal a line that changes. In a pipe nothing, but a line, once, if a server is waited for any longer.
+On a terminal, this is a line that changes. In a pipe, it is one line, and only if the wait for a server takes long.
 """
 
 import logging
@@ -13,16 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.text import Text
 
-_SOON_S = 3.0  # what is over by then is not worth a line; an address that never answered is given up then
+_SOON_S = 3.0  # a shorter wait is not worth a line; the SDK gives up an address that never answered after this time
 _log = logging.getLogger("ganserve")
 
 
 class _Teller(logging.Handler):
-    """Tells what the SDK logs of waiting."""
+    """Shows the SDK's log lines about waiting."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bar: Callable[[str], None] | None = None  # shows the text beside a progress bar, "" none
+        self.bar: Callable[[str], None] | None = None  # shows a text beside the progress bar; "" for none
         self._status: Status | None = None
         self._told = False
 
@@ -31,7 +31,7 @@ class _Teller(logging.Handler):
             return
         waiting_s: float | None = record.waiting_s
         text = "" if waiting_s is None else " ".join(record.getMessage().split())
-        with suppress(OSError):  # nobody need read it
+        with suppress(OSError):  # the report is optional
             if self.bar is not None:
                 self.bar(text)
             elif sys.stderr is not None and sys.stderr.isatty():
@@ -41,7 +41,7 @@ class _Teller(logging.Handler):
                 print(f"ganserve: {text}", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Take the text away."""
+        """Remove the text."""
         if self._status is not None:
             self._status.stop()
             self._status = None
@@ -64,7 +64,7 @@ _teller = _Teller()
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Tell what is waited for."""
+    """Report what the command waits for."""
     _log.setLevel(logging.DEBUG)  # each try: a terminal shows how long is left
     _log.addHandler(_teller)
     try:
@@ -76,7 +76,7 @@ def told() -> Iterator[None]:
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal; give a function that takes how many more are done."""
+    """Show a progress bar on a terminal; yield a function that takes the number of further items done."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda more: None

@@ -26,9 +26,9 @@ class Security:
     """The certificates and tokens of a process; either may be None.
 
     Args:
-        settings: name the files.
-        metrics: of this process; None in a supervisor, because its workers have them.
-        rates: where the tokens' rates are counted.
+        settings: the settings, which name the files.
+        metrics: the metrics of this process; None in a supervisor, whose workers have metrics.
+        rates: the shared memory that counts the tokens' rates.
 
     Raises:
         StartError: a file cannot be used.
@@ -39,7 +39,7 @@ class Security:
             "certificates": _named(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file),
             "tokens": _named(settings.tokens_file),
         }
-        # Before the files are read, so that a change during the reading is noticed later.
+        # Before the files are read, so that `refresh` notices a change during the reading.
         self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
         self.certificates = certificates_of(settings, metrics)
         self.tokens = tokens_of(settings, metrics, rates)
@@ -60,7 +60,10 @@ class Security:
         return None if certificates is None else lambda: certificates.pem
 
     def guard(self, role: Role) -> Callable[[Call], None] | None:
-        """Return a function that identifies the caller, and raises if it lacks the role; None if everyone may call."""
+        """Return a function that identifies the caller and checks its role and rate; None if everyone may call.
+
+        The function raises a ServingError if the call is not allowed.
+        """
         tokens = self.tokens
         if tokens is None:
             return None
@@ -74,7 +77,7 @@ class Security:
         return check
 
     def refresh(self) -> None:
-        """Read changed files again; if one cannot be used, log that and keep what was read before."""
+        """Read changed files again; if one cannot be used, log that and keep its earlier content."""
         for kind, seen in self._seen.items():
             part = self._parts[kind]
             assert part is not None
@@ -99,13 +102,13 @@ class Security:
             _log.error("a certificate has expired", extra={"certificate": kind, "since": end.isoformat()})
 
     async def watch(self) -> None:
-        """Refresh every two seconds: not every kernel reports changes of mounted secrets, which are links."""
+        """Refresh every two seconds: not every kernel reports changes to mounted secrets, which are links."""
         while self._seen:
             await asyncio.sleep(_LOOK_EVERY_S)
             self.refresh()
 
     def warn_if_open(self, sockets: list[socket], flag: str) -> None:
-        """Log a warning if anyone on the network may call, or tokens travel in plain text."""
+        """Log a warning if anyone on the network may call, or if tokens travel in plain text."""
         if all(_is_loopback(bound) for bound in sockets):
             return
         if self.tokens is None and not (self.certificates and self.certificates.asks_callers):

@@ -12,7 +12,7 @@ from ganserve_server.settings import ServerSettings
 from ganserve_server.start_errors import StartError
 from ganserve_server.transport.credentials import Pem
 
-# TLS 1.2 as HTTP/2 allows it (RFC 9113, 9.2.2): forward secrecy and authenticated encryption. TLS 1.3 always has both.
+# For TLS 1.2, HTTP/2 requires forward secrecy and authenticated encryption (RFC 9113, 9.2.2). TLS 1.3 always has both.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 _PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 _SEQUENCE, _UTC_TIME, _VERSION = 0x30, 0x17, 0xA0  # tags of DER
@@ -24,8 +24,8 @@ class Certificates:
     """The certificates for new connections. Open connections keep the ones they started with.
 
     Args:
-        settings: name the files, in PEM.
-        metrics: get the expiry times; None in a process without metrics of its own.
+        settings: the settings, which name the PEM files.
+        metrics: publish the expiry times; None in a process without its own metrics.
 
     Raises:
         StartError: a file is missing or not valid.
@@ -45,7 +45,7 @@ class Certificates:
         self.reload()
 
     def reload(self) -> dict[str, Any]:
-        """Read the files again; return serial number and expiry times for the log.
+        """Read the files again; return the serial number and the expiry times for the log.
 
         Raises:
             StartError: they cannot be used; the old certificates stay.
@@ -109,7 +109,7 @@ def _certificates(file: str) -> list[tuple[str, datetime.datetime]]:
 
 
 def _serial_and_end(der: bytes) -> tuple[str, datetime.datetime]:
-    """Parse a certificate (RFC 5280, 4.1): Python's ssl does this only for a peer's."""
+    """Parse a certificate (RFC 5280, 4.1): Python's ssl parses only a peer's certificate."""
     _, start, _ = _element(der, 0)  # Certificate
     _, position, _ = _element(der, start)  # TBSCertificate
     tag, _, end = _element(der, position)

@@ -1,6 +1,6 @@
 """The tokens file: TOML, a table `[[tokens]]` for each token, with its hash, its roles and its rate.
 
-The file holds only hashes of the tokens: whoever reads it cannot call.
+The file holds only hashes of the tokens: reading it does not allow anyone to call.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from ganserve_server.spelling import nearest
 Role = Literal["generate", "admin"]
 _TABLE = re.compile(r"^(?=[ \t]*\[\[[ \t]*tokens[ \t]*\]\])", re.MULTILINE)
 _TOKEN_BYTES = 32
-_TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets recognise one
+_TOKEN_PREFIX = "gs_"  # so that scanners for leaked secrets recognise a token
 _LEAST_RATE, _MOST_IMAGES = 0.001, 1e9
 
 _PATTERNS = {
@@ -76,7 +76,7 @@ def _parse(text: str) -> list[Token]:
         try:
             tokens.append(Token.model_validate(entry))
         except ValidationError as error:
-            # Without the input, which could be the token itself. An unknown key says more than a missing one.
+            # Without the input, which could be the token itself. Report an unknown key rather than a missing one.
             problem = min(error.errors(include_input=False), key=lambda one: one["type"] != "extra_forbidden")
             key = ".".join(str(part) for part in problem["loc"]) or "as a whole"
             hint = nearest(key, tuple(Token.model_fields)) if problem["type"] == "extra_forbidden" else ""
@@ -94,7 +94,7 @@ def add(file: Path, entry: Mapping[str, object]) -> None:
 
     Raises:
         OSError: it cannot be read or written.
-        ValueError: its name is taken, or the file with it would break a rule.
+        ValueError: its name is taken, or adding it would break a rule of the file.
     """
     lines = ["", "[[tokens]]", *(f"{key} = {json.dumps(value)}" for key, value in entry.items()), ""]
 
@@ -112,7 +112,7 @@ def withdraw(file: Path, name: str) -> None:
 
     Raises:
         OSError: it cannot be read or written.
-        ValueError: the token is not there, or is the only one, or the file is not a table [[tokens]] for each.
+        ValueError: the token is not in the file, or is the only one, or not every token has a table [[tokens]].
     """
 
     def without(content: str) -> str:
@@ -135,14 +135,14 @@ def withdraw(file: Path, name: str) -> None:
 
 
 def _after_the_last_key(table: str) -> str:
-    """Return the comments at the end of a table."""
+    """Return the lines after the last key of a table: comments."""
     lines = re.findall(r".*\n|.+$", table)  # not splitlines, which also splits at characters that are letters in TOML
     last = max(number for number, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#"))
     return "".join(lines[last + 1 :]).lstrip("\r\n")
 
 
 def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) -> None:
-    """Change a file atomically; comments, line ends, owner and mode stay."""
+    """Change a file atomically; keep its comments, line endings, owner and mode."""
     file = Path(os.path.realpath(file))  # a link stays a link
     folder = os.open(file.parent, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Who calls: finds a call's bearer token among those of the tokens file, and checks its role and its rate."""
+"""Identifies callers: finds a call's bearer token in the tokens file, and checks its role and its rate."""
 
 import hashlib
 import hmac
@@ -19,7 +19,7 @@ _AUTHORIZATION = re.compile(rb"bearer +([\x21-\x7e]{1,4096}) *", re.IGNORECASE)
 
 
 class Principal:
-    """Whoever has a token: its name, its roles and its rate. The transport knows it as `Caller`."""
+    """The holder of a token, with its name, its roles and its rate. The transport knows it as `Caller`."""
 
     __slots__ = ("_burst", "_delayed", "_rate", "_rates", "_refused", "_slot", "name", "roles")
 
@@ -44,7 +44,7 @@ class Principal:
         """Check that the token has a role.
 
         Raises:
-            PermissionDenied: it has not.
+            PermissionDenied: the token lacks the role.
         """
         if role not in self.roles:
             raise PermissionDenied(f"token {self.name!r} has not the role {role!r}, which this call needs")
@@ -63,7 +63,7 @@ class Principal:
             )
 
     def must_wait_s(self, images: int) -> float:
-        """Count images and return 0, or return the seconds until the token's rate allows them."""
+        """Count images and return 0, or count nothing and return the seconds until the token's rate allows them."""
         return self._wait_s(images, self._delayed)
 
     def _wait_s(self, images: int, limited: Counter | None) -> float:
@@ -74,15 +74,15 @@ class Principal:
 
 
 class Tokens:
-    """The tokens of a file, and who they belong to.
+    """The tokens of a file, each with its principal.
 
     Args:
-        file: as `ganserve-server token` writes it: TOML, a table `[[tokens]]` for each.
-        rates: where their rates are counted.
+        file: the tokens file, as `ganserve-server token` writes it: TOML, a table `[[tokens]]` for each token.
+        rates: the shared memory that counts the tokens' rates.
         limited: counts refused and delayed requests, by name and outcome; None: they are not counted.
 
     Raises:
-        StartError: it cannot be read, or breaks a rule.
+        StartError: the file cannot be read, or breaks a rule.
     """
 
     def __init__(self, file: str, rates: SharedRates, limited: Counter | None = None) -> None:
@@ -93,7 +93,7 @@ class Tokens:
         self.reload()
 
     def reload(self) -> dict[str, Any]:
-        """Read the file again; return the number of tokens and the names of changed ones for the log.
+        """Read the file again; return the number of tokens, and the names of changed tokens, for the log.
 
         Raises:
             StartError: it cannot be used; the old tokens stay.
@@ -125,8 +125,8 @@ class Tokens:
         if authorization is None:
             raise Unauthenticated("a token is needed: send metadata 'authorization: Bearer TOKEN'")
         bearer = _AUTHORIZATION.fullmatch(authorization)
-        # Found by the first half of its hash, which nobody can choose, and compared by the second half in constant
-        # time.
+        # Look the token up by the first half of its hash, which no caller can choose. Compare the second half in
+        # constant time.
         digest = hashlib.sha256(bearer[1] if bearer else b"").digest()
         rest, principal = self._principals.get(digest[:16], (b"", None))
         if principal is None or not hmac.compare_digest(rest, digest[16:]):

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 _DRIVER = "libcuda.so.1"
-# Without importing it: that takes long, and a supervisor does not need it.
+# Found without importing onnxruntime: the import takes long, and a supervisor does not need it.
 _ONNXRUNTIME = Path(importlib.util.find_spec("onnxruntime").submodule_search_locations[0])  # type: ignore[union-attr,index]
 _CUDA_PROVIDER = _ONNXRUNTIME / "capi" / "libonnxruntime_providers_cuda.so"
 _TENSORRT_PROVIDER = _CUDA_PROVIDER.with_name("libonnxruntime_providers_tensorrt.so")
@@ -19,7 +19,7 @@ _SECTION = struct.Struct("<IIQQQQIIQQ")
 
 
 def nvidia_driver() -> bool:
-    """Tell whether NVIDIA's driver is installed."""
+    """Return whether NVIDIA's driver is installed."""
     return _why_not_loaded(_DRIVER) is None
 
 
@@ -27,7 +27,7 @@ def load_cuda_libraries() -> None:
     """Load CUDA's and TensorRT's libraries from Python packages (nvidia-cublas, …), so that the providers find them."""
     import onnxruntime
 
-    with contextlib.redirect_stdout(io.StringIO()):  # onnxruntime prints what it misses; `why_no_cuda` says it, too
+    with contextlib.redirect_stdout(io.StringIO()):  # onnxruntime prints missing libraries; `why_no_cuda` reports them
         onnxruntime.preload_dlls()
     with contextlib.suppress(ImportError, OSError):
         importlib.import_module("tensorrt_libs")  # the package of TensorRT's libraries; it loads them
@@ -47,7 +47,7 @@ def tensorrt_libraries() -> dict[str, str | None]:
 
 
 def why_no_cuda() -> str:
-    """Say why onnxruntime does not run on a GPU."""
+    """Return the reason why onnxruntime does not run on a GPU."""
     libraries = cuda_libraries()
     if not libraries:
         return "this onnxruntime has no CUDA provider (install onnxruntime-gpu)"
@@ -59,7 +59,7 @@ def why_no_cuda() -> str:
 
 
 def why_no_tensorrt() -> str:
-    """Say why onnxruntime does not run TensorRT on a GPU."""
+    """Return the reason why onnxruntime does not run TensorRT on a GPU."""
     libraries = tensorrt_libraries()
     if not libraries:
         return "this onnxruntime has no TensorRT provider (install onnxruntime-gpu)"

@@ -31,21 +31,22 @@ _log = logging.getLogger(__name__)
 Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 _TIMED_IMAGES = 8
-# Repeat each timing: one disturbed run would pick the wrong session permanently. All cores are tried until they win.
+# Repeat each timing: one disturbed run would pick the wrong session permanently. The session for all cores is timed
+# until it beats one core, or for `_WIDE_TIMED_S`.
 _LEAST_TRIES, _TIMED_S, _WIDE_TIMED_S = 3, 0.01, 0.05
-# Below this, one core is faster: threads of the other cores fall asleep between calls, which the timing does not show.
+# For shorter batches, one core is faster: the other cores' threads sleep between calls, which the timing does not show.
 _SHORT_S = 0.0002
 
 
 class ProviderUnavailable(Exception):  # noqa: N818
-    """The provider that was asked for does not run on this machine."""
+    """The requested provider does not run on this machine."""
 
 
 class SessionRefused(Exception):  # noqa: N818
-    """Onnxruntime refuses the model."""
+    """onnxruntime rejects the model."""
 
 
-@dataclass(slots=True)  # not frozen: that doubles what making one costs
+@dataclass(slots=True)  # not frozen, which would double the time to create one
 class Draw:
     """The images to make, by seeds or by latents already scaled by truncation; with labels for conditional models."""
 
@@ -56,7 +57,7 @@ class Draw:
     truncation: float
 
     def part(self, start: int, stop: int) -> "Draw":
-        """Return images start to stop of these."""
+        """Return the draw for images `start` to `stop` (exclusive)."""
         seeds = None if self.seeds is None else self.seeds[start:stop]
         latents = None if self.latents is None else self.latents[start:stop]
         labels = None if self.labels is None else self.labels[start:stop]
@@ -66,7 +67,7 @@ class Draw:
 class Engine:
     """The onnxruntime sessions of one model: one for the calling thread and one for all cores, or one on a GPU.
 
-    Batches may run at the same time, each in its own thread: onnxruntime releases Python's lock.
+    Batches may run at the same time, each in its own thread: onnxruntime releases Python's GIL.
     """
 
     def __init__(
@@ -83,15 +84,15 @@ class Engine:
 
         Args:
             model: the ONNX file.
-            latent_dim: the size of its latents.
-            provider: what to run it on.
-            threads: of the session for all cores.
-            gpu: how to use a GPU.
+            latent_dim: the number of values in a latent.
+            provider: where to run it.
+            threads: the threads of the session for all cores.
+            gpu: the settings of the GPU.
             classes: the number of classes; 0: the model takes no labels.
 
         Raises:
-            ProviderUnavailable: CUDA or TensorRT was asked for and is not what runs.
-            SessionRefused: onnxruntime refuses the model.
+            ProviderUnavailable: CUDA or TensorRT was requested, but does not run.
+            SessionRefused: onnxruntime rejects the model.
         """
         self._latent_dim = latent_dim
         self._of_thread = threading.local()
@@ -179,7 +180,7 @@ class Engine:
         several_s = least_s(several)
         if self._wide_session is not self._session and one_s > _SHORT_S:
             wide_s = least_s(1, wide=True, until_s=one_s, longest_s=_WIDE_TIMED_S)
-            one_s = min(one_s, least_s(1))  # again: it may have been disturbed
+            one_s = min(one_s, least_s(1))  # again: the first timing may have been disturbed
             self.wide_is_faster = max(wide_s, _SHORT_S) < one_s
         if not self.wide_is_faster:
             self._wide_session = self._session  # frees its weights
@@ -205,7 +206,7 @@ class Engine:
         return self.compute(self.feeds(draws), wide=wide)
 
     def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
-        """Make the images of a batch; this holds Python's lock only at the start and at the end."""
+        """Make the images of a batch; this holds Python's GIL only at the start and at the end."""
         if self._runner is not None:
             return self._runner.run(feeds)
         pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
@@ -225,7 +226,7 @@ class Engine:
 
     def _latents(self, draws: list[Draw]) -> NDArray[np.float32]:
         latents = np.empty((sum(draw.count for draw in draws), self._latent_dim), np.float32)
-        # Seeding a generator again costs 5 µs an image, making a new one 94 µs; the numbers are the same.
+        # Reseeding a generator takes 5 µs an image, creating one takes 94 µs; the numbers are the same.
         random = getattr(self._of_thread, "random", None)
         if random is None:
             random = self._of_thread.random = np.random.RandomState(0)

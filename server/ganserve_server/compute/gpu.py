@@ -30,8 +30,8 @@ CPU = "CPUExecutionProvider"
 
 PROBES = 64  # images that must be identical in all buckets
 _DEVICE_TO_HOST = 2
-# onnxruntime ties a CUDA graph to the thread that captured it, and no other thread may allocate on the device during a
-# capture. So one thread does everything for all models: loading and serving.
+# onnxruntime binds a CUDA graph to the thread that captured it, and no other thread may allocate on the device during a
+# capture. So one thread loads and runs all models.
 _THREAD = ThreadPoolExecutor(1, "gpu")
 
 Feeds = dict[str, NDArray[Any]]  # by the input's name: [n, ...]
@@ -40,7 +40,7 @@ Providers = list[str | tuple[str, dict[str, str]]]
 
 @dataclass(frozen=True, slots=True)
 class GpuOptions:
-    """How to use the GPU."""
+    """The settings of the GPU."""
 
     device: int = 0
     mem_limit_mib: int = 0  # of one version's arena; 0 is no limit
@@ -49,7 +49,7 @@ class GpuOptions:
 
 
 def gpu_options(settings: ServerSettings) -> GpuOptions:
-    """Return the settings of the GPU."""
+    """Return the GPU's part of the settings."""
     return GpuOptions(settings.gpu_device, settings.gpu_mem_limit_mib, settings.tensorrt_cache, settings.max_batch_size)
 
 
@@ -59,14 +59,14 @@ def bucket_sizes(max_batch_size: int) -> list[int]:
 
 
 def cuda_providers(options: GpuOptions, *, graphs: bool) -> Providers:
-    """Return what to ask onnxruntime for."""
+    """Return onnxruntime's providers and options for CUDA."""
     wanted = {
         "device_id": str(options.device),
         # Not EXHAUSTIVE: it times the kernels, so two servers may choose different ones, and their images would differ.
         "cudnn_conv_algo_search": "HEURISTIC",
         # TF32 has 10 bits of mantissa: too few to stay within a grey level of the golden images.
         "use_tf32": "0",
-        # There are no shapes but the buckets': the arena need not double its size in advance.
+        # Only the buckets' shapes occur, so the arena need not double its size in advance.
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1" if graphs else "0",
     }
@@ -76,7 +76,7 @@ def cuda_providers(options: GpuOptions, *, graphs: bool) -> Providers:
 
 
 def tensorrt_providers(options: GpuOptions, latent_dim: int, *, conditional: bool) -> Providers:
-    """Return what to ask onnxruntime for: one TensorRT engine for all buckets, optimised for the largest."""
+    """Return onnxruntime's providers and options for one TensorRT engine for all buckets, optimised for the largest."""
 
     def shapes(count: int) -> str:
         return f"latent:{count}x{latent_dim}" + (f",label:{count}" if conditional else "")
@@ -94,10 +94,10 @@ def tensorrt_providers(options: GpuOptions, latent_dim: int, *, conditional: boo
 
 
 def agreeing_sizes(make: Callable[[int, Feeds], NDArray[np.uint8]], sizes: list[int], feeds: Feeds) -> list[int]:
-    """Return the sizes that make the same images byte for byte as the largest size, including the largest.
+    """Return the sizes whose images equal those of the largest size byte for byte, including the largest.
 
     Args:
-        make: makes images in a batch of a size.
+        make: makes images in a batch of the given size.
         sizes: in ascending order.
         feeds: the inputs of the images to compare.
     """
@@ -134,14 +134,14 @@ class BucketRunner:
             image_shape: height, width, channels.
             probes: the inputs of a few images, which must be identical in all buckets.
             max_batch_size: the largest bucket.
-            device: where the buffers are: cuda, or cpu.
-            device_id: which of them.
+            device: the device of the buffers: cuda, or cpu.
+            device_id: the device's index.
         """
         self._host = _HostBuffers(probes, image_shape, max_batch_size, device, device_id)
         self._buckets: dict[int, _Bucket] = {}
         self._seconds: dict[int, float] = {}
         sizes = bucket_sizes(max_batch_size)
-        for size in reversed(sizes):  # the largest first: its memory in the arena is enough for the others
+        for size in reversed(sizes):  # the largest first: its memory in the arena is enough for smaller buckets
             self._buckets[size] = _THREAD.submit(_Bucket, session, size, self._host, device, device_id).result()
             self._seconds[size] = min(self._timed(size, _rows(probes, slice(size))) for _ in range(3))
         agreeing = agreeing_sizes(self._make, sizes, probes)
@@ -158,7 +158,7 @@ class BucketRunner:
             )
         self.sizes = agreeing
         self._buckets = {size: self._buckets[size] for size in agreeing}
-        # Rows that change places must not change either; otherwise no choice of buckets makes images reproducible.
+        # An image must not depend on its row in the batch; otherwise no choice of buckets makes images reproducible.
         turned = {name: np.roll(rows, 1, axis=0) for name, rows in probes.items()}
         self.steady = np.array_equal(np.roll(self.run(probes), 1, axis=0), self.run(turned))
         if not self.steady:
@@ -217,7 +217,7 @@ class _HostBuffers:
 
 
 class _CudaRuntime:
-    """Functions of CUDA's runtime that onnxruntime's Python lacks, from the library that the provider has loaded."""
+    """Functions of CUDA's runtime that onnxruntime's Python API lacks, from the library that the provider loads."""
 
     def __init__(self, device_id: int) -> None:
         self._device_id = device_id
@@ -226,7 +226,7 @@ class _CudaRuntime:
     def lock(self, buffer: NDArray[Any]) -> bool:
         """Lock the pages of a buffer for as long as it lives."""
         address = ctypes.c_void_p(buffer.ctypes.data)
-        self._library.cudaSetDevice(self._device_id)  # the thread's first call: it would allocate on device 0
+        self._library.cudaSetDevice(self._device_id)  # otherwise the thread's first call would allocate on device 0
         if self._library.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), 0):
             self._library.cudaGetLastError()  # clears the error, which onnxruntime would find after its next kernel
             return False
@@ -234,7 +234,7 @@ class _CudaRuntime:
         return True
 
     def fetch(self, buffer: NDArray[Any], address: int) -> None:
-        """Fill a buffer from the device's memory, and return when that is done."""
+        """Copy device memory into a buffer; return when the copy is complete."""
         target, size = ctypes.c_void_p(buffer.ctypes.data), ctypes.c_size_t(buffer.nbytes)
         if status := self._library.cudaMemcpy(target, ctypes.c_void_p(address), size, _DEVICE_TO_HOST):
             self._library.cudaGetLastError()

@@ -15,12 +15,12 @@ class ModelVersion:
     digest: str
     card: pb.ModelCard
     engine: Engine
-    answer: bytes  # serialised: what every GenerateImagesResponse of this version says
+    answer: bytes  # the serialised fields that all GenerateImagesResponses of this version share
 
     classes: int = field(init=False)
     pixel_bytes: int = field(init=False)  # of one image
 
     def __post_init__(self) -> None:
-        """Read from the card, once, what every request needs: protobuf's fields are slow."""
+        """Read the card's values that each request needs once: access to protobuf's fields is slow."""
         object.__setattr__(self, "classes", len(self.card.class_names))
         object.__setattr__(self, "pixel_bytes", self.card.height * self.card.width * self.card.channels)

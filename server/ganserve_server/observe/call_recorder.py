@@ -26,7 +26,7 @@ _MOST_STACKS = 5
 
 
 class CallRecorder:
-    """Counts, times, logs and traces the calls of our services, but not those of health and reflection."""
+    """Counts, times, logs and traces the calls of all services except health and reflection."""
 
     def __init__(self, metrics: Metrics, access_log: AccessLog, tracing: Tracing | None = None) -> None:
         self._metrics = metrics

@@ -17,8 +17,8 @@ from ganserve_server.transport.addresses import name, places, refused
 
 _log = logging.getLogger(__name__)
 
-_TIMEOUT_S = 10.0  # of a peer that sends no request, or reads no answer
-_MAX_TIMEOUT_S = 30.0  # of a peer that does so byte by byte
+_TIMEOUT_S = 10.0  # for a peer that sends no request, or reads no answer
+_MAX_TIMEOUT_S = 30.0  # for a peer that sends or reads byte by byte
 _MAX_CONNECTIONS = 64  # each has a thread
 
 
@@ -49,7 +49,7 @@ class _Server(http.server.ThreadingHTTPServer):
                 _cut_off(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Log failures like the rest of the server; a peer that leaves is not an error."""
+        """Log failures like the rest of the server; a peer that disconnects is not an error."""
         if not isinstance(sys.exception(), OSError):
             _log.exception("a scrape failed")
 
@@ -61,11 +61,11 @@ def _cut_off(connected: socket.socket) -> None:
 
 
 class HttpEndpoint:
-    """Answers /metrics, /livez and /readyz in threads, so that it answers while models load, too.
+    """Answers /metrics, /livez and /readyz in threads, so that it also answers while models load.
 
     Args:
         address: HOST:PORT, or "off".
-        registry: of the metrics.
+        registry: the registry of the metrics.
 
     Raises:
         StartError: the address is taken or not valid.
@@ -87,7 +87,7 @@ class HttpEndpoint:
                 if path == "/metrics":
                     try:
                         choose_encoder(self.headers.get("Accept", ""))
-                    except (TypeError, ValueError):  # the version that it asks for is not a number
+                    except (TypeError, ValueError):  # the requested version is not a number
                         del self.headers["Accept"]
                     super().do_GET()
                 elif path == "/livez":

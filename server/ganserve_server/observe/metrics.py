@@ -137,7 +137,7 @@ class Metrics:
             registry=registry,
         )
         for reason in ("idle", "crowded", "unread", "slow", "flood", "protocol"):
-            self.connections_ended.labels(reason)  # so that the series exists, and is 0
+            self.connections_ended.labels(reason)  # so that the series exists from the start, with the value 0
         self.connections_turned_away = Counter(
             "ganserve_connections_turned_away",
             "Connections closed at once: there were --max-connections.",
@@ -156,7 +156,7 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
-        # With a label, because without one the series would exist, and be 0, without any certificate.
+        # With a label: without one, the series would exist with the value 0 even if there is no certificate.
         self.certificate_expiry = Gauge(
             "ganserve_certificate_expiry_timestamp_seconds",
             "When the first certificate in use ends, of the server's and of the authorities of its callers.",

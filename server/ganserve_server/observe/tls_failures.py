@@ -1,4 +1,4 @@
-"""Why a TLS handshake failed, in a word for metrics and log."""
+"""The reason of a failed TLS handshake, in a word for metrics and log."""
 
 import ssl
 
@@ -15,7 +15,7 @@ _EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 
 
 def tls_failure(error: OSError) -> str:
-    """Name the reason; `closed`: the peer went away, as port scanners do."""
+    """Name the reason; `closed`: the peer closed the connection, as port scanners do."""
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == _EXPIRED:
         return "expired_certificate"
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):

@@ -1,8 +1,8 @@
 """Sends spans of the calls to an OpenTelemetry collector. Without tracing, none of OpenTelemetry's code is imported.
 
 OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT and others) configure it. It never keeps the server from
-serving: a wrong configuration is one line in the log. A span is written after its call has ended, from what the call
-recorded, so that a call that is not sampled costs nothing.
+serving: a wrong configuration is logged in one line. A span is written after its call has ended, from the call's
+recorded times, so that a call that is not sampled costs nothing.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_FLUSH_S = 5.0  # how long an unreachable collector may delay the server's end
-# The statuses that are errors of a server, by OpenTelemetry's conventions for gRPC.
+_FLUSH_S = 5.0  # how long an unreachable collector may delay the server's shutdown
+# The statuses that are server errors by OpenTelemetry's conventions for gRPC.
 _ERRORS = frozenset(
     {
         grpc.StatusCode.UNKNOWN,
@@ -41,7 +41,7 @@ _ERRORS = frozenset(
 
 
 def start_tracing(*, warn: bool = True) -> "Tracing | None":
-    """Start tracing if the environment asks for it; if that fails, return None, and `warn` in the log."""
+    """Start tracing if the environment asks for it. If that fails, return None, and log a warning if `warn` is set."""
     variables = {name: value.strip() for name, value in os.environ.items() if name.startswith("OTEL_")}
     exporter = variables.get("OTEL_TRACES_EXPORTER") or (
         "otlp" if any(variables.get(name) for name in _ENDPOINTS) else "none"
@@ -93,11 +93,11 @@ class Tracing:
 
     def record(self, call: Call, code: grpc.StatusCode, text: str) -> str | None:
         """Write the spans of a call that has ended; return the id of its trace, or None if it is not sampled."""
-        # Read together: otherwise child spans may not lie within their parent.
+        # Read both clocks together: otherwise child spans may not lie within their parent.
         since_start_s, now, now_ns = time.perf_counter() - call.started, time.monotonic(), time.time_ns()
         service, _, method = call.path.removeprefix("/").rpartition("/")
         if call.method is None:
-            service = method = OTHER  # callers could make up any number of names
+            service = method = OTHER  # callers could invent any number of names
         span = self._tracer.start_span(
             OTHER if call.method is None else f"{service}/{method}",
             self._context(call),

@@ -1,4 +1,4 @@
-"""Answers operators on an address of its own: they load, unload and reload models."""
+"""Answers operators, who load, unload and reload models, on an address of its own."""
 
 import logging
 from dataclasses import replace
@@ -17,7 +17,7 @@ from ganserve_server.transport.interface import Call, Server
 _log = logging.getLogger(__name__)
 
 _CONNECTIONS = 100
-_LONGEST_NAME = 64  # of a model; what is longer is none, and may have megabytes
+_LONGEST_NAME = 64  # of a model; a longer text is not a model's name, and may have megabytes
 
 
 class AdminListener:
@@ -25,21 +25,21 @@ class AdminListener:
 
     def __init__(self, settings: ServerSettings, security: Security) -> None:
         self._settings, self._security = settings, security
-        # Before the models are loaded: an address that is taken is reported at once.
+        # Before the models are loaded, so that a taken address is reported at once.
         off = settings.admin_address == "off"
         self._sockets = [] if off else bind(settings.admin_address, "--admin-address")
         security.warn_if_open(self._sockets, "--admin-address")
         self._server: Server | None = None
 
     def start(self, administration: Administration) -> str | None:
-        """Listen; return where.
+        """Listen; return the address, or None if there is none.
 
         Raises:
             StartError: the address is taken.
         """
         if not self._sockets:
             return None
-        # Here, because it takes long, and a supervisor starts its workers first.
+        # Imported here, because it takes long, and a supervisor starts its workers first.
         from ganserve.v1 import administration_pb2_grpc
         from ganserve_server.services.administration import AdministrationServicer, RepositoryServicer
 
@@ -64,13 +64,13 @@ class AdminListener:
         return name(self._sockets[0], self._settings.admin_address)
 
     async def stop(self) -> None:
-        """Finish the running calls, and close."""
+        """Finish running calls, and close."""
         if self._server is not None:
             await self._server.drain(self._settings.drain_timeout_s)
 
 
 def _log_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
-    """Log every call: who did what to the models."""
+    """Log every call, as a record of who changed which models."""
     told = {
         "method": call.path.rpartition("/")[2],
         "model": call.model if len(call.model) <= _LONGEST_NAME else f"{call.model[:_LONGEST_NAME]}…",

@@ -22,9 +22,9 @@ class WorkersAdministration:
         return await self._ask({"do": "load", "model": name})
 
     async def unload(self, name: str) -> None:
-        """Unload a model in all workers, and in those that replace them."""
+        """Unload a model in all workers, and in workers that replace them."""
         before = name in self._supervisor.unloaded
-        self._supervisor.unloaded.add(name)  # before asking: for workers that start meanwhile, and if the caller leaves
+        self._supervisor.unloaded.add(name)  # first: for workers that start meanwhile, and if the caller disconnects
         try:
             await self._ask({"do": "unload", "model": name})
         except ModelNotFound:
@@ -33,7 +33,7 @@ class WorkersAdministration:
             raise
 
     async def reload(self) -> list[VersionState]:
-        """Look for changes in all workers."""
+        """Load new versions and drop removed ones in all workers."""
         return await self._ask({"do": "reload"})
 
     async def _ask(self, request: dict[str, Any]) -> list[VersionState]:
@@ -47,7 +47,7 @@ class WorkersAdministration:
 
 
 async def answer(administration: Administration, request: dict[str, Any]) -> dict[str, Any]:
-    """Do in a worker what its supervisor asks; return the answer to send."""
+    """Handle a supervisor's request in a worker; return the answer to send."""
     states: list[VersionState] = []
     try:
         if request["do"] == "load":

@@ -54,7 +54,7 @@ class _OnlyProcessHost(Host):
         self._report_serving = report_serving
 
     def server_made(self, server: Server) -> None:
-        """Add its connections and calls to the metrics."""
+        """Add the server's connections and calls to the metrics."""
         self.metrics.registry.register(Load(lambda: server.load, server.kept_bytes))
 
     def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
@@ -62,7 +62,7 @@ class _OnlyProcessHost(Host):
         self._report_serving(facts, self._endpoint, lifecycle, self._admin.start(lifecycle))
 
     def draining(self) -> None:
-        """Report to systemd and the log."""
+        """Report the drain to systemd and the log."""
         report_draining(self._settings)
 
     async def wait_for_drain(self) -> None:

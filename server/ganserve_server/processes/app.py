@@ -28,10 +28,10 @@ from ganserve_server.transport.addresses import bind, name
 
 _log = logging.getLogger(__name__)
 
-# The memory of a worker without a model, and for each byte of a model file: 1.5 times what was measured.
+# The memory of a worker without a model, and the memory for each byte of a model file: 1.5 times the measured values.
 _WORKER_BYTES, _BYTES_PER_FILE_BYTE = 140 << 20, 3
 _NO_LIMIT = 1 << 60  # of bytes
-_LONGEST_END_S = 5.0  # what the end of a worker may take beside the drain
+_LONGEST_END_S = 5.0  # how long a worker may take to end after its drain
 
 
 async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
@@ -40,8 +40,8 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     Raises:
         StartError: no model can be served, or an address is taken.
     """
-    # Slow imports, above all onnxruntime, stand where a process needs them: a supervisor does not, and starts the
-    # workers first.
+    # Slow imports, above all onnxruntime, are inside functions: a supervisor does not need them, and starts the workers
+    # first.
     if variable := os.environ.get(WORKER_VARIABLE):
         from ganserve_server.processes.worker import work
 
@@ -54,7 +54,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     def report_serving(
         facts: Mapping[str, Any], endpoint: HttpEndpoint, server: ModelServer, admin_address: str | None
     ) -> None:
-        # First: whoever acts on the line or on systemd's state finds the server ready.
+        # First, so that a program that acts on the log line or on systemd's state finds the server ready.
         endpoint.why_not_ready = lambda: why_not_ready(stop, server)
         _log.info(
             "serving",
@@ -130,12 +130,12 @@ def _count_workers(settings: ServerSettings) -> int:
     if settings.workers != "auto":
         return int(settings.workers)
     if settings.provider != "cpu" and nvidia_driver():
-        return 1  # each would keep every model on the GPU
+        return 1  # each worker would keep every model on the GPU
     # On two cores, one process makes as many images of a large model as two, in less than half the memory. With more
     # cores, its event loop becomes the limit; a quarter of the cores is a guess.
     usable = cores().usable
     wanted = min(settings.threads or usable, usable) // 4
-    # Where memory is short, fewer workers: each loads every model, and one process computes large models as fast.
+    # With little memory, fewer workers: each loads every model, and one process computes large models as fast.
     files = 0
     with contextlib.suppress(OSError):  # the loading reports files that cannot be read
         for file in settings.models.glob("*/*/*.onnx"):

@@ -1,7 +1,8 @@
 """The channel between a worker and its supervisor, from the worker's side.
 
-The supervisor sends requests, each a line of JSON such as {"do": "load", "model": NAME}; the others are unload, reload
-and refresh. The worker answers each with a line. It sends its first line without a request, once it serves.
+The supervisor sends requests, each a line of JSON such as {"do": "load", "model": NAME}; the other requests are unload,
+reload and refresh. The worker answers each request with a line. It sends its first line without a request, once it
+serves.
 """
 
 import asyncio
@@ -15,11 +16,11 @@ from typing import Any
 from ganserve_server.shared.scoreboard import Scoreboard
 
 WORKER_VARIABLE = "GANSERVE_WORKER"  # set in the environment of a worker
-MAX_LINE_BYTES = 64 << 20  # a message of gRPC's in JSON, or the states of 200 000 versions
+MAX_LINE_BYTES = 64 << 20  # room for a gRPC message in JSON, or for the states of 200 000 versions
 
 
 class SupervisorChannel:
-    """What a worker gets from its supervisor, and the connection to it.
+    """The data that a worker gets from its supervisor, and the connection to the supervisor.
 
     Args:
         variable: the content of the environment variable WORKER_VARIABLE.
@@ -32,15 +33,15 @@ class SupervisorChannel:
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
         self.rates: int = given["rates"]  # the descriptor of the memory for the tokens' rates
         self.unloaded: list[str] = given["unloaded"]  # models that an operator has unloaded
-        self.replaces: bool = given["replaces"]  # a worker that ended
-        self.gone = asyncio.Event()  # the supervisor is
+        self.replaces: bool = given["replaces"]  # whether this worker replaces one that ended
+        self.gone = asyncio.Event()  # set when the supervisor is gone
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
         self._folder: str = given["folder"]
 
     @property
     def logs_for_all(self) -> bool:
-        """Whether this worker logs what is identical in all of them."""
+        """Whether this worker logs the lines that are identical in all workers."""
         return self.board.leads if self.board.takes_part else self.replaces or not self.number
 
     async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
@@ -56,7 +57,7 @@ class SupervisorChannel:
         """Send the supervisor a message."""
         line = json.dumps(message).encode() + b"\n"
         if self._writer is None:
-            with suppress(OSError):  # it is gone: `follow` notices that
+            with suppress(OSError):  # the supervisor is gone: `follow` notices that
                 self._channel.sendall(line)
         else:
             self._writer.write(line)

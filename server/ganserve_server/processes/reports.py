@@ -1,4 +1,4 @@
-"""What the server reports about itself, as one process or as several: to the log, to systemd and to probes."""
+"""Reports the server's state to the log, to systemd and to probes, for one process or several."""
 
 import asyncio
 import logging
@@ -20,12 +20,12 @@ class ModelServer(Protocol):
         """Whether there is a model that can be called."""
 
 
-# Called with facts for the log, the endpoint of probes, what they ask about, and the address of administration, if any.
+# Called with facts for the log, the endpoint of probes, the source of their answers, and the admin address, if any.
 ReportServing = Callable[[Mapping[str, Any], HttpEndpoint, ModelServer, str | None], None]
 
 
 def why_not_ready(stop: asyncio.Event, server: ModelServer) -> str:
-    """Return the answer to readiness probes; an empty text: it is ready."""
+    """Return the answer to readiness probes; an empty text: the server is ready."""
     return "draining" if stop.is_set() else "" if server.serves else "no model is served"
 
 

@@ -33,22 +33,22 @@ from ganserve_server.transport.interface import Server
 
 _log = logging.getLogger(__name__)
 
-# With Python's default of 5 ms, a thread that computes would wait 5 ms for the interpreter at each step of its batch
-# while a burst of frames keeps the event loop busy.
+# With Python's default of 5 ms, a computing thread would wait 5 ms for the GIL at each step of its batch while a burst
+# of frames keeps the event loop busy.
 _SWITCH_INTERVAL_S = 0.001
 
 
 class Host(ABC):
-    """The process around the models: the server's only one, or one of several workers.
+    """The process that serves the models: the server's only process, or one of several workers.
 
     Attributes:
-        sockets: bound, for calls.
-        metrics: of this process.
-        security: of this process.
-        board: of the workers, if there are several.
+        sockets: the bound sockets for calls.
+        metrics: the metrics of this process.
+        security: the certificates and tokens of this process.
+        board: the workers' scoreboard, if there are several workers.
         unloaded: models that an operator has unloaded.
         may_be_empty: whether to serve even without a model.
-        logs: whether this process logs what is identical in all workers.
+        logs: whether this process logs the lines that are identical in all workers.
     """
 
     sockets: list[socket.socket]
@@ -65,11 +65,11 @@ class Host(ABC):
 
     @abstractmethod
     def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
-        """Called when calls are answered: report it, and accept operators' requests."""
+        """Called when the server answers calls: report that, and accept operators' requests."""
 
     @abstractmethod
     def draining(self) -> None:
-        """Called when the drain begins: report it."""
+        """Called when the drain begins: report that."""
 
     @abstractmethod
     async def wait_for_drain(self) -> None:
@@ -85,9 +85,9 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
 
     Args:
         host: the process.
-        settings: the server's.
-        stop: ends the serving.
-        reload: looks for changes in the repository whenever it is set.
+        settings: the server's settings.
+        stop: when set, ends the serving.
+        reload: when set, looks for changes in the repository.
 
     Raises:
         StartError: no model can be served, or the address is taken.
@@ -112,7 +112,6 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
         guard=security.guard("generate"),
         on_ended=recorder.connection_ended,
         limits=settings.limits,
-        # Their calls may never end.
         board=board,
     )
     host.server_made(server)
@@ -126,13 +125,14 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
     tasks = [asyncio.create_task(_refresh_on(reload, lifecycle, security)), asyncio.create_task(security.watch())]
     if settings.reload == "watch":
         tasks.append(asyncio.create_task(lifecycle.watch(stop)))
-        await asyncio.sleep(0)  # it watches from here on
-        await lifecycle.refresh()  # what changed since the models were loaded
+        await asyncio.sleep(0)  # so that the watch begins
+        await lifecycle.refresh()  # for changes since the models were loaded
     provider = table.find(table.names[0], None).model.engine.provider if table.names else ""
     if provider:
         metrics.provider_info.labels(settings.provider, provider, int(bool(nvidia_driver()))).set(1)
     metrics.queue_limit_images.set(settings.max_queue_images)
-    # The objects that exist by now stay. Looking through them again and again took a fifth of the time of a call.
+    # The objects that exist by now stay. When the garbage collector scanned them repeatedly, that took a fifth of a
+    # call's time.
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

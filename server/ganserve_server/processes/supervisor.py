@@ -1,7 +1,7 @@
 """Starts several worker processes on one port, watches them, replaces any that dies, and ends them together.
 
 The workers share the listening sockets, and each accepts only while it has no more connections than the others. This
-spreads connections evenly, which the kernel's hash (SO_REUSEPORT) does not do for the few that a load balancer opens.
+spreads connections evenly. The kernel's hash (SO_REUSEPORT) does not, for the few connections of a load balancer.
 Counters are sums over all workers, including dead ones: prometheus-client keeps them in files.
 """
 
@@ -50,14 +50,14 @@ class _Worker:
         self._asking = asyncio.Lock()
 
     async def ready(self) -> dict[str, Any] | None:
-        """Wait until it serves; return its first message, or None if it ended before."""
+        """Wait until the worker serves; return its first message, or None if it ended before."""
         async with self._asking:  # requests wait until then
             self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_LINE_BYTES)
             return await self._read()
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Send a request; return the answer, or None if the worker ended meanwhile."""
-        # Shielded: if the caller leaves, the answer must still be read, or it would answer the next request.
+        # Shielded: if the caller disconnects, the answer must still be read, or it would answer the next request.
         return await asyncio.shield(self._exchange(request))
 
     async def _exchange(self, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -66,13 +66,13 @@ class _Worker:
             return await self._read()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send the worker a signal."""
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     async def _read(self) -> dict[str, Any] | None:
         with suppress(OSError):
-            if (line := await self._reader.readline()).endswith(b"\n"):  # otherwise it has ended
+            if (line := await self._reader.readline()).endswith(b"\n"):  # otherwise the worker has ended
                 message: dict[str, Any] = json.loads(line)
                 return message
         return None
@@ -120,9 +120,9 @@ class Supervisor:
         """Start all workers; return the first message of one, or None if none starts and the first has logged why.
 
         Raises:
-            StartError: the first worker was killed.
+            StartError: no worker starts, and the first has not logged why, for example because it was killed.
         """
-        # All together: otherwise the first to serve would take all connections until the others serve.
+        # At the same time: otherwise the first to serve would take all connections until the others serve.
         ready = await asyncio.gather(*(self._start(number) for number in range(self._count)))
         facts = next((one for one in ready if one is not None), None)
         if facts is None:
@@ -139,15 +139,15 @@ class Supervisor:
             worker.signal(number)
 
     async def ask_all(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Send all workers a request; return the answers of those that live."""
+        """Send all workers a request; return the answers of the live ones."""
         answers = await asyncio.gather(*(worker.ask(request) for worker in self._workers.values()))
         return [answer for answer in answers if answer is not None]
 
     async def stop(self, timeout_s: float) -> None:
-        """End all workers; kill the ones that take longer than the timeout."""
+        """End all workers; kill those that take longer than the timeout."""
         self._stopping = True
         self.signal(signal.SIGTERM)
-        # Otherwise the kernel would keep taking connections that nobody accepts.
+        # Otherwise the kernel would complete connections that no worker accepts.
         for listening in self._sockets:
             listening.close()
         ends = asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
@@ -162,7 +162,7 @@ class Supervisor:
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
     def close(self) -> None:
-        """Kill the processes that are left if the start failed, and remove the metrics' files."""
+        """Kill remaining processes, if the start failed, and remove the metrics' files."""
         self.signal(signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -194,7 +194,7 @@ class Supervisor:
             *sys.argv[1:],
             env=environment,
             pass_fds=(*descriptors, self._memory, self._rates, theirs.fileno()),
-            process_group=0,  # only the supervisor gets a terminal's Ctrl-C, and passes it on
+            process_group=0,  # a terminal's Ctrl-C reaches only the supervisor, which ends the workers
         )
         theirs.close()
         worker = self._workers[number] = _Worker(number, process, ours)
@@ -221,7 +221,7 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             try:
                 ready = await self._start(number, replaces=True)
-            except OSError as error:  # no memory, descriptor or process is free now; retry later
+            except OSError as error:  # too little memory, or too few descriptors or processes; retry later
                 _log.error("a worker cannot be started", extra={"worker": number, "reason": str(error)})
                 worker.started = time.monotonic()
                 continue

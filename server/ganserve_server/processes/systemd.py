@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 SOCKET_VARIABLE = "NOTIFY_SOCKET"
-_TIMEOUT_S = 1.0  # for room in systemd's queue; all calls wait meanwhile
+_TIMEOUT_S = 1.0  # to wait for room in systemd's queue; all calls wait meanwhile
 
 
 def notify(*states: str) -> None:

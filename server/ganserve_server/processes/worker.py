@@ -1,4 +1,4 @@
-"""One of several worker processes: does what its supervisor asks, and drains when the supervisor is gone."""
+"""One of several worker processes: handles its supervisor's requests, and drains when the supervisor is gone."""
 
 import asyncio
 import contextlib
@@ -27,10 +27,11 @@ async def work(
 
     Raises:
         StartError: no model can be served; only in the worker that logs it for all.
-        SystemExit: the same in the others.
+        SystemExit: no model can be served; in the other workers.
     """
     metrics = Metrics()
-    # What is identical in all workers is logged once: certificates and tokens by the supervisor, models by one worker.
+    # Lines that are identical in all workers are logged once: about certificates and tokens by the supervisor, about
+    # models by one worker.
     logging.getLogger("ganserve_server.auth.security").setLevel(logging.CRITICAL)
     models_log = logging.getLogger("ganserve_server.repository.lifecycle")
     models_log.addFilter(lambda line: line.msg not in _IDENTICAL or channel.logs_for_all)
@@ -56,7 +57,7 @@ class _WorkerHost(Host):
         self._channel, self._settings, self._stop = channel, settings, stop
         self.sockets, self.metrics, self.security = channel.sockets, metrics, security
         self.board, self.unloaded = channel.board, channel.unloaded
-        # A worker that replaces another one continues like the rest, which may have no model by now.
+        # A replacement continues like the other workers, which may have no model by now.
         self.may_be_empty = channel.replaces
         self.logs = channel.number == 0
         self._following: asyncio.Task[None]
@@ -74,7 +75,7 @@ class _WorkerHost(Host):
         """Do nothing: the supervisor logs it."""
 
     async def wait_for_drain(self) -> None:
-        """Keep serving for the configured delay; not without a supervisor, for the next server needs the address."""
+        """Keep serving for the configured delay, unless the supervisor is gone: the next server needs the address."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._channel.gone.wait(), self._settings.drain_delay_s)
 
@@ -85,7 +86,7 @@ class _WorkerHost(Host):
 
 
 async def _answer(lifecycle: Lifecycle, security: Security, request: dict[str, Any]) -> dict[str, Any]:
-    """Do what the supervisor asks; return the answer."""
+    """Handle the supervisor's request; return the answer."""
     if request["do"] == "refresh":  # as on SIGHUP
         security.refresh()
     return await administration.answer(lifecycle, request)

@@ -1,9 +1,9 @@
-"""The queue of a model version: what waits, who is next, what is refused.
+"""The queue of a model version: keeps waiting jobs, chooses the next ones, and refuses jobs.
 
 Waiting jobs are taken fairly. Small requests go into the next batch, round robin by caller. Large requests are cut into
 parts, so that a request for a thousand images starves no other. Bulk work gets the remaining room, or an eighth of each
 batch while other jobs wait. A request that was cancelled or whose deadline has passed never reaches the engine. A
-request that cannot meet its deadline is refused at once. A batch that fails answers its own callers and nobody else's.
+request that cannot meet its deadline is refused at once. A batch that fails answers only its own callers.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ from ganserve_server.queueing.jobs import CallWork, Job, Lane, Made, Part
 
 _log = logging.getLogger(__name__)
 
-LEAST_BATCH = 8  # images that are not worth spreading over more cores
+LEAST_BATCH = 8  # up to this many images are not worth spreading over more cores
 _SMALL_PART = 8  # of a batch: a request up to an eighth of a batch is never cut
 _BULK_PART = 8
 # On two cores, with a model that takes 1 ms an image, batches of 16 to 24 images reach the throughput of larger ones.
 _BATCH_S = 0.02
-_ROUND_TRIP_S = 0.003  # of a few calls, on busy cores
+_ROUND_TRIP_S = 0.003  # from answers to the next calls, on busy cores
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
 _batch_numbers = itertools.count()  # across all models, because one call may use several
@@ -44,7 +44,7 @@ class Dispatcher(Protocol):
     cores: int
 
     def wake(self, batcher: "Batcher") -> None:
-        """Look at a queue soon: it has a new job."""
+        """Look at a queue soon, because it has a new job."""
 
 
 class Batcher:
@@ -59,15 +59,15 @@ class Batcher:
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
         self._small, self._large, self._bulk = (Lane(max_batch_size) for _ in range(3))
-        self._counted_images = 0  # those that count towards max_queue_images
-        # The time of one core for an image, and the time from one image to the next while images wait. Deadlines are
-        # checked by the second one: it includes the work of the calls themselves and of the other models.
+        self._counted_images = 0  # waiting images that count towards max_queue_images
+        # `_core_s` is one core's time for an image. `_pace_s` is the time from one image to the next while images wait.
+        # Deadlines are checked by the pace, because it includes the work of the calls and of the other models.
         self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
         self._pace_s = self._core_s / scheduler.cores
         self._running_images = 0
         self._bulk_credit = 0  # in eighths of an image
-        self.overtaken = False  # by another model's batch, when too few images waited for one of this model
-        self._saturated_since: float | None = None  # the last batch came back, or began, with images still waiting
+        self.overtaken = False  # another model's batch ran first, because too few images waited here
+        self._saturated_since: float | None = None  # the start of the pace measurement; None: no images wait
         self._published_waiting = 0
         self._users = 0
         self._unused = asyncio.Event()
@@ -97,18 +97,18 @@ class Batcher:
         """Queue a draw; `done` is called with the images, or the error, once.
 
         Args:
-            draw: what to make.
+            draw: the images to make.
             done: called from the event loop; if it raises, it is called once more with an error.
             fairness_key: jobs of different keys are taken in turn.
             deadline: by time.monotonic; None if there is none.
-            bulk: gets only the room that other jobs leave.
-            accepted: a later chunk of a stream that was accepted: max_queue_images neither applies to it nor counts it.
-            work: of the call, if the call may have several draws.
+            bulk: gets the room that other jobs leave, or an eighth of each batch.
+            accepted: a later chunk of an accepted stream: max_queue_images neither applies to it nor counts it.
+            work: the work of the call, if the call may have several draws.
 
         Raises:
             QueueFull: too many images wait already, and no other key has more of them.
-            DeadlineTooShort: with the waiting images before it, it would probably miss its deadline.
-            DeadlineExceeded: it would probably miss its deadline even if nothing waited.
+            DeadlineTooShort: because of the waiting images, the draw would probably miss its deadline.
+            DeadlineExceeded: the draw would probably miss its deadline even if nothing waited.
         """
         count, waiting = draw.count, self.waiting
         lane = self._small if count <= self.small else self._large
@@ -125,9 +125,9 @@ class Batcher:
         if deadline is not None and not accepted and (waiting or self._running_images):
             # Round robin: no waiting job precedes this one with more images than this one has.
             jobs = self._small.jobs + self._large.jobs + (self._bulk.jobs if bulk else 0)
-            # Of the jobs still to come, the next one of each other key precedes it, for each round it has to wait.
+            # In each round that this job waits, one job of each other key precedes it, even if that job comes later.
             before = max(min(waiting, jobs * count), lane.images_before(fairness_key))
-            # An image that comes too late is wasted: rather accept one too few.
+            # An image that is late is wasted, so rather refuse too many: hence the margin.
             needed_s = _DEADLINE_MARGIN * (self._running_images + before + count) * self._pace_s + self._batch_s()
             left_s = deadline - time.monotonic()
             if _DEADLINE_MARGIN * count * self._pace_s > left_s:
@@ -161,7 +161,7 @@ class Batcher:
         )
 
     def _make_room(self, fairness_key: Hashable, count: int, *, bulk: bool) -> bool:
-        """Refuse the newest jobs of the keys with the most images, for a key that has less than its share."""
+        """Make room for a key with less than its share: refuse the newest jobs of the keys with the most images."""
         lanes = (self._bulk,) if bulk else (self._bulk, self._large, self._small)
         own = sum(lane.images_of.get(fairness_key, 0) for lane in lanes) + count
         # Under overload thousands of requests per second are refused, nearly all of them here, after two sums.
@@ -196,7 +196,7 @@ class Batcher:
         """Make the images of a draw, and count it in the work of its call.
 
         Raises:
-            ServingError: as `submit`, or the deadline passed, or the engine failed.
+            ServingError: as in `submit`, or the deadline passed, or the engine failed.
         """
         result: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
 
@@ -217,7 +217,7 @@ class Batcher:
             job.cancel()
 
     def drop(self, job: Job) -> None:
-        """Forget the images of a job that are not in a batch yet."""
+        """Stop counting the images of a job that are not in a batch yet."""
         job.lane.drop(job)
         if job.counted:
             self._counted_images -= job.count - job.taken
@@ -235,7 +235,7 @@ class Batcher:
         if bulk.images and others:
             self._bulk_credit += room
             for_bulk, self._bulk_credit = divmod(self._bulk_credit, _BULK_PART)
-        # An equal share for each job; the shares of all large jobs go to one of them at a time.
+        # Each job has an equal share. The shares of all large jobs go to one large job at a time.
         for_large = math.ceil((room - for_bulk) * large.jobs / (large.jobs + small.jobs)) if large.images else 0
         left = room - small.take(room - for_bulk - for_large, now, batch)
         left -= large.take(left - for_bulk, now, batch)
@@ -255,9 +255,10 @@ class Batcher:
         return min(self.max_batch_size, max(LEAST_BATCH, int(_BATCH_S / max(self._core_s, 1e-9))))
 
     def chunk_size(self) -> int:
-        """Return how many images of a stream go into one message: a batch, or the batches that one core makes in 5 ms.
+        """Return how many images of a stream go into one message: one batch, or more if one core makes them in 5 ms.
 
-        A message costs its reader about 100 µs, which is the time to make 6 images of a small model.
+        A message has at most 4 batches and 1 MiB of pixels, unless one batch has more. A message costs its reader about
+        100 µs, the time to make 6 images of a small model.
         """
         batches = min(
             _CHUNK_S / max(self._core_s, 1e-9) // self.max_batch_size,
@@ -271,7 +272,7 @@ class Batcher:
         return min(self.batch_size(), max(LEAST_BATCH, self.model.engine.least_batch))
 
     def round_trip_images(self) -> int:
-        """Return how many images keep a core busy while answers and the next calls travel."""
+        """Return how many images keep a core busy while answers and the next calls are in flight."""
         return max(LEAST_BATCH, math.ceil(_ROUND_TRIP_S / max(self._core_s, 1e-9)))
 
     def saturated(self) -> None:
@@ -340,7 +341,7 @@ class Batcher:
             self.release()
 
     def hold(self) -> None:
-        """Keep the version until `release`."""
+        """Keep the version from being retired until `release`."""
         self._users += 1
 
     def release(self) -> None:
@@ -350,7 +351,7 @@ class Batcher:
             self._unused.set()
 
     async def retire(self) -> None:
-        """Wait for the draws and calls that hold the version; the caller sees to it that no new ones come."""
+        """Wait for the draws and calls that hold the version; the caller ensures that no new ones come."""
         while self._users:
             self._unused.clear()
             await self._unused.wait()

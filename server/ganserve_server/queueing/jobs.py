@@ -16,7 +16,7 @@ from ganserve_server.errors import DeadlineExceeded, EngineFailed, ServingError
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)  # not frozen: that doubles what making one costs
+@dataclass(slots=True)  # not frozen, which would double the time to create one
 class Made:
     """The images of a draw, how long they waited, and how long their batches took."""
 
@@ -29,14 +29,14 @@ class JobQueue(Protocol):
     """The queue that a job is in."""
 
     def drop(self, job: "Job") -> None:
-        """Forget the images of a job that are not in a batch yet."""
+        """Stop counting the images of a job that are not in a batch yet."""
 
     def release(self) -> None:
         """Record that a job has ended."""
 
 
 class Job:
-    """A draw on its way through the queue: images up to `taken` are in batches, `arrived` of them have come back."""
+    """A draw in the queue: `taken` of its images are or were in batches, and `arrived` of these have come back."""
 
     __slots__ = (
         "_batch",
@@ -72,7 +72,7 @@ class Job:
     ) -> None:
         self._queue, self.lane, self.work = queue, lane, work
         self._batch = -1  # the last batch that images came back from
-        self._done: Callable[[Made | ServingError], None] | None = done  # until it is over
+        self._done: Callable[[Made | ServingError], None] | None = done  # None once the job is over
         self.draw, self.count, self.deadline, self.counted = draw, draw.count, deadline, counted
         self.fairness_key = fairness_key
         self.accepted = time.monotonic()
@@ -82,7 +82,7 @@ class Job:
         self.over = False
 
     def cancel(self) -> None:
-        """Remove the images that are not in a batch yet from the queue: nobody waits for them."""
+        """Remove the images that are not in a batch yet from the queue, because nobody waits for them."""
         if not self.over:
             self._end()
 
@@ -92,7 +92,7 @@ class Job:
             self._answer(error)
 
     def wanted(self, now: float) -> bool:
-        """Return whether somebody still waits for it."""
+        """Return whether a caller still waits for the job."""
         return not self.over and (self.deadline is None or now < self.deadline)
 
     def expire(self) -> None:
@@ -100,7 +100,7 @@ class Job:
         self.fail(DeadlineExceeded("the deadline passed before the images were made"))
 
     def arrive(self, start: int, pixels: NDArray[np.uint8], batch: int, compute_s: float) -> None:
-        """Take the images from `start` on, which were made in the batch of that number; answer if they are the last."""
+        """Store the images from `start` on, which batch number `batch` made; answer if the job is then complete."""
         if batch != self._batch:  # else an earlier part of this job was in the same batch
             self._batch = batch
             self.compute_s += compute_s
@@ -125,7 +125,7 @@ class Job:
         try:
             done(outcome)
         except Exception:
-            # It concerns one caller: the others in the batch must get their answers.
+            # The failure concerns one caller: the other callers in the batch must get their answers.
             _log.exception("an answer could not be written")
             try:
                 done(EngineFailed("internal error"))
@@ -136,13 +136,13 @@ class Job:
         self.over = True
         if self.taken < self.count:
             self._queue.drop(self)
-        # The waiting caller may keep the job. Both would keep each other and the answer until garbage is collected.
+        # The caller may refer to the job: such a cycle would keep the answer in memory until garbage collection.
         self.pixels = self._done = None
         self._queue.release()
 
 
 class CallWork:
-    """How long the jobs of one call waited and took, added up: the transport's `Work` for calls with several jobs."""
+    """The times of all jobs of one call: the transport's `Work` for calls with several jobs."""
 
     __slots__ = ("_batch", "_first", "compute_s", "count")
 
@@ -158,24 +158,24 @@ class CallWork:
             self._first = job
 
     def computed(self, batch: int, compute_s: float) -> None:
-        """Record a batch: once, although the jobs in it report it one after the other."""
+        """Record a batch once, although each job in it reports it."""
         if batch != self._batch:
             self._batch = batch
             self.compute_s += compute_s
 
     @property
     def accepted(self) -> float:
-        """When the first was queued, by time.monotonic."""
+        """When the first job was queued, by time.monotonic; now if there is none."""
         return time.monotonic() if self._first is None else self._first.accepted
 
     @property
     def taken(self) -> int:
-        """How many images of the first are in batches."""
+        """How many images of the first job are in batches."""
         return 0 if self._first is None else self._first.taken
 
     @property
     def queue_s(self) -> float:
-        """How long the first waited."""
+        """How long the first job waited, in seconds."""
         return 0.0 if self._first is None else self._first.queue_s
 
 
@@ -202,7 +202,7 @@ class Lane:
         self.jobs = 0
 
     def put(self, job: Job) -> None:
-        """Add a job behind the others of its key."""
+        """Add a job behind the other jobs of its key."""
         jobs = self._jobs.get(job.fairness_key)
         if jobs is None:
             jobs = self._jobs[job.fairness_key] = deque()
@@ -221,7 +221,7 @@ class Lane:
                 del self._jobs[job.fairness_key]
 
     def _count(self, fairness_key: Hashable, more: int) -> None:
-        """Add to the number of waiting images, and to that of a key."""
+        """Add `more`, which may be negative, to the waiting images of the lane and of a key."""
         self.images += more
         if images := self.images_of.get(fairness_key, 0) + more:
             self.images_of[fairness_key] = images
@@ -236,7 +236,7 @@ class Lane:
         return jobs[-1] if jobs and jobs[-1].counted and not jobs[-1].taken else None
 
     def images_before(self, fairness_key: Hashable) -> float:
-        """Return the most images that precede a new job of a key if other keys keep sending jobs like theirs now."""
+        """Return the most images that precede a new job of a key, if other keys keep sending jobs as they do now."""
         if not self.jobs:
             return 0
         own = len(self._jobs.get(fairness_key, ()))
@@ -244,7 +244,7 @@ class Lane:
         return (own + (own + 1) * others) * min(self._quantum, self.images / self.jobs)
 
     def take(self, room: int, now: float, batch: list[Part]) -> int:
-        """Move up to `room` images into a batch, from the first job of one key after the other; return how many."""
+        """Move up to `room` images into a batch, from the first job of each key in turn; return how many."""
         left = room
         while left and self._jobs:
             key, jobs = self._jobs.popitem(last=False)
@@ -267,7 +267,7 @@ class Lane:
                     self.jobs -= 1
                     jobs.popleft()
                 elif stop % self._quantum:
-                    # Finish the quantum first: if all jobs advanced a little at a time, all would be late.
+                    # Finish the quantum first: if all jobs advanced a little at a time, all would finish late.
                     self._jobs[key] = jobs
                     self._jobs.move_to_end(key, last=False)
                     continue

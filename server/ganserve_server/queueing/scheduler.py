@@ -19,13 +19,13 @@ from ganserve_server.shared.scoreboard import Scoreboard
 
 # A shorter batch runs in the event loop: handing it to a thread and back costs 50 to 100 µs.
 _INLINE_S = 0.0003
-# A batch on all cores delays the next call. So it runs only for what seems to be a lone caller: this many batches in a
-# row were alone.
+# A batch on all cores delays the next call. So it runs only for a caller that seems to be alone: this many batches in a
+# row ran without another call.
 _LONE_BATCHES = 8
 
 
 class _Threads:
-    """Threads that compute, and the number of their batches: each thread runs one, and may have a second one ready."""
+    """Threads that compute, and the number of their batches: each thread runs one, and may have another one ready."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -35,7 +35,7 @@ class _Threads:
 
 @dataclass(slots=True)
 class _RunningBatch:
-    """A batch on its way through a thread."""
+    """A batch that waits for a thread or runs in one."""
 
     batcher: Batcher
     parts: list[Part]
@@ -49,13 +49,13 @@ class Scheduler:
 
     The cores are used in two ways: one batch on each core gives the highest throughput, and one batch on all cores
     gives a lone caller the lowest latency. A second batch may be ready behind each running one, so that no core waits
-    for the event loop. Latents are drawn in the event loop, because the computing threads would wait for Python's lock
+    for the event loop. Latents are drawn in the event loop, because the computing threads would wait for Python's GIL
     each time.
 
     Args:
-        cores: how many there are.
-        board: of the workers that share the cores, if there are several. Each worker has its own part of the cores, and
-            borrows the cores of the others while those compute nothing.
+        cores: the number of cores.
+        board: the scoreboard of the workers that share the cores; None: there is one process. Each worker has its own
+            part of the cores, and borrows the cores of the other workers while these compute nothing.
     """
 
     def __init__(self, cores: int, board: Scoreboard | None = None) -> None:
@@ -76,7 +76,7 @@ class Scheduler:
             thread.start()
 
     def wake(self, batcher: Batcher) -> None:
-        """Look at a queue in this iteration of the event loop, after all calls that came with this one are in it."""
+        """Look at a queue in this iteration of the event loop, after all calls that arrived together are queued."""
         self._ready[batcher] = None
         if not self._idle:
             self._alone_in_a_row = 0
@@ -137,7 +137,7 @@ class Scheduler:
             spread = max(LEAST_BATCH, math.ceil(waiting / (free or 1)))
             lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
             wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
-            # Small enough that each core can have another batch ready; otherwise it would wait for the next calls.
+            # Small enough that each core can have another batch ready; otherwise cores would wait for the next calls.
             behind = max(batcher.round_trip_images(), math.ceil(waiting / places))
             batch = batcher.next_batch(min(spread, behind, batcher.batch_size()))
             if batcher.waiting:
@@ -155,7 +155,7 @@ class Scheduler:
             batcher.overtaken = False
             for other in too_few:
                 other.overtaken = True  # only once: its few images are next
-            # On a GPU it may wait for a batch that warms up another model.
+            # Not on a GPU, where the batch may wait for another model's warm-up.
             if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
                 self._done(work, *self._compute(work))
             else:
@@ -180,13 +180,13 @@ class Scheduler:
     def _run(self, queued: "queue.SimpleQueue[_RunningBatch | None]") -> None:
         while (work := queued.get()) is not None:
             result = self._compute(work)
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits for the result
                 self._loop.call_soon_threadsafe(self._done, work, *result)
             del work, result  # their model may be retired while this thread waits for the next batch
 
     @staticmethod
     def _compute(work: _RunningBatch) -> tuple[NDArray[np.uint8] | Exception | None, list[Part], float, float]:
-        """Return the images of the parts that are still wanted, or the error; those parts; the start; the duration."""
+        """Return the images of the parts that are still wanted, or the error; these parts; the start; the duration."""
         started, engine, parts, feeds = time.monotonic(), work.batcher.model.engine, work.parts, work.feeds
         try:
             if not all(part.job.wanted(started) for part in parts):

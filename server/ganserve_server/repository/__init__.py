@@ -1,4 +1,4 @@
-"""The model repository: finds model files, verifies them, and serves what the folder has.
+"""The model repository: finds model files in a folder, verifies them, and serves them.
 
-Gives the services a table of queues, one for each version. May not import services, transport, auth or processes.
+Gives the services a table with a queue for each version. May not import services, transport, auth or processes.
 """

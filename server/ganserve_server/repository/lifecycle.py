@@ -1,7 +1,8 @@
 """Decides which versions are served, at the start and whenever the repository changes, without a failed call.
 
-A new version is loaded and verified while the old one serves. Then it takes new calls, and the old one finishes its
-own. A file that breaks a rule is rejected and logged once; the version that was served before stays.
+A new version is loaded and verified while the old one serves. Then the new version takes new calls, and the old one
+finishes its running calls. A file that breaks a rule is rejected and logged once; the version that was served before
+stays.
 """
 
 import asyncio
@@ -34,11 +35,11 @@ class Lifecycle:
     """Keeps a table of models in line with the repository.
 
     Args:
-        settings: the server's.
-        metrics: of this process.
-        table: what is served; only this class changes it.
+        settings: the server's settings.
+        metrics: the metrics of this process.
+        table: the served versions; only this class changes it.
         on_status: called with the name of a model, or "" for the server, and whether it is served.
-        board: of the workers, if there are several.
+        board: the workers' scoreboard, if there are several workers.
         unloaded: models that an operator has unloaded.
     """
 
@@ -59,8 +60,8 @@ class Lifecycle:
         self._on_status = on_status
         self._stamps: dict[tuple[str, int], Stamp] = {}  # of files that were loaded or rejected
         self._reasons: dict[tuple[str, int], str] = {}  # why a file was rejected
-        self._awaited: set[tuple[str, int]] = set()  # have no file yet; not logged, because somebody may be copying
-        self._misplaced: dict[Path, str] = {}  # probably meant as models, and why they are none
+        self._awaited: set[tuple[str, int]] = set()  # have no file yet; not logged, because a copy may be under way
+        self._misplaced: dict[Path, str] = {}  # files that were probably meant as models, and why they are not served
         self._reported: set[str] = set()
         self._refreshing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -74,7 +75,7 @@ class Lifecycle:
             ProviderUnavailable: CUDA or TensorRT is required and missing; only at the start.
             OSError: the repository cannot be listed; only at the start.
         """
-        # One worker at a time: loading times the models, and the callers of other workers need cores, too.
+        # One worker at a time: loading measures the models' speed, and the callers of other workers need cores, too.
         async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
             try:
                 found, self._awaited, misplaced = await asyncio.to_thread(look, self._settings.models)
@@ -102,7 +103,7 @@ class Lifecycle:
             self._report({name for name, _ in found.keys() | self._awaited})
 
     async def load(self, name: str) -> list[VersionState]:
-        """Load a model from its folder, again if it is served.
+        """Load a model from its folder, even if it is already served.
 
         Raises:
             ModelNotFound: it has no folder.
@@ -130,7 +131,7 @@ class Lifecycle:
         await self.refresh()
 
     async def reload(self) -> list[VersionState]:
-        """Look for new and removed versions."""
+        """Load new versions and drop removed ones; return the state of each version in the repository."""
         await self.refresh()
         served = self._table.batchers()
         states: list[VersionState] = []
@@ -174,7 +175,7 @@ class Lifecycle:
     async def _choose(
         self, name: str, versions: list[int], found: dict[tuple[str, int], Stamp], *, starting: bool
     ) -> set[tuple[str, int]]:
-        """Serve the newest valid versions, as many as the settings ask for; return them."""
+        """Serve the N newest valid versions, where N is `settings.most_versions`; return them."""
         chosen: set[tuple[str, int]] = set()
         for number in versions:
             if len(chosen) == self._settings.most_versions:
@@ -217,7 +218,7 @@ class Lifecycle:
             reason = str(error)
             _log.error("model kept out", extra={"path": str(path), "reason": reason})
         except Exception:
-            # A file from outside must not take other models down, whatever exception it causes in the libraries.
+            # An untrusted file must not affect other models, whatever exception it causes in the libraries.
             reason = "the file could not be read"
             _log.exception("model kept out", extra={"path": str(path), "reason": reason})
         else:
@@ -232,7 +233,7 @@ class Lifecycle:
         model = batcher.model
         labels = (model.name, str(model.version), model.digest, model.engine.provider)
         if self._board:
-            self._metrics.model_info.labels(*labels).set(0)  # several workers' files allow no removal
+            self._metrics.model_info.labels(*labels).set(0)  # prometheus-client's multiprocess mode has no removal
         else:
             self._metrics.model_info.remove(*labels)
         task = asyncio.create_task(_let_go(batcher))
@@ -251,5 +252,5 @@ class Lifecycle:
 
 async def _let_go(batcher: Batcher) -> None:
     await batcher.retire()
-    del batcher  # and its model, once past calls are freed
+    del batcher  # frees its model, once finished calls are freed
     await asyncio.to_thread(give_back_memory)

@@ -14,7 +14,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_REPORTED = 3
 
-Stamp = tuple[int, int, int] | None  # of a file: changes with its content; None: there is no file
+Stamp = tuple[int, int, int] | None  # inode, mtime and size, which change with a file's content; None: no file
 
 
 def look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str, int]], dict[Path, str]]:
@@ -47,10 +47,10 @@ def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
 
 
 def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
-    """Yield paths that `find_versions` skips but were probably meant to be served, in order, each with the reason.
+    """Yield paths that `find_versions` skips but the user probably meant as models, in order, each with the reason.
 
-    These are ONNX files in the wrong place, folders that have one, and folders that cannot be read. Names that begin
-    with a dot or end in .tmp are skipped, and links to a neighbour.
+    These are ONNX files in the wrong place, folders that contain one, and folders that cannot be read. Skips names that
+    begin with a dot or end in .tmp, and links to a sibling.
     """
     wrong_depth = f"expected {repository}/NAME/VERSION/{MODEL_FILE_NAME}"
     for path in _candidates(repository):
@@ -80,13 +80,13 @@ def _misplaced_versions(folder: Path, wrong_depth: str) -> Iterator[tuple[Path, 
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """List the entries of a folder that may have been meant as models, in order."""
+    """List the entries of a folder that may be models, in order."""
     names = sorted(name for name in os.listdir(folder) if not (name.startswith(".") or name.endswith(".tmp")))
     return [folder / name for name in names if not _is_alias(folder / name)]
 
 
 def _is_alias(path: Path) -> bool:
-    """Return whether it is a link to a neighbour, such as `latest`."""
+    """Return whether a path is a link to a sibling, such as `latest`."""
     return path.is_symlink() and os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
 
 
@@ -104,7 +104,7 @@ def _is_onnx(path: Path) -> bool:
 
 
 def is_awaited(path: Path) -> bool:
-    """Return whether a version's folder has no ONNX file of any name yet: somebody may be copying."""
+    """Return whether a version's folder has no ONNX file of any name yet, because a copy may be under way."""
     try:
         return not any(_is_onnx(other) for other in _candidates(path.parent)) and not os.path.lexists(path)
     except OSError:
@@ -137,7 +137,7 @@ def require_models(repository: Path) -> None:
 
 
 def why_missing(path: Path) -> str:
-    """Say why a model file cannot be read, with a hint at a misnamed one."""
+    """Return the reason why a model file cannot be read, with a hint if there is a misnamed one."""
     hint = ""
     with contextlib.suppress(OSError):
         if others := [other.name for other in _candidates(path.parent) if _is_onnx(other)]:

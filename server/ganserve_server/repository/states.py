@@ -1,4 +1,4 @@
-"""The state of each version in the repository, and the operations by which an operator changes what is served."""
+"""The state of each version in the repository, and the operations by which operators change what is served."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +19,7 @@ class Administration(Protocol):
     """Changes which models are served: in this process (`Lifecycle`), or in all workers."""
 
     async def load(self, name: str) -> list[VersionState]:
-        """Load a model from its folder, again if it is served.
+        """Load a model from its folder, even if it is already served.
 
         Raises:
             ModelNotFound: it has no folder.
@@ -34,4 +34,4 @@ class Administration(Protocol):
         """
 
     async def reload(self) -> list[VersionState]:
-        """Look for new and removed versions."""
+        """Load new versions and drop removed ones; return the state of each version in the repository."""

@@ -1,4 +1,4 @@
-"""The versions that are served, each with its queue. The services find a model here; `lifecycle` changes the table."""
+"""The served versions, each with its queue. The services find a model here; `lifecycle` changes the table."""
 
 from ganserve_server.errors import ModelNotFound
 from ganserve_server.queueing.batcher import Batcher
@@ -6,7 +6,7 @@ from ganserve_server.spelling import nearest
 
 
 class ModelTable:
-    """The versions that are served, by name and number."""
+    """The served versions, by name and number."""
 
     def __init__(self) -> None:
         self._batchers: dict[str, dict[int, Batcher]] = {}
@@ -25,7 +25,7 @@ class ModelTable:
         return {(name, number): one for name, versions in self._batchers.items() for number, one in versions.items()}
 
     def put(self, batcher: Batcher) -> Batcher | None:
-        """Serve a version; return the one of the same number that was served before."""
+        """Serve a version; return the batcher that served the same version number before, if any."""
         versions = self._batchers.setdefault(batcher.model.name, {})
         before = versions.get(batcher.model.version)
         versions[batcher.model.version] = batcher
@@ -42,7 +42,7 @@ class ModelTable:
         """Find a version, the newest if `version` is None.
 
         Raises:
-            ModelNotFound: there is none; the text names the ones that exist.
+            ModelNotFound: there is no such model or version; the text names those that exist.
         """
         versions = self._batchers.get(name)
         if versions is None:

@@ -1,8 +1,13 @@
 """Reads one model file, and rejects it if it breaks a rule.
 
-A file is untrusted input. The rules: its size is limited; onnx's checker accepts it; it has only standard operators,
-and all weights inside; it has a model card, and inputs and an output that match the card; it makes the same images each
-time, alone and in a batch; its golden images differ by at most one grey level.
+A file is untrusted input. The rules:
+
+- its size is limited;
+- onnx's checker accepts it;
+- it has only standard operators, and contains all its weights;
+- it has a model card, and its inputs and its output match the card;
+- it makes the same images each time, and in a batch images that differ by at most one grey level;
+- its golden images differ by at most one grey level.
 """
 
 import hashlib
@@ -30,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 CARD_KEY = "ganserve.model_card"
 _MAX_REPORTED_KEYS = 3
-_AMONG = 3  # images in the batch with which a single image is compared
+_AMONG = 3  # the size of the batch whose last image is compared with a single image
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 _NEWLINE = "\n"
 
@@ -125,7 +130,7 @@ def _check_graph(content: bytes) -> str:
 
 
 def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
-    """Return the card, and a text on unknown keys, which a newer trainer wrote or somebody misspelt."""
+    """Return the card, and a text about unknown keys, which come from a newer trainer or are misspelt."""
     try:
         card = json_format.Parse(text, pb.ModelCard(), ignore_unknown_fields=True)
         keys = json.loads(text).keys()

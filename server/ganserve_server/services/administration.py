@@ -85,10 +85,10 @@ class RepositoryServicer:
 
 
 def refuse_repository_name(name: str) -> None:
-    """Refuse a request that names a repository: a server has one, without a name.
+    """Check that a request names no repository: a server has one repository, without a name.
 
     Raises:
-        InvalidRequest: there is a name.
+        InvalidRequest: the request has a name.
     """
     if name:
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""Image files: PNG, JPEG and WebP. A file says in its metadata how to make the image again."""
+"""Image files: PNG, JPEG and WebP. The metadata of a file says how to make its image again."""
 
 import io
 import json
@@ -24,7 +24,7 @@ Identity = Mapping[str, str | int | float | list[int] | None]
 
 
 def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity | None) -> bytes:
-    """Encode one image, [height, width, channels]; without metadata if `identity` is None."""
+    """Encode one image, [height, width, channels], as a file; without metadata if `identity` is None."""
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     file = io.BytesIO()
     text = None if identity is None else json.dumps(identity, ensure_ascii=True)

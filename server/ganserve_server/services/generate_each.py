@@ -27,7 +27,7 @@ class GenerateEachStream(RequestStream):
 
     Args:
         check: finds the model of a request, and raises a ServingError if the request cannot be answered.
-        encode: writes images as their request asks.
+        encode: encodes images as their request asks.
         call: the call.
     """
 
@@ -39,7 +39,7 @@ class GenerateEachStream(RequestStream):
         self._compatible: list[_EachRequest] = []  # not queued yet
 
     def take(self, content: bytes) -> "_EachRequest":
-        """Read and check a request; queue the ones before it, unless they are compatible with it."""
+        """Read and check a request; queue the requests before it, unless it is compatible with them."""
         taken = _EachRequest()
         try:
             message = read_message(pb.GenerateEachRequest.FromString, content).generate
@@ -74,7 +74,7 @@ class GenerateEachStream(RequestStream):
         except ServingError as error:
             if len(requests) == 1:
                 _refuse(requests, error)
-            else:  # there may be room, or time, for some of them
+            else:  # there may be room, or time, for some of the requests
                 for one in requests:
                     self._submit([one])
 
@@ -110,7 +110,7 @@ class _EachRequest(StreamedRequest):
     request: GenerationRequest
 
     def is_compatible(self, other: "_EachRequest") -> bool:
-        """Tell whether both are for one image by its seed, and may be made in one draw."""
+        """Return whether both requests are single-image and seeded, and can share one draw."""
         one, another = self.request, other.request
         return (
             one.count == another.count == 1

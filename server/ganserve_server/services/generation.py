@@ -21,10 +21,11 @@ from ganserve_server.settings import ServerSettings
 from ganserve_server.transport.interface import Call, Method, RequestSink, Server, read_message
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-# Bytes of pixels. Encoding fewer costs less than handing them to a thread and back; more would delay other calls.
+# Bytes of pixels to encode in the event loop. For fewer, a thread costs more than the encoding; more would delay other
+# calls.
 _ENCODE_HERE_AT_MOST = 4096
 _CHUNK_TAG = tag(pb.StreamImagesResponse.CHUNK_FIELD_NUMBER)
-_LITTLE_UNREAD = 16 << 20  # bytes of unsent answers; beyond, clients read streams more slowly than images are made
+_LITTLE_UNREAD = 16 << 20  # bytes of unread answers; with more, clients read more slowly than images are made
 
 
 class GenerationServicer(pb_grpc.GenerationServiceServicer):
@@ -43,7 +44,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         pb_grpc.add_GenerationServiceServicer_to_server(self, server)
 
     def _generate_images(self, call: Call, content: bytes) -> None:
-        """Make all images, then answer. Without a task, which costs as much as an image of a small model."""
+        """Make all images, then answer. Uses no task, which would cost as much as an image of a small model."""
         batcher, checked = self.check(read_message(pb.GenerateImagesRequest.FromString, content), call)
         draw = checked.draw(0, checked.count)
 
@@ -81,7 +82,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return batcher, checked
 
     def _stream_images(self, call: Call, content: bytes) -> None:
-        """Make only the next chunk while the last one is sent, so that a slow reader costs no memory."""
+        """Make only one chunk while the chunk before it is sent, so that a slow reader costs little memory."""
         request = read_message(pb.StreamImagesRequest.FromString, content).generate
         batcher, limit = self._find(request, call), self._settings.max_images_per_request
         checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
@@ -97,10 +98,10 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             nonlocal stop
             if stop == request.count:
                 return None
-            # The first chunk is one batch, so that the first images come early.
+            # The first chunk is one batch, so that the first images arrive early.
             size = batcher.max_batch_size
             if stop and request.encoding == pb.ENCODING_RAW and call.unread_bytes < _LITTLE_UNREAD:
-                # Not more than the caller's burst: the caller would wait until the rest is paid.
+                # At most the caller's burst: after a larger chunk, the next one would wait for the caller's rate.
                 most = batcher.chunk_size() if call.caller is None else min(batcher.chunk_size(), call.caller.burst)
                 size = max(size, int(most))
             start, stop = stop, min(stop + size, request.count)
@@ -151,12 +152,12 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         *,
         accepted: bool,
     ) -> bytes:
-        """Make the images from start to stop of a request, and return the serialised response."""
+        """Make images `start` to `stop` (exclusive) of a request, and return the serialised response."""
         if call.caller is not None:
             while wait_s := call.caller.must_wait_s(stop - start):
                 call.throttled_s += wait_s
                 call.throttled_until = time.monotonic() + wait_s
-                await asyncio.sleep(wait_s)  # there is no event to wait for: only time passes
+                await asyncio.sleep(wait_s)  # there is no event to wait for, only time
         draw = request.draw(start, stop)
         made = await batcher.make(
             draw,

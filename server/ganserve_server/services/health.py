@@ -1,7 +1,7 @@
 """gRPC health (grpc.health.v1): whether the server, its services and each model are serving.
 
-Setting a status waits for nobody. Each watcher gets the latest status after it has read the previous one. A peer that
-reads nothing costs one message, and delays neither other watchers nor a reload nor a drain.
+Setting a status does not wait for watchers. Each watcher gets the latest status after it has read the previous one. A
+peer that reads nothing costs one message, and delays neither other watchers nor a reload nor a drain.
 """
 
 import asyncio
@@ -125,7 +125,7 @@ class HealthServicer:
         service = read_message(health_pb2.HealthCheckRequest.FromString, content).service
         status = self._statuses.get(service)
         if status is None:
-            # Without a text, like grpcio's own service: clients add their own.
+            # Without a text, like grpcio's own service: clients add their own text.
             raise Aborted(grpc.StatusCode.NOT_FOUND, "")
         call.reply(_response(status))
 
@@ -161,7 +161,7 @@ class HealthServicer:
             self._forget(call)
 
     def _make_room(self, call: Call) -> None:
-        """Make room for a watch: if there are too many, end one of the connection that has the most."""
+        """Make room for a call of Watch: if there are too many, end the oldest of the connection with the most."""
         mine = self._watchers_of[call.fairness_key]
         if mine >= MAX_WATCHERS_PER_CONNECTION:
             raise TooManyWatchers(f"a connection may have {MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first")

@@ -24,15 +24,15 @@ _MAX_SHEET_LABELS = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
 _ENCODINGS, _LAYOUTS, _PRIORITIES = (frozenset(kind.values()) for kind in (pb.Encoding, pb.Layout, pb.Priority))
 
 
-@dataclass(slots=True)  # not frozen: that doubles what making one costs
+@dataclass(slots=True)  # not frozen, which would double the time to create one
 class GenerationRequest:
-    """A checked request. Draws are made from it one at a time: all seeds of a long stream would fill the memory."""
+    """A checked request. `draw` makes one chunk at a time: all seeds of a long stream would fill the memory."""
 
     model: ModelVersion
     count: int
     first_seed: int | None
-    latents: NDArray[np.float32] | None  # [count, latent_dim], truncation applied; None: by seeds
-    labels: NDArray[np.int64] | None  # [1] for all, or [count]; None: by the seeds
+    latents: NDArray[np.float32] | None  # [count, latent_dim], truncation applied; None: drawn from the seeds
+    labels: NDArray[np.int64] | None  # [1] for all images, or [count]; None: derived from the seeds
     truncation: float
     encoding: pb.Encoding
     sheet: bool
@@ -40,7 +40,7 @@ class GenerationRequest:
     bulk: bool
 
     def draw(self, start: int, stop: int) -> Draw:
-        """Return the draw for the images from start to stop."""
+        """Return the draw for images `start` to `stop` (exclusive)."""
         seeds = labels = None
         if self.first_seed is not None:
             first = self.first_seed + start
@@ -63,14 +63,15 @@ def parse(
 
     Args:
         message: the request.
-        model: the model that answers it.
-        max_images: the most images it may ask for.
-        max_values: the most labels or latents it may have.
+        model: the model that answers the request.
+        max_images: the most images that the request may ask for.
+        max_values: the most labels or latents that the request may have.
 
     Raises:
         InvalidRequest: a field is wrong.
     """
-    # -0.0 equals 0.0 but protobuf writes it differently: cached pieces of one response would appear in others.
+    # Adding 0.0 turns -0.0 into 0.0. The two are equal keys of the cache of `_common_piece`, but protobuf serialises
+    # them differently: a cached piece would appear in the wrong response.
     truncation = message.truncation + 0.0 if message.HasField("truncation") else 1.0
     check_truncation(truncation)
     # Each access to a field costs a tenth of the rest of a check, so each is read once.
@@ -129,9 +130,9 @@ def draw_of(requests: list[GenerationRequest]) -> Draw:
 
 
 def images_limit(model: ModelVersion, most: int) -> int:
-    """Return the most images of a model in one response: `most`, by the settings, or fewer if they are large.
+    """Return the most images of a model in one response: `most`, the setting, or fewer if the images are large.
 
-    A protobuf message may have 2 GiB, and a server should stay far below.
+    A protobuf message may have 2 GiB, but a server should stay far below: 256 MiB of pixels.
     """
     return max(1, min(most, _MAX_PIXEL_BYTES // max(1, model.pixel_bytes)))
 
@@ -240,7 +241,7 @@ def describe(model: ModelVersion, versions: list[int]) -> pb.Model:
 
 
 def times(made: Made) -> bytes:
-    """Serialise the times of images that were made together: a piece of their GenerateImagesResponses."""
+    """Serialise the times of a draw, as a piece of the GenerateImagesResponses for its images."""
     response = pb.GenerateImagesResponse()
     for duration, seconds in ((response.queue_time, made.queue_s), (response.compute_time, made.compute_s)):
         duration.seconds, duration.nanos = divmod(round(seconds * 1e9), 10**9)
@@ -250,12 +251,12 @@ def times(made: Made) -> bytes:
 def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> bytes:
     """Return a serialised GenerateImagesResponse with the images, as pixels or as files.
 
-    It is put together from pieces, which protobuf reads as one message. The piece that all responses of a version share
-    is written once, and the pixels are copied once.
+    The response is concatenated from pieces, which protobuf reads as one message. The piece that all responses of a
+    version share is serialised once, and the pixels are copied once.
 
     Args:
         request: the request.
-        draw: what was made for it.
+        draw: the draw of the images.
         pixels: the images, [count, height, width, channels].
         took: the result of `times`.
     """

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol of Triton and KServe: their clients get the same images as GenerationService's.
+"""The Open Inference Protocol of Triton and KServe: its clients get the same images as those of GenerationService.
 
 Limits, checks and batches are the same; only the encoding of tensors differs.
 """
@@ -60,15 +60,17 @@ _SEEDS = {
     "INT64": ("<i8", "int64_contents"),
 }
 _INPUTS = {"latent": _FLOATS, "seed": _SEEDS, "label": _LABELS}
-# What a request may have of each, so that no request takes the event loop for long.
+# The most of each that a request may have, so that no request blocks the event loop for long.
 _MAX_INPUTS, _MAX_OUTPUTS, _MAX_PARAMETERS, _MAX_ID_BYTES = len(_INPUTS), 3, 16, 1024
 _TOLD = 8  # numbers of a shape in an error
-# protobuf takes up to 2 µs for two bytes of a message: for this many about 2 ms. Of larger messages a scan comes first.
+# protobuf takes up to 2 µs for two bytes of a message. Messages up to this size are parsed at once; larger ones are
+# scanned first.
 _FREELY_PARSED_BYTES = 16 << 10
 _BYTES_PER_IMAGE = 20  # a seed and a label, each a varint
 _MAX_SCANNED_FIELDS = 256
 _MAX_VARINT_BYTES = 10
-# By number, the fields in which the scan looks for fields, and what it finds there; None: numbers that are only copied.
+# The fields that the scan descends into, by field number, with their known subfields; None: protobuf only copies the
+# content of the field.
 _Fields = Mapping[int, "_Fields | None"]
 _SCANNED: _Fields = {
     pb.ModelInferRequest.INPUTS_FIELD_NUMBER: {
@@ -88,9 +90,9 @@ class InferenceServicer:
     """The service, over the queues of all models.
 
     Args:
-        models: the served ones.
-        settings: the server's.
-        health_servicer: says whether the server is ready.
+        models: the served models.
+        settings: the server's settings.
+        health_servicer: reports whether the server is ready.
     """
 
     def __init__(self, models: ModelTable, settings: ServerSettings, health_servicer: HealthServicer) -> None:
@@ -118,10 +120,10 @@ class InferenceServicer:
         server.add_registered_method_handlers(SERVICE, handlers)
 
     def _model_infer(self, call: Call, content: bytes) -> None:
-        """Make all images, then answer. Without a task, which costs as much as an image of a small model."""
+        """Make all images, then answer. Uses no task, which would cost as much as an image of a small model."""
         request = self.read(content)
         batcher, draw, options = self.check(request, call)
-        request_id = request.id  # alone: the request's tensors may have megabytes
+        request_id = request.id  # so that `done` does not keep the request, whose tensors may have megabytes
 
         def done(made: Made | ServingError) -> None:
             if isinstance(made, ServingError):
@@ -140,10 +142,10 @@ class InferenceServicer:
         return _InferStream(self, call).sink
 
     def read(self, content: bytes) -> pb.ModelInferRequest:
-        """Read a request, if that does not take long.
+        """Read a request, unless that would take long.
 
         Raises:
-            ServingError: it is none, or one of too many parts.
+            ServingError: it is not a request, or has too many parts or bytes.
         """
         if len(content) > _FREELY_PARSED_BYTES:
             _scan(content, _FREELY_PARSED_BYTES + _BYTES_PER_IMAGE * self._settings.max_images_per_request)
@@ -165,11 +167,11 @@ class InferenceServicer:
         return batcher, draw, options
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Call) -> pb.ServerLiveResponse:  # noqa: N802
-        """Answer true: a dead server does not answer."""
+        """Answer true: a server that is not live does not answer."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Call) -> pb.ServerReadyResponse:  # noqa: N802
-        """Answer as gRPC health does for the server."""
+        """Answer with the server's status in gRPC health."""
         return pb.ServerReadyResponse(ready=self._health.status("") == SERVING)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Call) -> pb.ModelReadyResponse:  # noqa: N802
@@ -190,7 +192,7 @@ class InferenceServicer:
     async def ModelMetadata(  # noqa: N802
         self, request: pb.ModelMetadataRequest, context: Call
     ) -> pb.ModelMetadataResponse:
-        """Describe the tensors of a version's file, without `seed`: some clients fill every input that is listed."""
+        """Describe the tensors of a version's file. Omits `seed`, because some clients fill every listed input."""
         card = self._find(request.name, request.version, context).model.card
         inputs: list[dict[str, Any]] = [{"name": "latent", "datatype": "FP32", "shape": (-1, card.latent_dim)}]
         if card.class_names:
@@ -279,7 +281,7 @@ def _stream_error(request_id: str, error: ServingError) -> bytes:
 
 
 def _bounded(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Return a function that reads only messages that protobuf reads in little time."""
+    """Return a function that reads only messages that are small enough for protobuf to read quickly."""
 
     def read_small(content: bytes) -> Any:
         if len(content) > _FREELY_PARSED_BYTES:
@@ -292,14 +294,14 @@ def _bounded(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 def _scan(content: bytes, most_bytes: int) -> None:
-    """Refuse a large ModelInferRequest that protobuf would take long to read: one of thousands of small parts.
+    """Check that protobuf does not take long to read a large ModelInferRequest: that it has few small parts.
 
     Args:
-        content: the request, serialised.
-        most_bytes: how many it may have beside the contents of raw_input_contents and fp32_contents.
+        content: the serialised request.
+        most_bytes: the most bytes outside the contents of raw_input_contents and fp32_contents.
 
     Raises:
-        ServingError: it has more, or more fields than are scanned, or is no message.
+        ServingError: the request has more bytes, or more fields than are scanned, or is malformed.
     """
     found, copied_bytes = 0, 0
     parts = [(0, len(content), _SCANNED)]
@@ -341,7 +343,7 @@ def _scan(content: bytes, most_bytes: int) -> None:
 
 
 def _read_varint(content: bytes, position: int) -> tuple[int, int]:
-    """Read a number; return it and the position after it."""
+    """Read a varint; return it and the position after it."""
     value = 0
     for index, byte in enumerate(content[position : position + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * index
@@ -398,7 +400,7 @@ def _earlier(deadline: float | None, other: float | None) -> float | None:
 
 
 def _number(name: str, parameter: pb.InferParameter) -> float:
-    """Read a number or its text, which Triton's older clients send for fractions."""
+    """Read a number, or a number as text, which older Triton clients send for fractions."""
     kind = parameter.WhichOneof("parameter_choice")
     value = getattr(parameter, kind) if kind else None
     if not isinstance(value, bool) and value is not None:
@@ -470,7 +472,7 @@ def _tensors(request: pb.ModelInferRequest, model: ModelVersion, limit: int) -> 
         if tensor.shape[0] > limit:
             raise _wrong_count(name, tensor.shape[0], limit)
         item = np.dtype(kind).itemsize
-        # Their number first: to convert millions of numbers takes hundreds of milliseconds.
+        # Check the size first: converting millions of numbers takes hundreds of milliseconds.
         content = raw[index] if raw else b""
         given = len(content) if raw else len(getattr(tensor.contents, field)) * item
         if given != (size := math.prod(tensor.shape)) * item:
@@ -489,7 +491,8 @@ def _content(contents: pb.InferTensorContents, field: str, kind: str) -> bytes:
     numbers = getattr(contents, field)
     if field != "fp32_contents" or not numbers:
         return np.array(numbers, kind).tobytes()
-    # NumPy converts a million of them one by one, in 200 ms. Serialised, they are the end of a message of them alone.
+    # NumPy would convert a million numbers one by one, in 200 ms. Instead, serialise a message with only this field: it
+    # ends with the packed numbers.
     size = len(numbers) * np.dtype(kind).itemsize
     for other, _ in contents.ListFields():
         if other.name != field:
@@ -499,7 +502,7 @@ def _content(contents: pb.InferTensorContents, field: str, kind: str) -> bytes:
 
 
 def _check_shape(name: str, shape: Sequence[int], model: ModelVersion) -> None:
-    """Check a shape, apart from the number of images."""
+    """Check a shape except for the number of images."""
     width, count_alone = (model.card.latent_dim, False) if name == "latent" else (1, True)
     fits = (len(shape) == 2 and shape[1] == width) or (len(shape) == 1 and count_alone)
     if not fits or shape[0] < 0:

@@ -1,4 +1,4 @@
-"""Server reflection, versions v1 and v1alpha, which tells clients such as grpcurl the services and their messages.
+"""Server reflection (v1 and v1alpha), which describes the services and their messages to clients such as grpcurl.
 
 Both versions have the same messages apart from the package name, so one servicer answers both.
 """
@@ -22,12 +22,12 @@ from ganserve_server.transport.limits import MAX_REFLECTION_STREAMS
 _V1ALPHA = pb.DESCRIPTOR.package
 _V1 = _V1ALPHA.removesuffix("alpha")
 SERVICES = tuple(f"{package}.ServerReflection" for package in (_V1, _V1ALPHA))
-_MAX_REQUEST_BYTES = 4096  # it comes back in its response
+_MAX_REQUEST_BYTES = 4096  # the response contains the request
 _REQUEST_TAG = tag(pb.ServerReflectionResponse.ORIGINAL_REQUEST_FIELD_NUMBER)
 
 
 class TooManyStreams(ServingError):  # noqa: N818
-    """The caller has more streams of reflection than it may."""
+    """The caller has too many streams of reflection."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "too_many_streams"
@@ -55,7 +55,7 @@ class ReflectionServicer:
         self._pool = pool
         names = [{"name": name} for name in sorted((*services, *SERVICES))]
         self._services = _response(list_services_response={"service": names})
-        self._described: dict[str, bytes] = {}  # the responses with a file and those it needs, by its name
+        self._described: dict[str, bytes] = {}  # responses with a file and its dependencies, by the file's name
         self._streams: Counter[object] = Counter()  # by connection or caller
 
     def add_to(self, server: Server) -> None:
@@ -69,7 +69,7 @@ class ReflectionServicer:
                 f"a connection, or a token, may have {MAX_REFLECTION_STREAMS} streams of reflection at a time; "
                 "end some first"
             )
-            call.soon(lambda _: call.fail(error))  # not yet: its connection does not know of it
+            call.soon(lambda _: call.fail(error))  # later: the connection does not know the call yet
             return lambda _: None, lambda: None
         return _Stream(self, call, self._streams).sink
 
@@ -77,7 +77,7 @@ class ReflectionServicer:
         """Return the response to a request, both serialised.
 
         Raises:
-            ServingError: the request is too large, or none.
+            ServingError: the request is too large, or malformed.
         """
         if len(content) > _MAX_REQUEST_BYTES:
             raise MessageTooLarge(f"the request has {len(content)} bytes; one of reflection has {_MAX_REQUEST_BYTES}")
@@ -89,10 +89,10 @@ class ReflectionServicer:
         return embedded(_REQUEST_TAG, content) + found
 
     def _find(self, request: pb.ServerReflectionRequest) -> bytes:
-        """Return the response but for the request.
+        """Return the response without the field that repeats the request.
 
         Raises:
-            KeyError: what is asked for is unknown.
+            KeyError: the requested name or number is unknown.
         """
         pool = self._pool
         match request.WhichOneof("message_request"):
@@ -129,7 +129,7 @@ class ReflectionServicer:
 
 
 class _Stream(RequestStream):
-    """A stream of one caller: its work is part of its connection's turns."""
+    """One stream of reflection requests, which are answered in the connection's turns."""
 
     __slots__ = ("_holder", "_servicer", "_streams")
 
@@ -147,7 +147,7 @@ class _Stream(RequestStream):
         return request
 
     def send_answers(self) -> None:
-        """Send the answers; the stream may end by it."""
+        """Send the answers; this may end the stream."""
         super().send_answers()
         if self._call.over:
             self._leave()
@@ -157,7 +157,7 @@ class _Stream(RequestStream):
         self._leave()
 
     def _leave(self) -> None:
-        """Give the stream's place free, once."""
+        """Free the stream's place, once."""
         holder, self._holder = self._holder, None
         if holder is not None:
             self._streams[holder] -= 1
@@ -178,7 +178,7 @@ _NOT_FOUND, _NO_QUESTION = _error(grpc.StatusCode.NOT_FOUND), _error(grpc.Status
 
 
 def _describe_v1() -> descriptor_pb2.FileDescriptorProto:
-    """Return the file of v1, which the package grpcio-reflection does not have."""
+    """Return the descriptor of v1's file, which the package grpcio-reflection lacks."""
     file = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
     text = text_format.MessageToString(file).replace(_V1ALPHA, _V1)
     file = text_format.Parse(text, descriptor_pb2.FileDescriptorProto())

@@ -1,6 +1,7 @@
-"""A stream of requests: each is answered or refused in order, and none ends the stream.
+"""A stream of requests: each is answered or refused in order, and a refused request does not end the stream.
 
-A limited number runs at a time; more wait unread, so that neither they nor their answers fill the memory.
+A limited number of requests runs at a time. The next requests wait unread, so that neither requests nor answers fill
+the memory.
 """
 
 from abc import ABC, abstractmethod
@@ -16,14 +17,14 @@ from ganserve_server.transport.interface import Call, RequestSink
 
 # Limits of one stream.
 _MAX_RUNNING = 256
-_MAX_RUNNING_BYTES = 16 << 20  # of requests and pixels: finished answers are kept until those before are sent
+_MAX_RUNNING_BYTES = 16 << 20  # of requests and pixels: a finished answer waits until the answers before it are sent
 _MAX_PENDING_BYTES = 1 << 20
 _MAX_AT_ONCE = 64  # requests; a refused one takes 10 to 20 µs of the event loop
 _NOTHING: "deque[Any]" = deque(maxlen=0)  # for streams without requests: an empty deque takes 600 bytes
 
 
 class StreamedRequest:
-    """One request of a stream, and its answer once it is there."""
+    """One request of a stream, and its answer once it is made."""
 
     __slots__ = ("answer", "job", "pixel_bytes", "request_bytes")
 
@@ -49,7 +50,7 @@ class RequestStream(ABC):
 
     @property
     def sink(self) -> RequestSink:
-        """The functions that take the stream's requests, and its end."""
+        """The functions that receive the stream's requests and its end."""
         return self._on_request, self._on_end
 
     @abstractmethod
@@ -57,7 +58,7 @@ class RequestStream(ABC):
         """Read a request, and queue it now or in `queue_taken`."""
 
     def queue_taken(self) -> None:  # noqa: B027  nothing to do where `take` queues
-        """Queue the requests that `take` has held back: there is no room for more, or no more have come."""
+        """Queue the requests that `take` has held back, because there is no room for more or no more have arrived."""
 
     def submit(
         self,
@@ -72,7 +73,7 @@ class RequestStream(ABC):
         """Queue one draw for some requests; `done` sets their answers.
 
         Raises:
-            ServingError: it is refused.
+            ServingError: the draw is refused.
         """
 
         def answered(made: Made | ServingError) -> None:
@@ -90,7 +91,7 @@ class RequestStream(ABC):
             request.job = job
 
     def send_answers(self) -> None:
-        """Send the answers that are next in order, and take the requests that there is room for then."""
+        """Send the answers that are next in order, then take the requests that there is room for."""
         call, running, answers, request_bytes = self._call, self._running, [], 0
         while running and (answer := running[0].answer) is not None:
             request = running.popleft()
@@ -99,13 +100,13 @@ class RequestStream(ABC):
             answers.append(answer)
         if answers:
             call.send(*answers)
-            # Not before: what is made of a request (latents, an id that comes back) takes as much as the request.
+            # Not earlier: the parsed request (latents, the id for the response) takes as much memory as its bytes.
             call.consumed(request_bytes, len(answers))
         if call.pending_bytes > _MAX_PENDING_BYTES and not self._waits:
             self._waits = True
             call.spawn(self._resume_once_sent(), cancel=self._cancel)
         if self._begin():
-            self._wake_soon()  # some may be answered already; others follow after other connections' turns
+            self._wake_soon()  # some may be answered already; take more after other connections' turns
         elif self._ended and not self._unread and not running:
             call.finish()
 
@@ -132,7 +133,7 @@ class RequestStream(ABC):
             self._call.fail(error)
 
     def _begin(self) -> bool:
-        """Take requests while there is room; return whether there was one."""
+        """Take requests while there is room; return whether any was taken."""
         taken = 0
         while (
             self._unread

@@ -1,14 +1,14 @@
 """How many images each token may ask for per second, counted in memory that all worker processes share.
 
 The algorithm is GCRA, the generic cell rate algorithm (ITU-T I.371). It keeps a number for each token: the theoretical
-arrival time, at which all images that were asked for so far are paid.
+arrival time, when the rate has covered all images that were requested so far.
 """
 
 import mmap
 import time
 
 MAX_TOKENS = 1000  # in a tokens file
-_SLOTS = 4 * MAX_TOKENS  # tokens that were removed since the start keep theirs
+_SLOTS = 4 * MAX_TOKENS  # tokens that were removed since the start keep their slots
 _CELL_BYTES = 8
 _MAX_NS = 2**63 - 1  # in a cell
 RATES_BYTES = _SLOTS * 2 * _CELL_BYTES
@@ -17,8 +17,8 @@ RATES_BYTES = _SLOTS * 2 * _CELL_BYTES
 class SharedRates:
     """The theoretical arrival time of each token, in nanoseconds of the monotonic clock.
 
-    A slot has two cells: a tag, which says whose it is, and the time. Workers that change the same slot in the same
-    microsecond may lose a change: a few more images are let through then.
+    A slot has two cells: a tag, which identifies the token, and the time. If workers change the same slot in the same
+    microsecond, one change may be lost, and a few more images are allowed.
 
     Args:
         descriptor: memory of RATES_BYTES; -1: memory of this process alone.
@@ -35,12 +35,12 @@ class SharedRates:
             if self._cells[cell] in (0, tag):
                 self._cells[cell] = tag
                 return cell + 1
-        return tag % _SLOTS * 2 + 1  # shared, after thousands of tokens: a restart parts them
+        return tag % _SLOTS * 2 + 1  # shared with another token, after thousands of tokens, until a restart
 
     def take(self, slot: int, images: int, images_per_s: float, burst: float) -> float:
         """Count images and return 0, or count nothing and return the seconds until the rate allows them.
 
-        More images than a burst may be asked for at once; the next ones wait until those are paid.
+        A request for more images than the burst is allowed; later requests wait until the rate has covered it.
         """
         now = time.monotonic_ns()
         unused = now - int(burst / images_per_s * 1e9)

@@ -1,4 +1,4 @@
-"""How busy each worker process is, in memory that all of them see, and which of them accepts the next connection."""
+"""How busy each worker process is, in shared memory, and which worker accepts the next connection."""
 
 import asyncio
 import fcntl
@@ -12,7 +12,7 @@ _CELL_BYTES = 8
 # and its connections that had a call recently.
 _CELLS = 6
 _ABSENT = 1 << 60  # connections of a worker that cannot accept any
-_PATIENCE_S = 0.05  # for a worker that has fewer connections and does not accept the next
+_PATIENCE_S = 0.05  # before a worker that has fewer connections and does not accept the next counts as stalled
 _POLL_S, _LOAD_TIMEOUT_S = 0.005, 5.0
 
 
@@ -26,8 +26,8 @@ class Scoreboard:
 
     Args:
         descriptor: the shared memory, of `scoreboard_bytes`.
-        workers: how many there are.
-        mine: the number of this worker.
+        workers: the number of workers.
+        mine: the index of this worker.
     """
 
     def __init__(self, descriptor: int, workers: int, mine: int) -> None:
@@ -55,7 +55,7 @@ class Scoreboard:
 
     @property
     def mine(self) -> int:
-        """How many connections in use this worker has."""
+        """This worker's number of connections in use."""
         return self._in_use(self._mine)
 
     def set_in_use(self, count: int) -> None:
@@ -101,11 +101,11 @@ class Scoreboard:
         return self.mine != _ABSENT
 
     async def all_loaded(self) -> None:
-        """Wait until the others have loaded their models: the first to serve would get all waiting connections."""
+        """Wait until the others have loaded their models: otherwise the first to serve gets all waiting connections."""
         until = time.monotonic() + _LOAD_TIMEOUT_S
         models = [worker * _CELLS + 3 for worker in self._others]
         while not all(self._cells[cell] for cell in models) and time.monotonic() < until:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)  # processes have no Event in common
+            await asyncio.sleep(_POLL_S)  # processes share no Event
 
     def others_running(self) -> int:
         """Count the batches that the other workers compute."""
@@ -134,7 +134,7 @@ class AcceptOrder:
         self._board = board
         self._accepted = 0
         self._since = self._asked = 0.0
-        # Workers, each with the connections that it had accepted at that time.
+        # Workers, each with the number of connections that it had accepted at that time.
         self._waited_for: dict[int, int] = {}
         self._stalled: dict[int, int] = {}
 
@@ -144,7 +144,7 @@ class AcceptOrder:
         self._board.set_accepted(self._accepted)
 
     def may_accept(self) -> bool:
-        """Tell whether this worker may accept the waiting connection; if not, ask again soon."""
+        """Return whether this worker may accept the waiting connection; if not, ask again soon."""
         now, accepted = time.monotonic(), self._board.accepted()
         self._stalled = {worker: count for worker, count in self._stalled.items() if accepted[worker] == count}
         candidates = {
@@ -157,7 +157,7 @@ class AcceptOrder:
         pause = now - self._asked > 2 * _PATIENCE_S
         progress = any(accepted[worker] != count for worker, count in self._waited_for.items())
         if pause or not self._waited_for or progress:
-            self._since = now  # this is another connection than then
+            self._since = now  # the waiting connection is another one
         self._asked = now
         self._waited_for = {worker: accepted[worker] for worker, count in candidates.items() if count == fewest}
         if now - self._since >= _PATIENCE_S:

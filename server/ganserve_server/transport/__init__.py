@@ -1,7 +1,7 @@
-"""The server's side of gRPC over HTTP/2: an own one, or grpcio's. Services see both through `interface`.
+"""The server's side of gRPC over HTTP/2: ganserve's own, or grpcio's. Services see both through `interface`.
 
 Other packages may import `interface`, `addresses`, `credentials`, `limits` and `new_server`. Knows neither services nor
-models nor tokens. May import errors, the machine and the memory that workers share.
+models nor tokens. May import `errors`, `start_errors`, `machine` and `shared`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,10 @@ def new_server(
     on_turned_away: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> "Server":
-    """Return a server of a transport, with the options that both have. The other transport is not imported."""
+    """Return a server of the given transport, without importing the other one.
+
+    Both servers get `options`. Only `own` gets the callbacks above, because grpcio's core does not report connections.
+    """
     if transport == "grpcio":  # its core does not report connections
         from ganserve_server.transport.grpcio_server import GrpcioServer
 

@@ -44,11 +44,11 @@ def bind(address: str, flag: str) -> list[socket.socket]:
 
 
 def places(address: str, flag: str) -> list[tuple[socket.AddressFamily, Any]]:
-    """Return the family and the socket address of everything that an address stands for.
+    """Resolve HOST:PORT; return each socket address with its family.
 
     Raises:
         StartError: it is not an address.
-        OSError: its name is unknown.
+        OSError: its host name is unknown.
     """
     host, port = split(address, flag)
     try:

@@ -1,4 +1,4 @@
-"""What every transport does in the same way: methods, request ids, the status of an error, and tasks."""
+"""What both transports share: methods, request ids, the status of an error, and tasks."""
 
 import asyncio
 import functools
@@ -20,7 +20,7 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,64}")
 
 
 class Aborted(Exception):  # noqa: N818
-    """A call ends with a status that no ServingError stands for."""
+    """Ends a call with a status that no ServingError has."""
 
     def __init__(self, code: grpc.StatusCode, text: str) -> None:
         super().__init__(text)
@@ -35,20 +35,20 @@ class NoSuchMethod(ServingError):  # noqa: N818
 
 
 class AnswersUnread(ServingError):  # noqa: N818
-    """The server keeps more answers than it will, for peers that do not read theirs."""
+    """The bytes of unread answers exceed their limit, or one answer was unread for too long."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "unread"
 
 
 def request_id_of(metadata: Mapping[bytes, bytes]) -> str | None:
-    """Return the caller's own id of a request, if it is one."""
+    """Return the request id that the caller sent, or None if it sent none or an invalid one."""
     given = metadata.get(REQUEST_ID_KEY.encode(), b"")
     return given.decode() if _REQUEST_ID.fullmatch(given) else None
 
 
 class Reporter(Protocol):
-    """Learns of errors that end calls."""
+    """Is notified of errors that end calls."""
 
     on_refused: Callable[[Any, ServingError], None]
     on_internal_error: Callable[[Any, BaseException], None]
@@ -71,14 +71,14 @@ def spawn(
     tasks: set[asyncio.Task[None]],
     cancel: Callable[[], object] | None,
 ) -> None:
-    """Run a call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+    """Run a call's work as a task. If nobody waits for the answer any more, cancel the task, or call `cancel`."""
     task = asyncio.get_running_loop().create_task(_guarded(call, work))
     call.on_cancel = cancel or task.cancel
     tasks.add(task)
 
     def done(task: "asyncio.Task[None]") -> None:
         tasks.discard(task)
-        work.close()  # cancelled before its first step, it would be warned of as never awaited
+        work.close()  # if cancelled before its first step, Python would warn that it was never awaited
 
     task.add_done_callback(done)
 
@@ -91,15 +91,16 @@ async def _guarded(call: Call, work: Coroutine[Any, Any, None]) -> None:
 
 
 class BaseServer(Generic[CallT]):
-    """The methods that a server leads calls to, and whom it tells of the calls.
+    """The methods that a server dispatches calls to, and the callbacks that report calls.
 
     Args:
         on_finished: called at each call's end, with its status and text.
-        on_refused: called before it with the error, for those that end with one.
+        on_refused: called with the ServingError that ends a call, before `on_finished`.
         on_internal_error: called with an unexpected exception, which the caller does not get.
-        limits: what peers may have the server keep, do and wait for.
-        board: where the workers that share the sockets, if there are others, tell their connections.
-        guard: finds a call's caller, at its headers, and raises a ServingError if it may not call; None: all may.
+        limits: bounds on the memory, work and time that peers can take.
+        board: where the workers that share the sockets publish their connections and calls; None: a single process.
+        guard: identifies a call's caller from the headers; raises a ServingError if the call is not allowed. None:
+            everyone may call.
     """
 
     def __init__(
@@ -125,12 +126,12 @@ class BaseServer(Generic[CallT]):
         self.methods[path] = method
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
-        """Do nothing: generated code registers the same handlers by the next method too."""
+        """Do nothing: generated code also registers the same handlers with `add_registered_method_handlers`."""
 
     def add_registered_method_handlers(
         self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
     ) -> None:
-        """Answer the methods of a servicer written for grpc.aio; of its context, it has a `Call`."""
+        """Answer the methods of a servicer written for grpc.aio; the context that they get is a `Call`."""
         for path, method in _methods_of(service, handlers):
             self.methods.setdefault(path, method)
 
@@ -138,7 +139,7 @@ class BaseServer(Generic[CallT]):
 def _methods_of(
     service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
 ) -> Iterator[tuple[str, Method]]:
-    """Yield path and method of each handler."""
+    """Yield the path and the method of each handler."""
     for name, handler in handlers.items():
         if handler.request_streaming:
             method = Method(open=functools.partial(_open_stream, handler))

@@ -1,7 +1,7 @@
 """One gRPC call over HTTP/2: its headers, messages, deadline and status.
 
-What a call keeps of its request counts in one of the server's pools until the request is complete; what waits of its
-answer counts in another until the peer reads it. Either may be evicted: the call then ends with RESOURCE_EXHAUSTED.
+The bytes of an incomplete request are counted in one of the server's pools. The unread bytes of an answer are counted
+in another pool until the peer reads them. If a pool evicts either, the call ends with RESOURCE_EXHAUSTED.
 """
 
 import asyncio
@@ -49,25 +49,26 @@ _GRPC_STATUS_OK = literal(b"grpc-status", b"0")
 _CONTENT_TYPE = re.compile(rb"application/grpc(\+proto)?(;.*)?")  # grpc-web and JSON are other protocols
 _OF_HTTP1 = (b"connection", b"proxy-connection", b"transfer-encoding", b"keep-alive", b"upgrade")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
-_PREFIX = 5  # bytes before a message: compressed or not, and its length
-_KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
-_KEPT_WITH_CALL = 8192  # bytes of an open call: twice what was measured, for small objects are freed late
-_KEPT_METADATA_BYTES = 1024  # larger headers are forgotten once they are read, but for those below
+_PREFIX = 5  # bytes before a message: the compressed flag, and the length
+_KEPT_WITH_MESSAGE = 64  # bytes of Python's overhead for each message
+_KEPT_WITH_CALL = 8192  # bytes of an open call: twice the measured size, because small objects are freed late
+_KEPT_METADATA_BYTES = 1024  # larger headers are dropped once they are read, except the trace headers
 _TRACE_HEADERS, _MOST_TRACE_BYTES = (b"traceparent", b"tracestate"), 512  # W3C Trace Context, 3.3.1.5
-_FREELY_INFLATED_BYTES, _MOST_INFLATED = 256 << 10, 100  # a compressed message; more may be so many times as large
+# A message may decompress to this many bytes; beyond that, to at most 100 times its compressed size.
+_FREELY_INFLATED_BYTES, _MOST_INFLATED = 256 << 10, 100
 _SMALL_ANSWER = 16 << 10
 _MESSAGES_A_LOOK = 64  # of a stream of requests, between two looks at the clock
-# Headers whose meaning is one value: two would be read otherwise by another program on the way.
+# Headers that may have only one value: of two, a proxy could use one and this server the other.
 _SINGLE = (b"authorization", b"content-type", b"grpc-timeout", b"grpc-encoding")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a request's headers say."""
+    """The parsed headers of a request."""
 
     path: str
     timeout_s: float | None
-    length: int | None  # of the body, if told
+    length: int | None  # of the body, by content-length
     encoding: bytes  # of the messages
     request_id: str | None
     metadata: Mapping[bytes, bytes]
@@ -84,7 +85,7 @@ def read_head(fields: Fields) -> Head:
     pseudo: dict[bytes, bytes] = {}
     metadata: dict[bytes, bytes] = {}
     size, twice = sum(len(name) + len(value) + 32 for name, value in fields), False
-    # More fields than that are over the limit of a call's headers, and are not looked at: that takes long.
+    # With more fields, the headers exceed their limit and the call is refused. Checking them all would take long.
     for name, value in fields[: MAX_HEADER_LIST_BYTES // 32]:
         if BAD_VALUE.search(value):
             raise ValueError("a value has a NUL or a line end")
@@ -115,7 +116,7 @@ def read_head(fields: Fields) -> Head:
     elif not _CONTENT_TYPE.fullmatch(metadata.get(b"content-type", b"")):
         refusal = b"415"
     elif twice or (timeout is not None and in_time is None):
-        refusal = b"400"  # a deadline that cannot be read is not none at all
+        refusal = b"400"  # an unreadable deadline must not count as no deadline
     return Head(
         path=pseudo[b":path"].decode("latin-1"),
         timeout_s=int(in_time[1]) * _TIMEOUT_UNITS_S[in_time[2]] if in_time else None,
@@ -189,14 +190,14 @@ class Http2Call(Stream):
         self.started = time.perf_counter()
         self.request_id = head.request_id or server.new_request_id()
         self.caller: Caller | None = None
-        self.denied = False  # nothing of it is read
+        self.denied = False  # its body is not read
         # For metrics, log and traces; the method fills them in.
         self.model = ""
         self.version: int | None = None
         self.work: Work | None = None
         self.encode_s = 0.0
-        self.throttled_s = 0.0  # by its caller's rate, up to `throttled_until`, by time.monotonic
-        self.throttled_until = 0.0
+        self.throttled_s = 0.0  # waits for the caller's rate, including the current wait
+        self.throttled_until = 0.0  # the end of the current wait, by time.monotonic
         self.over = False
         self.on_cancel: Callable[[], object] | None = None  # called if nobody waits for the answer any more
         self.deadline: float | None = None  # by time.monotonic
@@ -207,9 +208,9 @@ class Http2Call(Stream):
         self._body: bytes | bytearray = b""
         self._received = 0  # bytes of the body
         self._queued = 0  # bytes of messages that are not consumed
-        self._inflated = 0  # by how much those are larger than they came
+        self._inflated = 0  # how many more bytes those messages have than their compressed form
         self._kept: Holding | None = None  # the request, while it is not complete
-        self._began = 0.0  # the message that is not complete, by time.monotonic; 0: there is none
+        self._began = 0.0  # start of the incomplete message, by time.monotonic; 0: there is none
         self._headers_sent = False
         self._sink: RequestSink | None = None
         self._most = server.limits.max_request_bytes
@@ -231,17 +232,17 @@ class Http2Call(Stream):
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes of answers that wait for their peers, of all calls of the server."""
+        """Bytes of answers that wait for their peers, over all calls of the server."""
         return self.server.answers.bytes
 
     @property
     def partly_sent(self) -> bool:
-        """Whether some of the answer was sent before the last of it."""
+        """Whether a part of the answer was sent before its end."""
         return self._headers_sent
 
     @property
     def fairness_key(self) -> object:
-        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
+        """The key of calls that share a turn: the token's name; without a token the connection, perhaps a proxy's."""
         return self.connection if self.caller is None else self.caller.name
 
     @property
@@ -251,11 +252,11 @@ class Http2Call(Stream):
 
     @property
     def key(self) -> object:
-        """Whose share of the memory for requests and answers it takes."""
+        """The key of its share of the memory for requests and answers."""
         return self.fairness_key
 
     def _admit(self) -> None:
-        """Find out who calls, and open the method; what is denied is so before its body comes."""
+        """Identify the caller, and open the method; a denied call is refused before its body arrives."""
         server, method = self.server, self.method
         try:
             if self.head.size > MAX_HEADER_LIST_BYTES:
@@ -269,7 +270,7 @@ class Http2Call(Stream):
                 self.connection.trusted = True
         except ServingError as error:
             self.denied = True
-            # Not here: the connection does not know of this call yet. What comes before that is not read.
+            # Not here: the connection does not know this call yet. Data that arrives before `fail` is not read.
             server.loop.call_soon(self.fail, error)
         else:
             if method.open is not None:
@@ -285,7 +286,7 @@ class Http2Call(Stream):
     # The request.
 
     def on_data(self, data: bytes, *, last: bool) -> bool:
-        """Keep the message's bytes, or hand on each message of a stream of requests."""
+        """Keep the message's bytes, or pass on each message of a stream of requests."""
         if self.over or self.denied:
             return False
         self._received += len(data)
@@ -305,12 +306,12 @@ class Http2Call(Stream):
             return self.read_on()
         elif len(self._body) > most + _PREFIX:
             self.fail(MalformedMessage("the request has more bytes than its message"))
-        elif not last:  # what is whole at once is never kept
+        elif not last:  # a request that arrives whole is never counted
             self._keep()
         return False
 
     def on_incomplete(self) -> None:
-        """Count the call itself as kept, and begin to measure how long its request takes."""
+        """Count the call in its pool, and start the timeout of its request."""
         if not self.over and not self.denied:
             if self._sink is None:
                 self._began = time.monotonic()
@@ -342,14 +343,14 @@ class Http2Call(Stream):
             self.fail(error)
 
     def on_reset(self) -> None:
-        """Stop the work: the peer wants no answer, or is gone."""
+        """Stop the work: the peer has reset the call, or is gone."""
         if not self.over:
             late = self.deadline is not None and self.deadline <= time.monotonic()
             self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, "")
             self._cancel()
 
     def read_on(self) -> bool:
-        """Hand on the messages of a stream of requests, until the turn ends; return whether more have come."""
+        """Pass on the messages of a stream of requests until the turn ends; return whether more have arrived."""
         if self._sink is None or self.over:
             return False
         take, body, position, count, more = self._sink[0], self._body, 0, 0, False
@@ -363,7 +364,7 @@ class Http2Call(Stream):
                 if end > len(body):
                     break
                 message = self._message(compressed, bytes(body[position + _PREFIX : end]))
-                # Counted until it is consumed: a method may keep what it cannot take yet.
+                # Counted until it is consumed: a method may keep messages that it cannot process yet.
                 self._queued += len(message) + _KEPT_WITH_MESSAGE
                 self._inflated += len(message) - size
                 position = end
@@ -397,7 +398,7 @@ class Http2Call(Stream):
             raise NotCompressed("a message is marked as compressed, and the header grpc-encoding names no compression")
         if bits is None:
             raise UnknownCompression(f"messages compressed by {self.head.encoding.decode('latin-1')} cannot be read")
-        # 4 KB would else become 4 MiB: 10 ms of the event loop, for every connection that sends it.
+        # Otherwise 4 KB could become 4 MiB: 10 ms of the event loop, for every connection that sends such a message.
         most = min(self._most, max(_FREELY_INFLATED_BYTES, _MOST_INFLATED * len(message)))
         inflate = zlib.decompressobj(bits)
         try:
@@ -411,13 +412,13 @@ class Http2Call(Stream):
         return message
 
     def _refuse(self, status: bytes) -> None:
-        """Answer what is not gRPC as HTTP does."""
+        """Answer a request that is not gRPC with an HTTP status."""
         if not self.over:
             self._end(grpc.StatusCode.UNIMPLEMENTED, "")
             self.connection.send(self, literal(b":status", status), b"", b"")
 
     def _keep(self) -> None:
-        """Count what is kept of the request; it may be evicted by that."""
+        """Count the bytes that are kept of the request; this may evict them."""
         if self._kept is None:
             assert self.method is not None
             pool = self.server.requests if self.method.guarded else self.server.unguarded
@@ -434,7 +435,7 @@ class Http2Call(Stream):
             kept.resize(0)
 
     def look(self, now: float, body_timeout_s: float, write_timeout_s: float) -> None:
-        """End the call if its peer takes too long to send a message, or to read the answer."""
+        """End the call if its peer takes too long to send a message or to read the answer."""
         if body_timeout_s and self._began and now - self._began > body_timeout_s:
             self.fail(RequestTooSlow(f"the request was not complete after {body_timeout_s:g} s"))
         elif write_timeout_s and self.holding is not None and now - self.holding.since > write_timeout_s:
@@ -446,12 +447,12 @@ class Http2Call(Stream):
         """End the call with one message."""
         if not self.over:
             self._end(grpc.StatusCode.OK, "")
-            self.on_cancel = None  # knows the call: each would keep the other
+            self.on_cancel = None  # it refers to the call, which would make a reference cycle
             headers = None if self._headers_sent else _HEADERS
             self.connection.send(self, headers, _framed(message), self._trailers(_GRPC_STATUS_OK))
 
     def send(self, *messages: bytes) -> None:
-        """Send some of many messages: those that are small together cost little more than one."""
+        """Send some of many messages. Together, small messages cost little more than one."""
         size = sum(map(len, messages))
         if len(messages) > 1 and size > _SMALL_ANSWER:
             for message in messages:
@@ -480,37 +481,37 @@ class Http2Call(Stream):
         if self._headers_sent:
             self.connection.send(self, None, b"", fields)
         else:
-            # Without a message, headers and trailers are one.
+            # Without a message, headers and trailers are one block (gRPC's Trailers-Only).
             self._headers_sent = True
             self.connection.send(self, _HEADERS + fields, b"", b"")
         self._cancel()
 
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
-        """Let the peer send more of a stream of requests: some, of so many bytes together, are done with."""
+        """Let the peer send more of a stream of requests: `messages` of `message_bytes` in total are processed."""
         if self.over:
             return
         self._queued -= message_bytes + messages * _KEPT_WITH_MESSAGE
         if self._kept is not None:
             self._keep()
             self._kept.progress()
-        # The peer's window is of bytes as they came: compressed.
+        # The peer's window counts bytes as they were received: compressed.
         read = message_bytes + messages * _PREFIX
         came = max(0, read - self._inflated)
         self._inflated -= read - came
         self.connection.consumed(self, came)
 
     def soon(self, work: Callable[[float], None]) -> None:
-        """Work in the connection's turn, once what has come is read, until about the time that it gets."""
+        """Call `work` in the connection's turn, after the received frames are read, with the end of the turn."""
         self.connection.soon(lambda: None if self.over else work(self.connection.until))
 
     def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
-        """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        """Run the call's work as a task. If nobody waits for the answer any more, cancel the task, or call `cancel`."""
         if self._kept is None and not self.over:
-            self._keep()  # a task may last, as a stream does whose caller's rate is used up
+            self._keep()  # a task may take long, such as a stream that waits for its caller's rate
         spawn(self, work, self.server.tasks, cancel)
 
     def on_evicted(self) -> None:
-        """End the call, whose answer is dropped: the peer does not read it."""
+        """End the call and drop its answer: the peer does not read it."""
         error = AnswersUnread("too many answers wait to be read, or this one has waited for too long; read them")
         unsent = self.connection.forget_answer(self)
         self.server.on_refused(self, error)
@@ -542,10 +543,10 @@ class Http2Call(Stream):
             on_cancel, self.on_cancel = self.on_cancel, None
             on_cancel()
 
-    # What the servicers of grpcio's packages call.
+    # For the servicers of grpcio's packages.
 
     async def write(self, message: Any) -> None:
-        """Send one of many messages, and wait until the peer has taken it."""
+        """Send one of many messages, and wait until none is pending."""
         self.send(message if isinstance(message, bytes) else message.SerializeToString())
         await self.drained()
 
@@ -561,9 +562,9 @@ class Http2Call(Stream):
 _MESSAGE_SAFE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
-@functools.lru_cache(256)  # under overload the same is said thousands of times a second
+@functools.lru_cache(256)  # under overload the same status is sent thousands of times a second
 def _status(code: grpc.StatusCode, text: str, details: bytes) -> bytes:
-    """Write the header fields that tell a call's end."""
+    """Encode the header fields of a call's status."""
     status = literal(b"grpc-status", str(code.value[0]).encode())
     if text:
         status += literal(b"grpc-message", urllib.parse.quote(text, safe=_MESSAGE_SAFE).encode())
@@ -573,7 +574,7 @@ def _status(code: grpc.StatusCode, text: str, details: bytes) -> bytes:
 
 
 def address_of(place: Any) -> str:
-    """Write what a socket says of its peer."""
+    """Format a socket's peer address as HOST:PORT; empty if it is unknown."""
     return f"{place[0]}:{place[1]}" if place else ""
 
 
@@ -603,7 +604,7 @@ class RequestTooSlow(ServingError):  # noqa: N818
 
 
 class NotCompressed(ServingError):  # noqa: N818
-    """A message is marked as compressed, and no compression is named."""
+    """A message is marked as compressed, but grpc-encoding names no compression."""
 
     code = grpc.StatusCode.INTERNAL
     reason = "compression"

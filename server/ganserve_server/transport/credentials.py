@@ -1,4 +1,4 @@
-"""What a transport needs for TLS. `auth` has it; the transport knows only this."""
+"""What a transport needs for TLS. `auth` implements it; the transport knows only this interface."""
 
 import ssl
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Pem:
 
 
 class Credentials(Protocol):
-    """The current certificates, in both forms; a new connection uses what the functions return then."""
+    """The current certificates, in both forms. The functions are called for each new connection."""
 
     @property
     def context(self) -> Callable[[], ssl.SSLContext] | None:

@@ -1,4 +1,4 @@
-"""Flow control of what is sent (RFC 9113, 5.2 and 6.9): the peer's windows, and the answers that wait for them."""
+"""Flow control of sent data (RFC 9113, 5.2 and 6.9): the peer's windows, and the answers that wait for them."""
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from ganserve_server.transport.pools import Evict, Holding, Pool
 
 DEFAULT_WINDOW = 65535
 MAX_WINDOW = 2**31 - 1
-# What Python, and the stream's own object, take beside a waiting answer's bytes; measured, rounded up.
+# Overhead of a waiting answer: Python's objects and the stream itself; measured, rounded up.
 _KEPT_WITH_ANSWER = 2048
 
 
@@ -17,22 +17,22 @@ class Overflow(Exception):  # noqa: N818
 
 
 class Flow:
-    """The part of a stream that `SendFlow` owns, and it alone changes."""
+    """The part of a stream that `SendFlow` owns; only `SendFlow` changes it."""
 
     __slots__ = ("header_block", "holding", "id", "left", "trailer_block", "waiting", "window")
 
     def __init__(self, stream_id: int) -> None:
         self.id = stream_id
-        self.window = 0  # bytes of DATA that the peer takes; below zero after it has made all windows smaller
-        self.header_block: bytes | None = None  # goes before the data
-        self.waiting: deque[bytes | memoryview] | None = None  # not empty
-        self.left = 0  # bytes in it
-        self.trailer_block: bytes | None = None  # go after the data; empty: what is sent last ends the stream
+        self.window = 0  # bytes of DATA that the peer accepts; below zero after the peer has shrunk all windows
+        self.header_block: bytes | None = None  # sent before the data
+        self.waiting: deque[bytes | memoryview] | None = None  # pieces of data, none of them empty
+        self.left = 0  # bytes in `waiting`
+        self.trailer_block: bytes | None = None  # sent after the data; empty: the stream ends without trailers
         self.holding: Holding | None = None  # while anything waits
 
 
 class Part(NamedTuple):
-    """What may be sent of a stream now, in this order; trailers end it, empty ones by what goes before."""
+    """The part of a stream that may be sent now, in field order. Trailers end the stream; empty ones are not sent."""
 
     stream: Flow
     head: bytes | None
@@ -41,12 +41,13 @@ class Part(NamedTuple):
 
 
 class SendFlow:
-    """The windows of a connection and its streams, and what waits for them.
+    """The windows of a connection and its streams, and the answers that wait for them.
 
-    Every size that it gives out is from 1 to what the windows and the peer's frames allow.
+    Each piece of data that `next` returns has at least 1 byte and fits the windows and the peer's frame size.
 
     Args:
-        pool: where what waits is counted, with an overhead an answer.
+        pool: counts the waiting bytes, with an overhead for each answer.
+        frame_size: the largest frame that the peer accepts, in bytes.
     """
 
     __slots__ = ("_heads", "_ready", "frame_size", "initial_window", "pool", "window")
@@ -54,13 +55,14 @@ class SendFlow:
     def __init__(self, pool: Pool, frame_size: int) -> None:
         self.pool, self.frame_size = pool, frame_size
         self.window = self.initial_window = DEFAULT_WINDOW
-        # Streams with something that may be sent, next one first: data that their own windows let pass, and what needs
-        # no window. The others are not looked at: a peer could have a thousand, and open one again and again.
+        # Streams that may send, the next one first: `_ready` has those with data and an open window of their own,
+        # `_heads` those with header blocks, which need no window. Blocked streams are not scanned: a peer could have a
+        # thousand of them, and open one window again and again.
         self._ready: OrderedDict[int, Flow] = OrderedDict()
         self._heads: OrderedDict[int, Flow] = OrderedDict()
 
     def passes(self, stream: Flow, size: int) -> bool:
-        """Take so much of the windows, if they allow all of it and nothing of the stream waits."""
+        """Take `size` bytes from both windows, if both allow all of it and nothing of the stream waits."""
         if stream.holding is not None or (size and (size > stream.window or size > self.window)):
             return False
         stream.window -= size
@@ -76,7 +78,7 @@ class SendFlow:
         data: bytes | memoryview,
         trailers: bytes | None,
     ) -> None:
-        """Let some of a stream's answer wait behind what waits already; it may be evicted at once."""
+        """Queue a part of a stream's answer behind the parts that already wait; this may evict it at once."""
         if head is not None:
             stream.header_block = head
         if data:
@@ -91,10 +93,10 @@ class SendFlow:
         self._count(stream)
 
     def grant(self, stream: Flow | None, more: int) -> None:
-        """Open a stream's window, or the connection's.
+        """Enlarge a stream's window, or the connection's if `stream` is None.
 
         Raises:
-            Overflow: it is too large now.
+            Overflow: the window exceeds 2^31-1.
         """
         if stream is None:
             self.window += more
@@ -105,17 +107,17 @@ class SendFlow:
             raise Overflow
 
     def resize(self, initial_window: int, streams: Iterable[Flow]) -> None:
-        """Change the windows of all streams, to below zero too (RFC 9113, 6.9.2).
+        """Change the windows of all streams; they may become negative (RFC 9113, 6.9.2).
 
         Raises:
-            Overflow: one is too large now.
+            Overflow: a window exceeds 2^31-1.
         """
         more, self.initial_window = initial_window - self.initial_window, initial_window
         for stream in streams:
             self.grant(stream, more)
 
     def next(self) -> Part | None:
-        """Take what may be sent next, a frame of each stream in turn; None: nothing may."""
+        """Take the next part that may be sent, a frame of each stream in turn; None if nothing may be sent."""
         if self._heads:
             _, stream = self._heads.popitem(last=False)
         elif self._ready and self.window > 0:
@@ -136,7 +138,7 @@ class SendFlow:
             else:
                 first = memoryview(first)
                 data, rest = first[:size], first[size:]
-                # A view keeps the whole message, of which only what is left is counted.
+                # A view keeps the whole message in memory, but only the rest is counted: copy a small rest.
                 stream.waiting[0] = bytes(rest) if 2 * len(rest) < memoryview(first.obj).nbytes else rest
         trailers = None
         if stream.waiting:
@@ -150,7 +152,7 @@ class SendFlow:
         return Part(stream, head, data, trailers)
 
     def drop(self, stream: Flow) -> None:
-        """Forget what waits of a stream: it is over."""
+        """Drop the waiting data of a stream that is over."""
         stream.header_block = stream.trailer_block = None
         if stream.waiting:
             stream.waiting.clear()
@@ -160,7 +162,7 @@ class SendFlow:
         self._forget(stream)
 
     def _sort(self, stream: Flow) -> None:
-        """Put a stream where `next` finds it, exactly if it may send something; the only place that does."""
+        """Put a stream where `next` finds it if it may send something; only this method does so."""
         if stream.holding is None:
             return
         if stream.header_block is not None or not stream.waiting:

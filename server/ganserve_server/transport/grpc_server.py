@@ -1,8 +1,8 @@
-"""gRPC over HTTP/2, the server's side: connections, the way to the methods, and the bounds of what peers do.
+"""The server side of gRPC over HTTP/2: accepts connections, dispatches calls to methods, and enforces the limits.
 
-A method is a function that gets a call and the request's bytes, and that later replies through the call: so the
-methods that are called most cost no task. The servicers of grpcio's own packages run unchanged:
-`add_registered_method_handlers` takes what the generated code registers.
+A method is a function that gets a call and the request's bytes, and replies later through the call. So the most
+frequent methods need no task. The servicers of grpcio's own packages run unchanged: `add_registered_method_handlers`
+takes the handlers that generated code registers.
 """
 
 import asyncio
@@ -33,31 +33,31 @@ _log = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 1.0
 _AGED_GRACE_S = GOAWAY_TIMEOUT_S + 0.1
-_AGED_WRITE_TIMEOUT_S = 10.0  # of a connection that ends, for its age or for a drain
+_AGED_WRITE_TIMEOUT_S = 10.0  # of a connection that drains
 _BACKLOG = 1024
-_YIELD_S = 0.001  # in which a worker with fewer connections takes the next
-_ACCEPT_PAUSE_S = 1.0  # where there are no more file descriptors
-_UNUSED_S = 10.0  # without a call: workers share out new connections by those in use
-_IDLE_S = 1.0  # after which a connection makes place for another
-_SEARCH_AGAIN_S = 5e-5  # for connections that make place, times their number: a hundredth of the time or so
+_YIELD_S = 0.001  # in which a worker with fewer connections accepts the next one
+_ACCEPT_PAUSE_S = 1.0  # after accepting failed, such as without free file descriptors
+_UNUSED_S = 10.0  # without a call; workers balance new connections by the connections in use
+_IDLE_S = 1.0  # after which a connection may be closed to make room for another
+_SEARCH_AGAIN_S = 5e-5  # for each connection, between searches for unused ones: searching takes about 1% of the time
 _ACCEPT_S = 0.001  # in one iteration of the loop
 _SILENT_S = 0.005  # for the first byte of a new connection
-# What the C library and Python keep free is returned after so many bytes at once, or an eighth of them after so long.
+# Return free memory to the system after 32 MiB were freed, or after 12 s if at least an eighth of that was freed.
 _GIVE_BACK_BYTES, _GIVE_BACK_EVERY_S = 32 << 20, 12.0
 
 
 class GrpcServer(BaseServer[Http2Call]):
-    """Listens, and leads calls to methods.
+    """Listens, and dispatches calls to methods.
 
     Args:
-        limits: what peers may have the server keep, do and wait for.
-        tls: gives what a new connection is greeted with; None: plain text.
-        on_tls_failure: called with the reason and the peer's address when it and this side do not agree on TLS.
-        on_aged: called for each connection that is drained for its age, which is the limits' give or take a tenth: so
-            that a load balancer's long-lived ones spread over replicas that were added.
-        on_ended: called for each connection that is ended for another reason, with that reason, the peer's address
-            and a text.
-        on_turned_away: called for each connection that is closed at once: there are too many.
+        limits: bounds on the memory, work and time that peers can take.
+        tls: returns the TLS context for a new connection; None: plain text.
+        on_tls_failure: called with the error and the peer's address when a TLS handshake fails.
+        on_aged: called for each connection that drains because of its age: `max_connection_age_s`, plus or minus 10%.
+            Because connections age, a load balancer's long-lived connections spread to new replicas.
+        on_ended: called for each connection that the server ends for another reason: with that
+            reason, the peer's address if it is known, and a text.
+        on_turned_away: called for each connection that is closed at once because there are too many.
         options: `BaseServer`'s.
     """
 
@@ -84,16 +84,16 @@ class GrpcServer(BaseServer[Http2Call]):
         self._empty = asyncio.Event()
         self._empty.set()
         self._listening: list[socket] = []
-        self._places: set[socket] = set()  # of connections and of those that begin
+        self._places: set[socket] = set()  # of connections, including new ones before and in their handshake
         self._unstarted: set[socket] = set()  # whose handshake has not begun
         self._ending = 0  # connections that drain
-        self._silent: dict[socket, asyncio.TimerHandle] = {}  # new connections
-        # Oldest first, each with its start.
+        self._silent: dict[socket, asyncio.TimerHandle] = {}  # new connections whose peer has sent nothing
+        # Oldest first, each with its start by time.monotonic.
         self._handshakes: dict[socket, tuple[asyncio.Task[None], float]] = {}
         self._accept_order = None if self._board is None else AcceptOrder(self._board)
-        self._unused = 0  # connections without a call of late
-        self._unused_ones: deque[Connection[Head]] = deque()  # that can make place for others
-        self._searched = 0.0  # for those, by time.monotonic
+        self._unused = 0  # the number of connections without a recent call
+        self._unused_ones: deque[Connection[Head]] = deque()  # may be closed to make room
+        self._searched = 0.0  # the last search for unused connections, by time.monotonic
         self._looking: asyncio.TimerHandle | None = None
         self._gave_back, self._give_back_again = 0.0, False  # by time.monotonic
 
@@ -107,14 +107,14 @@ class GrpcServer(BaseServer[Http2Call]):
         return f"{random.getrandbits(128):032x}"
 
     def kept_bytes(self) -> dict[str, int]:
-        """Return how many bytes the server keeps for its peers, by what they are."""
+        """Return how many bytes the server keeps for its peers, by pool."""
         return {"requests": self.requests.bytes, "unguarded": self.unguarded.bytes, "answers": self.answers.bytes}
 
     def start(self, sockets: Iterable[socket]) -> None:
         """Listen on sockets that are bound.
 
         Raises:
-            OSError: somebody else does.
+            OSError: another program listens there.
         """
         self._count_connections()
         for bound in sockets:
@@ -125,7 +125,7 @@ class GrpcServer(BaseServer[Http2Call]):
         self._looking = self.loop.call_later(self.limits.sweep_s, self._look)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
+        """Accept no more connections, let running calls finish, end calls that exceed the timeout, and close."""
         self._draining = True
         listening, self._listening = self._listening, []
         for bound in listening:
@@ -164,7 +164,7 @@ class GrpcServer(BaseServer[Http2Call]):
             if call.method is not None and not call.method.awaited:
                 call.fail(Unavailable(reason))
                 if not call.ended:
-                    connection.reset(call, CANCEL)  # its peer reads nothing, and would hold up the end
+                    connection.reset(call, CANCEL)  # the peer reads nothing, and would delay the end
 
     async def _emptied(self, timeout_s: float) -> None:
         """Wait until there are no connections."""
@@ -173,7 +173,7 @@ class GrpcServer(BaseServer[Http2Call]):
                 await self._empty.wait()
 
     def _look(self) -> None:
-        """End what has exceeded its time, and return memory that peers made the server take."""
+        """End connections and calls that exceed their times, and return freed memory to the system."""
         limits, now = self.limits, time.monotonic()
         unused = 0
         for connection in tuple(self._connections):
@@ -198,13 +198,13 @@ class GrpcServer(BaseServer[Http2Call]):
                 self._ended(connection, "idle", f"there was no call for {limits.idle_timeout_s:g} s")
                 self._end(connection)
         self._unused = unused
-        self._unused_ones.clear()  # what has ended by now would be kept
+        self._unused_ones.clear()  # it would keep ended connections alive
         self._count_connections()
         pools = (self.requests, self.unguarded, self.answers)
         dropped = sum(pool.peak - pool.bytes for pool in pools)
         due = now - self._gave_back > _GIVE_BACK_EVERY_S
         if dropped > _GIVE_BACK_BYTES or (due and (self._give_back_again or dropped > _GIVE_BACK_BYTES // 8)):
-            # Twice: timers of connections that have ended keep some of the memory for 10 s more.
+            # Twice: timers of ended connections keep some of the memory for 10 s more.
             self._gave_back, self._give_back_again = now, not (due and self._give_back_again)
             for pool in pools:
                 pool.peak = pool.bytes
@@ -214,17 +214,17 @@ class GrpcServer(BaseServer[Http2Call]):
         self._looking = self.loop.call_later(limits.sweep_s, self._look)
 
     def on_finished(self, call: Http2Call, code: grpc.StatusCode, text: str) -> None:
-        """Take note of a call's end."""
+        """Record a call that has ended."""
         self.running -= 1
         if self._board is not None:
             self._board.set_calls(self.running)
         self._on_finished(call, code, text)
 
     def _accept(self, listening: socket) -> None:
-        """Take the connections that wait, for a short time, while no other worker that can has fewer."""
+        """Accept waiting connections for a short time, while no other available worker has fewer."""
         until, pause_s = time.perf_counter() + _ACCEPT_S, 0.0
         while not pause_s and time.perf_counter() < until:
-            # The worker that has fewer is woken too.
+            # The connection wakes the worker with fewer connections, too.
             if self._accept_order is not None and not self._accept_order.may_accept():
                 pause_s = _YIELD_S
                 break
@@ -244,22 +244,22 @@ class GrpcServer(BaseServer[Http2Call]):
             self.loop.call_later(pause_s, self._accept_again, listening)
 
     def _take(self, accepted: socket, peer: str) -> None:
-        """Serve a connection, unless there is no place for it or its peer has closed it."""
+        """Serve a connection, unless there is no room for it or its peer has closed it."""
         accepted.setblocking(False)
         first = _peek(accepted)
         if first == b"":
             self._refuse(accepted, peer)
             return
         if not self._has_place():
-            # Without a word: gRPC's clients would take a GOAWAY for a connection that was there, and connect
-            # again at once, thousands of times a second.
+            # Without a GOAWAY: gRPC's clients would treat the connection as established, and reconnect at once,
+            # thousands of times a second.
             accepted.close()
             self._on_turned_away()
             return
         self._places.add(accepted)
         self._count_connections()
         if first is None:
-            # A peer that only connects and closes, as some probes do, costs a tenth of a connection's start.
+            # So a peer that only connects and closes, as some probes do, costs a tenth of starting a connection.
             timer = self.loop.call_later(_SILENT_S, self._take_silent, accepted, peer)
             self._silent[accepted] = timer
         else:
@@ -288,7 +288,7 @@ class GrpcServer(BaseServer[Http2Call]):
         task.add_done_callback(functools.partial(self._adopted, accepted))
 
     def _release(self, accepted: socket) -> None:
-        """Give back the place of a connection that is over or did not begin, once or more."""
+        """Free the place of a connection that has ended or did not begin; more than one call does no harm."""
         self._places.discard(accepted)
         self._count_connections()
 
@@ -297,12 +297,12 @@ class GrpcServer(BaseServer[Http2Call]):
             self.loop.add_reader(listening, self._accept, listening)
 
     def _has_place(self) -> bool:
-        """Tell whether there is a place for one more connection; one that does nothing is ended for it."""
+        """Return whether there is room for one more connection; make room by ending an unused one."""
         most = self.limits.max_connections
         if len(self._places) < most:
             return True
         if len(self._places) - self._ending < most:
-            return len(self._places) < most + most // 8 + 1  # those that drain are gone soon
+            return len(self._places) < most + most // 8 + 1  # draining connections end soon
         now = time.monotonic()
         handshakes = (one for one in self._handshakes.values() if not one[0].cancelling())
         handshake, began = next(handshakes, (None, now))
@@ -326,7 +326,7 @@ class GrpcServer(BaseServer[Http2Call]):
         return True
 
     def _next_unused(self, now: float) -> Connection[Head] | None:
-        """Return a connection that makes place: one that has sent no preface, or the one that was idle for longest."""
+        """Return a connection to end: first those that sent no HTTP/2 preface, then the longest idle; or None."""
 
         def is_unused(connection: Connection[Head]) -> bool:
             if connection.draining or connection.closing or connection not in self._connections:
@@ -334,7 +334,7 @@ class GrpcServer(BaseServer[Http2Call]):
             connection.look(now, busy=(busy := _is_busy(connection)))
             return not connection.greeted or (not busy and now - connection.idle_since >= _IDLE_S)
 
-        # Looking through thousands of connections for each that comes would keep the others waiting.
+        # Searching thousands of connections for each new one would delay the calls of all connections.
         if not self._unused_ones and now - self._searched > _SEARCH_AGAIN_S * len(self._connections):
             self._searched = now
             found = filter(is_unused, tuple(self._connections))
@@ -353,7 +353,7 @@ class GrpcServer(BaseServer[Http2Call]):
         try:
             await self.loop.connect_accepted_socket(lambda: self._new_connection(accepted), accepted, **tls)
         except (OSError, asyncio.CancelledError) as error:
-            # The transport has closed the socket, or does so; a connection that was made goes by `_lost`.
+            # The transport closes the socket. `_lost` handles a connection that was made.
             if accepted in self._handshakes:
                 if tls and isinstance(error, OSError):
                     self._on_tls_failure(error, peer)
@@ -393,7 +393,7 @@ class GrpcServer(BaseServer[Http2Call]):
     def _age(self, connection: Connection[Head]) -> None:
         self._on_aged()
         self._end(connection)
-        # Later: a probe that has come is answered, and a watcher may still be on its way.
+        # Later: a probe that has arrived is answered, and a call of Watch may still be in flight.
         reason = "the connection has been open for long; call again on another"
         self.loop.call_later(_AGED_GRACE_S, self._cut_off_unawaited, connection, reason)
 
@@ -414,7 +414,7 @@ class GrpcServer(BaseServer[Http2Call]):
     def _count_connections(self) -> None:
         if self._board is not None:
             self._board.set_connections(len(self._places))
-            # Those that are kept, and not used, are no reason for the next ones to go to another worker.
+            # Unused connections do not count: they are no reason to send the next connection to another worker.
             self._board.set_in_use(max(0, len(self._places) - self._unused))
 
     def _open(self, connection: Connection[Head], stream_id: int, head: Head) -> Http2Call:
@@ -428,13 +428,13 @@ class GrpcServer(BaseServer[Http2Call]):
 
 
 def _is_busy(connection: Connection[Head]) -> bool:
-    """Tell whether a connection has a call that a drain waits for; others, such as a watch of health, may last."""
+    """Return whether a connection has a call that a drain waits for; a health Watch, for example, is none."""
     calls = connection.streams.values()
     return any(isinstance(call, Http2Call) and (call.method is None or call.method.awaited) for call in calls)
 
 
 def _peek(accepted: socket) -> bytes | None:
-    """Return the first byte that a peer has sent; none if it has closed the connection; None if it has sent nothing."""
+    """Return the first byte that a peer has sent, b"" if it has closed the connection, or None if it sent nothing."""
     try:
         return accepted.recv(1, MSG_PEEK)
     except BlockingIOError:

@@ -1,7 +1,8 @@
-"""grpcio's own server behind the interface of transports: its core (C++) reads and writes, the services stay the same.
+"""grpcio's server as a transport: its core (C++) does the I/O, and the services stay the same.
 
-Every path gets a handler of bytes. What `grpc.aio` does not offer a server is not here: how many connections there are,
-failed TLS handshakes, and the calls that its core refuses or that leave before their request is complete.
+Every path gets a handler of raw bytes. `grpc.aio` does not report some facts to a server, so they are missing here: the
+number of connections, failed TLS handshakes, calls that its core refuses, and calls that are cancelled before their
+request is complete.
 """
 
 import asyncio
@@ -39,15 +40,15 @@ _CLOSE_GRACE_S = 1.0
 _AGED_GRACE_S = 0.2
 _QUIET_S, _LONGEST_QUIET_S = 0.1, 1.0
 _LEAST_PING_INTERVAL_MS = 1000
-_MOST_PENDING_CALLS = 10_000  # that Python has not taken yet; as given (1000 to 3000), bursts were refused
+_MOST_PENDING_CALLS = 10_000  # that Python has not taken yet; with the defaults (1000 to 3000), bursts were refused
 _SMALL_ANSWER = 16 << 10
 _SLICE_S = 0.002
-_KEPT_WITH_MESSAGE = 64  # bytes that Python keeps beside a message's own
-_CLOCKS_S = 0.005  # by which the core's clock and Python's may differ on a deadline
+_KEPT_WITH_MESSAGE = 64  # bytes of Python's overhead for each message
+_CLOCKS_S = 0.005  # the difference between the core's and Python's clock on a deadline
 
 
 class GrpcioCall:
-    """One call, as services see it: what they send is queued here, and `_deliver` writes it to grpcio's context."""
+    """One call, as services see it: their messages are queued here, and `_deliver` writes them to grpcio's context."""
 
     def __init__(self, server: "GrpcioServer", path: str, metadata: Mapping[bytes, bytes]) -> None:
         self.server, self.path, self.metadata = server, path, metadata
@@ -67,25 +68,25 @@ class GrpcioCall:
         self._outgoing: deque[bytes] = deque()
         self._woken = asyncio.Event()  # there is something to write, or the call is over
         self._drained = asyncio.Event()
-        self.ageing: asyncio.TimerHandle | None = None  # until it is cut off, because its connection has aged
+        self.ageing: asyncio.TimerHandle | None = None  # ends the call when its connection has aged
         self._unconsumed = 0  # bytes of a stream of requests
         self._room = asyncio.Event()
         self._status: tuple[grpc.StatusCode, str, bytes] = (grpc.StatusCode.OK, "", b"")
 
     @property
     def fairness_key(self) -> object:
-        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
+        """The key of calls that share a turn: the token's name; without a token the connection, perhaps a proxy's."""
         return self.peer if self.caller is None else self.caller.name
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes of answers that wait for their peers, of all calls of the server."""
+        """Bytes of answers that wait for their peers, over all calls of the server."""
         return self.server.backlog_bytes
 
-    # What grpcio calls.
+    # For grpcio.
 
     def handler(self) -> "grpc.RpcMethodHandler[Any, Any]":
-        """Find out who calls, and return what answers; what is denied is so before its body comes."""
+        """Identify the caller, and return the handler; a denied call is refused before its body arrives."""
         method = self.method
         try:
             if method is None:
@@ -96,7 +97,7 @@ class GrpcioCall:
             self.denied = error
         if self.denied is not None or (method is not None and method.open is not None):
             return grpc.stream_stream_rpc_method_handler(cast(Any, self._converse))
-        # Whether it answers with one message or with many, grpcio takes as long.
+        # A streaming handler for all: grpcio takes as long for one message as for many.
         return grpc.unary_stream_rpc_method_handler(cast(Any, self._answer))
 
     async def _answer(self, request: bytes, context: Any) -> None:
@@ -123,7 +124,7 @@ class GrpcioCall:
             reading.cancel()
 
     async def _read(self, context: Any) -> None:
-        """Hand on each message of a stream of requests, no more than the method has room for."""
+        """Pass on each message of a stream of requests, but no more than the method has room for."""
         try:
             assert self.method is not None
             assert self.method.open is not None
@@ -152,7 +153,7 @@ class GrpcioCall:
             raise MessageTooLarge(f"the request is larger than max ({len(message)} vs. {most} bytes)")
 
     async def _deliver(self, context: Any) -> None:
-        """Write what the method sends, each message once the peer has taken the last, then the status."""
+        """Write the method's messages, each after the peer has taken the one before; then write the status."""
         try:
             while self._outgoing or not self.over:
                 if not self._outgoing:
@@ -166,7 +167,7 @@ class GrpcioCall:
             await self.server.answering.wait()
         except BaseException as error:
             self._leave()
-            # grpcio logs a traceback for any other error, of each caller that resets its call.
+            # For any other exception grpcio logs a traceback, whenever a caller resets its call.
             raise asyncio.CancelledError from error
         code, text, details = self._status
         trailers: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, self.request_id)]
@@ -178,7 +179,7 @@ class GrpcioCall:
         context.set_trailing_metadata(tuple(trailers))
 
     def _leave(self) -> None:
-        """Stop the work: the peer wants no answer, is gone, or its deadline has passed."""
+        """Stop the work: the peer has reset the call or is gone, or its deadline has passed."""
         self._outgoing.clear()
         self._forget(self.pending_bytes)
         if not self.over:
@@ -187,13 +188,13 @@ class GrpcioCall:
             self._cancel()
 
     def _forget(self, size: int) -> None:
-        """Take note of bytes that no longer wait for the peer."""
+        """Stop counting bytes that no longer wait for the peer."""
         self.pending_bytes -= size
         self.server.backlog_bytes -= size
         if not self.pending_bytes:
             self._drained.set()
 
-    # What services call.
+    # For services.
 
     def reply(self, message: bytes) -> None:
         """End the call with one message."""
@@ -209,7 +210,7 @@ class GrpcioCall:
         """End the call after its last message."""
         if not self.over:
             self._end(grpc.StatusCode.OK, "", b"")
-            self.on_cancel = None  # knows the call: each would keep the other
+            self.on_cancel = None  # it refers to the call, which would make a reference cycle
 
     def fail(self, error: BaseException) -> None:
         """End the call with an error's status. Unexpected exceptions are logged; the caller gets INTERNAL."""
@@ -219,16 +220,16 @@ class GrpcioCall:
         self._cancel()
 
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
-        """Read more of a stream of requests: some, of so many bytes together, are done with."""
+        """Read more of a stream of requests: `messages` of `message_bytes` in total are processed."""
         self._unconsumed -= message_bytes + messages * _KEPT_WITH_MESSAGE
         self._room.set()
 
     def soon(self, work: Callable[[float], None]) -> None:
-        """Work once what has come is read, until about the time that it gets, by time.perf_counter."""
+        """Call `work` after the received messages are read, with the end of its time by time.perf_counter."""
         self.server.loop.call_soon(lambda: None if self.over else work(time.perf_counter() + _SLICE_S))
 
     def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
-        """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        """Run the call's work as a task. If nobody waits for the answer any more, cancel the task, or call `cancel`."""
         spawn(self, work, self.server.tasks, cancel)
 
     async def drained(self) -> None:
@@ -237,7 +238,7 @@ class GrpcioCall:
             await self._drained.wait()
 
     async def write(self, message: Any) -> None:
-        """Send one of many messages, and wait until the peer has taken it."""
+        """Send one of many messages, and wait until none is pending."""
         self.send(message if isinstance(message, bytes) else message.SerializeToString())
         await self.drained()
 
@@ -250,7 +251,7 @@ class GrpcioCall:
         return None if self.deadline is None else self.deadline - time.monotonic()
 
     def _queue(self, *messages: bytes) -> None:
-        """Have messages written; fail the call if they would only be kept, beside many others that are not read."""
+        """Queue messages for writing; fail the call if they are large and too many answers are already unread."""
         size = sum(map(len, messages))
         if self.over:
             return
@@ -276,11 +277,11 @@ class GrpcioCall:
 
 
 class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
-    """Listens, and leads calls to methods. Workers share the port by SO_REUSEPORT.
+    """Listens, and dispatches calls to methods. Workers share the port by SO_REUSEPORT.
 
     Args:
-        limits: of these, connections, streams, age, and the sizes of requests, headers and unread answers.
-        tls: gives certificate, key and authorities, read at each new connection; None: plain text.
+        limits: only those of connections, streams, age, idle time, and the sizes of requests and unread answers apply.
+        tls: returns certificate, key and authorities; called for each new connection. None: plain text.
         options: `BaseServer`'s.
     """
 
@@ -291,7 +292,7 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
         self._calls: set[GrpcioCall] = set()
         self._peers: Counter[str] = Counter()  # of calls that run
         self._taken = 0
-        self.answering = asyncio.Event()  # not set while what came is taken, before the core stops
+        self.answering = asyncio.Event()  # cleared while pending calls are taken, before the core stops
         self.answering.set()
         self._bound: list[socket] = []
         self._starting: asyncio.Task[None] | None = None
@@ -319,7 +320,7 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
         return len(self._peers), len(self._calls)
 
     def kept_bytes(self) -> dict[str, int]:
-        """Return how many bytes the server keeps for its peers, of those that Python knows of."""
+        """Return how many bytes the server keeps for its peers; the core's own bytes are unknown."""
         return {"answers": self.backlog_bytes}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -331,17 +332,17 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
         return GrpcioCall(self, handler_call_details.method, metadata).handler()
 
     def start(self, sockets: Iterable[socket]) -> None:
-        """Listen where sockets are bound: grpcio binds its own beside them, and they keep the port until the drain.
+        """Listen where sockets are bound. grpcio binds its own sockets there; the given ones hold the port until drain.
 
         Raises:
-            OSError: somebody else does.
+            OSError: another program listens there.
         """
         everywhere = False
         for bound in sockets:
             self._bound.append(bound)
             host, port = bound.getsockname()[:2]
             if host in ("0.0.0.0", "::"):
-                if everywhere:  # to the core, either is both
+                if everywhere:  # the core listens on both for either
                     continue
                 everywhere = True
             address = f"[{host}]:{port}" if bound.family == AF_INET6 else f"{host}:{port}"
@@ -357,7 +358,7 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
             self._board.set_connections(0)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
+        """Accept no more connections, let running calls finish, end calls that exceed the timeout, and close."""
         self._draining = True
         for bound in self._bound:
             bound.close()
@@ -380,9 +381,10 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
     async def _take_what_came(self) -> None:
-        """Wait until no more calls come: those that Python has not taken when the core stops, the core cancels.
+        """Wait until no more calls arrive: when the core stops, it cancels the calls that Python has not taken.
 
-        Callers that get no answer begin no other call, so that soon none is left in the core.
+        Meanwhile no call is answered. Callers that get no answer begin no other call, so that soon none is left in the
+        core.
         """
         self.answering.clear()
         taken, until = -1, time.monotonic() + _LONGEST_QUIET_S
@@ -391,7 +393,7 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
             await asyncio.sleep(_QUIET_S)
 
     def begun(self, call: GrpcioCall) -> None:
-        """Take note of a call."""
+        """Record a call that has begun."""
         self._taken += 1
         self._calls.add(call)
         self._peers[call.peer] += 1
@@ -401,13 +403,13 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
         if self._draining:
             self.loop.call_soon(self._cut_off_unawaited, call, "the server is shutting down")
         elif self.limits.max_connection_age_s:
-            # grpcio does not tell when a connection has aged: by then this one's has.
+            # grpcio does not report when a connection has aged; by this time, this call's connection has.
             reason = "the connection has been open for long; call again on another"
             age_s = self.limits.max_connection_age_s * 1.1 + _AGED_GRACE_S
             call.ageing = self.loop.call_later(age_s, self._cut_off_unawaited, call, reason)
 
     def ended(self, call: GrpcioCall, code: grpc.StatusCode, text: str) -> None:
-        """Take note of a call's end."""
+        """Record a call that has ended."""
         self._calls.discard(call)
         self._peers[call.peer] -= 1
         if not self._peers[call.peer]:
@@ -430,7 +432,7 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
 
 
 def _credentials(tls: Callable[[], Pem]) -> grpc.ServerCredentials:
-    """Return credentials that look for new certificates at each connection."""
+    """Return credentials that use the current certificates for each new connection."""
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         pem = tls()

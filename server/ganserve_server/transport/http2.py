@@ -1,11 +1,11 @@
-"""HTTP/2, the server's side of it, over asyncio: frames, compressed headers, flow control, and the bounds of each.
+"""The server side of HTTP/2 over asyncio: frames, compressed headers, flow control, and the bounds of each.
 
-Calls that came in one packet are read together, answered together, and written in one packet.
+Calls that arrive in one packet are read together, answered together, and written in one packet.
 
-RFC 9113 is followed except for two things that gRPC has no use for: push and priorities. Whatever a peer makes the
-server keep or do is bounded: `limits` has the numbers, `pools` the bytes, `turns` the time, and the buckets below count
-what a peer may do now and then only. An error of one stream ends that stream; what no correct client does, done again
-and again, ends the connection.
+The module implements RFC 9113 except push and priorities, which gRPC does not use. All memory and work that a peer
+causes is bounded: `limits` has the numbers, `pools` counts bytes, `turns` shares time, and the buckets below limit the
+rate of costly frames. An error on a stream ends that stream. Repeated errors that no correct client makes end the
+connection.
 """
 
 import asyncio
@@ -44,38 +44,39 @@ _MAX_HEADER_LIST_SIZE = 6
 
 _HEAD = struct.Struct(">BHBBI")  # length (high byte, rest), type, flags, stream
 _SETTING = struct.Struct(">HI")
-_FRAME_SIZE = 16384  # the least and the default of RFC 9113, for both directions: larger ones gained nothing measurable
-# What is decoded at all, so that the table stays right: proxies forward up to 64 KiB. More ends the connection.
+_FRAME_SIZE = 16384  # RFC 9113's minimum and default, for both directions: larger frames gained nothing measurable
+# Header blocks up to this size are decoded even if they are refused, so that the table stays correct: proxies forward
+# up to 64 KiB. A larger block ends the connection.
 MAX_BLOCK_BYTES = 64 << 10
 _MAX_DECODED_BYTES = 128 << 10
 MAX_CONTINUATIONS = 128
 _DEFAULT_WINDOW = 65535
 _CLOSE_TIMEOUT_S = 5.0
-_CALM_CLOSE_TIMEOUT_S = 0.5  # of a peer that sends too much: it is no longer read
+_CALM_CLOSE_TIMEOUT_S = 0.5  # for a peer that sends too much, from which nothing more is read
 _FLUSH_BYTES = 256 << 10  # written at once, so that memory stays small and the peer can begin to read
-_TLS_FLUSH_BYTES = 48 << 10  # OpenSSL's buffer stays as large as the most that was written at once
-MAX_CONTROL_BYTES = 64 << 10  # acknowledgements and resets that the peer asks for and does not read
+_TLS_FLUSH_BYTES = 48 << 10  # OpenSSL's buffer stays as large as the largest write
+MAX_CONTROL_BYTES = 64 << 10  # acknowledgements and resets that the peer causes and does not read
 _MAX_PEER_FRAME = 64 << 10
 READ_BYTES = 32 << 10  # at once; asyncio's own 256 KiB would be kept while a connection waits for its turn
 _CACHED_BLOCKS = 8
 _CACHED_BLOCK_BYTES, _CACHED_BLOCK_FIELDS = 512, 16
-_GRANT_AFTER = 16384  # bytes done with, before the peer is told: a frame a message would cost more than the message
+_GRANT_AFTER = 16384  # consumed bytes before a WINDOW_UPDATE: one for each message would cost more than the message
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, tries
-# For streams that were opened before the peer read that it should open none: after its answer to the PING behind the
-# first GOAWAY, and for a peer that does not answer.
+# How long streams are accepted that the peer opened before it read the first GOAWAY: after its answer to the PING that
+# follows the GOAWAY, and without an answer.
 _GOAWAY_GRACE_S, GOAWAY_TIMEOUT_S = 0.1, 2.0
-_NO_MORE, _GOODBYE = b"no more!", b"goodbye!"  # of the PINGs behind the first GOAWAY, and before the end
+_NO_MORE, _GOODBYE = b"no more!", b"goodbye!"  # payloads of the PINGs after the first GOAWAY, and before the end
 _KEPT_CLOSED = 128  # streams that this side reset, whose late frames are no error
 _KEPT_SKIPPED = 16
 _FRAMES_A_TURN = 64
 _RESET_AT_ONCE = 16
-# How often a peer may do what costs more than it brings: at once, and a second in the long run.
-# Streams that it opens and resets: 700 callers with deadlines of 50 ms reset 14,000 while a server stands for 1 s.
+# How often a peer may do each of the following: at once, and per second in the long run.
+# Streams that it opens and resets: 700 callers with deadlines of 50 ms reset 14,000 while a server stalls for 1 s.
 RESETS = (16_000, 400)
 VIOLATIONS = (100, 1)  # errors of a stream, which no correct client makes
 SETTINGS_FRAMES = (1000, 10)  # each may change the windows of all streams
 IDLE_FRAMES = (10_000, 1000)  # PING, PRIORITY, empty DATA, frames of unknown types and of closed streams
-# Bytes of header blocks that are decoded for a peer that has not shown a token, where tokens are asked for.
+# Bytes of header blocks that are decoded for a peer that has not sent a valid token, if tokens are required.
 STRANGE_BYTES = (256 << 10, 256 << 10)
 
 FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")  # RFC 9110's token, in lower case
@@ -94,18 +95,18 @@ class _ConnectionFailed(Exception):  # noqa: N818
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Write one frame."""
+    """Encode one frame."""
     size = len(payload)
     return _HEAD.pack(size >> 16, size & 0xFFFF, kind, flags, stream) + payload
 
 
 def literal(name: bytes, value: bytes) -> bytes:
-    """Write a header field that needs no table and no Huffman code (RFC 7541, 6.2.2)."""
+    """Encode a header field without the dynamic table and without Huffman coding (RFC 7541, 6.2.2)."""
     return b"\x00" + _integer(len(name)) + name + _integer(len(value)) + value
 
 
 def _integer(value: int) -> bytes:
-    """Write an integer with a prefix of 7 bits (RFC 7541, 5.1)."""
+    """Encode an integer with a prefix of 7 bits (RFC 7541, 5.1)."""
     if value < 127:
         return bytes((value,))
     out, value = bytearray((127,)), value - 127
@@ -117,45 +118,48 @@ def _integer(value: int) -> bytes:
 
 
 class Stream(Flow):
-    """One exchange: its request comes by the `on_` methods, which a subclass fills in; its answer goes by `send`."""
+    """One request and its answer. A subclass implements the `on_` methods, which receive the request.
+
+    `Connection.send` sends the answer.
+    """
 
     __slots__ = ("_drained", "complete", "ended", "owed", "receive_window", "remote_ended")
 
     def __init__(self, stream_id: int) -> None:
         super().__init__(stream_id)
         self.receive_window = 0
-        self.owed = 0  # bytes done with that the peer has not been told of
+        self.owed = 0  # consumed bytes that the peer has no WINDOW_UPDATE for yet
         self.remote_ended = False
-        self.complete = False  # all of its answer is handed over
-        self.ended = False  # nothing will be sent any more
+        self.complete = False  # all of its answer was passed to `Connection.send`
+        self.ended = False  # nothing more is sent
         self._drained: asyncio.Future[None] | None = None
 
     def on_data(self, data: bytes, *, last: bool) -> bool:
-        """Take some of the request's body; `on_end` follows the last. Return whether `read_on` is to be called."""
+        """Receive a part of the request's body; `on_end` follows the last. Return whether to call `read_on`."""
         raise NotImplementedError
 
     def read_on(self) -> bool:
-        """Work on what has come, until the connection's turn ends; return whether there is more to do."""
+        """Process received data until the connection's turn ends; return whether there is more to do."""
         raise NotImplementedError
 
     def on_end(self) -> None:
-        """Take note that the body is complete."""
+        """Handle the end of the body."""
         raise NotImplementedError
 
     def on_incomplete(self) -> None:
-        """Take note that the rest of the body comes later than the headers, if at all."""
+        """Handle a body that is not complete in the turn of its headers."""
 
     def on_reset(self) -> None:
-        """Take note that the peer, or the connection, is gone; nothing can be sent."""
+        """Handle the reset of the stream or the loss of the connection; nothing can be sent."""
         raise NotImplementedError
 
     def on_evicted(self) -> None:
-        """Take note that the peer did not read the answer, and that it is dropped; the stream must end."""
+        """End the stream: the peer did not read the answer, which is dropped."""
         raise NotImplementedError
 
     @property
     def key(self) -> object:
-        """Whose share of the memory for answers it takes."""
+        """The key of its share of the memory for answers."""
         raise NotImplementedError
 
     @property
@@ -164,14 +168,14 @@ class Stream(Flow):
         return self.left
 
     def sent(self) -> None:
-        """Wake whoever waits for `drained`: what was pending is sent, or never will be."""
+        """Wake the tasks that wait in `drained`: the pending bytes are sent, or never will be."""
         if self._drained is not None:
             if not self._drained.done():
                 self._drained.set_result(None)
             self._drained = None
 
     async def drained(self) -> None:
-        """Wait until nothing is pending, or the stream has ended, as it does where its peer reads nothing in time."""
+        """Wait until nothing is pending or the stream has ended, such as when the peer reads nothing in time."""
         if self.holding is not None and not self.ended:
             if self._drained is None:
                 self._drained = asyncio.get_running_loop().create_future()
@@ -179,7 +183,7 @@ class Stream(Flow):
 
 
 class _Table(HeaderTable):
-    """Counts its changes: what a header block means is known as long as there are none."""
+    """Counts its changes: a cached header block is valid until the table changes."""
 
     changes = 0
 
@@ -189,18 +193,18 @@ class _Table(HeaderTable):
 
 
 class Connection(asyncio.Protocol, Generic[HeadT]):
-    """One peer.
+    """One connection with a peer.
 
     Args:
-        read_head: makes of a request's fields what the layer above needs; its result is kept for blocks that repeat.
-            It may raise ValueError: the request is malformed (RFC 9113, 8.1.1).
-        open_stream: called with the connection, a stream's id and that head; returns the stream, or None to refuse it.
+        read_head: converts a request's fields to the head that `open_stream` gets; heads of repeated blocks are cached.
+            Raises ValueError if the request is malformed (RFC 9113, 8.1.1).
+        open_stream: called with the connection, a stream's id and its head; returns the stream, or None to refuse it.
         limits: of streams, and of times.
-        answers: where the bytes are counted that wait for this peer.
+        answers: the pool that counts the bytes that wait for this peer.
         turns: shares the loop's time.
-        trusted: whether headers are decoded without a bound in time.
-        on_made: called when the connection is there.
-        on_lost: called when the connection is over.
+        trusted: whether headers are decoded without a rate limit.
+        on_made: called when the connection is made.
+        on_lost: called when the connection has ended.
     """
 
     def __init__(
@@ -219,21 +223,21 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._read_head, self._open_stream = read_head, open_stream
         self._on_made, self._on_lost, self._on_failed = on_made, on_lost, on_failed
         self._limits = limits
-        # Of a message of that size with its prefix, what comes before it may not be granted again yet.
+        # Room for the largest message with its prefix, and for earlier bytes that have no WINDOW_UPDATE yet.
         self._stream_window = limits.max_request_bytes + _GRANT_AFTER + 5
         self._loop = asyncio.get_running_loop()
         # Reading.
         self._decoder = Decoder(_MAX_DECODED_BYTES)
         self._table = self._decoder.header_table = _Table()
         self._heads: dict[bytes, HeadT] = {}
-        self._heads_of = 0  # changes of the table when they were read
+        self._heads_of = 0  # the table's changes when the cached heads were read
         self._rest = b""
         self._greeted = False
         # Stream and flags of an unfinished header block, its bytes, and its frames.
         self._block: tuple[int, int, bytearray, int] | None = None
         self._last_id = 0
         self._opened: list[Stream] = []  # in this turn
-        self._unfinished: tuple[Stream, bool] | None = None  # a stream whose data is still worked on, and if it ends
+        self._unfinished: tuple[Stream, bool] | None = None  # a stream with unprocessed data, and whether it ends
         self._skipped: deque[range] = deque(maxlen=_KEPT_SKIPPED)  # streams that can never be opened
         self._reset_here: deque[int] = deque(maxlen=_KEPT_CLOSED)
         self._receive_window = _DEFAULT_WINDOW
@@ -246,7 +250,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._data_sent = False  # since the last PING
         # Turns.
         self._turns = turns
-        self.until = 0.0  # of the turn that there is now, by time.perf_counter
+        self.until = 0.0  # the end of the current turn, by time.perf_counter
         self.seen_s = self.used_s = self.finish_s = 0.0
         self._in_turn = self._waits_for_turn = self._asleep = self._reading_paused = False
         self._todo: deque[Callable[[], None]] = deque()
@@ -258,24 +262,24 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._flush_bytes = _FLUSH_BYTES
         self._flushing = False
         self._writable = True
-        self._control_bytes = 0  # written while it takes no more
-        self._below: asyncio.WriteTransport | None = None  # TLS's own
-        self._output = Holding(answers, self, self.abandon)  # that buffer, while the peer does not read
-        # Ends.
-        self._goaway_at: int | None = None  # no stream above this is answered
+        self._control_bytes = 0  # written while the peer does not read
+        self._below: asyncio.WriteTransport | None = None  # the transport under TLS
+        self._output = Holding(answers, self, self.abandon)  # the transport's buffer, while the peer does not read
+        # The end.
+        self._goaway_at: int | None = None  # streams above this are not answered
         self._closing = False
-        self._peer_timer: asyncio.TimerHandle | None = None  # for what the peer must do in time
+        self._peer_timer: asyncio.TimerHandle | None = None  # for the peer's next step
         self._drain_timer: asyncio.TimerHandle | None = None
         self._unread_seen = 0  # bytes that the peer had not acknowledged at the last look
         self._age_timer: asyncio.TimerHandle | None = None
-        self._last_id_seen = 0  # by the last look for idle connections
+        self._last_id_seen = 0  # at the last look for idle connections
         self.idle_since = time.monotonic()
         self.streams: dict[int, Stream] = {}
         self.transport: asyncio.Transport
 
     @property
     def greeted(self) -> bool:
-        """Whether the peer speaks HTTP/2."""
+        """Whether the peer has sent HTTP/2's preface."""
         return self._greeted
 
     @property
@@ -285,16 +289,16 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     @property
     def closing(self) -> bool:
-        """Whether the connection ends, or has ended."""
+        """Whether the connection is ending, or has ended."""
         return self._closing
 
-    # What asyncio calls.
+    # For asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say what this side takes."""
+        """Set the socket's options, and send this side's settings."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        # Without room of its own: what the kernel does not take waits here, where it is counted, or not at all.
+        # Without a buffer of its own: bytes that the kernel does not accept wait here, where they are counted.
         transport.set_write_buffer_limits(high=1, low=0)
         if hasattr(transport, "max_size"):
             setattr(transport, "max_size", READ_BYTES)  # noqa: B010 (not of the abstract class)
@@ -305,7 +309,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._flush_bytes = _TLS_FLUSH_BYTES
             self._below.set_write_buffer_limits(high=1, low=0)
         with contextlib.suppress(OSError):  # the peer is gone already; connection_lost comes next
-            # A peer that was switched off says no goodbye, and would count as a connection for ever.
+            # A peer that loses power does not close its connection, which would count forever.
             connected = transport.get_extra_info("socket")
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE:
@@ -323,12 +327,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             _MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST_BYTES,
         }
         self._write(frame(SETTINGS, 0, 0, b"".join(itertools.starmap(_SETTING.pack, settings.items()))))
-        # The whole of a connection is bounded by bytes kept, not by its window: streams that wait must not stop others.
+        # The pools bound a connection's bytes, not its window: waiting streams must not block the other streams.
         self._grant(0, MAX_WINDOW - _DEFAULT_WINDOW)
         self._receive_window = MAX_WINDOW
 
     def data_received(self, data: bytes) -> None:
-        """Read the frames that are complete: some at once, and if there are more the rest in later turns."""
+        """Read complete frames: some at once, and the rest in later turns."""
         if self._closing:
             return
         self._rest = self._rest + data if self._rest else data
@@ -351,19 +355,19 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._on_lost(self)
 
     def pause_writing(self) -> None:
-        """Let answers wait: the peer does not read."""
+        """Hold answers back: the peer does not read."""
         self._writable = False
 
     def resume_writing(self) -> None:
-        """Send what waits."""
+        """Send the waiting answers."""
         self._writable, self._control_bytes = True, 0
         self._output.resize(self._buffered())
         self._send_waiting()
 
-    # What LoopTurns call.
+    # For LoopTurns.
 
     def waits(self) -> None:
-        """Take no more from the peer until the turn comes."""
+        """Read nothing more from the peer until the turn comes."""
         self._waits_for_turn = True
         self._pause_reading()
 
@@ -409,7 +413,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         return not self._do_todo() or more
 
     def _do_todo(self) -> bool:
-        """Do what streams have put off; return whether nothing is left."""
+        """Do the work that streams have deferred; return whether none is left."""
         todo = self._todo
         while todo:
             todo.popleft()()
@@ -433,10 +437,10 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._reading_paused = True
             self.transport.pause_reading()
 
-    # What streams, and the server, call.
+    # For streams and the server.
 
     def soon(self, work: Callable[[], None]) -> None:
-        """Work in this connection's turn, once what has come is read."""
+        """Call `work` in this connection's turn, after the received frames are read."""
         if self._closing:
             return
         self._todo.append(work)
@@ -444,7 +448,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._turns.wait(self)
 
     def send(self, stream: Stream, headers: bytes | None, data: bytes | memoryview, trailers: bytes | None) -> None:
-        """Send some of a stream's answer; trailers end it, empty ones by what goes before. What cannot go yet waits."""
+        """Send a part of a stream's answer, now or when the windows allow. Trailers end it; empty ones are not sent."""
         if stream.ended or stream.complete:
             return
         stream.complete = trailers is not None
@@ -455,7 +459,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._send_waiting()
 
     def reset(self, stream: Stream, code: int) -> None:
-        """End a stream, and tell the peer so."""
+        """End a stream with RST_STREAM."""
         if stream.id in self.streams:
             self._write(frame(RST_STREAM, 0, stream.id, code.to_bytes(4, "big")))
             self._reset_here.append(stream.id)
@@ -468,7 +472,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._violate()
 
     def forget_answer(self, stream: Stream) -> bool:
-        """Drop what waits of a stream's answer; return whether nothing of it has been sent."""
+        """Drop the waiting part of a stream's answer; return whether nothing of the answer has been sent."""
         unsent = stream.header_block is not None
         self._flow.drop(stream)
         stream.complete = False
@@ -477,11 +481,11 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     @property
     def writable(self) -> bool:
-        """Whether the peer has read what was sent."""
+        """Whether the peer reads: no sent bytes wait for the kernel."""
         return self._writable
 
     def consumed(self, stream: Stream, size: int) -> None:
-        """Let the peer send so much more on a stream."""
+        """Let the peer send `size` more bytes on a stream."""
         stream.owed += size
         if stream.owed >= _GRANT_AFTER and not stream.remote_ended and not stream.ended:
             stream.receive_window += stream.owed
@@ -489,24 +493,24 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             stream.owed = 0
 
     def drain(self) -> None:
-        """Ask the peer to open no more streams here, answer those it has opened, then close. No call is lost by it."""
+        """Ask the peer to open no more streams here, answer the open ones, then close. No call is lost."""
         if self._closing or self._goaway_at is not None:
             return
         self._goaway_at = MAX_WINDOW
-        # In two steps, as RFC 9113, 6.8 advises: streams that are on their way now will be answered.
+        # In two steps, as RFC 9113, 6.8 advises: streams in flight are still answered.
         self._write(frame(GOAWAY, 0, 0, struct.pack(">II", MAX_WINDOW, NO_ERROR)) + frame(PING, 0, 0, _NO_MORE))
         self._drain_timer = self._loop.call_later(GOAWAY_TIMEOUT_S, self._stop_streams)
 
     def end_later(self, age_s: float, end: "Callable[[Connection[HeadT]], None]") -> None:
-        """Call `end` with the connection at that age, unless it is over."""
+        """Call `end` with the connection at the given age, unless the connection has ended."""
         self._age_timer = self._loop.call_later(age_s, end, self)
 
     def close(self) -> None:
-        """Close the connection, with whatever runs on it."""
+        """Close the connection, and end its calls."""
         self._fail(NO_ERROR, "")
 
     def look(self, now: float, *, busy: bool) -> None:
-        """Take note of what the peer did since the last look: of streams that it opened, and of output that it read."""
+        """Record what the peer has done since the last look: streams that it opened, and output that it read."""
         if busy or self._last_id != self._last_id_seen:
             self._last_id_seen, self.idle_since = self._last_id, now
         size = self._buffered()
@@ -519,7 +523,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._unread_seen = unread
 
     def stands_still_since(self) -> float | None:
-        """When the peer last read any of the output that waits, by time.monotonic; None: there is none."""
+        """When the peer last read any of the waiting output, by time.monotonic; None: no output waits."""
         return self._output.since if self._output.size else None
 
     # Reading.
@@ -538,7 +542,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         return len(PREFACE)
 
     def _read_frames(self, data: bytes, position: int) -> tuple[int, bool]:
-        """Read complete frames from a position on; return where the rest begins, and whether it may be read on."""
+        """Read complete frames from a position on; return where the rest begins, and whether to continue later."""
         size, left = len(data), _FRAMES_A_TURN
         while size - position >= 9 and not self._closing:
             if self._asleep:
@@ -615,7 +619,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._violate()
             return
         if self._goaway_at is not None and stream_id > self._goaway_at:
-            return  # the peer was told that it would not be looked at, and will ask another server
+            return  # by the GOAWAY, the peer knows that it is not processed, and asks another server
         if self._resets.left <= 0 and self._resets.take(0) <= 0:
             self._count_reset()
             self._refuse(stream_id, ENHANCE_YOUR_CALM)
@@ -635,7 +639,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._opened.append(stream)
 
     def _on_trailers(self, stream_id: int, flags: int, block: bytes) -> None:
-        fields = self._decode(block)  # also if nobody wants them: it keeps the table right
+        fields = self._decode(block)  # even if they are not used: decoding keeps the table correct
         stream = self.streams.get(stream_id)
         if stream is None:
             if any(stream_id in ids for ids in self._skipped):
@@ -654,13 +658,13 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._remote_end(stream)
 
     def _head(self, block: bytes) -> HeadT:
-        """Read a request's header block, or remember it: the same bytes mean the same while the table is the same."""
+        """Read a request's header block, or take its head from the cache, which is valid until the table changes."""
         head = self._heads.get(block)
         if head is None:
             changes = self._table.changes
             fields = self._decode(block)
             head = self._read_head(fields)
-            # One that changes the table means something else the next time.
+            # A block that changes the table means something else the next time.
             small = len(block) <= _CACHED_BLOCK_BYTES and len(fields) <= _CACHED_BLOCK_FIELDS
             if small and changes == self._table.changes:
                 if len(self._heads) >= _CACHED_BLOCKS:
@@ -770,7 +774,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if len(payload) != 8:
             raise _ConnectionFailed(FRAME_SIZE_ERROR, "PING has 8 bytes")
         if self._data_sent:
-            self._data_sent = False  # gRPC's clients measure the way by a PING for what they get
+            self._data_sent = False  # gRPC's clients send a PING for received data, to measure the bandwidth
         else:
             self._count(self._idle_frames, "there are too many PING frames")
         if not flags & ACK:
@@ -832,7 +836,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._count(self._violations, "there are too many errors on streams")
 
     def _count_reset(self) -> None:
-        """Count a stream that was opened for nothing: beyond a bound the next are refused, beyond another it ends."""
+        """Count a reset or refused stream; end the connection if there are more than twice the burst of `RESETS`."""
         if self._resets.take() < -RESETS[0]:
             raise _ConnectionFailed(ENHANCE_YOUR_CALM, "streams are opened only to be reset")
 
@@ -841,7 +845,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     def _send_part(
         self, stream: Stream, headers: bytes | None, data: bytes | memoryview, trailers: bytes | None
     ) -> None:
-        """Write some of a stream's answer, for which there is room; trailers end it."""
+        """Write a part of a stream's answer that the windows allow; trailers end the stream."""
         if headers is not None:
             only = trailers == b"" and not data
             self._write_headers(stream, headers, END_HEADERS | END_STREAM if only else END_HEADERS)
@@ -855,13 +859,13 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _write_headers(self, stream: Stream, block: bytes, flags: int) -> None:
         if not self._table_size_told:
-            # No table is used in this direction: the peer may make it as small as it likes (RFC 7541, 4.2).
+            # This direction uses no dynamic table, so announce size 0: the peer may reduce it (RFC 7541, 4.2).
             self._table_size_told = True
             block = b"\x20" + block
         self._write(frame(HEADERS, flags, stream.id, block))
 
     def _write(self, data: bytes | memoryview) -> None:
-        """Write once for all that is written in this turn of the loop, but for what is more than may be on its way."""
+        """Buffer data for one write in this iteration of the loop; write at once if the buffer is full."""
         if self._closing:
             return
         self._out.append(data)
@@ -896,7 +900,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                     self._output.resize(self._buffered())
 
     def _control(self, data: bytes) -> None:
-        """Answer a control frame, unless the peer asks for more answers than it reads."""
+        """Answer a control frame; fail if the peer causes more answers than it reads."""
         if not self._writable:
             self._control_bytes += len(data)
             if self._control_bytes > MAX_CONTROL_BYTES:
@@ -911,7 +915,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._control(frame(RST_STREAM, 0, stream_id, code.to_bytes(4, "big")))
 
     def _send_waiting(self) -> None:
-        """Send what the windows let pass, a frame of each stream in turn."""
+        """Send the waiting parts that the windows allow, a frame of each stream in turn."""
         while self._writable and not self._closing and (part := self._flow.next()) is not None:
             stream, head, data, trailers = part
             assert isinstance(stream, Stream)
@@ -919,13 +923,13 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             if stream.holding is None:
                 stream.sent()
 
-    # Ends.
+    # The end.
 
     def _finish(self, stream: Stream) -> None:
-        """Take note that all of a stream's answer is written."""
+        """End a stream whose answer is completely written."""
         stream.ended = True
         if not stream.remote_ended:
-            # The rest of the request will not be read.
+            # The rest of the request is not read.
             self._write(frame(RST_STREAM, 0, stream.id, NO_ERROR.to_bytes(4, "big")))
             self._reset_here.append(stream.id)
         self._end(stream)
@@ -948,10 +952,10 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        """Close once the peer has read all that was sent: it then answers the PING, if it does not close itself.
+        """Send a last PING, and close on its answer: the peer has then read everything, unless it closes first.
 
-        Closed sooner, a connection loses what is on its way as soon as the peer sends anything; TLS, which cannot be
-        closed one way alone, surely.
+        If this side closed sooner, the bytes in flight would be lost as soon as the peer sends anything. With TLS,
+        which cannot be half-closed, they would always be lost.
         """
         if not self._closing:
             self._write(frame(PING, 0, 0, _GOODBYE))
@@ -959,7 +963,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._drain_timer = self._loop.call_later(_CLOSE_TIMEOUT_S, self._abort_unread)
 
     def _abort_unread(self) -> None:
-        """End the connection if its peer has read nothing for a while."""
+        """End the connection if its peer has read nothing since the last check."""
         if (unread := self._unread()) == self._unread_seen:
             self.transport.abort()
             return
@@ -972,15 +976,15 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         return size if self._below is None else size + self._below.get_write_buffer_size()
 
     def _unread(self) -> int:
-        """Return how many bytes the peer has not acknowledged, of those that the kernel has."""
+        """Return how many bytes in the kernel's send buffer the peer has not acknowledged."""
         connected = self.transport.get_extra_info("socket")
         try:
             return int.from_bytes(fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except (AttributeError, OSError, ValueError):  # there is none any more, or in a test
+        except (AttributeError, OSError, ValueError):  # the socket is closed, or absent in a test
             return 0
 
     def _end_streams(self) -> None:
-        """End all streams: what that means to calls takes time, and follows in later iterations for most of many."""
+        """End all streams. Ending calls takes time: after the first 16, the rest follow in later iterations."""
         streams = tuple(self.streams.values())
         for stream in streams:
             self._end(stream)
@@ -989,7 +993,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._turns.spread(stream.on_reset for stream in streams[_RESET_AT_ONCE:])
 
     def leave(self) -> None:
-        """Close a connection without calls at once. A client opens a call that crosses this on another connection."""
+        """Close a connection without calls at once. A client retries a call in flight on another connection."""
         self._write(frame(GOAWAY, 0, 0, struct.pack(">II", self._last_id, NO_ERROR)))
         self._flush_now()
         self._closing = True
@@ -997,7 +1001,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self.transport.close()
 
     def abandon(self) -> None:
-        """End the connection without a word: its peer does not read what it would be told."""
+        """End the connection without a GOAWAY: its peer would not read it."""
         self._closing = True
         self.transport.abort()
 
@@ -1017,7 +1021,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                 timer.cancel()
 
     def _fail(self, code: int, text: str, reason: str = "protocol") -> None:
-        """Say why, and close."""
+        """Close the connection; for an error, send a GOAWAY with the reason first."""
         if self._closing:
             return
         if code not in (NO_ERROR, INTERNAL_ERROR):
@@ -1027,7 +1031,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._rest, self._block, self._unfinished = b"", None, None
         self._todo.clear()
         if code != NO_ERROR:
-            # The last stream may not be a higher one than the peer has been told already.
+            # The last stream id must not be higher than in an earlier GOAWAY.
             last = self._last_id if self._goaway_at is None else min(self._last_id, self._goaway_at)
             self._out.append(frame(GOAWAY, 0, 0, struct.pack(">II", last, code) + text.encode()))
         self._flush_now()
@@ -1037,10 +1041,10 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             return
         floods = code == ENHANCE_YOUR_CALM
         if not self.transport.is_closing() and floods != self._reading_paused:
-            # What other peers still send is read and dropped.
+            # From peers that do not flood, further data is read and dropped.
             self._reading_paused = floods
             (self.transport.pause_reading if floods else self.transport.resume_reading)()
-        # Closed both ways while the peer still sends, the connection would lose what it has not read yet.
+        # Half-close: with a full close while the peer still sends, the peer would lose the bytes it has not read yet.
         if self.transport.can_write_eof() and not self.transport.is_closing():
             try:
                 self.transport.write_eof()
@@ -1049,7 +1053,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
                 return
         else:
             self.transport.close()
-        # A peer that neither reads nor closes would keep it for ever.
+        # A peer that neither reads nor closes would keep the connection open forever.
         timeout_s = _CALM_CLOSE_TIMEOUT_S if floods else _CLOSE_TIMEOUT_S
         self._peer_timer = self._loop.call_later(timeout_s, self.transport.abort)
 

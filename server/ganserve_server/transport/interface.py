@@ -1,4 +1,4 @@
-"""What services see of a transport: calls, methods, and what a call is told of its caller and of its work."""
+"""The interface between services and transports: calls, methods, and a call's caller and work."""
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,51 +15,51 @@ RequestSink = tuple[Callable[[bytes], None], Callable[[], None]]  # for a messag
 
 
 class Work(Protocol):
-    """Images that are made for a call: what there is to tell of it."""
+    """The images that are made for a call: their number and their times, for metrics, log and traces."""
 
     count: int
 
     @property
     def accepted(self) -> float:
-        """When the first of them was queued, by time.monotonic."""
+        """When the first image was queued, by time.monotonic."""
 
     @property
     def taken(self) -> int:
-        """How many are in a batch, or have been; of those that were queued at once with the first."""
+        """How many images of the first draw are in a batch, or were in one."""
 
     @property
     def queue_s(self) -> float:
-        """How long the first waited for its batch."""
+        """How long the first image waited for its batch, in seconds."""
 
     @property
     def compute_s(self) -> float:
-        """What their batches took."""
+        """How long the images' batches took together, in seconds."""
 
 
 class Caller(Protocol):
-    """Who calls, where the server asks for that."""
+    """Who makes a call, on a server with tokens."""
 
     name: str
 
     @property
     def burst(self) -> float:
-        """How many images may be asked for at once, where the rate is to be kept; without one, any number."""
+        """The most images that the rate allows at once; infinite without a rate."""
 
     def take(self, images: int) -> None:
-        """Count images that are asked for.
+        """Count requested images.
 
         Raises:
-            ServingError: they are too many now.
+            ServingError: there are more than the rate allows now.
         """
 
     def must_wait_s(self, images: int) -> float:
-        """Count images and return 0, or if they are too many now the seconds until they may not be."""
+        """Count images and return 0, or count nothing and return the seconds until the rate allows them."""
 
 
 class Call(Protocol):
     """One call over any transport. `reply` or `fail` ends it; `send` and `finish` answer with many messages.
 
-    Methods of the classes that grpcio generates get it as their context: `write` and `abort` are theirs.
+    Servicers that derive from grpcio's generated classes get it as their context: `write` and `abort` are for them.
     """
 
     method: "Method | None"
@@ -68,14 +68,14 @@ class Call(Protocol):
     deadline: float | None  # by time.monotonic
     over: bool
     on_cancel: Callable[[], object] | None  # called if nobody waits for the answer any more
-    # For metrics, log and traces; the method fills them in, and the guard the caller.
+    # For metrics, log and traces. The guard sets the caller, the method sets the rest.
     caller: Caller | None
     model: str
     version: int | None
     work: Work | None
     encode_s: float
-    throttled_s: float  # by the caller's rate, up to `throttled_until`, by time.monotonic
-    throttled_until: float
+    throttled_s: float  # waits for the caller's rate, including the current wait
+    throttled_until: float  # the end of the current wait, by time.monotonic
 
     @property
     def path(self) -> str:
@@ -87,11 +87,11 @@ class Call(Protocol):
 
     @property
     def partly_sent(self) -> bool:
-        """Whether some of the answer was sent before the last of it."""
+        """Whether a part of the answer was sent before its end."""
 
     @property
     def fairness_key(self) -> object:
-        """Whose calls share a turn: the token's name; without a token the connection, perhaps a proxy's."""
+        """The key of calls that share a turn: the token's name; without a token the connection, perhaps a proxy's."""
 
     @property
     def peer(self) -> str:
@@ -103,13 +103,13 @@ class Call(Protocol):
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes of answers that wait for their peers, of all calls of the server."""
+        """Bytes of answers that wait for their peers, over all calls of the server."""
 
     def reply(self, message: bytes) -> None:
         """End the call with one message."""
 
     def send(self, *messages: bytes) -> None:
-        """Send some of many messages: those that are small together cost little more than one."""
+        """Send some of many messages. Together, small messages cost little more than one."""
 
     def finish(self) -> None:
         """End the call after its last message."""
@@ -118,22 +118,22 @@ class Call(Protocol):
         """End the call with an error's status. Unexpected exceptions are logged; the caller gets INTERNAL."""
 
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
-        """Let the peer send more of a stream of requests: some, of so many bytes together, are done with."""
+        """Let the peer send more of a stream of requests: `messages` of `message_bytes` in total are processed."""
 
     def soon(self, work: Callable[[float], None]) -> None:
-        """Work once what has come is read, until about the time that it gets, by time.perf_counter.
+        """Call `work` after the received messages are read, with the end of its time by time.perf_counter.
 
-        Connections share the loop's time by it: work that is not done by then calls this again.
+        In this way connections share the event loop: work that is not done by that time calls `soon` again.
         """
 
     def spawn(self, work: Coroutine[Any, Any, None], *, cancel: Callable[[], object] | None = None) -> None:
-        """Run the call's work as a task, which ends (or `cancel` is called) if nobody waits for the answer any more."""
+        """Run the call's work as a task. If nobody waits for the answer any more, cancel the task, or call `cancel`."""
 
     async def drained(self) -> None:
         """Wait until nothing is pending."""
 
     async def write(self, message: Any) -> None:
-        """Send one of many messages, and wait until the peer has taken it."""
+        """Send one of many messages, and wait until none is pending."""
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
         """End the call with a status."""
@@ -148,20 +148,20 @@ class Method:
 
     start: Callable[[Call, bytes], None] | None = None
     open: Callable[[Call], RequestSink] | None = None
-    awaited: bool = True  # by a drain
-    guarded: bool = True  # for callers that may
-    counts_images: bool = False  # itself, against its caller's rate
+    awaited: bool = True  # a drain waits for its calls
+    guarded: bool = True  # the guard checks its callers
+    counts_images: bool = False  # it counts its images against the caller's rate itself; other calls count as one
 
 
 class Server(Protocol):
-    """Listens, and leads calls to methods."""
+    """Listens, and dispatches calls to methods."""
 
     @property
     def load(self) -> tuple[int, int]:
         """How many connections and calls there are."""
 
     def kept_bytes(self) -> dict[str, int]:
-        """Return how many bytes the server keeps for its peers, by what they are."""
+        """Return how many bytes the server keeps for its peers, by pool."""
 
     def add_method(self, path: str, method: Method) -> None:
         """Answer calls of a path, such as /package.Service/Method."""
@@ -175,18 +175,18 @@ class Server(Protocol):
         """Listen on sockets that are bound.
 
         Raises:
-            OSError: somebody else does.
+            OSError: another program listens there.
         """
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more connections, let the calls that run finish, cut off those that take longer, and close."""
+        """Accept no more connections, let running calls finish, end calls that exceed the timeout, and close."""
 
 
 def read_message(read: Callable[[bytes], MessageT], content: bytes) -> MessageT:
     """Read a request's bytes.
 
     Raises:
-        MalformedMessage: they are no such message.
+        MalformedMessage: they are not a message of the method.
     """
     try:
         return read(content)

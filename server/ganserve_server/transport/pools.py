@@ -1,7 +1,7 @@
-"""What peers make the server keep in memory: who holds how much, how much in all, and who loses it first.
+"""Bounds the memory that the server keeps for its peers: counts it by caller, and decides what to evict first.
 
-Each kept byte belongs to one `Holding`, and each holding to one pool and one share of it: its caller's or connection's.
-`Holding.resize` is the only place that changes these counts, so that they cannot drift apart.
+Each kept byte belongs to one `Holding`. Each holding belongs to one pool, and in it to one share: that of its caller
+or connection. Only `Holding.resize` changes these counts, so that they cannot drift apart.
 """
 
 import time
@@ -9,15 +9,15 @@ from collections.abc import Callable, Hashable, Iterator
 
 Evict = Callable[[], object]
 
-_LEAST_AGE_S, _MOST_AGE_S = 0.01, 60.0  # of what is weighed
+_LEAST_AGE_S, _MOST_AGE_S = 0.01, 60.0  # bounds of the age in a share's weight
 
 
 class Holding:
-    """What one owner keeps.
+    """The bytes that one owner keeps.
 
     Args:
-        pool: where it counts.
-        key: whose share of the pool it is.
+        pool: the pool that counts them.
+        key: identifies the share of the pool.
         evict: called when the owner must give up what it keeps; afterwards the holding is empty.
     """
 
@@ -26,20 +26,20 @@ class Holding:
     def __init__(self, pool: "Pool", key: Hashable, evict: Evict) -> None:
         self._pool, self._key, self._evict = pool, key, evict
         self.size = 0
-        self.since = 0.0  # by time.monotonic: the last progress, or the begin
+        self.since = 0.0  # by time.monotonic: the last progress, or the start
 
     def resize(self, size: int) -> None:
-        """Keep this many bytes from now on; this or other holdings may be evicted by it."""
+        """Keep `size` bytes from now on; growth may evict this or other holdings."""
         if size != self.size:
             self._pool.resize(self, self._key, size)
 
     def progress(self) -> None:
-        """Take note that the peer did its part: holdings without progress are evicted first."""
+        """Record that the peer made progress: holdings without progress are evicted first."""
         if self.size:
             self._pool.renew(self, self._key)
 
     def evict(self) -> None:
-        """Take from the owner what it keeps."""
+        """Make the owner give up what it keeps."""
         self._evict()
         self.resize(0)
 
@@ -49,25 +49,26 @@ class _Share:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.holdings: dict[Holding, None] = {}  # without progress for longest first
+        self.holdings: dict[Holding, None] = {}  # the longest without progress first
 
     def weight(self, now: float) -> float:
-        """Return how much this share is in the way of others, in bytes times seconds."""
+        """Return the share's bytes times the seconds since its stalest holding made progress (0.01 to 60)."""
         age_s = now - next(iter(self.holdings)).since
         return self.bytes * min(max(age_s, _LEAST_AGE_S), _MOST_AGE_S)
 
 
 class Pool:
-    """A bound of memory, shared fairly.
+    """A bound on memory, shared fairly.
 
-    Beyond a share's bound, a holding of that share is evicted; beyond the pool's, one of the share that has held most
-    for longest, in bytes times seconds. So whoever holds little, or makes progress, is not hurt by those who hoard.
+    If a share exceeds its bound, one of its holdings is evicted. If the pool exceeds its bound, a holding of the share
+    with the largest weight is evicted: bytes times seconds without progress. So a caller that holds little, or makes
+    progress, does not lose memory to callers that hoard it.
 
     Args:
         limit: bytes of all shares.
         share_limit: bytes of one share.
-        of_answers: a share gives up what it wants to add, rather than what made no progress for longest, and a holding
-            that is alone stays, however large.
+        of_answers: evict the holding that grows, if it belongs to that share, rather than the one without progress for
+            longest; and keep a holding that is alone, however large.
     """
 
     __slots__ = ("_of_answers", "_shares", "bytes", "evictions", "limit", "peak", "share_limit")
@@ -75,12 +76,12 @@ class Pool:
     def __init__(self, limit: int, share_limit: int, *, of_answers: bool = False) -> None:
         self.limit, self.share_limit, self._of_answers = limit, share_limit, of_answers
         self.bytes = 0
-        self.peak = 0  # of bytes, since it was set to 0
+        self.peak = 0  # the most bytes since it was last reset
         self.evictions = 0
         self._shares: dict[Hashable, _Share] = {}
 
     def __iter__(self) -> Iterator[Holding]:
-        """All holdings, as they are now."""
+        """Iterate over a snapshot of all holdings."""
         return iter([one for share in self._shares.values() for one in share.holdings])
 
     def share(self, key: Hashable) -> int:
@@ -89,7 +90,7 @@ class Pool:
         return 0 if share is None else share.bytes
 
     def resize(self, holding: Holding, key: Hashable, size: int) -> None:
-        """Change what a holding keeps; for `Holding.resize` alone."""
+        """Change a holding's size; only `Holding.resize` calls this."""
         if size < 0:
             raise ValueError(f"a holding cannot have {size} bytes")
         more = size - holding.size
@@ -112,7 +113,7 @@ class Pool:
                 self._relieve(holding, share)
 
     def renew(self, holding: Holding, key: Hashable) -> None:
-        """Put a holding last in its share; for `Holding.progress` alone."""
+        """Move a holding to the end of its share; only `Holding.progress` calls this."""
         holdings = self._shares[key].holdings
         holdings[holding] = holdings.pop(holding)
         holding.since = time.monotonic()
@@ -135,11 +136,11 @@ class Pool:
 
 
 class Bucket:
-    """Counts what a peer may do now and then, and not all the time (a token bucket).
+    """A token bucket: limits the rate of something that a peer may do in bursts, but not continuously.
 
     Args:
-        burst: how often at once.
-        rate: how often a second, in the long run.
+        burst: the most at once.
+        rate: the most per second in the long run.
     """
 
     __slots__ = ("_burst", "_rate", "_since", "left")
@@ -150,7 +151,7 @@ class Bucket:
         self._since = time.monotonic()
 
     def take(self, count: float = 1.0) -> float:
-        """Count, and return how many are left; below zero: by how many there were too many."""
+        """Take `count` tokens; return how many are left. Below zero, the limit is exceeded by that many."""
         now = time.monotonic()
         self.left = min(self._burst, self.left + (now - self._since) * self._rate) - count
         self._since = now

@@ -1,4 +1,4 @@
-"""Shares the event loop's time among connections: a burst of one keeps the others waiting for milliseconds."""
+"""Shares the event loop's time among connections: a burst on one delays the others only by milliseconds."""
 
 import asyncio
 import heapq
@@ -8,36 +8,36 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 _SLICE_S = 0.002  # of one member at a time
-_ITERATION_S = 0.004  # of all members that wait, in one iteration of the loop
-# A member that takes at most this part of the time, and so much at once, does not wait for others; unless all such
-# members have taken too much of an iteration.
+_ITERATION_S = 0.004  # of all waiting members together, in one iteration of the loop
+# A light member does not wait for the queue: it takes at most 2% of the time, and 2 ms at once. The exception: light
+# members together have taken more than `_MOST_S` of an iteration.
 _LIGHT, _LIGHT_S = 0.02, 0.002
 _MOST_S = 0.012
-_MOST_CHARGED_S = 0.004  # for a turn that was not waited for
+_MOST_CHARGED_S = 0.004  # for a turn outside the queue
 
 
 class Member(Protocol):
-    """Has work that comes in pieces. The attributes are `LoopTurns`'s."""
+    """Has work that arrives in pieces. `LoopTurns` owns the attributes."""
 
     seen_s: float  # when its last turn began
-    used_s: float  # above its light part of the time
+    used_s: float  # time taken beyond its light share
     finish_s: float  # virtual time at the end of its last turn
 
     def turn(self, until: float) -> bool:
         """Work until a time by time.perf_counter; return whether there is more to do."""
 
     def waits(self) -> None:
-        """Take no more work until the turn comes."""
+        """Accept no more work until the turn comes."""
 
 
 class LoopTurns:
-    """Gives turns: at once while there is time, else in a queue, a slice for each member.
+    """Gives turns: at once while there is time, otherwise through a queue with a slice for each member.
 
-    The queue is start-time fair queueing (Goyal, Vin and Cheng, 1996): virtual time advances with the work that is
-    done, and the member whose last turn ended first in virtual time is next. So a member that takes little is served
-    before those that take much, and one whose pieces are expensive waits for as many turns of the others.
+    The queue uses start-time fair queueing (Goyal, Vin and Cheng, 1996): virtual time advances with the work done, and
+    the member whose last turn ended first in virtual time is next. So a member that takes little time is served before
+    members that take much, and a member with an expensive piece waits until the other members had as much time.
 
-    A slice ends after the piece of work that passes its end. The longest pieces take about 10 ms: a message inflated to
+    A slice ends after the piece of work that exceeds it. The longest pieces take about 10 ms: a message decompressed to
     4 MiB, or a header block of 64 KiB.
     """
 
@@ -58,7 +58,7 @@ class LoopTurns:
         return not self._pieces
 
     def spread(self, pieces: Iterable[Callable[[], object]]) -> None:
-        """Do pieces of work that cannot wait for turns, a slice of the time in each iteration of the loop."""
+        """Do pieces of work that belong to no turn, for one slice in each iteration of the loop."""
         if not self._pieces:
             self._loop.call_soon(self._do_pieces)
         self._pieces.extend(pieces)
@@ -73,7 +73,7 @@ class LoopTurns:
                 self._loop.call_soon(self._do_pieces)
 
     def begin(self, member: Member) -> None:
-        """Work for a member that is not in the queue: now, or once its turn comes."""
+        """Give a member that is not in the queue a turn: now, or once its turn in the queue comes."""
         start = time.perf_counter()
         member.used_s = max(0.0, member.used_s - _LIGHT * (start - member.seen_s))
         member.seen_s = start
@@ -86,7 +86,7 @@ class LoopTurns:
             self._virtual_s = tag
         more = member.turn(start + _SLICE_S)
         took = time.perf_counter() - start
-        # Not all of it: another thread or program may have had the core meanwhile.
+        # Charge a bounded time: another thread or program may have used the core meanwhile.
         charged = min(took, _MOST_CHARGED_S)
         member.used_s += charged
         member.finish_s = tag + charged
@@ -119,10 +119,10 @@ class LoopTurns:
         self._scheduled = False
         start = now = time.perf_counter()
         last = self._number
-        # Not twice the same one: others may begin before its next turn.
+        # No member twice in one iteration: others may begin before its next turn.
         while self._waiting and self._waiting[0][1] <= last and now - start <= _ITERATION_S:
             self._virtual_s, _, member = heapq.heappop(self._waiting)
-            began = time.thread_time()  # costs more than the other clock, and counts this thread's work alone
+            began = time.thread_time()  # costs more than perf_counter, but counts only this thread's work
             more = member.turn(now + _SLICE_S)
             took = time.thread_time() - began
             now = time.perf_counter()

@@ -4,21 +4,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LARGEST_SIDE = 16  # images are averaged down to this many pixels first
+_LARGEST_SIDE = 16  # images are first averaged down to at most this many pixels a side
 _ITERATIONS = 30
 _ROWS_AT_ONCE = 10_000
 
 
 def k_means(images: Tensor, clusters: int) -> Tensor:
-    """Sort images, uint8 [n, c, h, w], into clusters by Lloyd's algorithm, from k-means++'s centres with a fixed seed.
+    """Cluster images, uint8 [n, c, h, w], by Lloyd's algorithm, starting at k-means++ centres with a fixed seed.
 
     Returns:
-        Each image's cluster, int64 [n], on the images' device. A cluster may be empty if images are few or identical.
+        Each image's cluster, int64 [n], on the images' device. Clusters may be empty if images are few or identical.
     """
     size = (min(images.shape[2], _LARGEST_SIDE), min(images.shape[3], _LARGEST_SIDE))
     parts = [F.adaptive_avg_pool2d(part.float().div(255), size).flatten(1) for part in images.split(_ROWS_AT_ONCE)]
     points = torch.cat(parts)
-    # k-means++ (Arthur & Vassilvitskii, 2007): each next centre is drawn by its squared distance to those there are.
+    # k-means++ (Arthur & Vassilvitskii, 2007): draw each centre with a probability proportional to its squared distance
+    # to the nearest centre so far.
     generator = torch.Generator().manual_seed(0)
     chosen = [int(torch.randint(len(points), (), generator=generator))]
     distance = torch.full_like(points[:, 0], torch.inf)
@@ -29,7 +30,7 @@ def k_means(images: Tensor, clusters: int) -> Tensor:
     centres = points[chosen]
     cluster = torch.empty(0)
     for _ in range(_ITERATIONS):
-        # |x - c|² = |x|² - 2 x·c + |c|², of which |x|² does not matter.
+        # |x - c|² = |x|² - 2 x·c + |c|², where |x|² does not affect the minimum.
         norm = centres.square().sum(1)
         cluster = torch.cat(
             [torch.addmm(norm, part, centres.T, alpha=-2).argmin(1) for part in points.split(_ROWS_AT_ONCE)]
@@ -41,7 +42,7 @@ def k_means(images: Tensor, clusters: int) -> Tensor:
 
 
 def cluster_bounds(cluster: Tensor, clusters: int) -> Tensor:
-    """Return the quantiles that cut a standard normal value into clusters as often as they occur, [clusters - 1]."""
+    """Return the bounds [clusters - 1] between which a standard normal value falls as often as each cluster occurs."""
     share = cluster.cpu().bincount(minlength=clusters).double() / len(cluster)
     bounds: Tensor = torch.special.ndtri(share.cumsum(0)[:-1].clamp(1e-6, 1 - 1e-6)).float()
     return bounds

@@ -1,4 +1,4 @@
-"""Data sets as whole tensors: images uint8, labels int64. Training sees the training part only."""
+"""Data sets as whole tensors: images uint8, labels int64. Training uses only the training part."""
 
 import gzip
 import hashlib
@@ -21,11 +21,11 @@ from ganserve_trainer.errors import TrainerError
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A data set that torchvision reads and downloads."""
+    """A data set that torchvision can read and download."""
 
     reader: Any  # a class of torchvision.datasets
     folder: str  # below the data root
-    files: str  # what lies in it
+    files: str  # the files in it, for error messages
     class_names: tuple[str, ...]
 
 
@@ -60,30 +60,31 @@ class Dataset:
     images: Tensor  # uint8 [n, channels, height, width]
     labels: Tensor  # int64 [n]
     spec: ImageSpec
-    skipped: int = 0  # files of this part that were left out
+    skipped: int = 0  # the number of files of this part that were skipped
 
     def digest(self) -> str:
-        """Return the name of the content: sha256 over images and labels, without shape and class names."""
+        """Return the SHA-256 of images and labels, without shape and class names, which identifies the content."""
         content = hashlib.sha256(self.images.numpy().tobytes())
         content.update(self.labels.numpy().tobytes())
         return f"sha256:{content.hexdigest()}"
 
 
 def load_dataset(name: str, data_root: Path, *, train: bool, image_size: int | None = None) -> Dataset:
-    """Read one part of a data set: of one that is built in, or of a folder of images.
+    """Read one part of a built-in data set, or of a folder of images.
 
-    Built-in data sets are read from `data_root`, from where Debian keeps them, or from their download, in this order.
+    Built-in data sets are read from `data_root`, from Debian's package, or from their download, in this order.
 
     Args:
-        name: one of `DATASETS`, or the path of a folder, which has a slash in it or starts with a dot: `./photos`.
-        data_root: where the built-in data sets lie, or are downloaded to.
-        train: whether to read the training part or the test part; they have no image in common.
-        image_size: resize to squares of this many pixels a side, the middle of what is not square. None leaves images
-            as they are; those of a folder must then all have one size. Resized by Pillow's antialiased bicubic filter,
-            or its equal in torch: without antialiasing FID changes by points (Parmar et al., 2022).
+        name: one of `DATASETS`, or the path of a folder, which contains a slash or starts with a dot: `./photos`.
+        data_root: the folder of the built-in data sets, to which they are also downloaded.
+        train: whether to read the training part or the test part; the parts share no image.
+        image_size: resize to squares of this many pixels a side; images that are not square are cropped to the centre.
+            None keeps the images' size; the images of a folder must then all have the same size. Images are resized
+            with Pillow's antialiased bicubic filter, or its equivalent in torch: without antialiasing, FID changes by
+            points (Parmar et al., 2022).
 
     Raises:
-        TrainerError: there is no such data set, its files are missing or damaged, or, for a folder, see
+        TrainerError: there is no such data set, or its files are missing or damaged; for a folder, as
             `read_image_folder`.
     """
     if "/" in name or name.startswith("."):
@@ -99,7 +100,7 @@ def load_dataset(name: str, data_root: Path, *, train: bool, image_size: int | N
     images, labels = _load_source(source, data_root, train)
     class_names = _SOURCES[source].class_names
     if image_size is not None:
-        side = (image_size, image_size)  # all of these are square
+        side = (image_size, image_size)  # all images of the built-in data sets are square
         images = F.interpolate(images, side, mode="bicubic", antialias=True).contiguous()
     if name == "stacked-mnist":
         images, labels = _stack(images, labels, _STACKED_TRAIN_IMAGES if train else _STACKED_TEST_IMAGES)
@@ -112,12 +113,13 @@ def _spec(images: Tensor, class_names: tuple[str, ...]) -> ImageSpec:
 
 
 def _stack(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Draw three digits as red, green and blue, with label 100 r + 10 g + b: 1000 modes (Metz et al., 2017).
+    """Stack three random digits as red, green and blue, with label 100 r + 10 g + b: 1000 modes (Metz et al., 2017).
 
-    PacGAN (Lin et al., 2018), in VEEGAN's setting, trains on 128,000 of these and counts modes on 26,000 that it
-    generates; the test part has as many, to compare them with. PacGAN stacks all 70,000 digits, here each part its own.
+    PacGAN (Lin et al., 2018), in VEEGAN's setting, trains on 128,000 such images and counts modes in 26,000 generated
+    images; the test part has the same number, for comparison. PacGAN stacks digits from all 70,000; here each part
+    stacks its own digits.
     """
-    # RandomState: the one generator whose numbers never change from version to version (NumPy's NEP 19).
+    # RandomState: its numbers never change between versions of NumPy (NEP 19).
     index = torch.from_numpy(np.random.RandomState(0).randint(len(images), size=(count, 3)))
     return images.squeeze(1)[index], labels[index] @ torch.tensor([100, 10, 1])
 
@@ -151,7 +153,7 @@ def _layout(source: _Source) -> str:
 
 
 def _download(source: _Source, data_root: Path) -> None:
-    """Download to a temporary folder, then move it into place: an interrupted download leaves nothing behind."""
+    """Download to a temporary folder, then move that into place, so that an interrupted download leaves nothing."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             source.reader(scratch, train=True, download=True)

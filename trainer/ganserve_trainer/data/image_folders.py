@@ -1,7 +1,8 @@
-"""Reads any folder of images for `datasets`: classes from sub-folders, a part kept for testing.
+"""Reads any folder of images for `datasets`: sub-folders are classes, and a part of the images is kept for testing.
 
-Files that are not images, and damaged images, are named, skipped and counted. It reads AVIF, BMP, GIF, JPEG, JPEG 2000,
-PNG, PPM, TIFF and WebP: the first picture of each file, rotated by its EXIF data, on white where it is transparent.
+Files that are not images, and damaged images, are reported, skipped and counted. It reads AVIF, BMP, GIF, JPEG, JPEG
+2000, PNG, PPM, TIFF and WebP. From each file it takes the first picture, rotated by its EXIF data; transparent pixels
+become white.
 """
 
 import hashlib
@@ -24,12 +25,12 @@ from torch import Tensor
 
 from ganserve_trainer.errors import TrainerError
 
-Image.init()  # here, not by the first of the threads that decode
-# An explicit list: Pillow would pass EPS to Ghostscript, and takes many other files for TGA images.
+Image.init()  # here, rather than in the first decoding thread
+# An explicit list: Pillow would pass EPS to Ghostscript, and mistakes many other files for TGA images.
 _READ: tuple[str, ...] = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FORMATS = [name for name in _READ if name in Image.OPEN]  # AVIF: from Pillow 11.3
-_LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")  # ignored, as is what starts with a dot
-_NAMED = 10  # how many of the files that are skipped are named
+_LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")  # ignored, like names that start with a dot
+_NAMED = 10  # the most skipped files that are listed
 _DECODED_AT_ONCE = 256
 _LAYOUT = (
     "A folder of images holds a sub-folder for each class (DIR/cats/1.jpg), or images only, which then have no class. "
@@ -42,22 +43,22 @@ class _File:
     """A file of the folder, which may not be an image."""
 
     path: Path
-    name: str  # from the folder on
-    class_name: str  # of the sub-folder; "" for a file in none
+    name: str  # the path relative to the folder
+    class_name: str  # the name of the sub-folder; "" for a file without one
     train: bool
 
 
 def read_image_folder(
     folder: Path, *, train: bool, image_size: int | None
 ) -> tuple[Tensor, Tensor, tuple[str, ...], int]:
-    """Read one part of a folder; print on stderr which files are skipped.
+    """Read one part of a folder; list skipped files on stderr.
 
-    Both parts are decoded, so that they agree on channels, size and classes, and so that a training picture that is
-    also in the test part, as a copy or by a link, is left out of the training part.
+    Both parts are always decoded, so that they agree on channels, size and classes. Training pictures that are also in
+    the test part, as a copy or by a link, are skipped.
 
     Returns:
         Images, uint8 [n, channels, height, width], with one channel if all pictures of the folder are grey; labels,
-        int64 [n]; the names of the classes; how many files of the part are skipped.
+        int64 [n]; the names of the classes; the number of skipped files of the part.
 
     Raises:
         TrainerError: there is no such folder, its images differ in size and `image_size` is None, or a class or the
@@ -66,7 +67,7 @@ def read_image_folder(
     files, class_names = _list_files(folder)
     pictures: list[tuple[_File, NDArray[np.uint8]]] = []
     skipped: list[str] = []
-    held_out: set[bytes] = set()  # what the test part shows
+    held_out: set[bytes] = set()  # the SHA-256 of the test part's pictures
     sizes: Counter[str] = Counter()
     first_of_size: dict[str, str] = {}
     channels, seen_classes = 1, set()
@@ -103,7 +104,7 @@ def read_image_folder(
         raise TrainerError(f"{folder} has no image in the {part} part, and {sizes.total()} in all. {_LAYOUT}")
     images = np.empty((len(pictures), channels, *pictures[0][1].shape[1:]), np.uint8)
     for row, (_, picture) in zip(images, pictures, strict=True):
-        row[:] = picture  # a grey picture among coloured ones fills all three channels
+        row[:] = picture  # broadcasts a grey picture to three channels if other pictures have colours
     number = {name: index for index, name in enumerate(class_names)}
     labels = torch.tensor([number.get(file.class_name, 0) for file, _ in pictures])
     return torch.from_numpy(images), labels, class_names, len(skipped)
@@ -131,10 +132,10 @@ def _check(
 
 
 def _list_files(folder: Path) -> tuple[list[_File], tuple[str, ...]]:
-    """Find the folder's files, sorted by name, and its classes; hidden files are none.
+    """Return the folder's files, sorted by name, and its classes; skip hidden files.
 
-    Without DIR/train and DIR/test the part is drawn by a hash of the file's name from the folder on: files that are
-    added later leave the others where they are.
+    Without DIR/train and DIR/test, a hash of a file's path in the folder decides its part. So adding files does not
+    move other files to another part.
     """
     if not folder.is_dir():
         raise TrainerError(f"{folder.absolute()} is not a folder. {_LAYOUT}")
@@ -148,7 +149,7 @@ def _list_files(folder: Path) -> tuple[list[_File], tuple[str, ...]]:
     for tree in trees:
         known = around.copy()
         for place, subfolders, names in os.walk(tree, onerror=_refuse, followlinks=True):
-            # Each folder once: links may lead round in circles.
+            # Visit each folder once: links may form cycles.
             targets = {os.path.realpath(Path(place, name)): name for name in sorted(subfolders) if _is_visible(name)}
             subfolders[:] = [name for target, name in targets.items() if target not in known]
             known |= targets.keys()
@@ -172,10 +173,10 @@ def _refuse(error: OSError) -> None:
 
 
 def _decode_all(files: list[_File], image_size: int | None) -> Iterator[tuple[_File, NDArray[np.uint8] | str]]:
-    """Decode in threads (Pillow releases the GIL), a few hundred files at once, so that Ctrl-C takes effect."""
-    # As many threads as cores: small pictures are mostly Python's work, 6 threads on 2 cores took 1.5 times as long.
+    """Decode in threads (Pillow releases the GIL), a few hundred files at a time, so that Ctrl-C takes effect."""
+    # One thread per core: small pictures are mostly Python's work, and 6 threads on 2 cores took 1.5 times as long.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, about pictures that it reads all the same
+        warnings.simplefilter("ignore")  # Pillow's warnings about pictures that it reads anyway
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(files), _DECODED_AT_ONCE):
             chunk = files[start : start + _DECODED_AT_ONCE]
@@ -184,7 +185,7 @@ def _decode_all(files: list[_File], image_size: int | None) -> Iterator[tuple[_F
 
 
 def _decode(path: Path, image_size: int | None) -> NDArray[np.uint8] | str:
-    """Return a file's first picture, [3, height, width], [1, height, width] if it is grey, or why there is none."""
+    """Return a file's first picture, [3, height, width] or for grey [1, height, width], or why it cannot be read."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
@@ -193,7 +194,7 @@ def _decode(path: Path, image_size: int | None) -> NDArray[np.uint8] | str:
             return "empty"
         with Image.open(path, formats=_FORMATS) as opened:
             if image_size is not None:
-                opened.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode no finer than needed
+                opened.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode at a reduced resolution
             picture = _as_rgb(ImageOps.exif_transpose(opened))
         if image_size is not None:
             picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
@@ -206,7 +207,7 @@ def _decode(path: Path, image_size: int | None) -> NDArray[np.uint8] | str:
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    """Convert to RGB, on white where the picture is transparent."""
+    """Convert to RGB, with white behind transparent pixels."""
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips to 0…255

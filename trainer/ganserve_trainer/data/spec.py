@@ -1,11 +1,11 @@
-"""What a data set says of its images to the networks, and a run to its checkpoints, its report and its model card."""
+"""The shape and the classes of a data set's images, for networks, checkpoints, reports and model cards."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """What a data set's images are: their shape and their classes."""
+    """The shape and the classes of a data set's images."""
 
     channels: int
     height: int

@@ -1,5 +1,5 @@
-"""How good a generator is: metrics on the features of a network that is trained on the real images (the judge).
+"""Measures the quality of a generator, by metrics on the features of a network trained on the real images (the judge).
 
-The command line calls `evaluate.evaluate`; a run in training measures itself by `evaluate.quick_measure`. This package
-must not import `export`.
+The command line calls `evaluate.evaluate`; during training, a run uses `evaluate.quick_measure`. This package must not
+import `export`.
 """

@@ -1,4 +1,4 @@
-"""Evaluates a run, a checkpoint or a model file on images of fixed seeds, and keeps the metrics in the run's folder."""
+"""Evaluates a run, a checkpoint or a model file on images of fixed seeds; stores the metrics in the run's folder."""
 
 import sys
 from collections.abc import Callable
@@ -36,15 +36,15 @@ def evaluate(
     out: Path | None = None,
     report: Report = lambda _: None,
 ) -> list[Metric]:
-    """Measure a run, a checkpoint or an exported model; keep a run's metrics in its folder.
+    """Measure a run, a checkpoint or an exported model; store a run's metrics in its folder.
 
     Args:
         model: the folder of a run, a checkpoint, or a `model.onnx`.
-        dataset_name: the data set to judge by; None takes what the model says it was trained on.
-        data_root: where the data set lies.
-        images: how many images to generate, from seeds 0, 1, …; image i has class i modulo the number of classes.
-        out: a folder for evaluation.json and neighbours.png in place of the run's.
-        report: called with a line on each stage.
+        dataset_name: the data set to compare with; None takes the data set that the model was trained on.
+        data_root: the folder of the data set.
+        images: the number of images to generate, from seeds 0, 1, …; image i has class i modulo the number of classes.
+        out: the folder for evaluation.json and neighbours.png, instead of the run's folder.
+        report: called with a line for each stage.
 
     Raises:
         TrainerError: the model or the data set cannot be read, or their images differ in shape.
@@ -66,7 +66,11 @@ def evaluate(
 
 
 def load_parts(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> tuple[Dataset, Dataset]:
-    """Read both parts of the data set that a model is compared with, in the model's image size."""
+    """Read both parts of the data set to compare a model with, in the model's image size.
+
+    Raises:
+        TrainerError: the data set cannot be read, or its images or classes do not match the model's.
+    """
     configured = card.training.configuration.get("image_size", "")  # "None" for the data set's own
     size = int(configured) if configured.isdecimal() else None
     train = load_dataset(name, data_root, train=True, image_size=size)
@@ -87,7 +91,7 @@ def load_parts(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> t
 
 
 def _keep(evaluation: Evaluation, checkpoint: Checkpoint, path: Path) -> None:
-    """Write the metrics into the run's folder, for its export, unless metrics on more images are there."""
+    """Write the metrics into the run's folder, for its export, unless it has metrics on more images."""
     folder = run_folder(path)
     file = folder / EVALUATION_FILE_NAME
     if evaluation.details["dataset_digest"] != checkpoint.dataset_digest:
@@ -153,7 +157,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> tuple[Generate, pb.ModelCard]:
 def quick_measure(
     settings: Settings, train: Dataset, data_root: Path, *, images: int = 2000, report: Report = lambda _: None
 ) -> Callable[[Generator], dict[str, float]]:
-    """Return a function that measures a generator by QuickEvaluation, and its FID as a multiple of the floor."""
+    """Return a function that measures a generator with QuickEvaluation, and adds its FID as a multiple of the floor."""
     test = load_dataset(settings.dataset, data_root, train=False, image_size=settings.image_size)
     quick = QuickEvaluation(
         train,

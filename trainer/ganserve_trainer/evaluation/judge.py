@@ -1,8 +1,8 @@
-"""The network that judges images: a small CNN, trained by us on a data set's training part, with a fixed seed.
+"""The network that judges images: a small CNN that the trainer trains on a data set's training part, with a fixed seed.
 
 Its penultimate layer gives the features for FID, recall and similar metrics; its last layer predicts the class.
-Metrics compare only if they come from the same judge, so each is published with the judge's digest and accuracy. A
-judge is kept in the user's cache folder, and is trained again if it is missing, damaged or of an older recipe.
+Metrics are comparable only if they come from the same judge, so each is published with the judge's digest and accuracy.
+A judge is cached in the user's cache folder, and is trained again if it is missing, damaged or of an older recipe.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from ganserve_trainer.train.devices import best_device, bf16_is_fast
 FEATURES = 128
 STACKED_MNIST = "stacked-mnist"
 
-# Increase it with every change below that changes the weights.
+# Increase this with every change below that changes the weights.
 _RECIPE = 2
 _BATCH_SIZE = 128
 _EPOCHS = 10
-_LEAST_STEPS = 150  # a small data set is repeated until then
+_LEAST_STEPS = 150  # a small data set is repeated up to this many steps
 _LEARNING_RATE = 2e-3
 _SHIFT_PIXELS = 2
 _MIRRORED = ("fashion-mnist", "cifar10")  # data sets whose images keep their meaning when mirrored
@@ -38,14 +38,14 @@ _JUDGED_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A trained network; for stacked MNIST it is MNIST's, and judges each of the three channels separately."""
+    """A trained network. For stacked MNIST, it is the judge of MNIST, applied to each of the three channels."""
 
     network: nn.Sequential
-    task: str  # what it was trained to recognise
+    task: str  # what the network was trained to recognise
     stacked: bool = False
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the penultimate layer's values of uint8 images [n, channels, height, width]: float32 [n, features]."""
+        """Return the features of images, uint8 [n, channels, height, width]: the penultimate layer, float32 [n, d]."""
         device = next(self.network.parameters()).device
         parts = []
         with torch.no_grad():
@@ -62,7 +62,7 @@ class Judge:
         return label.view(-1, 3) @ torch.tensor([100, 10, 1]) if self.stacked else label
 
     def accuracy(self, test: Dataset) -> float:
-        """Return the share of real images whose class, or orientation without classes, the judge predicts correctly."""
+        """Return the share of test images whose class (without classes: orientation) the judge predicts correctly."""
         if test.spec.class_names:
             return _share(self.labels(self.features(test.images)) == test.labels)
         way = torch.arange(len(test.images)) % _ways_up(test.spec)
@@ -70,7 +70,7 @@ class Judge:
         return _share(self.labels(self.features(turned)) == way)
 
     def digest(self) -> str:
-        """Return the judge's name: sha256 over its weights."""
+        """Return the SHA-256 of the weights, which identifies the judge."""
         return _digest(self.network.state_dict())
 
 
@@ -79,7 +79,7 @@ def judge_of(train: Dataset, data_root: Path, report: Callable[[str], None] = la
 
     Args:
         train: the training part.
-        data_root: where MNIST is, for stacked MNIST.
+        data_root: the folder of MNIST, for stacked MNIST.
         report: called when the training starts.
     """
     stacked = train.name == STACKED_MNIST
@@ -102,11 +102,11 @@ def judge_of(train: Dataset, data_root: Path, report: Callable[[str], None] = la
 
 
 def train_network(dataset: Dataset) -> nn.Sequential:
-    """Train the network that judges on all images of the data set, with a fixed seed.
+    """Train a judge's network on all images of the data set, with a fixed seed.
 
-    Images are shifted by up to two pixels; clothes and photographs are mirrored too. On images without classes it
-    learns to predict their orientation (Gidaris et al., 2018, "Unsupervised representation learning by predicting image
-    rotations").
+    Images are shifted by up to two pixels; those of Fashion-MNIST and CIFAR-10 are also mirrored. On images without
+    classes, the network learns to predict their orientation (Gidaris et al., 2018, "Unsupervised representation
+    learning by predicting image rotations").
     """
     device = best_device()
     ways = 0 if dataset.spec.class_names else _ways_up(dataset.spec)
@@ -137,7 +137,7 @@ def train_network(dataset: Dataset) -> nn.Sequential:
 
 
 def _scale(network: nn.Sequential, train: Dataset) -> None:
-    """Bring the features' mean square to 1, what KID's kernel is made for, and leave the logits as they are."""
+    """Scale the features to a mean square of 1, which KID's kernel expects, without changing the logits."""
     dense, head = (layer for layer in network if isinstance(layer, nn.Linear))
     scale = Judge(network, "").features(train.images[: 20 * _JUDGED_AT_ONCE]).square().mean().sqrt()
     dense.weight.div_(scale)
@@ -146,7 +146,10 @@ def _scale(network: nn.Sequential, train: Dataset) -> None:
 
 
 def _build(spec: ImageSpec) -> nn.Sequential:
-    """Halve the size until a side is at most 8, then one dense layer to the features and one to the classes."""
+    """Build convolutions that halve the size until both sides are at most 8, then a dense layer to the features.
+
+    A second dense layer maps the features to the classes.
+    """
     layers: list[nn.Module] = []
     channels, height, width = spec.channels, spec.height, spec.width
     kernel, wider = 5, 32
@@ -175,7 +178,7 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 def _shifted(images: Tensor) -> Tensor:
-    """Shift each image by its own few pixels, [n, channels, height, width]; its edge is repeated where it leaves."""
+    """Shift each image [n, channels, height, width] by random pixels of its own; repeat the edges to fill the gaps."""
     n, height, width = len(images), images.shape[2], images.shape[3]
     by = torch.randint(-_SHIFT_PIXELS, _SHIFT_PIXELS + 1, (2, n, 1), device=images.device)
     rows = (by[0] + torch.arange(height, device=images.device)).clamp_(0, height - 1)
@@ -185,12 +188,12 @@ def _shifted(images: Tensor) -> Tensor:
 
 
 def _ways_up(spec: ImageSpec) -> int:
-    """Count the turns that leave the shape as it is."""
+    """Return the number of rotations that keep an image's shape."""
     return 4 if spec.height == spec.width else 2
 
 
 def _turned(images: Tensor, way: Tensor, ways: int) -> Tensor:
-    """Turn each image by its share of the circle."""
+    """Rotate each image by way/ways of a full turn."""
     turned = torch.empty_like(images)
     for index in range(ways):
         turned[way == index] = images[way == index].rot90(index * 4 // ways, (2, 3))
@@ -214,7 +217,7 @@ def _cache_folder() -> Path:
 
 
 def _load(network: nn.Sequential, path: Path) -> bool:
-    """Load the weights from the cache; return False if they are missing, damaged or of another network."""
+    """Load the weights from the cache; return False if they are missing, damaged or from another network."""
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept["digest"] != _digest(kept["network"]):
@@ -226,7 +229,7 @@ def _load(network: nn.Sequential, path: Path) -> bool:
 
 
 def _save(network: nn.Sequential, path: Path) -> None:
-    """Cache the weights; if they cannot be written, only print that."""
+    """Cache the weights; a failure to write them is only printed."""
     state = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
     content = io.BytesIO()
     torch.save({"digest": _digest(state), "network": state}, content)

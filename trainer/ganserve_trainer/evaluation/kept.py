@@ -1,4 +1,4 @@
-"""The evaluation that is kept beside a run's checkpoints: `evaluate` writes it, `export` reads it for the card."""
+"""The evaluation that is stored beside a run's checkpoints: `evaluate` writes it, `export` reads it for the card."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ class Metric(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The metrics; `details` has what they were measured on, and results that are more than one number."""
+    """The metrics; `details` describes the measured images, and has the results that are not single numbers."""
 
     metrics: list[Metric]
     details: dict[str, Any]
@@ -37,7 +37,7 @@ class Evaluation:
 
 
 def images_evaluated(path: Path, checkpoint: Checkpoint) -> int:
-    """Return how many images this checkpoint was evaluated on; 0 if there is no readable evaluation."""
+    """Return the number of images that this checkpoint was evaluated on; 0 if it has no readable evaluation."""
     try:
         kept = json.loads(path.read_text())
         return int(kept["images"]) if kept["checkpoint"] == checkpoint.digest() else 0
@@ -46,7 +46,7 @@ def images_evaluated(path: Path, checkpoint: Checkpoint) -> int:
 
 
 def write_evaluation(evaluation: Evaluation, checkpoint: Checkpoint | None, folder: Path) -> None:
-    """Write evaluation.json and neighbours.png; `checkpoint` is what was measured, None for a model file."""
+    """Write evaluation.json and neighbours.png; `checkpoint` is the measured one, or None for a model file."""
     content: dict[str, Any] = {"checkpoint": checkpoint.digest()} if checkpoint else {}
     content |= {**evaluation.details, "metrics": evaluation.metrics}
     neighbours = evaluation.neighbours.float() / 127.5 - 1
@@ -56,7 +56,11 @@ def write_evaluation(evaluation: Evaluation, checkpoint: Checkpoint | None, fold
 
 
 def read_metrics(checkpoint_path: Path, checkpoint: Checkpoint) -> list[pb.QualityMetric]:
-    """Return what `evaluate` measured on exactly this checkpoint; nothing if it has not run."""
+    """Return the metrics that `evaluate` measured on exactly this checkpoint; none if it has not run.
+
+    Raises:
+        TrainerError: the stored evaluation cannot be read.
+    """
     path = run_folder(checkpoint_path) / EVALUATION_FILE_NAME
     try:
         evaluation = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""Measures a function that generates images: in full, beside one of higher precision, or quickly during training.
+"""Measures a function that generates images: in full, against the fp32 model, or quickly during training.
 
 Generated images are compared with the real images of the test part, which no generator has seen. The floor of a
-distance is its value for real training images. `metrics` computes, `judge` gives the features.
+distance is its value for real training images. `metrics` computes the metrics, and `judge` the features.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from ganserve_trainer.evaluation.judge import Judge, judge_of, train_network
 from ganserve_trainer.evaluation.kept import Evaluation, Metric
 from ganserve_trainer.model_file import latents
 
-# latent [n, latent_dim], label [n], which unconditional generators ignore -> uint8 [n, height, width, channels]
+# latent [n, latent_dim], label [n] (ignored by unconditional generators) -> uint8 [n, height, width, channels]
 Generate = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.uint8]]
 
 Report = Callable[[str], None]
@@ -31,12 +31,12 @@ JUDGE = "; judge: "  # precedes the part of a method's text that all metrics sha
 
 _DEFAULT_IMAGES = 10_000
 _GENERATED_AT_ONCE = 500
-_TEST_IMAGES = 10_000  # at most, to compare generated images with
-_TRAINING_IMAGES = 60_000  # at most, as candidates for neighbours
-_QUERIES = 5_000  # at most, whose neighbours are computed
-# Images of the classification accuracy score come from seeds that no other figure uses.
+_TEST_IMAGES = 10_000  # the most test images to compare generated images with
+_TRAINING_IMAGES = 60_000  # the most training images to search for neighbours
+_QUERIES = 5_000  # the most images whose neighbours are computed
+# The images for the classification accuracy score come from seeds that no other metric uses.
 _FIRST_TRAINING_SEED = 2**20
-# As many as VEEGAN (Srivastava et al., 2017) and PacGAN (Lin et al., 2018) count modes in.
+# VEEGAN (Srivastava et al., 2017) and PacGAN (Lin et al., 2018) count modes in this many images.
 _STACKED_IMAGES = 26_000
 _SHOWN_SAMPLES = 10
 _SHOWN_NEIGHBOURS = 9
@@ -51,13 +51,13 @@ def measure(
     images: int,
     report: Report = lambda _: None,
 ) -> Evaluation:
-    """Measure a generator on both parts of a data set, see `evaluate`; it reads latent_dim and classes of the card."""
+    """Measure a generator on both parts of a data set, as for `evaluate`; of the card, uses latent_dim and classes."""
     judge = judge_of(train, data_root, report)
     judge_accuracy = judge.accuracy(test)
     judged_by = _described(judge, judge_accuracy, train)
     classes = len(train.spec.class_names)
     conditional = bool(card.class_names)
-    # Modes are counted in as many images as the literature takes, unless a quick answer is wanted.
+    # Count modes in as many images as the literature does, unless the caller asks for fewer than the default.
     count = _STACKED_IMAGES if judge.stacked and images >= _DEFAULT_IMAGES else images
     metrics: list[Metric] = []
 
@@ -137,10 +137,12 @@ def compare(
     images: int,
     report: Report = lambda _: None,
 ) -> list[Metric]:
-    """Measure a model of lower precision beside the one in fp32, on images of the same seeds and labels.
+    """Compare a model of lower precision with the fp32 model, on images of the same seeds and labels.
 
-    Returns label_accuracy and fid of the variant, label_accuracy_loss (fp32's minus its own), fid_over_fp32, and how
-    far its pixels are from fp32's, of 255 grey levels; the accuracies only of a conditional model.
+    Returns:
+        label_accuracy and fid of the variant; label_accuracy_loss (fp32's accuracy minus the variant's); fid_over_fp32;
+        and the mean and maximum difference of the pixels in grey levels, 0 to 255. The accuracies are only for
+        conditional models.
     """
     judge = judge_of(train, data_root, report)
     judged_by = _described(judge, judge.accuracy(test), train)
@@ -177,9 +179,9 @@ def compare(
 
 
 def classification_accuracy_score(generate: Generate, latent_dim: int, train: Dataset, test: Dataset) -> float:
-    """Train on generated images alone, as many and of the classes of the training part; return the test accuracy.
+    """Train a classifier only on generated images, with the labels of the training part; return its test accuracy.
 
-    The measure of Ravuri & Vinyals (2019), with the judge's network and recipe instead of their ResNet-50.
+    This is the metric of Ravuri & Vinyals (2019), with the judge's network and recipe instead of their ResNet-50.
     """
     images = _images(generate, _FIRST_TRAINING_SEED, train.labels, latent_dim)
     return Judge(train_network(dataclasses.replace(train, images=images)), "").accuracy(test)
@@ -199,17 +201,17 @@ def _compare(real: Tensor, others: Tensor) -> dict[str, float]:
 
 
 class QuickEvaluation:
-    """Some of the metrics on few images, for a generator in training; always on the same test images.
+    """Measures some metrics on few images during training, always against the same test images.
 
-    Nothing here draws from torch's global random state: a run that measures ends with the weights of one that does not.
+    Nothing here uses torch's global random state, so measuring does not change the weights that a run ends with.
 
     Args:
-        train: the training part, which the judge is trained on if it is not in the cache.
-        test: the test part, which generated images are compared with.
-        data_root: where MNIST is, for stacked MNIST.
-        latent_dim: the generator's.
-        conditional: whether it takes labels; then label accuracy is measured too.
-        images: how many images to generate, from seeds 0, 1, …
+        train: the training part, on which the judge is trained if it is not in the cache.
+        test: the test part, with which generated images are compared.
+        data_root: the folder of MNIST, for stacked MNIST.
+        latent_dim: the number of values in a latent.
+        conditional: whether the generator takes labels; if so, label accuracy is also measured.
+        images: the number of images to generate, from seeds 0, 1, …
         report: called when a judge is trained.
     """
 
@@ -228,7 +230,7 @@ class QuickEvaluation:
         self._latent_dim = latent_dim
         self._conditional = conditional
         self._asked = torch.arange(images) % (len(train.spec.class_names) if conditional else 1)
-        # All test images for FID, whose variance they reduce; for the other metrics as many as are generated.
+        # FID uses all test images, which reduces its variance; the other metrics use as many as are generated.
         self._real = _test_features(self._judge, test)
         self.fid_floor = figures.fid(self._real, self._judge.features(_some(train.images, images)))
 
@@ -250,7 +252,7 @@ def _test_features(judge: Judge, test: Dataset) -> Tensor:
 
 
 def _images(generate: Generate, first_seed: int, labels: Tensor, latent_dim: int) -> Tensor:
-    """Generate one image per label, from consecutive seeds; uint8 [n, channels, height, width]."""
+    """Generate one image for each label, from consecutive seeds: uint8 [n, channels, height, width]."""
     parts = []
     for start in range(0, len(labels), _GENERATED_AT_ONCE):
         label = labels[start : start + _GENERATED_AT_ONCE].numpy()
@@ -260,7 +262,7 @@ def _images(generate: Generate, first_seed: int, labels: Tensor, latent_dim: int
 
 
 def _some(images: Tensor, count: int) -> Tensor:
-    """Choose images at random, always the same ones: the images of a folder are sorted by class."""
+    """Choose images at random, with a fixed seed, because the images of a folder are sorted by class."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 

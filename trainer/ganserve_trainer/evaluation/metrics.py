@@ -1,4 +1,4 @@
-"""Metrics on features and labels of real and generated images: pure functions, for the features of any network.
+"""Metrics on features and labels of real and generated images: pure functions for the features of any network.
 
 Features are float [n, d], labels int64 [n], counts int64 [classes]. Distances are Euclidean.
 """
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-_ROWS_AT_ONCE = 1000  # rows whose distances are computed at a time: 10,000 x 10,000 would be 400 MB
+_ROWS_AT_ONCE = 1000  # rows of distances that are computed at a time: 10,000 x 10,000 would take 400 MB
 
 
 class _Features(nn.Module):
-    """The feature network that torchmetrics expects, for inputs that are features already."""
+    """The feature network that torchmetrics expects, as the identity: the inputs are already features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -26,9 +26,9 @@ class _Features(nn.Module):
 
 
 def fid(real: Tensor, generated: Tensor) -> float:
-    """Fréchet distance of the two Gaussians fitted to the features (Heusel et al., 2017), by torchmetrics; 0 is equal.
+    """Fréchet distance of the Gaussians that are fitted to the features (Heusel et al., 2017), by torchmetrics.
 
-    It falls with the number of images, so compare only values for equal numbers of images.
+    It is 0 for identical Gaussians. It falls with the number of images, so compare only values for equal numbers.
     """
     metric = FrechetInceptionDistance(_Features(real.shape[1]))
     metric.update(real.double(), real=True)
@@ -39,7 +39,8 @@ def fid(real: Tensor, generated: Tensor) -> float:
 def kid(real: Tensor, generated: Tensor, subsets: int = 100, subset_size: int = 1000) -> float:
     """Squared maximum mean discrepancy under the kernel (x·y/d + 1)³ (Bińkowski et al., 2018), by torchmetrics.
 
-    The mean over random subsets, drawn with a fixed seed; its expectation does not depend on the number of images.
+    It is the mean over random subsets, drawn with a fixed seed; its expectation does not depend on the number of
+    images.
     """
     size = min(subset_size, len(real), len(generated))
     with warnings.catch_warnings(), torch.random.fork_rng([]):
@@ -55,8 +56,8 @@ def kid(real: Tensor, generated: Tensor, subsets: int = 100, subset_size: int = 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., 2019).
 
-    Precision is the share of generated images that lie in the ball of a real one, which reaches to its k-th nearest
-    real neighbour; recall is the same with real and generated images exchanged.
+    The ball of a real image reaches to its k-th nearest real neighbour. Precision is the share of generated images that
+    lie in the ball of any real image. Recall is the same with real and generated images exchanged.
     """
     real_radius, generated_radius = _squared_radii(real, k), _squared_radii(generated, k)
     covered = torch.zeros(len(real), dtype=torch.bool)
@@ -70,8 +71,8 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al., 2020), with the paper's k.
 
-    Density is the number of real images' balls that a generated image lies in, over k, on average: it may exceed 1.
-    Coverage is the share of real images whose ball holds a generated one: unlike recall, outliers do not raise it.
+    Density is the average number of real images' balls that contain a generated image, divided by k; it may exceed 1.
+    Coverage is the share of real images whose ball contains a generated image; unlike recall, outliers do not raise it.
     """
     radius = _squared_radii(real, k)
     covered = torch.zeros(len(real), dtype=torch.bool)
@@ -84,20 +85,21 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float
 
 
 def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Return distances and indices of each point's k nearest (all, if they are fewer), nearest first: two of [n, k]."""
+    """Return the distances and the indices of each point's k nearest `among` points (or all), nearest first: [n, k]."""
     found = [distance.topk(min(k, len(among)), largest=False) for _, distance in _squared_distances(points, among)]
     return torch.cat([part.values for part in found]).sqrt(), torch.cat([part.indices for part in found])
 
 
 def data_copying(generated_to_train: Tensor, test_to_train: Tensor) -> float:
-    """Return how often a generated image is nearer to its nearest training image than a real test image is to its own.
+    """Return how often a generated image is nearer to its nearest training image than a test image is to its nearest.
 
-    The statistic of the data-copying test of Meehan et al. (2020), over all pairs, ties counting half: 0.5 is what new
-    real images get, near 1 is a generator that copies training images, near 0 one whose images are far from real ones.
+    This is the statistic of the data-copying test of Meehan et al. (2020), over all pairs; ties count half. New real
+    images get 0.5. A generator that copies training images is near 1; one whose images are far from real ones is near
+    0.
 
     Args:
-        generated_to_train: each generated image's distance to its nearest training image, [n].
-        test_to_train: the same of test images, [m].
+        generated_to_train: the distance of each generated image to its nearest training image, [n].
+        test_to_train: the distance of each test image to its nearest training image, [m].
     """
     test = test_to_train.sort().values
     below = torch.searchsorted(test, generated_to_train)
@@ -106,7 +108,7 @@ def data_copying(generated_to_train: Tensor, test_to_train: Tensor) -> float:
 
 
 def label_accuracy(asked: Tensor, recognised: Tensor) -> float:
-    """Return the share of images that are recognised as the class that was asked for."""
+    """Return the share of images that are recognised as the requested class."""
     return _share(asked == recognised)
 
 
@@ -116,10 +118,10 @@ def class_histogram(labels: Tensor, classes: int) -> Tensor:
 
 
 def kl_divergence(counts: Tensor, reference: Tensor) -> float:
-    """Kullback-Leibler divergence of the classes' distribution from a reference, in nats; infinite where that is 0.
+    """Kullback-Leibler divergence of the classes' distribution from a reference, in nats.
 
-    On stacked MNIST this is the "KL" of VEEGAN (Srivastava et al., 2017) and PacGAN (Lin et al., 2018): generated
-    images' modes against the data's.
+    It is infinite if a class occurs that the reference lacks. On stacked MNIST this is the "KL" of VEEGAN (Srivastava
+    et al., 2017) and PacGAN (Lin et al., 2018): the modes of generated images against those of the data.
     """
     share, expected = counts.double() / counts.sum(), reference.double() / reference.sum()
     there = share > 0
@@ -128,7 +130,7 @@ def kl_divergence(counts: Tensor, reference: Tensor) -> float:
 
 def _squared_distances(points: Tensor, among: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield the squared distances of some rows at a time, [rows, len(among)], with the first row's index."""
-    # Centred, for the rounding error of |a|² + |b|² - 2ab grows with the norms. Not torch.cdist: it takes 3 x as long.
+    # Centred, because the rounding error of |a|² + |b|² - 2ab grows with the norms. torch.cdist takes 3 x as long.
     centre = among.mean(0)
     points, among = points - centre, among - centre
     norm = among.square().sum(1)
@@ -144,7 +146,7 @@ def _squared_radii(points: Tensor, k: int) -> Tensor:
     for start, distance in _squared_distances(points, points):
         row = torch.arange(len(distance))
         distance[row, start + row] = torch.inf
-        # Not kthvalue: it takes 20 x as long.
+        # topk, because kthvalue takes 20 x as long.
         radii.append(distance.topk(k, largest=False).values[:, -1])
     return torch.cat(radii)
 

@@ -1,4 +1,4 @@
-"""The model card: what a model file says of itself, with golden images and the figures of an evaluation."""
+"""The model card: the description of a model in its file, with golden images and the metrics of an evaluation."""
 
 import dataclasses
 import hashlib
@@ -46,7 +46,7 @@ def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPre
 
 
 def golden_images(session: onnxruntime.InferenceSession, latent_dim: int, classes: int) -> list[pb.GoldenImage]:
-    """Make the images of a few seeds, by which a server checks that the model computes as it did here."""
+    """Make the images of a few seeds, which a server compares with its own."""
     golden = []
     for seed in _GOLDEN_SEEDS:
         label = np.array([seed % classes]) if classes else None

@@ -1,4 +1,4 @@
-"""From a generator to an ONNX graph: BatchNorm folded, traced, without the exporter's notes, compared with PyTorch."""
+"""Converts a generator to an ONNX graph: folds BatchNorm, traces, removes exporter notes, compares with PyTorch."""
 
 import copy
 import logging
@@ -25,14 +25,15 @@ _OPSET = 18
 
 
 def fold_batch_norm(layers: nn.Module) -> nn.Module:
-    """Merge every BatchNorm of a stack into the dense or transposed convolutional layer before it, for evaluation.
+    """Merge each BatchNorm of a stack into the dense or transposed convolutional layer before it, for evaluation.
 
-    It reorders dense features to the order of the ONNX operators, channels first, so that the graph needs no transpose.
+    Also reorders dense features to channels first, the order of the ONNX operators, so that the graph needs no
+    transpose.
     """
     folded: list[nn.Module] = []
     layers = copy.deepcopy(layers).eval()
     if not isinstance(layers, nn.Sequential):
-        return layers  # a progressive generator, which has no BatchNorm
+        return layers  # a progressive generator has no BatchNorm
     for layer in layers:
         before = folded[-1] if folded else None
         if isinstance(layer, nn.BatchNorm1d) and isinstance(before, nn.Linear):
@@ -50,7 +51,11 @@ def fold_batch_norm(layers: nn.Module) -> nn.Module:
 
 
 def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
-    """Export the EMA generator in fp32, compared with PyTorch's images."""
+    """Export the EMA generator in fp32, and compare its images with PyTorch's.
+
+    Raises:
+        TrainerError: the images differ.
+    """
     generator = checkpoint.ema_generator()
     folded = copy.deepcopy(generator)
     folded.layers = fold_batch_norm(generator.layers)
@@ -63,7 +68,7 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
 
 
 def to_onnx_in_fp16(checkpoint: Checkpoint) -> onnx.ModelProto:
-    """Export the EMA generator with layers in fp16; the choice of the cluster and the grey levels stay in fp32."""
+    """Export the EMA generator with layers in fp16; choosing the cluster and rounding to grey levels stay in fp32."""
     folded = checkpoint.ema_generator()
     folded.layers = nn.Sequential(_To(torch.float16), fold_batch_norm(folded.layers).half(), _To(torch.float32))
     settings = checkpoint.settings
@@ -86,7 +91,7 @@ def trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.Mode
     if conditional:
         arguments["label"] = torch.zeros(3, dtype=torch.int64)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        # The exporter warns about its own internals and prints its progress on standard output.
+        # The exporter warns about its internals, and prints its progress on standard output.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         path = Path(scratch) / MODEL_FILE_NAME
@@ -108,7 +113,7 @@ def trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.Mode
 
 
 def _strip_exporter_notes(model: onnx.ModelProto) -> None:
-    """Remove the exporter's stack traces: they are half the size of a small graph and contain paths of this machine."""
+    """Remove the exporter's stack traces, which are half the size of a small graph and contain this machine's paths."""
     graph = model.graph
     del graph.metadata_props[:]
     parts: tuple[Any, ...] = (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)

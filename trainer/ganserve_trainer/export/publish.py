@@ -23,7 +23,7 @@ from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.settings import ExportPrecision
 from ganserve_trainer.train.checkpoints import load_checkpoint
 
-# The server looks for these names and no others.
+# The server finds only these names.
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -32,7 +32,8 @@ def export(checkpoint_path: Path, repository: Path, name: str) -> Path:
     """Publish a checkpoint's EMA generator, in fp32, as the next version of model `name`; return the file.
 
     Raises:
-        TrainerError: the name is not allowed, the checkpoint unreadable, or the exported model differs from PyTorch's.
+        TrainerError: the name is not allowed, the checkpoint is unreadable, or the exported model differs from
+            PyTorch's.
     """
     check_name(name)
     checkpoint = load_checkpoint(checkpoint_path)
@@ -57,15 +58,15 @@ def export_module(
     Args:
         module: its forward takes `latent`, float32 [n, latent_dim], and, with class names, `label`, int64 [n]; it
             returns uint8 [n, height, width, channels], of 1 or 3 channels.
-        repository: where to publish.
-        name: the model's.
-        latent_dim: the length of a latent.
-        class_names: what the labels 0, 1, … mean; without any the model takes none.
-        architecture: for its card.
-        dataset: for its card: what it was trained on.
+        repository: the model repository.
+        name: the name of the model.
+        latent_dim: the number of values in a latent.
+        class_names: the names of the labels 0, 1, …; if empty, the model takes no labels.
+        architecture: the architecture, for the model card.
+        dataset: the data set that the model was trained on, for the model card.
 
     Raises:
-        TrainerError: the name is not allowed, the images are not as above, or the exported model's differ from them.
+        TrainerError: the name is not allowed, the images are not as above, or those of the exported model differ.
     """
     check_name(name)
     module = copy.deepcopy(module).cpu().eval()
@@ -99,7 +100,11 @@ def export_module(
 
 
 def check_name(name: str) -> None:
-    """Refuse a model name that no server would find."""
+    """Reject a model name that no server would find.
+
+    Raises:
+        TrainerError: the name is not allowed.
+    """
     if not _NAME.fullmatch(name) or name.endswith(".tmp"):
         raise TrainerError(
             f"{name!r} is no model name: 1 to 64 lower-case letters, digits, '-', '_' and '.', "
@@ -108,7 +113,7 @@ def check_name(name: str) -> None:
 
 
 def publish(model: bytes, repository: Path, name: str) -> Path:
-    """Write the file as the model's next version, atomically: a half-written file is never a version."""
+    """Write the file as the model's next version, atomically: a version never has a partly written file."""
     folder = repository / name
     folder.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".publishing-", dir=folder))
@@ -129,7 +134,7 @@ def publish(model: bytes, repository: Path, name: str) -> Path:
             try:
                 beside.rename(folder / str(version))
             except OSError:
-                # Another export has just taken this number; anything else is a real failure.
+                # If the version exists now, another export has just taken this number; otherwise the failure is real.
                 if not (folder / str(version)).exists():
                     raise
             else:

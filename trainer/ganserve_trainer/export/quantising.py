@@ -1,11 +1,12 @@
 """Rewrites a generator's graph to compute in int8 (static scales, standard operators only), for CPUs.
 
-Activations become uint8 and weights int8, one scale an output channel, in the form that onnxruntime fuses when it loads
-the file: QuantizeLinear and DequantizeLinear around each layer. The scales are constants, from images of fixed seeds:
-dynamic quantisation would take one for a whole batch, and an image would depend on what else is in it.
+Activations become uint8, and weights become int8 with one scale for each output channel. The graph has QuantizeLinear
+and DequantizeLinear around each layer, the form that onnxruntime fuses when it loads the file. The scales are
+constants, from images of fixed seeds: dynamic quantisation would use one scale for a whole batch, so an image would
+depend on the other images in its batch.
 
-The layer that reads the latent stays in fp32, for a caller's own latents may be of any size, and so does a transposed
-convolution to the image, whose every step is seen.
+The layer that reads the latent stays in fp32, because a caller's own latents may have any magnitude. A transposed
+convolution that makes the image also stays in fp32, because its rounding would be visible.
 """
 
 from collections.abc import Iterable
@@ -26,11 +27,11 @@ def to_int8(model: onnx.ModelProto, calibration: Iterable[_Feeds]) -> onnx.Model
     """Return the model with its dense and transposed convolutional layers in int8.
 
     Args:
-        model: as PyTorch exports a generator, with the shapes of what its nodes make.
-        calibration: inputs of the model, which decide the scales.
+        model: a generator as PyTorch exports it, with the shapes of its nodes' outputs.
+        calibration: inputs of the model, which determine the scales.
 
     Raises:
-        TrainerError: the model has no such layer but the first and the last.
+        TrainerError: the model has no such layer besides the first and the last.
     """
     graph = _Graph(model)
     dense = [node for node in graph.nodes("Gemm") if graph.has_constants(node)][1:]
@@ -52,12 +53,12 @@ def to_int8(model: onnx.ModelProto, calibration: Iterable[_Feeds]) -> onnx.Model
 
 
 def _ranges(model: onnx.ModelProto, names: set[str], calibration: Iterable[_Feeds]) -> dict[str, tuple[float, float]]:
-    """Run the model and return the smallest and the largest value of each of these tensors."""
+    """Run the model; return the smallest and the largest value of each of the named tensors."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
     session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
-    ranges = dict.fromkeys(names, (0.0, 0.0))  # zero is always in it: padding is zero
+    ranges = dict.fromkeys(names, (0.0, 0.0))  # each range includes zero, because padding is zero
     for feeds in calibration:
         for name, values in zip(sorted(names), session.run(sorted(names), feeds), strict=True):
             low, high = ranges[name]
@@ -66,7 +67,7 @@ def _ranges(model: onnx.ModelProto, names: set[str], calibration: Iterable[_Feed
 
 
 class _Graph:
-    """A model's graph in the making, with what the rewriting asks of it and adds to it."""
+    """A model's graph during the rewriting: queries about its nodes, and changes to them."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
@@ -76,7 +77,7 @@ class _Graph:
         self._shapes = {
             info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in graph.value_info
         }
-        self._quantised: dict[str, str] = {}  # float tensor -> the one that went through uint8
+        self._quantised: dict[str, str] = {}  # name of a float tensor -> name of its quantised and dequantised form
 
     def nodes(self, kind: str) -> list[onnx.NodeProto]:
         return [node for node in self._nodes if node.op_type == kind]
@@ -88,7 +89,7 @@ class _Graph:
         return [other for other in self._nodes if node.output[0] in other.input]
 
     def doubles(self, node: onnx.NodeProto) -> bool:
-        """Tell whether it is a transposed convolution of 4x4 pixels that doubles the size, with a ReLU after it."""
+        """Return whether a node is a transposed convolution of 4x4 pixels that doubles the size, followed by a ReLU."""
         asked = {"kernel_shape": [4, 4], "strides": [2, 2], "pads": [1, 1, 1, 1]}
         given = {entry.name: list(entry.ints) for entry in node.attribute}
         return (
@@ -98,7 +99,7 @@ class _Graph:
         )
 
     def quantise_dense(self, node: onnx.NodeProto, ranges: dict[str, tuple[float, float]]) -> None:
-        """Compute y = x·Wᵀ + b in int8; y stays float."""
+        """Replace y = x·Wᵀ + b with its int8 form; y stays float."""
         name, x, weight, bias = node.output[0], node.input[0], self._value(node.input[1]), self._bias(node)
         transposed = any(entry.name == "transB" and entry.i for entry in node.attribute)
         before: list[onnx.NodeProto] = []
@@ -106,17 +107,18 @@ class _Graph:
         self._replace([node], [*before, helper.make_node("Gemm", inputs, [name], name=f"{name}_int8", transB=1)])
 
     def quantise_doubling(self, node: onnx.NodeProto, ranges: dict[str, tuple[float, float]]) -> None:
-        """Compute a transposed convolution and its ReLU in int8.
+        """Replace a transposed convolution and its ReLU with their int8 form.
 
-        Every 2x2 pixels of the input decide 2x2 of the output, so it is a convolution of 2x2 pixels to four times the
-        channels, which are then laid out side by side, pixel by pixel (channels last, so that whole pixels move) and
-        without the outermost, which lie outside. ConvTranspose itself can't be quantised.
+        ConvTranspose itself can't be quantised. But each 2x2 window of the input determines 2x2 pixels of the output.
+        So the node equals a convolution with 2x2 kernels to four times the channels. The channels are then rearranged
+        to pixels (channels last, so that whole pixels move), and the outermost pixels, which lie outside the image, are
+        cut off.
         """
         name, x, (relu,) = node.output[0], node.input[0], self.consumers(node)
         kernels = self._value(node.input[1])  # [inputs, outputs, 4, 4]
         outputs = kernels.shape[1]
         _, _, height, width = self._shapes[name]
-        # A kernel's row is 2·(1 - row of the window) + row of the output's 2x2; so are its columns.
+        # A kernel's row is 2·(1 - row in the window) + row in the output's 2x2 block; likewise for its columns.
         windows = kernels.reshape(-1, outputs, 2, 2, 2, 2)[:, :, ::-1, :, ::-1]
         weight = windows.transpose(3, 5, 1, 0, 2, 4).reshape(4 * outputs, -1, 2, 2)
         new: list[onnx.NodeProto] = []
@@ -141,7 +143,7 @@ class _Graph:
         self._replace([node, relu], new)
 
     def shorten_the_end(self) -> None:
-        """Scale, round, clip and cast to uint8 in one operator, which is what QuantizeLinear does."""
+        """Replace the final scaling, rounding, clipping and cast to uint8 with one QuantizeLinear."""
         makers = {node.output[0]: node for node in self._nodes}
         for cast in self.nodes("Cast"):
             chain = [cast]
@@ -157,7 +159,7 @@ class _Graph:
                 self._replace(chain, [helper.make_node("QuantizeLinear", inputs, [name], name=f"{name}_grey")])
 
     def result(self) -> onnx.ModelProto:
-        """Return the model, without what nothing refers to any more."""
+        """Return the model, without unused constants and shapes."""
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
         used = {name for node in self._nodes for name in node.input}
@@ -178,9 +180,9 @@ class _Graph:
         weight: NDArray[np.float32],
         bias: NDArray[np.float32],
     ) -> list[str]:
-        """Add what quantises a layer's input, weights and bias; return the layer's three inputs.
+        """Add nodes that quantise a layer's input, weights and bias to `before`; return the layer's three inputs.
 
-        The weights' first axis is that of the output's channels.
+        The first axis of the weights is that of the output channels.
         """
         scale_names = self._scale(x, limits)
         if x not in self._quantised:
@@ -212,7 +214,7 @@ class _Graph:
         return inputs
 
     def _scale(self, x: str, limits: tuple[float, float]) -> tuple[str, str]:
-        """Make the scale and the zero point of a uint8 tensor."""
+        """Add the scale and the zero point of a uint8 tensor; return their names."""
         low, high = limits
         step = np.float32((high - low) / 255 or 1)
         return self._constant(f"{x}_scale", step), self._constant(f"{x}_zero", np.uint8(np.rint(-low / step)))

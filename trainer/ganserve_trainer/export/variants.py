@@ -1,7 +1,7 @@
-"""Models that compute below fp32, published only if their images are as good as those of the same generator in fp32.
+"""Exports models in fp16 and int8, which are published only if their images are as good as in fp32.
 
-The quality gate makes images of the same seeds in both precisions, judged as `evaluate` does. Its figures go into the
-card of what it lets through; nothing else is published.
+The quality gate makes images of the same seeds in both precisions, and measures them as `evaluate` does. A model that
+passes is published with these metrics in its card; a model that fails is not published.
 """
 
 import sys
@@ -26,10 +26,10 @@ from ganserve_trainer.model_file import latents, load_session, run_session
 from ganserve_trainer.settings import ExportPrecision
 from ganserve_trainer.train.checkpoints import load_checkpoint
 
-# How far a variant's metrics may exceed fp32's. Better metrics pass: they are no reason to reject a model.
+# The largest values of the metrics that pass the gate. A variant may be better than fp32: there is no lower limit.
 LIMITS = {"label_accuracy_loss": 0.002, "fid_over_fp32": 1.02, "grey_level_difference_mean": 2.0}
 
-# Seeds that no figure is measured on.
+# Seeds that no metric uses.
 _FIRST_CALIBRATION_SEED = 2**21
 _CALIBRATION_IMAGES = 1024
 _CALIBRATED_AT_ONCE = 64
@@ -44,19 +44,19 @@ def export(
     images: int = 10_000,
     report: Report = lambda _: None,
 ) -> Path:
-    """Publish a checkpoint's EMA generator in this precision as the next version of `name`, if it passes the gate.
+    """Publish a checkpoint's EMA generator in fp16 or int8 as the next version of `name`, if it passes the gate.
 
     Args:
         checkpoint_path: a run's folder, or a checkpoint.
-        repository: where to publish.
-        name: the model's.
+        repository: the model repository.
+        name: the name of the model.
         precision: fp16 or int8.
-        data_root: where the data set lies that the run was trained on.
-        images: how many images of each precision to compare.
-        report: called with a line on each stage.
+        data_root: the folder of the data set that the run was trained on.
+        images: the number of images of each precision to compare.
+        report: called with a line for each stage.
 
     Raises:
-        TrainerError: as exporting.export; the data set to judge by is missing or another; or the gate keeps it out.
+        TrainerError: as `publish.export`; or the data set is missing or not the run's; or the gate rejects the model.
     """
     check_name(name)
     checkpoint = load_checkpoint(checkpoint_path)
@@ -100,10 +100,10 @@ def export(
 
 
 def check_gate(metrics: list[Metric], precision: ExportPrecision) -> None:
-    """Refuse a variant whose images are worse than fp32's.
+    """Reject a variant whose images are worse than fp32's.
 
     Raises:
-        TrainerError: a figure is beyond its limit; the text has all of those.
+        TrainerError: a metric exceeds its limit; the text lists all such metrics.
     """
     # Negated, so that NaN fails.
     failed = [
@@ -118,7 +118,7 @@ def check_gate(metrics: list[Metric], precision: ExportPrecision) -> None:
 
 
 def calibration(latent_dim: int, classes: int) -> list[dict[str, NDArray[Any]]]:
-    """Make the inputs that decide the scales: latents of known seeds; of a conditional model, all classes in turn."""
+    """Make the inputs that determine the scales: latents of fixed seeds; for a conditional model, classes in turn."""
     batches = []
     for start in range(0, _CALIBRATION_IMAGES, _CALIBRATED_AT_ONCE):
         number = np.arange(start, start + _CALIBRATED_AT_ONCE)

@@ -1,4 +1,4 @@
-"""What the two networks of one architecture have in common: classes, sizes and widths."""
+"""The common part of an architecture's two networks: classes, sizes and widths."""
 
 import torch
 from torch import Tensor, nn
@@ -7,15 +7,15 @@ from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.settings import Settings
 
-_LARGEST_START = 7  # pixels a side that a convolutional generator begins with
-_MOST_WIDTHS = 8  # a convolutional layer has at most this many times `width` channels
+_LARGEST_START = 7  # the most pixels on the shorter side with which a convolutional generator begins
+_MOST_WIDTHS = 8  # a convolutional layer has at most `width` times this many channels
 
 
 def class_count(settings: Settings, spec: ImageSpec) -> int:
-    """Return the number of classes, or of clusters in their place, that both networks see; 0 for neither.
+    """Return the number of classes, or of clusters that replace them, for both networks; 0 if there are neither.
 
     Raises:
-        TrainerError: the network is conditional and the data set has no classes.
+        TrainerError: the network is conditional, but the data set has no classes.
     """
     if settings.conditional and not spec.class_names:
         raise TrainerError(
@@ -26,7 +26,11 @@ def class_count(settings: Settings, spec: ImageSpec) -> int:
 
 
 def start_and_doublings(spec: ImageSpec) -> tuple[tuple[int, int], int]:
-    """Return the size that a convolutional generator begins with, and the number of doublings (at least two)."""
+    """Return the size with which a convolutional generator begins, and the number of doublings, at least two.
+
+    Raises:
+        TrainerError: the images' size does not allow two doublings.
+    """
     height, width, doublings = spec.height, spec.width, 0
     while height % 2 == width % 2 == 0 and (doublings < 2 or min(height, width) > _LARGEST_START):
         height, width, doublings = height // 2, width // 2, doublings + 1
@@ -39,7 +43,7 @@ def start_and_doublings(spec: ImageSpec) -> tuple[tuple[int, int], int]:
 
 
 def channel_widths(width: int, count: int) -> list[int]:
-    """Return the channels of `count` layers, the one next to the image first, each with twice as many as the last."""
+    """Return the channels of `count` layers, from the image inwards: each has twice as many as the one before it."""
     return [width * min(2**layer, _MOST_WIDTHS) for layer in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees, real and generated (DiffAugment, Zhao et al., 2020)."""
+"""Differentiable augmentation of the real and generated images for a discriminator (DiffAugment, Zhao et al., 2020)."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch.nn import functional as F
 
 
 def augment(images: Tensor, names: tuple[str, ...]) -> Tensor:
-    """Apply the named augmentations to images [n, c, h, w] in -1…1; random numbers come from torch's own state."""
+    """Apply the named augmentations to images [n, c, h, w] in -1…1, with torch's global random state."""
     for name in names:
         images = _AUGMENTATIONS[name](images)
     return images
 
 
 def _color(images: Tensor) -> Tensor:
-    """Brightness by -0.5…0.5, saturation times 0…2, contrast times 0.5…1.5, each drawn for each image."""
+    """Add -0.5…0.5 to the brightness, multiply the saturation by 0…2 and the contrast by 0.5…1.5, for each image."""
     images = images + (_uniform(images) - 0.5)
     mean = images.mean(1, keepdim=True)
     images = (images - mean) * (_uniform(images) * 2) + mean
@@ -22,7 +22,7 @@ def _color(images: Tensor) -> Tensor:
 
 
 def _translation(images: Tensor) -> Tensor:
-    """Shift by up to an eighth of each side; the uncovered pixels are black."""
+    """Shift each image by up to an eighth of each side; the uncovered pixels are black."""
     n, _, height, width = images.shape
     reach_y, reach_x = max(height // 8, 1), max(width // 8, 1)
     padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y), value=-1.0)
@@ -33,7 +33,7 @@ def _translation(images: Tensor) -> Tensor:
 
 
 def _cutout(images: Tensor) -> Tensor:
-    """Blank a square of half the side, at a place drawn for each image; it may lie partly outside."""
+    """Blank a rectangle of half of each side, at a random place in each image; it may lie partly outside."""
     n, _, height, width = images.shape
     hole_y, hole_x = height // 2, width // 2
     top = torch.randint(height + 1 - hole_y % 2, (n, 1), device=images.device) - hole_y // 2

@@ -24,8 +24,8 @@ from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
 class Discriminator(nn.Module):
     """A trunk from images to features, and a head from features to a logit.
 
-    A conditional one sees the label as one more image channel a class (Mirza & Osindero, 2014), or as the projection
-    of its features on an embedding of the label (Miyato & Koyama, 2018).
+    A conditional discriminator gets the label as additional image channels, one for each class (Mirza & Osindero,
+    2014), or as the projection of its features on an embedding of the label (Miyato & Koyama, 2018).
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module, embedding: nn.Module | None, label_channels: int) -> None:
@@ -36,7 +36,7 @@ class Discriminator(nn.Module):
         self.label_channels = label_channels
 
     def features(self, image: Tensor, label: Tensor | None = None) -> Tensor:
-        """Return the last layer before the logit, [n, f]."""
+        """Return the features of images, [n, f]: the last layer before the logit."""
         if self.label_channels:
             assert label is not None
             planes = one_hot(label, self.label_channels, image)[:, :, None, None].expand(-1, -1, *image.shape[2:])
@@ -45,7 +45,7 @@ class Discriminator(nn.Module):
         return features
 
     def judge(self, features: Tensor, label: Tensor | None = None) -> Tensor:
-        """Judge by the features; [n] logits, high for real."""
+        """Return the logits [n] for features, high for real."""
         logit: Tensor = self.head(features).squeeze(1)
         if self.embedding is not None:
             assert label is not None
@@ -53,17 +53,17 @@ class Discriminator(nn.Module):
         return logit.float()
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
-        """Judge images; [n] logits, high for real."""
+        """Return the logits [n] for images, high for real."""
         return self.judge(self.features(image, label), label)
 
     def grow_to(self, images_seen: int) -> None:
-        """Set a progressive discriminator's resolution for this number of images seen."""
+        """Set a progressive discriminator's resolution for the number of images seen."""
         if isinstance(self.trunk, ProgressiveDiscriminator):
             self.trunk.grow_to(images_seen)
 
 
 def build_discriminator(settings: Settings, spec: ImageSpec) -> Discriminator:
-    """Build the discriminator that the settings name, with fresh weights.
+    """Build the discriminator of the settings, with initial weights.
 
     Raises:
         TrainerError: as `build_generator`.
@@ -108,9 +108,9 @@ def _mlp_trunk(inputs: int, width: int, settings: Settings) -> tuple[nn.Sequenti
 def _dcgan_trunk(
     channels: int, start: tuple[int, int], widths: list[int], settings: Settings
 ) -> tuple[nn.Sequential, int]:
-    """Strided convolutions that each halve the size, then a hidden dense layer, with PyTorch's initial weights.
+    """Build strided convolutions that each halve the size, then a hidden dense layer, with PyTorch's initial weights.
 
-    DCGAN's small initial weights leave a discriminator without BatchNorm almost blind to the label at first.
+    With DCGAN's small initial weights, a discriminator without BatchNorm is almost blind to the label at first.
     """
     layers: list[nn.Module] = []
     for index, outputs in enumerate(widths):
@@ -136,7 +136,7 @@ def _dcgan_trunk(
 
 
 def _with_minibatch_layer(layers: list[nn.Module], features: int, settings: Settings) -> tuple[nn.Sequential, int]:
-    """End a trunk whose features are [n, f] with the minibatch layer that the settings name."""
+    """Append the minibatch layer of the settings to a trunk with features [n, f]; return the trunk and its features."""
     group = MINIBATCH_GROUPS[settings.minibatch]
     if settings.minibatch == "stddev":
         return nn.Sequential(*layers, MinibatchStdDev(group)), features + 1

@@ -15,9 +15,9 @@ from ganserve_trainer.settings import Settings
 
 
 class Generator(nn.Module):
-    """Layers over the latent, joined with the one-hot label if it is conditional.
+    """Layers on the latent, which a conditional generator concatenates with the one-hot label.
 
-    One with clusters takes no label: the latent's first value decides the cluster, which is joined in its place.
+    A generator with clusters takes no label: the latent's first value decides the cluster, which replaces the label.
     """
 
     bounds: Tensor
@@ -44,13 +44,13 @@ class Generator(nn.Module):
         return image
 
     def grow_to(self, images_seen: int) -> None:
-        """Set a progressive generator's resolution for this number of images seen; other generators have only one."""
+        """Set a progressive generator's resolution for the number of images seen; other generators have only one."""
         if isinstance(self.layers, ProgressiveGenerator):
             self.layers.grow_to(images_seen)
 
 
 class UInt8Generator(nn.Module):
-    """A generator whose images are uint8 [n, height, width, channels], as they are served."""
+    """A generator whose images are uint8 [n, height, width, channels], as the server returns them."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class UInt8Generator(nn.Module):
 
 
 def build_generator(settings: Settings, spec: ImageSpec) -> Generator:
-    """Build the generator that the settings name, with fresh weights.
+    """Build the generator of the settings, with initial weights.
 
     Raises:
-        TrainerError: the architecture cannot make images of that shape, or there are no classes to condition on.
+        TrainerError: the architecture cannot make images of this shape, or there are no classes to condition on.
     """
     classes = class_count(settings, spec)
     inputs = settings.latent_dim + classes
@@ -98,7 +98,7 @@ def _mlp_generator(inputs: int, width: int, spec: ImageSpec) -> nn.Sequential:
 def _dcgan_generator(
     inputs: int, start: tuple[int, int], widths: list[int], image_channels: int, settings: Settings
 ) -> nn.Sequential:
-    """A hidden dense layer, dense to a few pixels, then transposed convolutions that each double the size."""
+    """Build a hidden dense layer, a dense layer to a few pixels, and transposed convolutions that double the size."""
     first = (widths[0], start[0], start[1])
     layers: list[nn.Module] = []
     if settings.dense_width:

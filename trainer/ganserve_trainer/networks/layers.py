@@ -1,4 +1,4 @@
-"""Layers that PyTorch does not have: what a discriminator sees of its minibatch, attention, progressive growing."""
+"""Layers that PyTorch lacks: minibatch layers of discriminators, attention, and progressive growing."""
 
 import itertools
 from typing import Literal
@@ -12,10 +12,10 @@ _FEW_CHANNELS = 3
 
 
 class FromImage(nn.Conv2d):
-    """The convolution next to the image: halves the size, by 4x4 pixels.
+    """The convolution next to the image: has 4x4 kernels, and halves the size.
 
-    When the image needs a gradient, it computes on blocks of 2x2 pixels: the CPU's kernels (oneDNN) are slow at
-    gradients of one or three channels.
+    If the image needs a gradient, it computes on blocks of 2x2 pixels: the CPU's kernels (oneDNN) are slow at gradients
+    of one or three channels.
     """
 
     def __init__(self, image_channels: int, outputs: int) -> None:
@@ -29,7 +29,7 @@ class FromImage(nn.Conv2d):
 
 
 class ToImage(nn.ConvTranspose2d):
-    """The transposed convolution next to the image: doubles the size; trained on blocks, as FromImage is."""
+    """The transposed convolution next to the image: doubles the size. In training, computes on blocks, as FromImage."""
 
     def __init__(self, inputs: int, image_channels: int) -> None:
         super().__init__(inputs, image_channels, 4, stride=2, padding=1)
@@ -43,12 +43,12 @@ class ToImage(nn.ConvTranspose2d):
 
 
 def _blocks(weight: Tensor) -> Tensor:
-    """Turn kernels of 4x4 pixels and stride 2 into those of 3x3 blocks of 2x2: [a, c, 4, 4] to [a, 4c, 3, 3]."""
+    """Convert kernels of 4x4 pixels and stride 2 to kernels of 3x3 blocks: [a, c, 4, 4] to [a, 4c, 3, 3]."""
     return F.pixel_unshuffle(F.pad(weight, (1, 1, 1, 1)), 2)
 
 
 class FlattenPixels(nn.Module):
-    """Flattens [n, c, h, w] pixel by pixel, the order in which convolutions keep it (channels last): nothing moves."""
+    """Flattens [n, c, h, w] pixel by pixel, the memory order of convolutions (channels last), so that nothing moves."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [n, c, h, w] to [n, h·w·c]."""
@@ -69,16 +69,16 @@ class UnflattenPixels(nn.Module):
         return pixels.permute(0, 3, 1, 2)
 
     def channels_first(self, features: Tensor) -> Tensor:
-        """Bring features [h·w·c, …] into the order that nn.Unflatten takes."""
+        """Reorder features [h·w·c, …] for nn.Unflatten."""
         channels, height, width = self.shape
         ordered: Tensor = features.unflatten(0, (height, width, channels)).movedim(2, 0)
         return ordered.flatten(0, 2)
 
 
 class MinibatchStdDev(nn.Module):
-    """Appends how much images differ from their group's mean, one more channel (Karras et al., 2018, section 3).
+    """Appends a channel with the standard deviation of the images' group (Karras et al., 2018, section 3).
 
-    Groups are consecutive, so that real and generated images of one pass never meet.
+    Groups are consecutive, so that real and generated images of one pass are never in the same group.
     """
 
     def __init__(self, group: int) -> None:
@@ -94,7 +94,7 @@ class MinibatchStdDev(nn.Module):
 
 
 class MinibatchDiscrimination(nn.Module):
-    """Appends how near images are to the others of their group, by learnt features (Salimans et al., 2016, eq. 2)."""
+    """Appends how near each image is to the rest of its group, by learnt features (Salimans et al., 2016, eq. 2)."""
 
     def __init__(self, inputs: int, group: int, kernels: int = 32, kernel_size: int = 5) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class MinibatchDiscrimination(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position attends to every other (SAGAN, Zhang et al., 2019, section 3); begins as the identity."""
+    """Attention of every position to every other (SAGAN, Zhang et al., 2019, section 3). Starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class SelfAttention(nn.Module):
 
 
 class _EqualizedConv(nn.Module):
-    """A convolution whose weights are N(0, 1) and are scaled when they are used (Karras et al., 2018, section 4.1)."""
+    """A convolution whose weights start as N(0, 1) and are scaled on use (Karras et al., 2018, section 4.1)."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int) -> None:
         super().__init__()
@@ -158,17 +158,17 @@ class _EqualizedLinear(nn.Module):
 
 
 class _PixelNorm(nn.Module):
-    """Brings every position's channels to unit length (Karras et al., 2018, section 4.2)."""
+    """Normalises the channels of each position to a mean square of 1 (Karras et al., 2018, section 4.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
 
 
 def growth_after(images_seen: int, growth_images: int, levels: int) -> float:
-    """Return how far a progressive network has grown: k at its k-th resolution, between while the next fades in.
+    """Return the growth of a progressive network: k at resolution k, from 0 on, and a fraction while the next fades in.
 
-    The first resolution is trained for `growth_images`; then each next one is faded in for as many, and trained for as
-    many (Karras et al., 2018, appendix A.1).
+    The first resolution is trained for `growth_images` images. Then each next resolution fades in for the same number,
+    and is trained for the same number (Karras et al., 2018, appendix A.1).
     """
     phase = max(images_seen / growth_images - 1, 0.0)
     level = int(phase // 2)
@@ -176,9 +176,9 @@ def growth_after(images_seen: int, growth_images: int, levels: int) -> float:
 
 
 class ProgressiveGenerator(nn.Module):
-    """A generator that begins at `start` pixels and doubles them (PGGAN, Karras et al., 2018).
+    """A generator that begins at the size `start` and doubles it (PGGAN, Karras et al., 2018).
 
-    Its images have the full size at every time: those of a lower resolution are repeated pixel by pixel.
+    Its images always have the full size: at a lower resolution, the pixels are repeated.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class ProgressiveGenerator(nn.Module):
 
 
 class ProgressiveDiscriminator(nn.Module):
-    """The mirror of ProgressiveGenerator: full-size images, averaged down to the current resolution, to features."""
+    """The mirror of ProgressiveGenerator: averages full-size images down to its resolution; returns features."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""The record of a run (`history`), and how people see it: an HTML page, contact sheets, TensorBoard.
+"""The record of a run (`history`), and its presentation: an HTML page, contact sheets, TensorBoard.
 
-This package may import `settings`, `files` and `data.spec`. It trains and measures nothing: `train` and `evaluation`
-pass it values.
+This package may import `settings`, `files` and `data.spec`. It neither trains nor measures: `train` and `evaluation`
+pass it the values.
 """

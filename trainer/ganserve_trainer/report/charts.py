@@ -1,6 +1,6 @@
-"""Charts as inline SVG. Colours and fonts are the page's: its style sheet names the classes that are used here.
+"""Charts as inline SVG. The page's style sheet sets colours and fonts for the classes that are used here.
 
-Values that are not finite, or not positive on a logarithmic axis, are gaps. Every text is escaped.
+Values that are not finite, or not positive on a logarithmic axis, become gaps. All text is escaped.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 12, 46
 _MAX_POINTS = 600
-# Beyond these a value says only that the run diverged, and the arithmetic of an axis would overflow.
+# Values beyond these only show that the run diverged, and would overflow the arithmetic of an axis.
 _LARGEST, _SMALLEST = 1e30, 1e-30
 
 
@@ -24,7 +24,7 @@ class Series(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A place on an axis that is worth a line, and what it is."""
+    """A place on an axis that gets a line, and its text."""
 
     value: float
     text: str
@@ -43,11 +43,11 @@ def line_chart(
     """Draw lines over images seen, at most 600 points each (means of neighbours), with the last values in the legend.
 
     Args:
-        title: what the chart shows; also its text for those who do not see it.
-        y_label: the vertical axis.
-        lines: at most two look different.
-        log: a logarithmic vertical axis.
-        y_range: what the vertical axis must show at least.
+        title: the title of the chart; also its text for screen readers.
+        y_label: the label of the vertical axis.
+        lines: the lines; there are styles for only two.
+        log: whether the vertical axis is logarithmic.
+        y_range: the range that the vertical axis must include.
         levels: horizontal lines.
         events: vertical lines.
     """
@@ -102,7 +102,7 @@ def line_chart(
 
 
 def bar_chart(title: str, y_label: str, bars: Sequence[tuple[str, float]]) -> str:
-    """Draw one bar a name, from 0; the names are written where there is room for them, and always shown on pointing."""
+    """Draw a bar from 0 for each name. A name is written if there is room for it, and always shown on hovering."""
     bars = [(name, value if math.isfinite(value) and 0 <= value < _LARGEST else 0.0) for name, value in bars]
     if not bars:
         return _figure(title, "", '<p class="none">No values yet.</p>')
@@ -142,14 +142,14 @@ def _svg(title: str, parts: Sequence[str]) -> str:
 
 
 def _path(line: Series, index: int, at_x: Callable[[float], float], at_y: Callable[[float], float]) -> str:
-    """Draw the stretches between gaps as lines, and a value alone between gaps as a dot."""
+    """Draw the stretches between gaps as lines, and a single value between gaps as a dot."""
     stretches: list[list[str]] = [[]]
     for x, y in zip(line.x, line.y, strict=True):
         if math.isnan(y):
             stretches.append([])
         else:
             stretches[-1].append(f"{at_x(x):.1f} {at_y(y):.1f}")
-    # A line of no length with round ends is a dot.
+    # A line of zero length with round ends is a dot.
     d = "".join(f"M{'L'.join(stretch if len(stretch) > 1 else stretch * 2)}" for stretch in stretches if stretch)
     dots = " dots" if len(line.x) <= 30 else ""
     return f'<path class="line s{index % 2}{dots}" d="{d}"/>'
@@ -161,7 +161,7 @@ def _usable(value: float, log: bool) -> float:
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Replace neighbours by their means, gaps left out, so that 600 points are left at most."""
+    """Replace neighbours by their means, without gaps, so that at most 600 points remain."""
     size = max(-(-len(x) // _MAX_POINTS), 1)
     groups = [slice(start, start + size) for start in range(0, len(x), size)]
     return [_mean(x[group]) for group in groups], [
@@ -178,7 +178,7 @@ def _last(values: Sequence[float]) -> float:
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
-    """Return the lowest and the highest value, apart at least by what a float can tell."""
+    """Return the lowest and the highest value; widen the range if they are nearly equal."""
     low, high = min(values), max(values)
     if high - low > 1e-6 * max(abs(low), abs(high)):
         return low, high
@@ -187,14 +187,14 @@ def _widened(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return 4 to 8 round numbers, the first of them at most `low` and the last at least `high`."""
+    """Return 4 to 8 round numbers, of which the first is at most `low` and the last at least `high`."""
     exponent = math.floor(math.log10((high - low) / 4))
     step = max(s for s in (1, 2, 2.5, 5, 10) if s * 10.0**exponent <= (high - low) / 4 * 1.0001) * 10.0**exponent
     return [n * step for n in range(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten around both, 9 at most."""
+    """Return at most 9 powers of ten that enclose both values."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     last = max(last, first + 1)
     step = -(-(last - first) // 8)
@@ -202,7 +202,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(value: float, digits: int = 3) -> str:
-    """Write a number in few characters: 0.25, 60k, 1.2M, 3e-05."""
+    """Format a number in few characters: 0.25, 60k, 1.2M, 3e-05."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size <= abs(value) < 1000 * size:
             return f"{value / size:.{digits}g}{unit}"

@@ -1,4 +1,4 @@
-"""Writes a run's history for TensorBoard, in steps of images seen."""
+"""Writes a run's history for TensorBoard; the step is the number of images seen."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from ganserve_trainer.report.history import Alarm, Measurement, Point
 
 
 class TensorBoardWriter:
-    """Writes one folder of TensorBoard events. Closing it, or leaving its `with` statement, writes the last of them."""
+    """Writes one folder of TensorBoard events. Closing it, or leaving its `with` statement, writes the last events."""
 
     def __init__(self, folder: Path, *, resume_at: int | None = None) -> None:
         """Open the folder.
@@ -21,12 +21,12 @@ class TensorBoardWriter:
         # Imported here, because importing tensorboard takes a second and most commands write no events.
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step itself is purged too, and the event at `resume_at` is part of the history that the checkpoint has.
+        # TensorBoard also purges purge_step itself, but the event at `resume_at` is part of the checkpoint's history.
         purge_step = None if resume_at is None else resume_at + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def point(self, point: Point) -> None:
-        """Write the curves' next values."""
+        """Write the next values of the curves."""
         values = {
             "loss/discriminator": point.discriminator_loss,
             "loss/generator": point.generator_loss,
@@ -53,11 +53,11 @@ class TensorBoardWriter:
             self._writer.add_image("samples", np.asarray(image.convert("RGB")), images_seen, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write what is left; before each checkpoint, so that a run that is killed and resumed has no gap."""
+        """Write pending events. Called before each checkpoint, so that a run that is killed and resumed has no gap."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending events, and close the folder."""
         self._writer.close()
 
     def __enter__(self) -> "TensorBoardWriter":

@@ -19,7 +19,7 @@ class Point(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """Metrics of the EMA generator at one time of the run, by name."""
+    """Metrics of the EMA generator at one point of the run, by name."""
 
     images_seen: int
     elapsed_s: float

@@ -1,4 +1,4 @@
-"""The page of a run: `report.html`, one self-contained file that is complete without JavaScript."""
+"""The report of a run: `report.html`, one self-contained file that is complete without JavaScript."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ from ganserve_trainer.settings import Settings
 FILE_NAME = "report.html"
 
 _TIMELINE_LENGTH = 24
-# Before base64, which makes 4 bytes of 3: the whole page stays below 5 MB.
+# Sizes before base64, which turns 3 bytes into 4: the whole page stays below 5 MB.
 _TIMELINE_BYTES = 2_200_000
 _PICTURE_BYTES = 400_000
 _TABLE_ROWS = 50
@@ -43,21 +43,21 @@ def write_report(
     finished: bool,
     checkpoint_digest: str | None = None,
 ) -> None:
-    """Write `report.html` into a run's folder, from the history and from what lies there.
+    """Write `report.html` into a run's folder, from the history and the files in the folder.
 
     Args:
         out: the run's folder; the page shows its `samples/*.png`, named by images seen, `interpolations.png`,
             `neighbours.png` and `evaluation.json`, if they exist and are readable.
-        settings: the run's.
-        spec: the data set's images.
-        history: the run's past.
-        versions: of the software, by name.
-        preset: what the run's preset fills in; settings that differ from it are marked.
-        images_seen: the images that the run has seen.
-        elapsed_s: how long it took to get there.
-        device: the device it ran on.
-        finished: whether it ended as planned.
-        checkpoint_digest: of the EMA generator; an evaluation of another one is marked as such.
+        settings: the settings of the run.
+        spec: the shape and the classes of the data set's images.
+        history: the history of the run.
+        versions: the versions of the software, by name.
+        preset: the settings of the run's preset; settings that differ from it are marked.
+        images_seen: the number of images that the run has seen.
+        elapsed_s: the training time so far, in seconds.
+        device: the device of the run.
+        finished: whether the run ended as planned.
+        checkpoint_digest: the digest of the EMA generator; an evaluation of another generator is marked.
 
     Raises:
         OSError: the page cannot be written.
@@ -100,7 +100,7 @@ def write_report(
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
     with replace_atomically(out / FILE_NAME) as file:
-        # A folder's name may not be valid text: characters that cannot be encoded are written as escapes.
+        # A folder's name may be invalid text: characters that cannot be encoded are written as escapes.
         file.write(page.encode("utf-8", "backslashreplace"))
 
 
@@ -199,7 +199,7 @@ def _metrics(history: History) -> str:
 
 
 def _sheets(folder: Path) -> list[tuple[int, Path]]:
-    """Return the contact sheets, oldest first, by images seen."""
+    """Return the contact sheets with their images seen, oldest first."""
     return sorted((int(path.stem), path) for path in folder.glob("*.png") if path.stem.isdecimal())
 
 
@@ -239,7 +239,7 @@ def _picture(path: Path, caption: str) -> str:
 
 
 def _image(path: Path, text: str, limit: int) -> str:
-    """Return the picture as an element that holds it in at most `limit` bytes, or nothing if it cannot be read."""
+    """Return an HTML element with the picture in at most `limit` bytes, or an empty text if it cannot be read."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -248,7 +248,7 @@ def _image(path: Path, text: str, limit: int) -> str:
             kind = "png"
             if len(content) > limit:
                 kind, content = "jpeg", _smaller(image.convert("RGB"), limit)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL makes of a damaged file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # PIL's errors for a damaged file
         return ""
     data = base64.b64encode(content).decode()
     source = f"data:image/{kind};base64,{data}"
@@ -256,7 +256,7 @@ def _image(path: Path, text: str, limit: int) -> str:
 
 
 def _smaller(image: Image.Image, limit: int) -> bytes:
-    """Encode as JPEG, at a quality and then at a size that fits the limit."""
+    """Encode as JPEG; reduce the quality, and then the size, until the file fits the limit."""
     quality = 90
     while True:
         file = io.BytesIO()
@@ -291,7 +291,7 @@ def _evaluation(path: Path, spec: ImageSpec, checkpoint_digest: str | None) -> s
 
 
 def _histogram(counts: Any, spec: ImageSpec) -> str:
-    """Draw how many images of each class were made, given by name or in the order of the classes."""
+    """Draw the number of generated images of each class; `counts` is by name, or in the order of the classes."""
     if not counts:
         return ""
     bars = counts.items() if isinstance(counts, dict) else zip(spec.class_names, counts, strict=True)
@@ -323,7 +323,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool 
 
 
 def _evenly(items: Sequence[T], count: int) -> list[T]:
-    """Choose at most `count`, evenly, the first and the last among them."""
+    """Choose at most `count` items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
@@ -339,7 +339,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-# Colours by Okabe and Ito (2008), which colour-blind people can distinguish; lighter ones on a dark page.
+# Okabe and Ito's colours (2008), which colour-blind people can distinguish; lighter variants on a dark page.
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--card:#f6f7f9;--ink:#1b1f24;--dim:#5b6570;--rule:#d8dde3;
 --a:#0072b2;--b:#d55e00;--bad:#b3123b;--badcard:#fdecef;--good:#12734f}

@@ -30,14 +30,14 @@ def save_interpolations(
     """Write spherical interpolations from one latent to another, one per row.
 
     Args:
-        generate: the generator: latents [n, latent_dim] and labels [n], or None, to images in -1…1.
-        latent_dim: the latent's length.
-        path: the PNG.
-        label: the class of each row, [rows], which then decides the number of rows; None for an unconditional
+        generate: the generator: maps latents [n, latent_dim] and labels [n], or None, to images in -1…1.
+        latent_dim: the number of values in a latent.
+        path: the path of the PNG.
+        label: the class of each row, [rows], which then determines the number of rows; None for an unconditional
             generator.
-        rows: how many walks.
-        columns: how many images a walk has, both ends included.
-        seed: of the ends, drawn on the CPU.
+        rows: the number of interpolations.
+        columns: the number of images in an interpolation, including both ends.
+        seed: the seed of the ends, which are drawn on the CPU.
     """
     rows = rows if label is None else len(label)
     start, end = torch.randn(2, rows, 1, latent_dim, generator=torch.Generator().manual_seed(seed))
@@ -50,13 +50,15 @@ def save_interpolations(
 
 
 def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """Walk from `start` to `end`, [..., latent_dim], along the great circle (White, 2016); 0 is start, 1 is end.
+    """Interpolate from `start` to `end`, [..., latent_dim], along the great circle (White, 2016).
+
+    Share 0 is `start`, and share 1 is `end`.
 
     A straight line would pass through latents shorter than any that the generator was trained on.
     """
     cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1).clamp(-1, 1)[..., None]
     angle = cosine.acos()
-    # sin(x)/sin(angle) without dividing zero by zero where both ends point the same way.
+    # sin(x)/sin(angle), without dividing zero by zero if both ends point in the same direction.
     parallel = angle.sin() < 1e-6
     divisor = torch.where(parallel, 1.0, angle.sin())
     return torch.where(

@@ -1,6 +1,7 @@
-"""Checkpoints: written atomically, loaded without running code; the newest undamaged one of a run is found.
+"""Checkpoints are written atomically, and loaded without running code.
 
-A run keeps its last two, `checkpoints/<images seen>.pt`: if the newest is damaged, the run resumes from the other.
+A run keeps its last two checkpoints, `checkpoints/<images seen>.pt`: if the newest is damaged, the run resumes from the
+other.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ _KEPT = 2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything that a run needs to resume, and that an export needs."""
+    """The state that a run needs to resume, and that an export needs."""
 
     settings: Settings
     spec: ImageSpec
@@ -45,7 +46,7 @@ class Checkpoint:
     discriminator_optimizer: dict[str, Any]
 
     def ema_generator(self) -> Generator:
-        """Build the averaged generator, in evaluation mode, on the CPU.
+        """Build the EMA generator, in evaluation mode, on the CPU.
 
         Raises:
             TrainerError: the weights do not fit the settings, or are not finite.
@@ -61,7 +62,7 @@ class Checkpoint:
         return generator.eval().requires_grad_(False)
 
     def digest(self) -> str:
-        """Return the name of the generator that `ema_generator` builds: sha256 over its tensors."""
+        """Return the SHA-256 of the EMA generator's tensors, which identifies it."""
         content = hashlib.sha256()
         for name, tensor in self.ema.items():
             content.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -80,7 +81,7 @@ def save_checkpoint(checkpoint: Checkpoint, run: Path) -> Path:
     fields["settings"] = dataclasses.asdict(checkpoint.settings)
     fields["spec"] = dataclasses.asdict(checkpoint.spec)
     fields["history"] = checkpoint.history.to_plain()
-    # Not directly into the file: torch's writer replaces the operating system's error with its own.
+    # Through memory, because torch's writer replaces the operating system's error with its own.
     content = io.BytesIO()
     torch.save({"format": FORMAT, **fields}, content)
     folder = run / FOLDER_NAME
@@ -94,7 +95,7 @@ def save_checkpoint(checkpoint: Checkpoint, run: Path) -> Path:
 
 
 def checkpoint_files(run: Path) -> list[Path]:
-    """Return the checkpoints of a run's folder, the newest first; empty where there is none."""
+    """Return the checkpoints of a run's folder, newest first; empty if there is none."""
     return sorted((run / FOLDER_NAME).glob("[0-9]*.pt"), reverse=True)
 
 
@@ -106,12 +107,12 @@ def run_folder(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, or the newest good one of a run's folder, onto the CPU.
+    """Read a checkpoint, or the newest undamaged one of a run's folder, onto the CPU.
 
-    A damaged checkpoint is named on standard error, and the one before it is loaded.
+    A damaged checkpoint is reported on standard error, and the one before it is loaded.
 
     Raises:
-        TrainerError: the file is missing, damaged, or of another version.
+        TrainerError: the file is missing, damaged, or in another format.
     """
     if not path.is_dir():
         return _read(path)
@@ -129,14 +130,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 class _DamagedError(TrainerError):
-    """The file does not hold what was written into it."""
+    """The checkpoint's file is damaged."""
 
 
 def _read(path: Path) -> Checkpoint:
     if not path.exists():
         raise TrainerError(f"there is no checkpoint {path}; `ganserve-trainer train` writes one")
     try:
-        # torch.load checks no sums: a flipped bit would be trained on, or exported.
+        # torch.load verifies no checksums: a run would continue with a flipped bit, or export it.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         fields = None if damaged else torch.load(path, map_location="cpu", weights_only=True)

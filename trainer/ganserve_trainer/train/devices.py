@@ -1,4 +1,4 @@
-"""Where to compute, and in what precision."""
+"""The device of this process, its precision, and its memory."""
 
 import ctypes
 import os
@@ -7,14 +7,14 @@ import sys
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses a larger one
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc rejects a larger threshold
 
 
 def best_device() -> torch.device:
     """Return this process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Otherwise a convolution's backward pass may add in any order, and a resumed run would end with other weights.
+    # Otherwise a convolution's backward pass may sum in any order, and a resumed run would end with other weights.
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -29,9 +29,9 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the rest of this process; no effect on other systems.
+    """Make glibc keep freed memory for the rest of this process; does nothing on other systems.
 
-    Otherwise glibc returns large tensors to the kernel, which clears their pages again at the next step.
+    Otherwise glibc returns the memory of large tensors to the kernel, which clears the pages again at the next step.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "mallopt"):

@@ -1,4 +1,4 @@
-"""The exponential moving average of a generator: what is evaluated and exported."""
+"""The exponential moving average of a generator, which is evaluated and exported."""
 
 import copy
 
@@ -13,7 +13,7 @@ class EMA:
     """Averages a generator's weights over training (Yazıcı et al., 2018), with a half-life counted in images.
 
     The half-life grows with training, to at most `half_life_images`: it is `warm_up` times the images seen, so that the
-    initial weights decay fast (the ramp-up of Karras et al., 2020, ADA, with 0.05). 0 is no warm-up.
+    initial weights decay fast (the ramp-up of Karras et al., 2020, ADA, which uses 0.05). 0 means no warm-up.
     """
 
     def __init__(self, network: Generator, half_life_images: int, warm_up: float) -> None:
@@ -25,7 +25,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Weights, batch_size: int, images_seen: int) -> None:
-        """Move the average towards the weights, which have been trained on `batch_size` more images."""
+        """Move the average towards the weights, which were trained on `batch_size` more images."""
         half_life = float(self._half_life_images)
         if self._warm_up:
             half_life = min(half_life, self._warm_up * images_seen)

@@ -52,27 +52,27 @@ _SHEET_ROWS = 10
 def train(
     settings: Settings, dataset: Dataset, out: Path, *, resume: bool, report: Report, measure: Measure | None = None
 ) -> bool:
-    """Train until `settings.images` images are seen or `settings.minutes` are over; keep everything in `out`.
+    """Train until `settings.images` images are seen or `settings.minutes` have passed; write everything to `out`.
 
-    `out` holds `run.toml`, `checkpoints/`, `samples/`, `report.html` and `tensorboard/`. SIGINT and SIGTERM save a
-    checkpoint and end the run early. Under torchrun every process calls this, and the first one writes.
+    `out` contains `run.toml`, `checkpoints/`, `samples/`, `report.html` and `tensorboard/`. SIGINT and SIGTERM save a
+    checkpoint and end the run early. Under torchrun every process calls this, and only the first process writes.
 
     Args:
-        settings: what to make.
+        settings: the settings of the run.
         dataset: the training part.
         out: the run's folder.
         resume: continue the run in `out`, if there is one.
         report: called with every point of the history.
-        measure: called with the EMA generator every `settings.evaluate_every_images` images, untimed.
+        measure: called with the EMA generator every `settings.evaluate_every_images` images; its time does not count.
 
     Returns:
         Whether the run is complete.
 
     Raises:
-        TrainerError: `out` holds a run and `resume` is false, or one that does not fit and `resume` is true; another
-            process trains in `out`; losses or weights are no longer finite, in which case the last checkpoint is from
-            before; or the mode collapse alarm rang and `settings.stop_on_collapse` is set.
-        OSError: a file cannot be written; the last checkpoint is whole.
+        TrainerError: `out` contains a run and `resume` is false, or a run with other settings or data and `resume` is
+            true; another process trains in `out`; losses or weights are no longer finite, in which case the last
+            checkpoint is from before; or the mode collapse alarm rang and `settings.stop_on_collapse` is set.
+        OSError: a file cannot be written; the last checkpoint is complete.
     """
     processes.start()
     try:
@@ -109,10 +109,10 @@ def _train(
             recent.append(run.step())
             run.elapsed_s = time.monotonic() - started
             enough = stop.is_set() or settings.are_fulfilled(run.images_seen, run.elapsed_s)
-            # Less and less often, so that the history of a long run does not outgrow its weights.
+            # Points become less frequent, so that the history of a long run does not outgrow its weights.
             point_due = len(recent) >= max(_POINT_EVERY_STEPS, run.images_seen // run.images_a_step // _SPARSENESS)
             if processes.count() > 1:
-                # All processes must agree, and the exchange takes time: only when a point is due.
+                # All processes must agree. The exchange takes time, so it happens only when a point is due.
                 enough = point_due and processes.any_is_true(enough, run.device)
             last = enough or run.images_seen >= settings.images
             sample = last or due(settings.sample_every_images)
@@ -121,7 +121,7 @@ def _train(
             if not (point_due or sample or save or evaluate):
                 continue
 
-            # One transfer for all these steps: reading each step's loss would stall a GPU.
+            # One transfer for all steps since the last point: reading each step's loss would stall a GPU.
             means = processes.average(torch.stack(recent).mean(0))
             recent.clear()
             diverse = diversity(run.show(probe_latent, probe.label), probe)
@@ -150,7 +150,7 @@ def _train(
                 if sample or ends:
                     folder.sample(run)
             if evaluate:
-                # Measuring is not training: it counts neither in `minutes` nor in images per second.
+                # Measuring is not training: its time counts neither for `minutes` nor for images per second.
                 started = time.monotonic() - run.elapsed_s
             last_point = (run.elapsed_s, run.images_seen)
             if ends and collapse is not None:
@@ -177,7 +177,7 @@ def _begin(settings: Settings, dataset: Dataset, out: Path, *, resume: bool) -> 
 
 
 def _announce(run: Run, dataset: Dataset) -> None:
-    """Print on stderr what is trained, on which data and on which device."""
+    """Print the networks, the data and the device on stderr."""
     settings = run.settings
     few = replace(dataset.spec, class_names=dataset.spec.class_names[:10])
     more = ", …" if len(dataset.spec.class_names) > 10 else ""
@@ -227,7 +227,11 @@ def _fixed_latents(settings: Settings, purpose: str, count: int) -> Tensor:
 
 
 def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset) -> None:
-    """Refuse to resume with settings or data that differ; only its length and how often it reports may change."""
+    """Reject resuming with other settings or data; only the run's length and how often it reports may change.
+
+    Raises:
+        TrainerError: the settings or the data differ, or the run has already seen more images.
+    """
     before, now = asdict(checkpoint.settings), asdict(settings)
     free = FREE_ON_RESUME if settings.decay_from >= 1 else tuple(name for name in FREE_ON_RESUME if name != "images")
     differing = [name for name in before if name not in free and before[name] != now[name]]
@@ -267,7 +271,7 @@ def _only_trainer_of(out: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Delete the temporary files of a killed process; no other process writes here while the lock is held."""
+    """Delete the temporary files of a killed process; the lock keeps other processes from writing here."""
     for folder in (out, out / FOLDER_NAME, out / "samples"):
         for path in folder.glob(".*.[0-9]*"):
             path.unlink()

@@ -1,7 +1,7 @@
-"""Watches a run: how diverse the generator's images are, and whether a person should look.
+"""Monitors a run: measures the diversity of the generator's images, and decides whether an alarm rings.
 
-Diversity is measured on a probe: the answers of the EMA generator to fixed latents. Nothing here draws from torch's
-global random state, and what a monitor decides follows from the run's points alone: a resumed run decides the same.
+Diversity is measured on a probe: the images of the EMA generator for fixed latents. Nothing here uses torch's global
+random state, and a monitor's decisions depend only on the run's points, so that a resumed run decides the same.
 """
 
 import math
@@ -22,33 +22,33 @@ _PROBE_CLASSES = 10
 _REAL_DRAWS = 8
 
 # Measured on MNIST, Fashion-MNIST and CIFAR-10: healthy runs have a diversity of 0.2 to 1.1 from 20,000 images on,
-# collapsed ones 0.000 to 0.003. The average starts as a blur, of 0.06 or more.
+# collapsed runs 0.000 to 0.003. The EMA generator starts with blurred images, with a diversity of 0.06 or more.
 _COLLAPSED, _SPREAD = 0.1, 0.15
 WARM_UP_IMAGES = 20_000
 _COLLAPSE_POINTS = 5
 
-# The means over 10 points (200 steps) of the lower accuracy reach 0.992 in runs that go on to learn, 0.998 and more in
-# overpowered ones. Nothing is asked of the generator: where it is overpowered its loss may be 15 or 0 and its gradient
-# norm 17 or 0, by the loss and by how it came about.
+# The mean over 10 points (200 steps) of the lower accuracy reaches 0.992 in runs that continue to learn, and 0.998 or
+# more in overpowered runs. The generator's values are not used: in overpowered runs, its loss may be 15 or 0 and its
+# gradient norm 17 or 0, depending on the loss function and on the cause.
 _OVERPOWERED, _BALANCED = 0.995, 0.98
 _ACCURACY_POINTS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What to ask the generator for, and how far apart real images of that kind are."""
+    """The labels to ask the generator for, and the distance between real images of the same labels."""
 
     label: Tensor | None  # int64 [size], class by class; None for an unconditional generator
     size: int
     classes: int  # 1 for an unconditional generator
-    real_distance: float  # nearest_distance of as many real images, a mean over draws
+    real_distance: float  # nearest_distance of the same number of real images, averaged over draws
 
 
 def build_probe(images: Tensor, labels: Tensor, *, conditional: bool) -> Probe:
     """Choose the probe for a training set, uint8 [n, channels, height, width] with labels [n], on its device.
 
-    An unconditional generator is asked for 100 images; a conditional one for 10 of each class, of at most 10 classes,
-    spread evenly over those that have as many training images.
+    An unconditional generator is asked for 100 images. A conditional generator is asked for 10 images of each of at
+    most 10 classes, which are evenly spaced among the classes with at least that many training images.
     """
     generator = torch.Generator().manual_seed(0)
     members = [torch.arange(len(images))]
@@ -73,10 +73,11 @@ def build_probe(images: Tensor, labels: Tensor, *, conditional: bool) -> Probe:
 
 
 def diversity(images: Tensor, probe: Probe) -> Tensor:
-    """Compare generated images in -1…1, [probe.size, channels, height, width], with real ones; a scalar tensor.
+    """Compare the distances between generated images in -1…1, [probe.size, channels, height, width], with real ones.
 
-    1: as far from one another as real images are; 0: all of a class are the same image. Noise has more than 1. NaN
-    where the real images say nothing, being all the same or one a class.
+    Returns:
+        A scalar tensor. 1: the images differ as much as real images; 0: all images of a class are identical. Noise has
+        more than 1. NaN if the real images cannot tell, because they are all identical or there is one for each class.
     """
     return nearest_distance(images, probe.classes) / (probe.real_distance or math.nan)
 
@@ -84,11 +85,11 @@ def diversity(images: Tensor, probe: Probe) -> Tensor:
 def nearest_distance(images: Tensor, groups: int) -> Tensor:
     """Return the median over all images of the RMS pixel distance to the nearest other image of the same group.
 
-    The images are [groups * n, channels, height, width], group by group; the result is a scalar tensor, and infinite
-    for groups of one.
+    The images are [groups * n, channels, height, width], group by group. The result is a scalar tensor; it is infinite
+    for groups of one image.
     """
     pixels = images.float().flatten(1).unflatten(0, (groups, -1))
-    # Not by matrix products: under TF32 they would put identical images apart.
+    # Without matrix products: under TF32 they would give identical images a distance above 0.
     distance = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist")
     distance.diagonal(dim1=1, dim2=2).fill_(math.inf)
     return distance.amin(2).median() / math.sqrt(pixels.shape[2])
@@ -97,24 +98,24 @@ def nearest_distance(images: Tensor, groups: int) -> Tensor:
 class Monitor:
     """Decides, point by point, whether an alarm rings.
 
-    *Mode collapse*: after 20,000 images, the diversity is under 0.1 at five points in a row. It clears when it is over
-    0.15 at five points in a row.
+    *Mode collapse* rings if, after 20,000 images, the diversity is below 0.1 at five points in a row. It clears when
+    the diversity is above 0.15 at five points in a row.
 
-    *Discriminator overpowers*: the mean over ten points of the accuracy on real images and that of the accuracy on
-    generated ones are both 0.995 or more. The generator's gradient then vanishes (minimax loss; Goodfellow et al.,
-    2014, section 3) or grows noisy (non-saturating loss; Arjovsky & Bottou, 2017, theorems 2.4 and 2.6). It clears
-    when one of them is under 0.98. It never rings for a Wasserstein critic, whose sign means nothing and which is
+    *Discriminator overpowers* rings if the means over ten points of the accuracy on real images and of the accuracy on
+    generated images are both 0.995 or more. The generator's gradient then vanishes (minimax loss; Goodfellow et al.,
+    2014, section 3) or becomes noisy (non-saturating loss; Arjovsky & Bottou, 2017, theorems 2.4 and 2.6). It clears
+    when one of the means is below 0.98. It never rings for a Wasserstein critic, whose sign has no meaning and which is
     trained to its optimum on purpose (Arjovsky et al., 2017).
 
     An alarm that rang stays silent until it has cleared. Values that are not finite never ring.
     """
 
     def __init__(self, points: Iterable[Point] = (), *, critic: bool = False) -> None:
-        """Take in the points so far, whose alarms have rung already.
+        """Observe the points so far, whose alarms have already rung.
 
         Args:
             points: the run's history.
-            critic: the loss is a Wasserstein one.
+            critic: whether the loss is a Wasserstein loss.
         """
         self._critic = critic
         self._recent: deque[Point] = deque(maxlen=_ACCURACY_POINTS)
@@ -123,7 +124,7 @@ class Monitor:
             self.observe(point)
 
     def observe(self, point: Point) -> list[Alarm]:
-        """Take in the next point; return the alarms that it rings."""
+        """Observe the next point; return the alarms that it rings."""
         self._recent.append(point)
         alarms = [] if self._critic else [self._overpowers()]
         return [alarm for alarm in (self._collapse(), *alarms) if alarm]

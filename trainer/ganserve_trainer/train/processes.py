@@ -1,8 +1,9 @@
-"""Several processes training one run (torchrun), one device each; one process is the special case of it.
+"""Training of one run by several processes (torchrun) with one device each; a single process is a special case.
 
-Every process draws the whole global batch's latents and takes its own rows, gradients are averaged over processes,
-and BatchNorm's statistics are taken over all of them: n processes of batch b compute what one of batch n·b does, but
-for what is random within a step (dropout, augmentation, WGAN-GP's points, mismatched labels), which each draws itself.
+Every process draws the latents of the whole global batch and takes its own rows. Gradients are averaged over processes,
+and BatchNorm's statistics are taken over all of them. So n processes with batch b compute the same as one process with
+batch n·b, except for the random numbers within a step (dropout, augmentation, WGAN-GP's points, mismatched labels),
+which each process draws itself.
 """
 
 import os
@@ -15,19 +16,19 @@ from torch import Tensor, nn
 
 
 def start() -> None:
-    """Join the processes that torchrun started, if it did: over NCCL on GPUs, over Gloo on CPUs."""
+    """Join the process group if torchrun started several processes: over NCCL on GPUs, over Gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def stop() -> None:
-    """Leave the group, if there is one."""
+    """Leave the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
-    """Return which process this is; 0 is the one that writes files."""
+    """Return the rank of this process; process 0 writes the files."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
@@ -62,18 +63,18 @@ def any_is_true(value: bool, device: torch.device) -> bool:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes, through which gradients flow: each process's share gets the sum of all gradients."""
+    """The differentiable sum over processes: in the backward pass, each process gets the sum of all gradients."""
 
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
-        """Sum."""
+        """Return the sum of x over processes."""
         total = x.clone()
         torch.distributed.all_reduce(total)
         return total
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Tensor:
-        """Sum, too."""
+        """Return the sum of the gradient over processes."""
         total = gradient.contiguous().clone()
         torch.distributed.all_reduce(total)
         return total
@@ -113,7 +114,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:
-    """Replace every BatchNorm by SynchronisedBatchNorm, with the same weights, if there are several processes."""
+    """Replace each BatchNorm with a SynchronisedBatchNorm with the same weights, if there are several processes."""
     if count() == 1:
         return
     for parent in list(network.modules()):

@@ -1,4 +1,4 @@
-"""Writes a run's page of the report from what a checkpoint holds."""
+"""Writes a run's report from a checkpoint."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from ganserve_trainer.train.checkpoints import Checkpoint
 
 
 def report_on(checkpoint: Checkpoint, out: Path) -> None:
-    """Write `report.html` into a run's folder, as of this checkpoint."""
+    """Write `report.html` into a run's folder, for the state of a checkpoint."""
     settings = checkpoint.settings
     write_report(
         out,

@@ -1,7 +1,8 @@
 """A run: networks, optimisers and EMA on one device, and one step of training.
 
-Progress is counted in images seen, and every step's random state is derived from it and the seed: a run that was
-stopped and resumed ends with the same weights as one that was not (on the same device and library versions).
+Progress is counted in images seen, and each step's random state is derived from the progress and the seed. So a run
+that was stopped and resumed ends with the same weights as an uninterrupted run, on the same device and library
+versions.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from ganserve_trainer.train.weights import Weights
 
 
 class Run:
-    """A run at `images_seen` images; `settings.precision` is fp32 or bf16 here, no longer auto."""
+    """A run at `images_seen` images. Here, `settings.precision` is fp32 or bf16, but not auto."""
 
     def __init__(self, settings: Settings, dataset: Dataset, device: torch.device) -> None:
         keep_freed_memory()
@@ -39,7 +40,7 @@ class Run:
         self.elapsed_s = 0.0
         self.history = History()
         self.images_a_step = settings.batch_size * settings.discriminator_steps * processes.count()
-        # The whole data set lives on the device, as bytes.
+        # The whole data set is kept on the device, as bytes.
         self.images = dataset.images.to(device)
         self.labels = dataset.labels.to(device)
         self._classes = len(self.spec.class_names) if settings.conditional else settings.clusters
@@ -69,17 +70,18 @@ class Run:
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         augmented = partial(augment, names=settings.augmentations())
         self._objective = Objective(settings, self.discriminator, self._classes, augmented, self._autocast)
-        # The type to which the networks would convert images.
+        # The type to which the networks would convert images anyway.
         self._image_type = torch.bfloat16 if bf16 and not settings.augmentations() else torch.float32
         self._grow()
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def step(self) -> Tensor:
-        """Take the discriminator's steps, as many as the settings say, and then the generator's.
+        """Take the discriminator's steps, and then the generator's; the settings have their numbers.
 
-        Returns both losses and the discriminator's accuracies on real and on generated images, [4], as means over
-        the step, of this process.
+        Returns:
+            Both losses and the discriminator's accuracies on real and on generated images, [4], as means over the step,
+            for this process.
         """
         settings = self.settings
         rates = settings.learning_rates(self.images_seen)
@@ -87,7 +89,7 @@ class Run:
         judged = []
         for index in range(settings.discriminator_steps):
             real = self._real_batch()
-            # The generator's own step continues with the images of the last discriminator step.
+            # The generator's step reuses the images of the last discriminator step, so these need gradients.
             with torch.set_grad_enabled(index == settings.discriminator_steps - 1):
                 fake = self._fake_batch("step")
             objective, figures = self._objective.of_discriminator(real, fake, self.images_seen // self._batch)
@@ -112,7 +114,7 @@ class Run:
         return torch.stack([d_loss, torch.stack(losses).mean(), real_accuracy, fake_accuracy])
 
     def gradient_norms(self) -> Tensor:
-        """Return the norms of the last step's gradients over all parameters, discriminator's and generator's, [2]."""
+        """Return the norms of the last step's gradients over all parameters, [2]: discriminator and generator."""
         return torch.stack(
             [
                 torch.nn.utils.get_total_norm(weights.gradients())
@@ -121,9 +123,9 @@ class Run:
         )
 
     def _draw(self, purpose: str) -> tuple[Tensor, Tensor | None]:
-        """Draw this process's share of the global batch's latents and labels; then seed what the layers draw.
+        """Draw this process's share of the global batch's latents and labels; then seed the layers' random numbers.
 
-        Drawn on the CPU, so that CPU and GPU start from the same latents.
+        Latents are drawn on the CPU, so that CPU and GPU start from the same latents.
         """
         settings, rank = self.settings, processes.rank()
         mine = slice(rank * settings.batch_size, (rank + 1) * settings.batch_size)
@@ -135,7 +137,7 @@ class Run:
         elif settings.clusters:
             label = self.generator.cluster(latent)
         seed = derived_seed(settings.seed, f"{purpose}, layers of process {rank}", self.images_seen)
-        # torch.manual_seed records a stack trace at each call, for GPUs that are not initialised yet.
+        # Not torch.manual_seed, which records a stack trace at each call, for GPUs that are not initialised yet.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -148,7 +150,7 @@ class Run:
             return Batch(self.generator(latent, label).to(self._image_type), label)
 
     def _real_batch(self) -> Batch:
-        """Take this process's next images of the epoch's order."""
+        """Return this process's next real images, in the epoch's order."""
         size, batches = self.settings.batch_size, len(self.images) // self._batch
         epoch, batch = divmod(self.images_seen // self._batch, batches)
         if epoch != self._epoch:
@@ -199,7 +201,7 @@ class Run:
         """Restore a checkpoint's state.
 
         Raises:
-            TrainerError: its weights are those of other networks.
+            TrainerError: its weights do not fit the networks.
         """
         self.images_seen = checkpoint.images_seen
         self.elapsed_s = checkpoint.elapsed_s
@@ -218,7 +220,7 @@ class Run:
 
 
 def diverged(images_seen: int) -> TrainerError:
-    """Return the error of a run whose numbers are no longer finite."""
+    """Return the error for a run whose losses or weights are no longer finite."""
     return TrainerError(
         f"losses or weights are no longer finite after {images_seen} images; the last checkpoint, if there is one, "
         "is from before; try a smaller --learning-rate or --precision fp32"
@@ -226,6 +228,6 @@ def diverged(images_seen: int) -> TrainerError:
 
 
 def derived_seed(seed: int, purpose: str, count: int) -> int:
-    """Return a seed of 63 bits for one purpose at one time of the run."""
+    """Return a 63-bit seed for one purpose at one point of the run."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{count}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

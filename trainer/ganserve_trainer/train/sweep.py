@@ -1,4 +1,4 @@
-"""Runs over all combinations of a few values of a few settings, with a table of results at the end."""
+"""Trains all combinations of a few values of a few settings, and compares the results in a table."""
 
 import dataclasses
 import difflib
@@ -25,10 +25,10 @@ MeasureOne = Callable[[Path], dict[str, float]]
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """Read one axis, `setting=value,value,…`.
+    """Parse one axis, `setting=value,value,…`.
 
     Raises:
-        TrainerError: it is not of that form, or a value is not of the setting's type.
+        TrainerError: the text does not have this form, the setting is unknown, or a value is not of the setting's type.
     """
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
@@ -67,20 +67,20 @@ def sweep(
     train_one: TrainOne,
     measure_one: MeasureOne,
 ) -> str:
-    """Train and measure every combination; return the table, which is also in `out` with all figures as JSON.
+    """Train and measure every combination; return the table, which is also written to `out`, with all results as JSON.
 
-    A complete run is not trained or measured again, so the same call resumes a sweep that was stopped. A combination
-    that the settings refuse, or that diverges, becomes a row that says so; the others continue.
+    Complete runs are not trained or measured again, so the same call resumes a stopped sweep. If the settings reject a
+    combination, or its run diverges, its row in the table says so, and the sweep continues.
 
     Args:
-        out: a folder for each run, named after its values, `results.json` and `results.md`.
+        out: the folder for `results.json`, `results.md`, and a folder for each run, named after its values.
         axes: settings and their values.
-        settings_of: the settings of a combination.
-        train_one: trains one in a folder, and resumes what it finds there.
+        settings_of: returns the settings of a combination.
+        train_one: trains a run in a folder, or resumes the run there.
         measure_one: measures the run in a folder.
 
     Raises:
-        TrainerError: no combination could be trained.
+        TrainerError: no combination could be trained, or a value is rejected in all of its combinations.
     """
     chosen = combinations(axes)
     _refuse_hopeless_values(chosen, settings_of)
@@ -111,7 +111,7 @@ def sweep(
 def _refuse_hopeless_values(
     chosen: Sequence[dict[str, Any]], settings_of: Callable[[dict[str, Any]], Settings]
 ) -> None:
-    """Raise before any training if a value is refused in every combination."""
+    """Raise a TrainerError before any training if the settings reject a value in all of its combinations."""
     reasons: dict[tuple[str, Any], TrainerError] = {}
     possible: set[tuple[str, Any]] = set()
     for values in chosen:
@@ -142,7 +142,7 @@ def _one(settings: Settings, folder: Path, train_one: TrainOne, measure_one: Mea
     except TrainerError as error:
         if not checkpoint_files(folder):
             raise
-        collapse = str(error)  # stopped by its alarm, or diverged after a good checkpoint
+        collapse = str(error)  # stopped by the alarm, or diverged after a valid checkpoint
     checkpoint = load_checkpoint(folder)
     return {
         "images": checkpoint.images_seen,
@@ -155,7 +155,7 @@ def _one(settings: Settings, folder: Path, train_one: TrainOne, measure_one: Mea
 
 
 def outcome(history: History) -> str:
-    """Summarise a run by its alarms; a run too short for the alarm for mode collapse is too early to tell."""
+    """Summarise a run by its alarms. If it was too short for the mode collapse alarm, it is "too early to tell"."""
     names = {alarm.name for alarm in history.alarms}
     if MODE_COLLAPSE in names:
         return "collapsed"

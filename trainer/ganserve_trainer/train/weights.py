@@ -1,4 +1,4 @@
-"""A network's weights: as Adam, the average and the checkpoints see them, and as the device computes on them."""
+"""A network's weights: in fp32 for Adam, the EMA and the checkpoints, and in the precision of the computation."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ _COPIED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 class Weights:
-    """The fp32 weights of a network with Adam's state, and with bf16 the copies of them that its layers hold.
+    """The fp32 weights of a network with Adam's state and, for bf16, the copies that its layers compute with.
 
-    Adam moves the fp32 weights, by steps too small for bf16 (Micikevicius et al., 2018, section 3.1); the copies, of
-    dense and convolutional layers, follow once a step. Autocast alone converts each weight again at every use.
+    Adam updates the fp32 weights, because its steps are too small for bf16 (Micikevicius et al., 2018, section 3.1).
+    The copies, of dense and convolutional layers, are refreshed once a step. Autocast alone would convert each weight
+    at every use.
     """
 
     def __init__(self, network: nn.Module, betas: tuple[float, float], *, bf16: bool) -> None:
@@ -23,7 +24,7 @@ class Weights:
         self.masters: dict[str, nn.Parameter] = dict(network.named_parameters())
         self._adam = torch.optim.Adam(self.masters.values(), betas=(float(betas[0]), float(betas[1])), fused=True)
         for master in self.masters.values():
-            # Adam makes these at a weight's first step; a checkpoint from before it has them too.
+            # Adam would create this state at a weight's first step; a checkpoint from before that step needs it, too.
             self._adam.state[master] = {
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
@@ -33,21 +34,21 @@ class Weights:
         for path, layer in network.named_modules():
             if not bf16 or not isinstance(layer, _COPIED):
                 continue
-            # Weights under spectral normalisation belong to a layer of its own, and keep their precision.
+            # Weights under spectral normalisation belong to its own module, and stay in fp32.
             for name, parameter in layer.named_parameters(path, recurse=False):
                 self._copies[name] = nn.Parameter(parameter.detach().to(torch.bfloat16))
                 setattr(layer, name.rpartition(".")[2], self._copies[name])
-        # Kept as lists: collecting them takes longer than using them.
+        # Stored as lists, because collecting them takes longer than using them.
         self._held = list(network.parameters())
-        self.buffers = list(network.buffers())  # BatchNorm's statistics, for one
+        self.buffers = list(network.buffers())  # such as BatchNorm's statistics
 
     def requires_grad_(self, wanted: bool) -> None:
-        """Set whether gradients with respect to the weights are computed."""
+        """Set whether to compute gradients with respect to the weights."""
         for parameter in self._held:
             parameter.requires_grad_(wanted)
 
     def descend(self, objective: Tensor) -> None:
-        """Take one step of Adam by the objective's gradient, the mean over processes; weights without one stay."""
+        """Take one step of Adam with the objective's gradient, averaged over processes; skip weights without one."""
         for parameter in self._held:
             parameter.grad = None
         objective.backward()
@@ -60,17 +61,17 @@ class Weights:
 
     @torch.no_grad()
     def clip(self, limit: float) -> None:
-        """Bring every weight into -limit…limit."""
+        """Clip every weight to -limit…limit."""
         for master in self.masters.values():
             master.clamp_(-limit, limit)
         self._refresh()
 
     def gradients(self) -> list[Tensor]:
-        """Return the last step's gradients, of those weights that had one."""
+        """Return the last step's gradients, for the weights that had one."""
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the network's state, its weights in fp32."""
+        """Return the network's state, with weights in fp32."""
         return self.network.state_dict() | {name: self.masters[name].detach() for name in self._copies}
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
@@ -79,11 +80,11 @@ class Weights:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], optimizer_state: dict[str, dict[str, Tensor]]) -> None:
-        """Load what `state_dict` and `optimizer_state` returned.
+        """Load the results of `state_dict` and `optimizer_state`.
 
         Raises:
-            RuntimeError: the state is that of another network.
-            KeyError: the optimiser's is.
+            RuntimeError: the state is from another network.
+            KeyError: the optimiser's state is from another network.
         """
         self.network.load_state_dict(state)
         for name in self._copies:
