@@ -265,6 +265,23 @@ async def test_bulk_requests_take_no_room_of_others(engine: HeldEngine, batcher:
     await asyncio.gather(first, many)
 
 
+async def test_a_queue_may_be_filled_to_its_bound_and_what_was_cancelled_leaves_it(
+    engine: HeldEngine, batcher: Batcher
+) -> None:
+    gone = begin(batcher, 0, 24)  # 8 run, 8 stand ready, and 8 wait
+    await engine.wait_for_batch()
+    gone.cancel()
+    await settle()
+    assert batcher.waiting == 0
+    tasks = [begin(batcher, 100, 17), begin(batcher, 50, 2, fairness_key="other"), begin(batcher, 60)]
+    await settle()
+    assert batcher.waiting == 20
+    with pytest.raises(QueueFull, match="holds 20"):
+        batcher.submit(draw(70), lambda _: None, fairness_key="caller", deadline=None)
+    engine.released.release(5)
+    await asyncio.gather(*tasks)
+
+
 async def test_an_empty_queue_takes_a_request_larger_than_its_bound(engine: HeldEngine, batcher: Batcher) -> None:
     for _ in range(5):
         engine.released.release()
@@ -701,6 +718,23 @@ async def test_a_lone_caller_has_all_cores_and_loses_them_when_calls_meet(engine
     await lone_calls(1)
     assert engine.wide[10:] == [True, False, False]
     await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_lone_caller_does_not_have_the_cores_on_which_other_workers_compute(engine: HeldEngine) -> None:
+    memory = os.memfd_create("board")
+    os.ftruncate(memory, 4096)
+    mine, other = Scoreboard(memory, workers=2, mine=0), Scoreboard(memory, workers=2, mine=1)
+    engine.wide_is_faster = True
+    scheduler = Scheduler(2, mine)
+    batcher = queue_of(engine, scheduler)
+    for running, calls in ((1, 10), (0, 1)):
+        other.set_running(running)
+        for seed in range(calls):
+            engine.released.release()
+            await make(batcher, draw(seed))
+    assert engine.wide == [False] * 10 + [True]
+    await asyncio.to_thread(scheduler.close)
+    os.close(memory)
 
 
 @pytest.mark.parametrize(
