@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -646,6 +647,29 @@ def test_a_server_that_has_room_for_few_requests_is_sent_fewer(twin: Twin) -> No
         images = ask(twin, address, "generate_each", "any", range(200))
     assert [image.seed for image in images] == list(range(200))
     assert sum(len(requests) for requests in servicer.requests) < 1200  # 200, 190, 180, … were 2100
+
+
+@both
+def test_a_server_that_has_room_again_is_sent_more(twin: Twin) -> None:
+    """Two refusals leave 64 requests in flight. 120 images make it 66: the square root of 64² + 2 · 120 is 65.8."""
+
+    def behave(number: int, requests: Any, context: Any) -> Any:
+        if number == 0:
+            yield each_answer(next(requests))
+        if number < 2:
+            for _ in requests:
+                yield each_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full", "the queue is full")
+            return
+        waiting = deque(itertools.islice(requests, 64))
+        for _ in range(120):
+            yield each_answer(waiting.popleft())
+            waiting.append(next(requests))
+        waiting.extend(itertools.islice(requests, 2))  # would wait for ever if no more were in flight
+        yield from map(each_answer, itertools.chain(waiting, requests))
+
+    with serving(behave) as (address, _):
+        images = ask(twin, address, "generate_each", "any", range(400), timeout_s=WAIT_S)
+    assert [image.seed for image in images] == list(range(400))
 
 
 @both

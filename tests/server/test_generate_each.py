@@ -1,17 +1,26 @@
 """A stream of requests, each answered in its turn."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
 from tests.conftest import RunningServer
+from tests.server.test_scheduler import WAIT_S, HeldEngine, queue_of
 from tests.server.test_start_and_drain import calls_logged
 from tests.wire import EACH, Peer, head, message
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.queueing.scheduler import Scheduler
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.services.generation import GenerationServicer
+from ganserve_server.settings import ServerSettings
+from ganserve_server.transport.grpc_server import GrpcServer
+from ganserve_server.transport.limits import Limits
 
 Start = Callable[..., RunningServer]
 
@@ -121,6 +130,46 @@ def test_alike_requests_that_came_together_wait_as_one(start_server: Start) -> N
     samples = running.scrape()
     assert samples['ganserve_images_total{model="mlp-mnist",version="1"}'] == 8
     assert samples['ganserve_queue_seconds_count{model="mlp-mnist"}'] == 2
+
+
+def test_a_group_has_no_more_requests_than_are_never_cut(start_server: Start) -> None:
+    running = start_server("--max-batch-size", "16")  # an eighth of it is 2
+    contents = (request(model="mlp-mnist", seed=seed) for seed in range(5))
+    with Peer(running.address) as peer:
+        stream = peer.head(head(EACH))
+        peer.body(stream, b"".join(message(content.SerializeToString()) for content in contents))
+        assert len(peer.answer(stream).messages) == 5
+    assert running.scrape()['ganserve_queue_seconds_count{model="mlp-mnist"}'] == 3  # 2 + 2 + 1
+
+
+async def test_bulk_requests_leave_their_turns_to_interactive_ones_of_the_same_stream() -> None:
+    engine, scheduler, table = HeldEngine(), Scheduler(1), ModelTable()
+    batcher = queue_of(engine, scheduler, max_batch_size=16, max_queue_images=100)
+    table.put(batcher)
+    server = GrpcServer(
+        on_finished=lambda *_: None, on_refused=lambda *_: None, on_internal_error=lambda *_: None, limits=Limits()
+    )
+    GenerationServicer(table, ServerSettings(), Metrics()).add_to(server)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server.start([listening])
+    interactive = [request(model="held", seed=seed) for seed in range(1, 10)]
+    bulk = [request(model="held", seed=seed, priority=pb.PRIORITY_BULK) for seed in range(101, 110)]
+    alternately = [one for pair in zip(interactive, bulk, strict=True) for one in pair]
+    with Peer(f"127.0.0.1:{listening.getsockname()[1]}") as peer:
+        stream = peer.head(head(EACH))
+        for seed in (50, 60):  # one runs, and one stands ready
+            peer.body(stream, message(request(model="held", seed=seed, count=8).SerializeToString()), end=False)
+        await engine.wait_for_batch()
+        peer.body(stream, b"".join(message(one.SerializeToString()) for one in alternately))
+        async with asyncio.timeout(WAIT_S):
+            while batcher.waiting < 18:  # noqa: ASYNC110  what comes over a socket sets no event
+                await asyncio.sleep(0.001)
+        engine.released.release(5)
+        assert len((await asyncio.to_thread(peer.answer, stream)).messages) == 20
+    # An eighth of the batch is bulk while interactive requests wait, then all that they leave.
+    assert engine.batches[2:] == [[1, 2, 3, 4, 5, 6, 7, 101], [8, 9, *range(102, 108)], [108, 109]]
+    await server.drain(10)
+    await asyncio.to_thread(scheduler.close)
 
 
 async def test_a_stream_that_is_left_leaves_nothing_in_the_queue(start_server: Start) -> None:

@@ -15,6 +15,7 @@ from tests.server.test_generate_each import resident_mib
 from tests.server.test_inference_protocol import tensors
 from tests.server.test_start_and_drain import calls_logged, wait_for_sample
 from tests.wire import CANCEL, EACH, INITIAL_WINDOW_SIZE, RST_STREAM, Peer, head, message
+from tests.wire import request as one_image
 from tritonclient.utils import InferenceServerException
 
 from ganserve.v1 import generation_pb2 as generation_pb
@@ -249,6 +250,21 @@ def test_requests_are_begun_by_what_their_answers_take(method: str, content: byt
         wait_for_sample(server, made, lambda images: images >= 22_000)
         samples = server.scrape()
         assert samples[made] + samples[queued] <= 24_000
+
+
+@pytest.mark.parametrize(("method", "content"), [(METHOD, request(1)), (EACH, each(1))], ids=["infer", "each"])
+def test_small_requests_are_begun_until_a_mebibyte_of_answers_is_unread(
+    method: str, content: bytes, start_server: Start
+) -> None:
+    server = start_server("--max-queue-images", "1000000")
+    with Peer(server.address, {INITIAL_WINDOW_SIZE: 0}) as peer, Peer(server.address) as other:
+        peer.body(peer.head(head(method)), message(content) * 4000)
+        made = 'ganserve_images_total{model="mlp-mnist",version="1"}'
+        wait_for_sample(server, made, lambda images: images >= 1000)
+        for _ in range(20):  # turns of the event loop and of the engine, in which more would be begun
+            assert other.call(one_image()).status == 0
+        # An answer has more than its 784 pixels, and 256 requests run at a time: (1 << 20) / 784 + 256.
+        assert server.scrape()[made] - 20 <= 1593
 
 
 async def test_a_reader_that_does_not_read_fills_no_memory(start_server: Start) -> None:

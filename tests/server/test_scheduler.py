@@ -86,10 +86,14 @@ async def batcher(engine: HeldEngine) -> AsyncIterator[Batcher]:
 
 
 def queue_of(
-    engine: HeldEngine, scheduler: Scheduler, metrics: Metrics | None = None, max_batch_size: int = 8
+    engine: HeldEngine,
+    scheduler: Scheduler,
+    metrics: Metrics | None = None,
+    max_batch_size: int = 8,
+    max_queue_images: int = 20,
 ) -> Batcher:
     model = ModelVersion("held", 1, "sha256:0", pb.ModelCard(), engine, b"")  # type: ignore[arg-type]
-    return Batcher(model, max_batch_size, max_queue_images=20, metrics=metrics or Metrics(), scheduler=scheduler)
+    return Batcher(model, max_batch_size, max_queue_images, metrics=metrics or Metrics(), scheduler=scheduler)
 
 
 def draw(first: int, count: int = 1) -> Draw:
@@ -146,6 +150,30 @@ async def test_a_large_request_shares_every_batch_with_later_small_ones(engine: 
     assert not large.done()
     engine.released.release()
     assert (await large).pixels.ravel().tolist() == [*range(100, 128)]
+
+
+@pytest.mark.parametrize("keys", [("a", "a"), ("a", "b")])
+async def test_large_requests_take_turns_of_a_batch_in_the_share_of_their_number(
+    engine: HeldEngine, keys: tuple[str, str]
+) -> None:
+    scheduler = Scheduler(1)
+    batcher = queue_of(engine, scheduler, max_queue_images=100)
+    tasks = [begin(batcher, 0)]
+    await engine.wait_for_batch()
+    tasks += [begin(batcher, seed, fairness_key="small") for seed in range(1, 11)]
+    tasks += [begin(batcher, first, 16, fairness_key=key) for first, key in zip((100, 200), keys, strict=True)]
+    for _ in range(7):
+        engine.released.release()
+    await asyncio.gather(*tasks)
+    assert engine.batches[1:] == [
+        [1, 2, 3, 4, 5, 6, 100, 101],  # 2 of 12 requests are large: 8 * 2 / 12 images, rounded up
+        [7, 8, 9, 10, 102, 103, 104, 105],  # a share of 8 * 2 / 6 images, and the one that is left over
+        [106, 107, *range(200, 206)],  # a turn is 8 images, in however many batches
+        [206, 207, *range(108, 114)],
+        [114, 115, *range(208, 214)],
+        [214, 215],
+    ]
+    await asyncio.to_thread(scheduler.close)
 
 
 async def test_a_batch_stands_ready_behind_one_that_runs(engine: HeldEngine, batcher: Batcher) -> None:
@@ -235,6 +263,23 @@ async def test_bulk_requests_take_no_room_of_others(engine: HeldEngine, batcher:
     for _ in range(5):
         engine.released.release()
     await asyncio.gather(first, many)
+
+
+async def test_a_queue_may_be_filled_to_its_bound_and_what_was_cancelled_leaves_it(
+    engine: HeldEngine, batcher: Batcher
+) -> None:
+    gone = begin(batcher, 0, 24)  # 8 run, 8 stand ready, and 8 wait
+    await engine.wait_for_batch()
+    gone.cancel()
+    await settle()
+    assert batcher.waiting == 0
+    tasks = [begin(batcher, 100, 17), begin(batcher, 50, 2, fairness_key="other"), begin(batcher, 60)]
+    await settle()
+    assert batcher.waiting == 20
+    with pytest.raises(QueueFull, match="holds 20"):
+        batcher.submit(draw(70), lambda _: None, fairness_key="caller", deadline=None)
+    engine.released.release(5)
+    await asyncio.gather(*tasks)
 
 
 async def test_an_empty_queue_takes_a_request_larger_than_its_bound(engine: HeldEngine, batcher: Batcher) -> None:
@@ -332,6 +377,40 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine
     await asyncio.gather(first, waiting, fits)
 
 
+@pytest.mark.parametrize(
+    ("key", "count", "bulk", "before"),
+    [
+        ("c", 1, False, 6),  # as many as this request's from each of the 4 small and 2 large requests
+        ("c", 1, True, 7),  # and from the bulk request
+        ("a", 1, False, 7),  # 3 of its own caller, and one of the other caller in each of 4 rounds
+        ("a", 2, False, 24),  # a turn of 8 images of its own caller, and one of the other caller in each of 2 rounds
+        ("c", 10, False, 33),  # no more than wait
+    ],
+)
+async def test_a_deadline_is_checked_by_what_comes_before_the_request(
+    engine: HeldEngine, key: str, count: int, bulk: bool, before: int
+) -> None:
+    scheduler = Scheduler(1)
+    batcher = queue_of(engine, scheduler, max_queue_images=100)
+    tasks = [begin(batcher, 0)]
+    await engine.wait_for_batch()
+    tasks.append(begin(batcher, 10, 8))  # stands ready
+    await settle()
+    tasks += [begin(batcher, 20 + place, fairness_key=caller) for place, caller in enumerate("aaab")]
+    tasks += [begin(batcher, 100, 12, fairness_key=caller) for caller in "ab"]
+    tasks.append(begin(batcher, 200, 5, fairness_key="b", bulk=True))
+    await settle()
+    assert batcher.waiting == 33
+    # A second for each image: 9 run or stand ready; a fifth more for safety; and 8 for a batch.
+    needed_s = {6: "27", 7: "28", 24: "50", 33: "70"}[before]  # 1.2 * (9 + before + count) + 8, in two digits
+    with pytest.raises(DeadlineTooShort, match=f"would take about {needed_s} s,"):
+        await make(batcher, draw(50, count), 20.0, fairness_key=key, bulk=bulk)
+    for _ in range(7):
+        engine.released.release()
+    await asyncio.gather(*tasks)
+    await asyncio.to_thread(scheduler.close)
+
+
 async def test_callers_have_turns_however_many_requests_they_send(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
@@ -373,6 +452,20 @@ async def test_bulk_does_not_take_whole_batches_of_one_image(engine: HeldEngine)
     await asyncio.to_thread(scheduler.close)
 
 
+async def test_bulk_gets_every_eighth_batch_of_one_image(engine: HeldEngine) -> None:
+    scheduler = Scheduler(1)
+    batcher = queue_of(engine, scheduler, max_batch_size=1)
+    tasks = [begin(batcher, 0)]
+    await engine.wait_for_batch()
+    tasks += [begin(batcher, seed) for seed in range(1, 10)]
+    tasks.append(begin(batcher, 100, 2, bulk=True))
+    for _ in range(12):
+        engine.released.release()
+    await asyncio.gather(*tasks)
+    assert engine.batches == [[0], [1], [2], [3], [4], [5], [6], [7], [100], [8], [9], [101]]
+    await asyncio.to_thread(scheduler.close)
+
+
 async def test_few_images_of_one_model_are_overtaken_by_anothers_once(engine: HeldEngine) -> None:
     scheduler = Scheduler(1)
     busy, quiet = queue_of(engine, scheduler), queue_of(engine, scheduler)
@@ -388,6 +481,25 @@ async def test_few_images_of_one_model_are_overtaken_by_anothers_once(engine: He
     for _ in range(6):
         engine.released.release()
     await asyncio.gather(many, one)
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_overtaken_queues_are_next_and_in_their_order(engine: HeldEngine) -> None:
+    scheduler = Scheduler(1)
+    busy, *quiet = (queue_of(engine, scheduler) for _ in range(3))
+    tasks = [begin(busy, 100, 80)]
+    await engine.wait_for_batch()
+    tasks += [begin(queue, seed) for queue, seed in zip(quiet, (7, 8), strict=True)]
+    await settle()
+    for _ in range(5):
+        engine.released.release()
+        await engine.wait_for_batch()
+        await settle()
+    # Two batches were there first; one was the busy queue's turn, and one overtook the few images of the others.
+    assert engine.batches == [*([*range(first, first + 8)] for first in (100, 108, 116, 124)), [7], [8]]
+    for _ in range(7):
+        engine.released.release()
+    await asyncio.gather(*tasks)
     await asyncio.to_thread(scheduler.close)
 
 
@@ -464,6 +576,20 @@ async def test_a_batch_that_has_two_parts_of_a_request_takes_its_time_once(engin
     await asyncio.to_thread(scheduler.close)
 
 
+async def test_a_request_waits_until_its_first_batch_starts(engine: HeldEngine) -> None:
+    scheduler, metrics = Scheduler(1), Metrics()
+    batcher = queue_of(engine, scheduler, metrics)
+    made: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    job = batcher.submit(draw(0, 16), made.set_result, fairness_key="caller", deadline=None)
+    await engine.wait_for_batch()
+    first_runs = time.monotonic()
+    engine.released.release(2)
+    assert 0 < (await made).queue_s <= first_runs - job.accepted
+    assert len(engine.batches) == 2
+    assert metrics.registry.get_sample_value("ganserve_queue_seconds_count", {"model": "held"}) == 1
+    await asyncio.to_thread(scheduler.close)
+
+
 @pytest.mark.parametrize(("image_s", "sizes"), [(0.0004, [16, 16, 16, 16]), (0.00001, [32, 32])])
 async def test_batches_leave_others_to_stand_ready_if_they_last_as_long_as_the_next_calls_are_on_their_way(
     image_s: float, sizes: list[int], engine: HeldEngine
@@ -518,6 +644,39 @@ async def test_a_worker_has_the_cores_of_the_others_while_they_compute_nothing(e
     os.close(memory)
 
 
+async def test_a_worker_uses_its_own_core_before_it_borrows(engine: HeldEngine) -> None:
+    memory = os.memfd_create("board")
+    os.ftruncate(memory, 4096)
+    mine, other = Scoreboard(memory, workers=2, mine=0), Scoreboard(memory, workers=2, mine=1)
+    scheduler = Scheduler(2, mine)
+    batcher = queue_of(engine, scheduler)
+    tasks = [begin(batcher, 0, 8)]
+    await engine.wait_for_batch()
+    other.set_running(1)  # on its own core, which nobody has borrowed
+    tasks.append(begin(batcher, 8, 8))
+    await settle()
+    assert batcher.waiting == 0
+    assert other.others_running() == 1  # the second batch stands ready
+    engine.released.release(2)
+    await asyncio.gather(*tasks)
+    await asyncio.to_thread(scheduler.close)
+    os.close(memory)
+
+
+async def test_one_batch_stands_ready_behind_each_core_borrowed_or_not(engine: HeldEngine) -> None:
+    memory = os.memfd_create("board")
+    os.ftruncate(memory, 4096)
+    scheduler = Scheduler(2, Scoreboard(memory, workers=2, mine=0))
+    batcher = queue_of(engine, scheduler)
+    large = begin(batcher, 0, 48)
+    await settle()
+    assert batcher.waiting == 16  # of 6 batches, two run and two stand ready
+    engine.released.release(6)
+    assert (await large).pixels.ravel().tolist() == [*range(48)]
+    await asyncio.to_thread(scheduler.close)
+    os.close(memory)
+
+
 async def test_images_that_fill_a_bucket_up_are_counted(engine: HeldEngine) -> None:
     scheduler, metrics = Scheduler(1), Metrics()
     batcher = queue_of(engine, scheduler, metrics)
@@ -559,6 +718,23 @@ async def test_a_lone_caller_has_all_cores_and_loses_them_when_calls_meet(engine
     await lone_calls(1)
     assert engine.wide[10:] == [True, False, False]
     await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_lone_caller_does_not_have_the_cores_on_which_other_workers_compute(engine: HeldEngine) -> None:
+    memory = os.memfd_create("board")
+    os.ftruncate(memory, 4096)
+    mine, other = Scoreboard(memory, workers=2, mine=0), Scoreboard(memory, workers=2, mine=1)
+    engine.wide_is_faster = True
+    scheduler = Scheduler(2, mine)
+    batcher = queue_of(engine, scheduler)
+    for running, calls in ((1, 10), (0, 1)):
+        other.set_running(running)
+        for seed in range(calls):
+            engine.released.release()
+            await make(batcher, draw(seed))
+    assert engine.wide == [False] * 10 + [True]
+    await asyncio.to_thread(scheduler.close)
+    os.close(memory)
 
 
 @pytest.mark.parametrize(
