@@ -21,7 +21,7 @@ import pytest
 
 from ganserve import Client
 
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 180
 SETTLE_TIMEOUT_S = 60
 # Gauges that are 0 when nothing is asked for, though peers may be connected.
 IDLE = ("ganserve_calls", "ganserve_kept_bytes", "ganserve_queue_images")
@@ -96,6 +96,11 @@ class RunningServer:
             if line["event"] == event:
                 return line
             seen.append(line)
+        if not self.log_ended.is_set():  # it may stand still: have it log where
+            for pid in (*_children(self.process.pid), self.process.pid):
+                os.kill(pid, signal.SIGABRT)
+            self.log_ended.wait(10)
+            seen += [self.events.get_nowait() for _ in range(self.events.qsize())]
         raise AssertionError(f"{event!r} is not in the log of process {self.process.args}, which has {seen}")
 
     def scrape(self) -> dict[str, float]:
@@ -132,11 +137,15 @@ class RunningServer:
         return self.process.wait(timeout=START_TIMEOUT_S)
 
 
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def _is_stopped(pid: int) -> bool:
     """Tell whether SIGSTOP has come to a process or one of its children."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        states = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] for one in (pid, *children)]
+        pids = (pid, *_children(pid))
+        states = [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] for one in pids]
     except (FileNotFoundError, ProcessLookupError):  # one has ended meanwhile
         return False
     return "T" in states
@@ -146,7 +155,10 @@ def _is_stopped(pid: int) -> bool:
 def run_server(*flags: str | Path) -> Iterator[RunningServer]:
     program = Path(sys.executable).with_name("ganserve-server")
     command = [program, "--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", "--log-format", "json", *flags]
-    with subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(
+        [str(part) for part in command], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         server = RunningServer(process, queue.Queue(), threading.Event())
 
         def read() -> None:

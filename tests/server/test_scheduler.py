@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.compute import engine as engine_module
 from ganserve_server.compute.engine import Draw, Engine
 from ganserve_server.compute.gpu import Feeds
 from ganserve_server.compute.model import ModelVersion
@@ -753,11 +755,22 @@ async def test_a_message_of_a_stream_has_several_batches_of_a_fast_model_up_to_a
     await asyncio.to_thread(scheduler.close)
 
 
-def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core() -> None:
+@pytest.mark.parametrize(("one_s", "wide_s", "faster"), [(0.0003, 0.00005, True), (0.00009, 0.00005, False)])
+def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core(
+    one_s: float, wide_s: float, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def run(draws: list[Draw], *, wide: bool = False) -> None:
+        nonlocal now
+        now += (wide_s if wide else one_s) * draws[0].count
+
     model = (BUNDLED_MODELS / "mlp-mnist" / "1" / "model.onnx").read_bytes()
-    engine = Engine(model, 100, "cpu", threads=2)
-    engine.measure(None)
-    assert not engine.wide_is_faster
+    timed = Engine(model, 100, "cpu", threads=2)
+    monkeypatch.setattr(timed, "run", run)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    timed.measure(None)
+    assert timed.wide_is_faster == faster
 
 
 class Flickering(Scoreboard):
