@@ -6,7 +6,7 @@ server's resident memory. Neither includes the kernel's buffers.
 
     python -m benchmarks.worst_case [--connections 2000] [--check]
 
---check exits with 1 if the memory exceeds the bound, or if the growth is above 32 MiB a minute after all clients left.
+--check exits with 1 if the memory exceeds the bound, or if the growth is above 64 MiB a minute after all clients left.
 """
 
 import argparse
@@ -45,7 +45,8 @@ IMAGES = 1024  # of one call: an answer of 784 KiB
 CALLS_AT_ONCE = 8
 LARGE_WINDOW = 1 << 20  # larger than an answer of IMAGES images
 CHECK = "/grpc.health.v1.Health/Check"
-SETTLE_S, MOST_LEFT_MIB = 60.0, 32
+# What is left are gaps in the heap: a second and a third round leave no more.
+SETTLE_S, MOST_LEFT_MIB = 60.0, 64
 
 
 def fill_connection(peer: Peer) -> None:

@@ -44,6 +44,7 @@ _ACCEPT_S = 0.001  # in one iteration of the loop
 _SILENT_S = 0.005  # for the first byte of a new connection
 # Return free memory to the system after 32 MiB were freed, or after 12 s if at least an eighth of that was freed.
 _GIVE_BACK_BYTES, _GIVE_BACK_EVERY_S = 32 << 20, 12.0
+_LOST_BYTES = 64 << 10  # that the end of a connection frees beside the pools, mostly of TLS
 
 
 class GrpcServer(BaseServer[Http2Call]):
@@ -95,6 +96,7 @@ class GrpcServer(BaseServer[Http2Call]):
         self._unused_ones: deque[Connection[Head]] = deque()  # may be closed to make room
         self._searched = 0.0  # the last search for unused connections, by time.monotonic
         self._looking: asyncio.TimerHandle | None = None
+        self._lost_since = 0  # connections that ended since memory was given back
         self._gave_back, self._give_back_again = 0.0, False  # by time.monotonic
 
     @property
@@ -203,9 +205,11 @@ class GrpcServer(BaseServer[Http2Call]):
         pools = (self.requests, self.unguarded, self.answers)
         dropped = sum(pool.peak - pool.bytes for pool in pools)
         due = now - self._gave_back > _GIVE_BACK_EVERY_S
-        if dropped > _GIVE_BACK_BYTES or (due and (self._give_back_again or dropped > _GIVE_BACK_BYTES // 8)):
+        some = dropped + self._lost_since * _LOST_BYTES > _GIVE_BACK_BYTES // 8
+        if dropped > _GIVE_BACK_BYTES or (due and (self._give_back_again or some)):
             # Twice: timers of ended connections keep some of the memory for 10 s more.
             self._gave_back, self._give_back_again = now, not (due and self._give_back_again)
+            self._lost_since = 0
             for pool in pools:
                 pool.peak = pool.bytes
             task = self.loop.create_task(asyncio.to_thread(give_back_memory))
@@ -406,6 +410,7 @@ class GrpcServer(BaseServer[Http2Call]):
 
     def _lost(self, accepted: socket, connection: Connection[Head]) -> None:
         self._connections.pop(connection, None)
+        self._lost_since += 1
         self._ending -= connection.draining
         self._release(accepted)
         if not self._connections:
