@@ -126,7 +126,7 @@ def test_a_closing_server_reads_on_so_that_its_last_words_arrive(peer: Peer) -> 
     assert peer.closed_for() == PROTOCOL_ERROR
 
 
-def test_an_error_of_the_connection_ends_the_calls_on_it_and_nothing_is_logged(start_server: Start) -> None:
+def test_an_error_of_the_connection_ends_the_calls_on_it_and_both_are_logged(start_server: Start) -> None:
     running = start_server("--access-log", "all")
     with Peer(running.address) as peer:
         requested(peer)
@@ -134,7 +134,8 @@ def test_an_error_of_the_connection_ends_the_calls_on_it_and_nothing_is_logged(s
         peer.send(PING, 0, 1, bytes(8))
         assert peer.closed_for() == PROTOCOL_ERROR
         # Before this side has closed its half.
-        assert running.events.get(timeout=3)["code"] == "CANCELLED"
+        ended, call = running.wait_for("connection ended"), running.wait_for("call")
+        assert (ended["reason"], call["code"]) == ("protocol", "CANCELLED")
     assert running.stop() == 0
     assert {running.events.get(timeout=10)["event"] for _ in range(2)} == {"draining", "stopped"}
 
