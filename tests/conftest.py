@@ -1,5 +1,6 @@
 """A real server on a real port, for every test that wants one."""
 
+import contextlib
 import functools
 import json
 import os
@@ -97,8 +98,9 @@ class RunningServer:
                 return line
             seen.append(line)
         if not self.log_ended.is_set():  # it may stand still: have it log where
-            for pid in (*_children(self.process.pid), self.process.pid):
-                os.kill(pid, signal.SIGABRT)
+            with contextlib.suppress(OSError):  # it has ended just now
+                for pid in (*_children(self.process.pid), self.process.pid):
+                    os.kill(pid, signal.SIGABRT)
             self.log_ended.wait(10)
             seen += [self.events.get_nowait() for _ in range(self.events.qsize())]
         raise AssertionError(f"{event!r} is not in the log of process {self.process.args}, which has {seen}")
