@@ -24,7 +24,7 @@ from ganserve._calls import AsyncCalls, Calls, readable
 from ganserve._forks import answers_of, cancelled_on_exit, check_fork, lost_in_fork
 from ganserve._messages import EachError, EachRequests, to_each
 from ganserve._retries import Attempts
-from ganserve._statuses import translate_answer
+from ganserve._statuses import FirstStatus, translate_answer
 from ganserve.errors import (
     GanserveError,
     InvalidRequestError,
@@ -331,10 +331,12 @@ async def each_async(
         with _WatchedAsync(progress, lambda: call is not None and call.cancel()):
             while not progress.complete:
                 stubs, requests, request_id = calls.connected(), asyncio.Queue[bytes | None](), uuid.uuid4().hex
+                status = FirstStatus()
                 failure: GanserveError | None
                 progress.wait()
                 try:
                     call = stubs.generate_each(_until_none(requests), metadata=calls.metadata_with(request_id))
+                    call.add_done_callback(status)
                     async with answers_of(call) as answers:
                         progress.begin(requests.put_nowait, request_id)
                         async for answer in answers:
@@ -351,7 +353,9 @@ async def each_async(
                         else:
                             progress.check_end()
                     failure = progress.failure
-                except (grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError) as error:
+                except grpc.RpcError as error:
+                    failure = calls.failure(status.of(error), progress.timeout_s, request_id, late=progress.late)
+                except (asyncio.CancelledError, grpc.aio.UsageError) as error:
                     failure = calls.failure(error, progress.timeout_s, request_id, late=progress.late)
                 finally:
                     requests.put_nowait(None)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -94,13 +94,44 @@ def translate(
         # The client did not cancel it: a server that was shutting down dropped the call before it began.
         code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.INTERNAL and details == _WRITE_FAILED:
-        # grpc.aio reports this for a stream that ended in any way during the write of a request (grpc#36066).
         code, details = grpc.StatusCode.UNAVAILABLE, "the call ended while requests were being sent"
     translated = _translated(code, details, address, answered_id, timeout_s)
     if isinstance(translated, DeadlineExceededError):
         translated.request_id = answered_id or request_id
     _read_details(translated, metadata.get(_DETAILS_KEY))
     return translated
+
+
+class FirstStatus:
+    """Keeps the status that an asyncio call with a stream of requests ends with; a callback of its end.
+
+    If the call ends while a request is being written, grpc.aio overwrites the status with "Internal error from Core"
+    (grpc#36066).
+    """
+
+    def __init__(self) -> None:
+        self._error: grpc.aio.AioRpcError | None = None
+
+    def __call__(self, call: Any) -> None:
+        code, details = _result(call.code()), _result(call.details())
+        if code is not grpc.StatusCode.OK:
+            self._error = grpc.aio.AioRpcError(
+                code, grpc.aio.Metadata(), _result(call.trailing_metadata()), details=details
+            )
+
+    def of(self, error: Any) -> Any:
+        """Return the error that the call ended with, which `error` may have overwritten."""
+        overwritten = error.code() is grpc.StatusCode.INTERNAL and error.details() == _WRITE_FAILED
+        return self._error if overwritten and self._error is not None else error
+
+
+def _result(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a coroutine that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("the coroutine waits")
 
 
 def translate_answer(code: int, reason: str, text: str, address: str, request_id: str) -> GanserveError:

@@ -1043,6 +1043,16 @@ def test_what_is_no_answer_of_grpc_is_a_typed_error(
             assert caught.value.__cause__ is None
 
 
+def test_the_status_of_a_stream_that_ends_during_a_write_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without FirstStatus, a fifth of these asyncio calls end with "the call ended while requests were being sent"."""
+    monkeypatch.setattr(_retries, "_PATIENCE_BEFORE_FIRST_ANSWER_S", 0.0)
+    refused = (RST_STREAM, 0, _number(11))
+    with gate(lambda _, number, connection: _answering(connection, refused)) as door:
+        for _ in range(30):
+            with pytest.raises(OverloadedError):
+                ask(AsyncClient, door.address, "generate_each", model="any", seeds=[7, 3], timeout_s=WAIT_S)
+
+
 @both
 @pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", bytes(64)])
 def test_what_is_no_http2_is_unavailable(twin: Twin, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
