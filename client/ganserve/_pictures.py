@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
-from ganserve.provenance import EXIF_IMAGE_DESCRIPTION, PNG_KEYWORD, Provenance
+from ganserve import _formats
+from ganserve.provenance import Provenance
 
 _GAP = 2  # pixels between the images of a sheet
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
-WITH_PROVENANCE = ("PNG", "JPEG", "WEBP", "GIF", "TIFF")  # Pillow's names of the formats that can hold provenance
 _SHORTEST_FRAME_MS = 20  # browsers show shorter frames for 100 ms
 
 
@@ -26,7 +24,7 @@ class Sheet(Image.Image):
         sheet = cls()
         sheet.__setstate__(image.__getstate__())
         # Pillow keeps the text chunks of a PNG that it has read here.
-        sheet.info[PNG_KEYWORD] = provenance.to_json()
+        sheet.info[_formats.PNG_KEYWORD] = provenance.to_json()
         return sheet
 
     def save(
@@ -49,11 +47,9 @@ class Sheet(Image.Image):
             ValueError: the extension is of no format that can be written.
             OSError: the file can't be written.
         """
-        ending = ""
         if isinstance(fp, str | bytes | os.PathLike):
-            ending = os.path.splitext(os.fsdecode(fp))[1]
             format = format or format_of(os.fsdecode(fp))
-        arguments = _arguments(format or ending, self.info[PNG_KEYWORD] if provenance else None)
+        arguments = _formats.arguments(format or "", self.info[_formats.PNG_KEYWORD] if provenance else None)
         super().save(fp, format, **{**arguments, **params})
 
 
@@ -67,8 +63,8 @@ def format_of(name: str) -> str:
     pillow_format = Image.registered_extensions().get(ending.lower())
     if pillow_format not in Image.SAVE:
         raise ValueError(
-            f"{name!r} ends like no picture; the known endings are {', '.join(ENDINGS)} and, without provenance in the "
-            "file, the others that Pillow writes"
+            f"{name!r} ends like no picture; the known endings are {', '.join(_formats.EXTENSIONS)} and, without "
+            "provenance in the file, the others that Pillow writes"
         )
     return pillow_format
 
@@ -80,7 +76,7 @@ def write(image: Image.Image, target: Path | IO[bytes], provenance: Provenance |
         ValueError: the format cannot be written.
     """
     pillow_format = _format(target, kind)
-    arguments = _arguments(pillow_format, None if provenance is None else provenance.to_json())
+    arguments = _formats.arguments(pillow_format, None if provenance is None else provenance.to_json())
     image.save(_opened(target), pillow_format, **arguments)
 
 
@@ -121,17 +117,23 @@ def animate(
         ValueError: the format is neither GIF nor WebP, or the frames are too short.
     """
     if kind is None and isinstance(target, Path):
-        pillow_format, wrong = target.suffix.removeprefix("."), f"{str(target)!r} must end in .gif or .webp"
+        pillow_format, wrong = (
+            target.suffix.removeprefix("."),
+            f"{str(target)!r} must end in {_formats.ANIMATED_EXTENSIONS}",
+        )
     else:
-        pillow_format, wrong = str(kind), f"format is {kind!r}; it must be GIF or WEBP"
-    if (pillow_format := pillow_format.upper()) not in ("GIF", "WEBP"):
+        pillow_format, wrong = (
+            str(kind),
+            f"format is {kind!r}; it must be {_formats.in_words(_formats.ANIMATED)}",
+        )
+    if (pillow_format := pillow_format.upper()) not in _formats.ANIMATED:
         raise ValueError(wrong)
     if frame_ms < _SHORTEST_FRAME_MS:
         raise ValueError(f"frame_ms is {frame_ms}; browsers show nothing for less than {_SHORTEST_FRAME_MS} ms")
     if pillow_format == "GIF":
         frames = [_to_palette(frame) for frame in frames]
     first, *rest = (enlarge(frame, scale) for frame in frames)
-    arguments = _arguments(pillow_format, None if provenance is None else provenance.to_json())
+    arguments = _formats.arguments(pillow_format, None if provenance is None else provenance.to_json())
     file = _opened(target)
     first.save(file, pillow_format, save_all=True, append_images=rest, duration=frame_ms, loop=0, **arguments)
 
@@ -141,7 +143,7 @@ def _format(target: Path | IO[bytes], kind: str | None) -> str:
         return format_of(str(target))
     Image.init()  # otherwise Pillow knows only the formats that it has used
     if (kind or "").upper() not in Image.SAVE:
-        raise ValueError(f"format is {kind!r}; it must be PNG, JPEG, WEBP, or another that Pillow writes")
+        raise ValueError(f"format is {kind!r}; it must be {', '.join(_formats.FORMATS)}, or another that Pillow writes")
     return str(kind).upper()
 
 
@@ -164,24 +166,3 @@ def _to_palette(image: Image.Image) -> Image.Image:
     if image.mode == "L":
         return image
     return image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
-
-
-def _arguments(format_or_ending: str, text: str | None) -> dict[str, Any]:
-    """Return the arguments for Pillow's writer of this format: the quality, and the text as metadata."""
-    arguments: dict[str, Any] = {}
-    kind = format_or_ending.lower().removeprefix(".")
-    if kind in ("jpg", "jpeg"):
-        arguments["quality"] = 95
-    elif kind == "webp":
-        arguments["lossless"] = True
-    if text is None:
-        return arguments
-    if kind == "png":
-        arguments["pnginfo"] = PngInfo()
-        arguments["pnginfo"].add_text(PNG_KEYWORD, text)
-    elif kind in ("jpg", "jpeg", "webp", "tif", "tiff"):
-        arguments["exif"] = Image.Exif()
-        arguments["exif"][EXIF_IMAGE_DESCRIPTION] = text
-    elif kind == "gif":
-        arguments["comment"] = text
-    return arguments

@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gradio as gr
 
 from ganserve import Client
+from ganserve._formats import FORMATS
 from ganserve.errors import FLAGS, GanserveError, UnavailableError
 from ganserve.images import ImageBatch
 from ganserve.models import Model
@@ -299,7 +300,7 @@ def _notice(error: GanserveError) -> str:
 
 
 def _picture(batch: ImageBatch) -> str:
-    uri = _data_uri("png", partial(batch[0].save, format="PNG"))
+    uri = _data_uri("PNG", partial(batch[0].save, format="PNG"))
     made = batch[0].provenance
     name = "-".join(str(part) for part in (made.model, made.label, made.seed) if part is not None) + ".png"
     text = f"{made.model} version {made.version}, class {made.label}, seed {made.seed}, truncation {made.truncation:g}"
@@ -309,9 +310,9 @@ def _picture(batch: ImageBatch) -> str:
 
 
 def _film(walk: ImageBatch, seconds: float) -> str:
-    first, last = (_data_uri("png", partial(walk[end].save, format="PNG")) for end in (0, -1))
-    film = _data_uri("gif", lambda file: walk.gif(file, scale=max(1, 280 // walk.pixels.shape[2])))
-    strip = _data_uri("png", lambda file: walk.sheet(columns=min(len(walk), 8)).save(file, "PNG"))
+    first, last = (_data_uri("PNG", partial(walk[end].save, format="PNG")) for end in (0, -1))
+    film = _data_uri("GIF", lambda file: walk.gif(file, scale=max(1, 280 // walk.pixels.shape[2])))
+    strip = _data_uri("PNG", lambda file: walk.sheet(columns=min(len(walk), 8)).save(file, "PNG"))
     way = walk.interpolation
     assert way is not None
     ends = (way.seed_a, way.seed_b)
@@ -329,11 +330,11 @@ def _film(walk: ImageBatch, seconds: float) -> str:
         <a class="download" href="{film}" download="{name}.gif">Download {name}.gif</a></div>"""
 
 
-def _data_uri(kind: str, save: Callable[[IO[bytes]], object]) -> str:
+def _data_uri(name: str, save: Callable[[IO[bytes]], object]) -> str:
     """Return a file of the SDK, with its provenance, as a data URI for the page."""
     file = io.BytesIO()
     save(file)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:{FORMATS[name].media_type};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _latency(seconds: list[float], batch: ImageBatch) -> str:

@@ -22,16 +22,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from ganserve._latents import WAYS
 from ganserve.errors import NoProvenanceError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-PNG_KEYWORD = "ganserve"
-EXIF_IMAGE_DESCRIPTION = 0x010E
 _MAX_TEXT = 60_000  # characters; a JPEG holds 65,533 bytes of EXIF
 _MAX_IMAGES = 1_000_000  # a file of a few bytes must not expand to more seeds
 _MOST_SHOWN = 16  # numbers of a list
@@ -182,9 +177,11 @@ def read_provenance(source: str | Path | bytes | BinaryIO) -> Provenance:
 def _read(file: BinaryIO, name: str) -> Provenance:
     from PIL import Image, UnidentifiedImageError
 
+    from ganserve._formats import PNG_KEYWORD, read_metadata
+
     try:
         with Image.open(file) as image:
-            found = _metadata(image)
+            found = read_metadata(image)
     # Pillow's readers raise nearly any exception on a broken file, and its guard against huge pictures another one.
     except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError)
@@ -200,21 +197,6 @@ def _read(file: BinaryIO, name: str) -> Provenance:
         return Provenance.from_json(text)
     except NoProvenanceError as error:
         raise NoProvenanceError(f"{name} doesn't say how it was made: its {place} isn't ganserve's; {error}") from None
-
-
-def _metadata(image: "Image") -> tuple[str, str] | None:
-    """Return where the image's text was found, and the text."""
-    places = {
-        f"PNG text chunk {PNG_KEYWORD!r}": image.info.get(PNG_KEYWORD),
-        "EXIF ImageDescription": image.getexif().get(EXIF_IMAGE_DESCRIPTION),
-        "GIF comment": image.info.get("comment") if image.format == "GIF" else None,
-    }
-    for place, text in places.items():
-        if isinstance(text, bytes):
-            return place, text.decode("ascii", "replace")
-        if isinstance(text, str):
-            return place, str(text)
-    return None
 
 
 def _told(made: object, names: Sequence[str]) -> str:

@@ -308,7 +308,7 @@ def test_an_animation_is_written_into_an_open_file_as_into_one_by_name(tmp_path:
     walk(3).gif(file := io.BytesIO(), "WebP", scale=2)
     assert file.getvalue() == walk(3).gif(tmp_path / "walk.webp", scale=2).read_bytes()
     for wrong in ("PNG", ""):
-        with pytest.raises(ValueError, match="must be GIF or WEBP"):
+        with pytest.raises(ValueError, match="must be WEBP or GIF"):
             walk(3).gif(io.BytesIO(), wrong)
 
 
@@ -335,8 +335,8 @@ def test_few_colours_stay_as_they_are_in_a_gif(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "text"),
     [
-        ("walk.png", {}, r"must end in \.gif or \.webp"),
-        ("walk", {}, r"must end in \.gif or \.webp"),
+        ("walk.png", {}, r"must end in \.webp or \.gif"),
+        ("walk", {}, r"must end in \.webp or \.gif"),
         ("walk.gif", {"frame_ms": 19}, "frame_ms is 19"),
         ("walk.gif", {"scale": 0}, "scale is 0"),
     ],

@@ -17,7 +17,7 @@ from tests.transport.in_process import FakeTransport, SteppedLoop, logged_errors
 from tests.wire import DATA, END_STREAM, HEADERS, PREFACE, RST_STREAM, SETTINGS, frame
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import Draw, Inputs
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import QueueFull, ServingError, Unauthenticated
 from ganserve_server.observe.call_recorder import CallRecorder
@@ -97,7 +97,7 @@ class _Zeros:
             1,
             "0" * 64,
             card,
-            cast(Any, SimpleNamespace(provider="none")),
+            cast(Any, SimpleNamespace(provider="none", inputs=Inputs.of(card))),
             pb.Model(name=name).SerializeToString(),
         )
 

@@ -4,7 +4,8 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -15,8 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tests.conftest import RunningServer
 
+from ganserve._formats import ENCODED, ENCODED_NAMES
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.compute.model import ModelVersion
+from ganserve_server.errors import InvalidRequest
+from ganserve_server.services.messages import parse
 
 Start = Callable[..., RunningServer]
 MODELS = ("cdcgan-fashion-mnist", "cdcgan-mnist", "dcgan-mnist", "mlp-mnist")
@@ -67,7 +72,7 @@ def test_without_labels_the_classes_take_turns(stub: pb_grpc.GenerationServiceSt
     assert np.array_equal(alone[0], pixels(response)[5])
 
 
-@pytest.mark.parametrize("encoding", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("encoding", ENCODED_NAMES)
 def test_an_encoded_image_shows_the_pixels_and_says_how_to_make_it_again(
     encoding: str, stub: pb_grpc.GenerationServiceStub
 ) -> None:
@@ -90,6 +95,17 @@ def test_an_encoded_image_shows_the_pixels_and_says_how_to_make_it_again(
             "label": 5 + index if index < 5 else 0,
             "truncation": 0.5,
         }
+
+
+def test_an_encoding_that_the_table_of_formats_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that was only in the enum once gave WebP files under the new name."""
+    table = {f"ENCODING_{each.name}": number for number, each in ENCODED.items()}
+    assert dict(pb.Encoding.items()) == {"ENCODING_UNSPECIFIED": 0, "ENCODING_RAW": 1, **table}
+    monkeypatch.delitem(ENCODED, pb.ENCODING_WEBP)
+    model = cast(ModelVersion, SimpleNamespace(classes=0))
+    with pytest.raises(InvalidRequest) as caught:
+        parse(pb.GenerateImagesRequest(encoding=pb.ENCODING_WEBP), model, max_images=1, max_values=1)
+    assert caught.value.field == "encoding"
 
 
 def test_negative_zero_is_zero(stub: pb_grpc.GenerationServiceStub) -> None:

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute import engine as engine_module
 from ganserve_server.compute import gpu
-from ganserve_server.compute.engine import Draw, Engine, Provider, ProviderUnavailable, SessionRefused
+from ganserve_server.compute.engine import Engine, Provider, ProviderUnavailable, SessionRefused
 from ganserve_server.compute.gpu import (
     CPU,
     CUDA,
@@ -24,6 +25,7 @@ from ganserve_server.compute.gpu import (
     bucket_sizes,
     gpu_options,
 )
+from ganserve_server.compute.inputs import Draw, Feeds, Inputs
 from ganserve_server.repository.verify import ModelRejected, load_version
 from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
@@ -220,7 +222,8 @@ def library(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Library:
 
 def open_engine(provider: Provider = "cuda", max_batch_size: int = 8, **options: Any) -> Engine:
     options = {"gpu": GpuOptions(max_batch_size=max_batch_size), "classes": 3} | options
-    return Engine(b"model", LATENT_DIM, provider, 1, **options)
+    card = pb.ModelCard(latent_dim=LATENT_DIM, class_names=map(str, range(options.pop("classes"))))
+    return Engine(b"model", Inputs.of(card), provider, 1, **options)
 
 
 def warm_engine(provider: Provider = "cuda", max_batch_size: int = 8) -> Engine:
@@ -231,7 +234,7 @@ def warm_engine(provider: Provider = "cuda", max_batch_size: int = 8) -> Engine:
 
 def draw(count: int, first: int = 1000) -> Draw:
     seeds = np.arange(first, first + count, dtype=np.uint32)
-    return Draw(count, seeds, None, np.arange(count) % 3, 1.0)
+    return Draw(count, seeds, {"label": np.arange(count) % 3}, 1.0)
 
 
 def wanted(count: int, first: int = 1000) -> NDArray[np.uint8]:
@@ -357,7 +360,7 @@ def test_images_that_depend_on_their_place_are_reported(machine: Machine, caplog
 
 
 def test_agreement_is_of_every_image_wherever_it_stands() -> None:
-    def make(size: int, feeds: gpu.Feeds) -> NDArray[np.uint8]:
+    def make(size: int, feeds: Feeds) -> NDArray[np.uint8]:
         made = feeds["latent"].astype(np.uint8)
         return np.where((made == 5) & (size == 2), 0, made)  # the last image of a part that is not full
 
@@ -473,7 +476,7 @@ def test_a_first_run_that_fails_without_graphs_too_is_an_error(machine: Machine)
 def test_times_are_measured_of_the_buckets(machine: Machine, max_batch_size: int) -> None:
     engine = warm_engine(max_batch_size=max_batch_size)
     machine.runs.clear()
-    engine.measure(2)
+    engine.measure()
     assert {graph for graph, _ in machine.runs} == {1, max_batch_size}
     assert engine.seconds_for(max_batch_size) > 0
     assert not engine.wide_is_faster
@@ -490,7 +493,7 @@ def real_session(name: str) -> onnxruntime.InferenceSession:
 def test_buckets_on_the_cpu_provider_make_the_bytes_of_a_plain_run(name: str) -> None:
     session = real_session(name)
     latent, *label = session.get_inputs()
-    feeds: gpu.Feeds = {"latent": np.random.RandomState(0).standard_normal((64, latent.shape[1])).astype(np.float32)}
+    feeds: Feeds = {"latent": np.random.RandomState(0).standard_normal((64, latent.shape[1])).astype(np.float32)}
     if label:
         feeds["label"] = np.arange(64) % 10
     runner = BucketRunner(session, (28, 28, 1), feeds, 64, device="cpu")
@@ -521,7 +524,7 @@ def test_a_version_loads_and_makes_its_golden_images_in_buckets(
     engine = load()
     assert (engine.provider, engine.buckets) == (CUDA, [1, 2, 4])
     labels = np.arange(3)
-    made = engine.run([Draw(3, labels.astype(np.uint32), None, labels, 1.0)])
+    made = engine.run([Draw(3, labels.astype(np.uint32), {"label": labels}, 1.0)])
     latents = np.stack([np.random.RandomState(seed).standard_normal(64) for seed in range(3)]).astype(np.float32)
     assert np.array_equal(made, digits.run(["image"], {"latent": latents, "label": labels})[0])
     assert machine.plain_runs == 0

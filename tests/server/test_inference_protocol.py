@@ -29,6 +29,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.compute.inputs import Inputs
 from ganserve_server.errors import InvalidRequest, ModelNotFound
 from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.queueing.jobs import Made
@@ -246,7 +247,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str, str]] 
     "labels alone": (LABEL, {}, INVALID, "one of the inputs latent and seed"),
     "seeds and latents": (SEED | LATENT | LABEL, {}, INVALID, "one of the inputs latent and seed"),
     "latents without labels": (LATENT, {}, INVALID, "need the input label"),
-    "unknown input": (SEED | {"noise": LATENTS[:2]}, {}, INVALID, "no input 'noise'; there are latent, seed, label"),
+    "unknown input": (SEED | {"noise": LATENTS[:2]}, {}, INVALID, "no input 'noise'; it has latent and label and seed"),
     "latents of another model": (LATENT, {"model_name": "mlp-mnist"}, INVALID, r"\[2, 64\]; .* takes \[n, 100\]"),
     "latents without a batch": ({"latent": LATENTS[0]} | LABEL, {}, INVALID, r"\[64\]; .* takes \[n, 64\]"),
     "latents that are images": ({"latent": LATENTS[:2, None]} | LABEL, {}, INVALID, r"takes \[n, 64\]"),
@@ -333,7 +334,7 @@ BAD_MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         "takes [n] or [n, 1]",
     ),
     "an empty parameter": ({"parameters": {"truncation": triton_pb.InferParameter()}}, "None; it must be a number"),
-    "too many inputs": ({"inputs": [{"name": "seed"}] * 4}, "the request has 4 inputs; it may have 3"),
+    "too many inputs": ({"inputs": [{"name": "seed"}] * 17}, "the request has 17 inputs; it may have 16"),
     "too many outputs": ({"outputs": [{"name": "image"}] * 4}, "the request has 4 outputs; it may have 3"),
     "too many parameters": (
         {"parameters": {str(number): triton_pb.InferParameter(int64_param=1) for number in range(17)}},
@@ -367,9 +368,10 @@ BAD_MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "more labels than images": (
         {
+            "model_name": "cdcgan-mnist",
             "inputs": [
                 {"name": "label", "datatype": "INT64", "shape": [2000], "contents": {"int64_contents": [1] * 2000}}
-            ]
+            ],
         },
         "label is for 2000 images",
     ),
@@ -402,7 +404,7 @@ def test_numbers_are_counted_before_they_are_converted(size: int, monkeypatch: p
         shape=[size],
         contents=grpc_service_pb2.InferTensorContents(int64_contents=[1, 2]),
     )
-    model: Any = SimpleNamespace(name="mlp-mnist", card=SimpleNamespace(latent_dim=100))
+    model: Any = SimpleNamespace(name="mlp-mnist", inputs=Inputs.of(pb.ModelCard(latent_dim=100)))
     with pytest.raises(InvalidRequest):
         _draw(request, model, 1024, 1.0)
 

@@ -19,6 +19,7 @@ from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute import cuda
 from ganserve_server.compute.engine import Engine, ProviderUnavailable
+from ganserve_server.compute.inputs import Inputs
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.repository.scan import find_misplaced, find_versions
 from ganserve_server.repository.verify import CARD_KEY, ModelRejected, load_version
@@ -189,7 +190,7 @@ FIRST = [
         (RANDOM, "another image each time"),
         (SEEDED, "another image each time"),
         (MEAN, "differs by up to .* grey levels when it is made among others"),
-        (FIRST, r"of 3 latents 3 images of \(2, 2, 1\); it made \(1, 2, 2, 1\)"),
+        (FIRST, r"makes 3 images of \(2, 2, 1\) in a batch of 3; it made \(1, 2, 2, 1\)"),
     ],
 )
 def test_a_model_whose_images_cannot_be_made_again_is_kept_out(
@@ -346,5 +347,5 @@ def test_the_server_keeps_a_bad_version_out_and_serves_the_good_ones(
 
 def test_cuda_that_is_missing_is_not_replaced_in_silence() -> None:
     with pytest.raises(ProviderUnavailable, match="--provider") as caught:
-        Engine(GOOD.read_bytes(), 64, "cuda", 1)
+        Engine(GOOD.read_bytes(), Inputs.of(pb.ModelCard(latent_dim=64)), "cuda", 1)
     assert cuda.why_no_cuda() in str(caught.value)

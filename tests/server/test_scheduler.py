@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute import engine as engine_module
-from ganserve_server.compute.engine import Draw, Engine
-from ganserve_server.compute.gpu import Feeds
+from ganserve_server.compute.engine import Engine
+from ganserve_server.compute.inputs import Draw, Feeds, Inputs
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.observe.metrics import Metrics
@@ -36,6 +36,7 @@ class HeldEngine:
     wide_is_faster = False
     on_cpu = True
     least_batch = 1
+    inputs = Inputs.of(pb.ModelCard())
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -99,7 +100,7 @@ def queue_of(
 
 
 def draw(first: int, count: int = 1) -> Draw:
-    return Draw(count, np.arange(first, first + count, dtype=np.uint32), None, None, 1.0)
+    return Draw(count, np.arange(first, first + count, dtype=np.uint32), {}, 1.0)
 
 
 async def make(batcher: Batcher, draw: Draw, time_remaining_s: float | None = None, **options: Any) -> Made:
@@ -766,10 +767,10 @@ def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core(
         now += (wide_s if wide else one_s) * draws[0].count
 
     model = (BUNDLED_MODELS / "mlp-mnist" / "1" / "model.onnx").read_bytes()
-    timed = Engine(model, 100, "cpu", threads=2)
+    timed = Engine(model, Inputs.of(pb.ModelCard(latent_dim=100)), "cpu", threads=2)
     monkeypatch.setattr(timed, "run", run)
     monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: now))
-    timed.measure(None)
+    timed.measure()
     assert timed.wide_is_faster == faster
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ganserve import _pictures
+from ganserve import _formats, _pictures
 from ganserve._arguments import Label
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.output import (
@@ -39,7 +39,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Say what was made as JSON.
 
 _COUNT = 16  # images by default
 _MOST_PIXELS = 178_956_970  # of a picture: programs that use Pillow, such as `ganserve inspect`, refuse larger ones
-_LONGEST_SIDE = {"WEBP": 16_383, "JPEG": 65_500, "GIF": 65_535}  # the formats' limits, in pixels
 
 
 @with_connection
@@ -105,8 +104,8 @@ def generate(
         content = encoded(batch.sheet(columns, scale=scale), pillow_format)
         write_picture(out, content)
         files = [out]
-    if pillow_format not in _pictures.WITH_PROVENANCE:
-        known = ", ".join(_pictures.WITH_PROVENANCE)
+    if pillow_format not in _formats.FORMATS:
+        known = _formats.in_words(_formats.FORMATS, "and")
         text = f"{out} does not say how it was made, for {pillow_format} has no place for that; {known} have"
         print(f"ganserve: {text}", file=sys.stderr)
     if as_json:
@@ -162,8 +161,8 @@ def interpolate(
     out = out or f"{model}-{seed_a}-{seed_b}.{file_format or 'gif'}"
     check_out(out, as_json)
     ending = file_format or ("gif" if out == STDOUT else Path(out).suffix.lower().removeprefix("."))
-    if ending not in ("gif", "webp"):
-        raise typer.BadParameter(f"an animation is .gif or .webp, not {file_format or out!r}")
+    if ending.upper() not in _formats.ANIMATED:
+        raise typer.BadParameter(f"an animation is {_formats.ANIMATED_EXTENSIONS}, not {file_format or out!r}")
     check_ending(out, ending)
     labels = labels_of(label or [])
     if len(labels) > 1:
@@ -225,7 +224,8 @@ def check_size(size: tuple[int, int], scale: int, pillow_format: str) -> None:
         CommandLineError: the picture is too large.
     """
     width, height = size[0] * scale, size[1] * scale
-    limit = _LONGEST_SIDE.get(pillow_format)
+    known = _formats.FORMATS.get(pillow_format)
+    limit = None if known is None else known.longest_side
     too_long = limit is not None and max(width, height) > limit
     if too_long or width * height > _MOST_PIXELS:
         most = f"a {pillow_format} has {limit} a side" if too_long else f"{_MOST_PIXELS} in all"

@@ -20,11 +20,15 @@ from ganserve._cli.data_sets import SEED_LIMIT, Archive, Plan
 from ganserve._cli.generating import Labels, ModelName, Version, labels_of
 from ganserve._cli.output import check_is_path, print_json, whole_file, write_file
 from ganserve._cli.waiting import progress
+from ganserve._formats import ENCODED
 from ganserve.errors import GanserveError, InvalidRequestError, NoProvenanceError
 from ganserve.images import ImageBatch
 
 MANIFEST = ".ganserve.json"  # programs that read image folders skip names that begin with a dot
-_FORMATS = ("png", "webp", "jpg")
+_FORMATS = {each.extensions[0].removeprefix("."): each for each in ENCODED.values()}
+_LOSSLESS, _LOSSY = (
+    " or ".join(name for name, each in _FORMATS.items() if each.lossless is lossless) for lossless in (True, False)
+)
 _COPY_BYTES = 1 << 20
 
 
@@ -147,7 +151,7 @@ def stream(
     ] = None,
     version: Version = None,
     file_format: Annotated[
-        str, typer.Option("--format", help="Of a folder's files: png or webp, or lossy jpg.")
+        str, typer.Option("--format", help=f"Of a folder's files: {_LOSSLESS}, or lossy {_LOSSY}.")
     ] = "png",
     as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")] = False,
     *,
@@ -158,7 +162,7 @@ def stream(
     Example: ganserve stream cdcgan-mnist --count 60000 --seed 1 --to digits
     """
     if file_format not in _FORMATS:
-        raise typer.BadParameter(f"--format is {file_format!r}; it must be png, webp or jpg")
+        raise typer.BadParameter(f"--format is {file_format!r}; it must be {_LOSSLESS}, or {_LOSSY}")
     archive = to.suffix.lower() == ".npz"
     if not archive and to.exists() and not to.is_dir():
         raise typer.BadParameter(f"--to {to} is a file; it must be a folder, or end in .npz")

@@ -1,12 +1,10 @@
-"""Runs one model: draws the latents of seeds, as the wire contract defines them, and runs an onnxruntime session."""
+"""Runs one model: feeds its inputs to an onnxruntime session, and times it."""
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -19,12 +17,12 @@ from ganserve_server.compute.gpu import (
     PROBES,
     TENSORRT,
     BucketRunner,
-    Feeds,
     GpuOptions,
     Providers,
     cuda_providers,
     tensorrt_providers,
 )
+from ganserve_server.compute.inputs import Draw, Feeds, Inputs
 
 _log = logging.getLogger(__name__)
 
@@ -46,24 +44,6 @@ class SessionRefused(Exception):  # noqa: N818
     """onnxruntime rejects the model."""
 
 
-@dataclass(slots=True)  # not frozen, which would double the time to create one
-class Draw:
-    """The images to make, by seeds or by latents already scaled by truncation; with labels for conditional models."""
-
-    count: int
-    seeds: NDArray[np.uint32] | None  # [count]
-    latents: NDArray[np.float32] | None  # [count, latent_dim]
-    labels: NDArray[np.int64] | None  # [count]
-    truncation: float
-
-    def part(self, start: int, stop: int) -> "Draw":
-        """Return the draw for images `start` to `stop` (exclusive)."""
-        seeds = None if self.seeds is None else self.seeds[start:stop]
-        latents = None if self.latents is None else self.latents[start:stop]
-        labels = None if self.labels is None else self.labels[start:stop]
-        return Draw(stop - start, seeds, latents, labels, self.truncation)
-
-
 class Engine:
     """The onnxruntime sessions of one model: one for the calling thread and one for all cores, or one on a GPU.
 
@@ -73,32 +53,29 @@ class Engine:
     def __init__(
         self,
         model: bytes,
-        latent_dim: int,
+        inputs: Inputs,
         provider: Provider,
         threads: int,
         *,
         gpu: GpuOptions = GpuOptions(),  # noqa: B008
-        classes: int = 0,
     ) -> None:
         """Open the sessions.
 
         Args:
             model: the ONNX file.
-            latent_dim: the number of values in a latent.
+            inputs: the inputs that the model should have; `input_types` says which it has.
             provider: where to run it.
             threads: the threads of the session for all cores.
             gpu: the settings of the GPU.
-            classes: the number of classes; 0: the model takes no labels.
 
         Raises:
             ProviderUnavailable: CUDA or TensorRT was requested, but does not run.
             SessionRefused: onnxruntime rejects the model.
         """
-        self._latent_dim = latent_dim
-        self._of_thread = threading.local()
+        self.inputs = inputs
         wanted: list[Providers] = []  # the best first
         if provider == "tensorrt":
-            wanted.append(tensorrt_providers(gpu, latent_dim, conditional=classes > 0))
+            wanted.append(tensorrt_providers(gpu, inputs))
         elif provider == "cuda" or (provider == "auto" and nvidia_driver()):
             wanted += [cuda_providers(gpu, graphs=True), cuda_providers(gpu, graphs=False)]
         if wanted:
@@ -107,8 +84,8 @@ class Engine:
         try:
             self._session, failure = _first_that_opens(model, [*wanted, [CPU]])
             self.provider: str = self._session.get_providers()[0]
-            self.inputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
-            self.outputs = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
+            self.input_types = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
+            self.output_types = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
             self.on_cpu = self.provider == CPU
             several = self.on_cpu and threads > 1
             self._wide_session = _session(model, [CPU], threads) if several else self._session
@@ -124,7 +101,7 @@ class Engine:
             )
         elif failure:
             _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
-        self._gpu, self._classes = gpu, classes
+        self._gpu = gpu
         self._runner: BucketRunner | None = None
         self._reopen: Callable[[], onnxruntime.InferenceSession] | None = None
         if self.provider == CUDA and not failure:
@@ -136,9 +113,7 @@ class Engine:
         """Prepare the GPU. The inputs and outputs of the model must have been checked against its card."""
         if self.on_cpu:
             return
-        labels = np.arange(PROBES) % self._classes if self._classes else None
-        draw = Draw(PROBES, np.arange(PROBES, dtype=np.uint32), None, labels, 1.0)
-        probes, reopen, failure = self.feeds([draw]), self._reopen, ""
+        probes, reopen, failure = self.feeds([self.inputs.probes(np.arange(PROBES, dtype=np.uint32))]), self._reopen, ""
         self._reopen = None  # frees the file's bytes
         try:
             self._bind(image_shape, probes)
@@ -160,13 +135,12 @@ class Engine:
         """Return how many images are made and discarded to fill up a batch of `count`."""
         return self._runner.padding(count) if self._runner else 0
 
-    def measure(self, label: int | None) -> None:
+    def measure(self) -> None:
         """Warm up, and time both sessions on one image, and one session on several."""
 
         def least_s(count: int, *, wide: bool = False, until_s: float = 0.0, longest_s: float = _TIMED_S) -> float:
             """Return the shortest time of a batch in several tries, which end when one is below `until_s`."""
-            labels = None if label is None else np.full(count, label, np.int64)
-            draw = Draw(count, np.arange(count, dtype=np.uint32), None, labels, 1.0)
+            draw = self.inputs.timed(count)
             begun = time.perf_counter()
             took: list[float] = []
             while len(took) < _LEAST_TRIES or (time.perf_counter() - begun < longest_s and min(took) >= until_s):
@@ -218,31 +192,7 @@ class Engine:
 
     def feeds(self, draws: list[Draw]) -> Feeds:
         """Return the model's inputs for one batch of all draws, in order."""
-        feeds: dict[str, NDArray[Any]] = {"latent": self._latents(draws)}
-        labels = [draw.labels for draw in draws if draw.labels is not None]
-        if labels:
-            feeds["label"] = labels[0] if len(labels) == 1 else np.concatenate(labels)
-        return feeds
-
-    def _latents(self, draws: list[Draw]) -> NDArray[np.float32]:
-        latents = np.empty((sum(draw.count for draw in draws), self._latent_dim), np.float32)
-        # Reseeding a generator takes 5 µs an image, creating one takes 94 µs; the numbers are the same.
-        random = getattr(self._of_thread, "random", None)
-        if random is None:
-            random = self._of_thread.random = np.random.RandomState(0)
-        seed, standard_normal, size = random.seed, random.standard_normal, self._latent_dim
-        row = 0
-        for draw in draws:
-            first, row = row, row + draw.count
-            if draw.seeds is None:
-                latents[first:row] = draw.latents
-                continue
-            for index, number in enumerate(draw.seeds.tolist(), first):
-                seed(number)
-                latents[index] = standard_normal(size)
-            if draw.truncation != 1.0:
-                latents[first:row] *= np.float32(draw.truncation)
-        return latents
+        return self.inputs.feeds(draws)
 
 
 def _first_that_opens(model: bytes, choices: list[Providers]) -> tuple[onnxruntime.InferenceSession, str]:

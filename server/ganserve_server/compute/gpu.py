@@ -20,6 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ganserve_server.compute.cuda import cuda_libraries
+from ganserve_server.compute.inputs import Feeds, Inputs, images_in
 from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ _DEVICE_TO_HOST = 2
 # capture. So one thread loads and runs all models.
 _THREAD = ThreadPoolExecutor(1, "gpu")
 
-Feeds = dict[str, NDArray[Any]]  # by the input's name: [n, ...]
 Providers = list[str | tuple[str, dict[str, str]]]
 
 
@@ -75,16 +75,12 @@ def cuda_providers(options: GpuOptions, *, graphs: bool) -> Providers:
     return [(CUDA, wanted), CPU]
 
 
-def tensorrt_providers(options: GpuOptions, latent_dim: int, *, conditional: bool) -> Providers:
+def tensorrt_providers(options: GpuOptions, inputs: Inputs) -> Providers:
     """Return onnxruntime's providers and options for one TensorRT engine for all buckets, optimised for the largest."""
-
-    def shapes(count: int) -> str:
-        return f"latent:{count}x{latent_dim}" + (f",label:{count}" if conditional else "")
-
-    largest = shapes(options.max_batch_size)
+    largest = inputs.shapes(options.max_batch_size)
     wanted = {
         "device_id": str(options.device),
-        "trt_profile_min_shapes": shapes(1),
+        "trt_profile_min_shapes": inputs.shapes(1),
         "trt_profile_opt_shapes": largest,
         "trt_profile_max_shapes": largest,
     }
@@ -101,7 +97,7 @@ def agreeing_sizes(make: Callable[[int, Feeds], NDArray[np.uint8]], sizes: list[
         sizes: in ascending order.
         feeds: the inputs of the images to compare.
     """
-    count, largest = len(feeds["latent"]), sizes[-1]
+    count, largest = images_in(feeds), sizes[-1]
 
     def parts(size: int) -> list[slice]:
         return [slice(start, start + size) for start in range(0, count, size)]
@@ -175,7 +171,7 @@ class BucketRunner:
 
     def run(self, feeds: Feeds) -> NDArray[np.uint8]:
         """Make images: [n, height, width, channels]."""
-        count = len(feeds["latent"])
+        count = images_in(feeds)
         size = self.size_for(count)
         parts = [self._make(size, _rows(feeds, slice(start, start + size))) for start in range(0, count, size)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -262,7 +258,7 @@ class _Bucket:
         self._options.add_run_config_entry("gpu_graph_id", str(size))
 
     def run(self, feeds: Feeds) -> NDArray[np.uint8]:
-        count = len(feeds["latent"])
+        count = images_in(feeds)
         for name, value in self._inputs.items():
             rows = self._host.inputs[name][: self._size]
             rows[:count] = feeds[name]

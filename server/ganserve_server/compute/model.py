@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.engine import Engine
+from ganserve_server.compute.inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,3 +25,8 @@ class ModelVersion:
         """Read the card's values that each request needs once: access to protobuf's fields is slow."""
         object.__setattr__(self, "classes", len(self.card.class_names))
         object.__setattr__(self, "pixel_bytes", self.card.height * self.card.width * self.card.channels)
+
+    @property
+    def inputs(self) -> Inputs:
+        """The inputs that the model takes."""
+        return self.engine.inputs

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import Draw
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
 from ganserve_server.observe.metrics import Metrics

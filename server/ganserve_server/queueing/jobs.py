@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import Draw
 from ganserve_server.errors import DeadlineExceeded, EngineFailed, ServingError
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve_server.compute.gpu import Feeds
+from ganserve_server.compute.inputs import Feeds, images_in
 from ganserve_server.queueing.batcher import LEAST_BATCH, Batcher
 from ganserve_server.queueing.jobs import Part
 from ganserve_server.shared.scoreboard import Scoreboard
@@ -195,8 +195,8 @@ class Scheduler:
                     return None, parts, started, 0.0
                 feeds = engine.feeds([part.draw for part in parts])
             pixels = engine.compute(feeds, wide=work.wide)
-            if len(pixels) != (wanted := len(feeds["latent"])):
-                raise ValueError(f"the model made {len(pixels)} images of {wanted} latents")
+            if len(pixels) != (wanted := images_in(feeds)):
+                raise ValueError(f"the model made {len(pixels)} images, not {wanted}")
         except Exception as error:
             return error, parts, started, time.monotonic() - started
         return pixels, parts, started, time.monotonic() - started

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.engine import Draw, Engine, Provider, SessionRefused
+from ganserve_server.compute.engine import Engine, Provider, SessionRefused
 from ganserve_server.compute.gpu import GpuOptions
+from ganserve_server.compute.inputs import Inputs
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.repository.scan import why_missing
 from ganserve_server.spelling import nearest
@@ -67,8 +68,8 @@ def load_version(
     card, unknown_keys = _parse_card(_check_graph(content))
     try:
         _check_card(card)
-        engine = Engine(content, card.latent_dim, provider, threads, gpu=gpu, classes=len(card.class_names))
-        _check_signature(engine, card)
+        engine = Engine(content, Inputs.of(card), provider, threads, gpu=gpu)
+        _check_signature(engine)
         _check_images(engine, card)
     except SessionRefused as error:
         raise ModelRejected(str(error)) from error
@@ -156,49 +157,32 @@ def _parts(message: Message) -> Iterator[Message]:
                 yield from _parts(part)
 
 
-def _check_signature(engine: Engine, card: pb.ModelCard) -> None:
-    inputs: dict[str, tuple[str, int]] = {"latent": ("tensor(float)", 2)}
-    if card.class_names:
-        inputs["label"] = ("tensor(int64)", 1)
-    found = {name: (kind, len(shape)) for name, (kind, shape) in engine.inputs.items()}
-    if found != inputs:
-        raise ModelRejected(
-            f"by its card, the model's inputs must be {inputs} (name: type, dimensions); they are {found}"
-        )
-    for name, (_, shape) in engine.inputs.items():
-        if isinstance(shape[0], int):
-            raise ModelRejected(
-                f"the first dimension of the input {name} is fixed at {shape[0]}; it is the number of images, "
-                "and must be dynamic: export the model with a dynamic batch dimension"
-            )
-    latent_shape = engine.inputs["latent"][1]
-    if latent_shape[1] != card.latent_dim:
-        raise ModelRejected(
-            f"by its card the model takes latents of {card.latent_dim} values; its input is {latent_shape}"
-        )
-    if list(engine.outputs) != ["image"] or engine.outputs["image"][0] != "tensor(uint8)":
-        raise ModelRejected(f"the model's one output must be image, tensor(uint8); it has {engine.outputs}")
+def _check_signature(engine: Engine) -> None:
+    if wrong := engine.inputs.mismatch(engine.input_types):
+        raise ModelRejected(wrong)
+    if list(engine.output_types) != ["image"] or engine.output_types["image"][0] != "tensor(uint8)":
+        raise ModelRejected(f"the model's one output must be image, tensor(uint8); it has {engine.output_types}")
 
 
 def _check_images(engine: Engine, card: pb.ModelCard) -> None:
     """Run the model: its images must be the same each time, and match the golden images. This warms it up, too."""
     shape = (card.height, card.width, card.channels)
     probes = list(card.golden_images) or [pb.GoldenImage(seed=0)]
-    labels = np.array([golden.label for golden in probes], np.int64) if card.class_names else None
-    if labels is not None and labels.max() >= len(card.class_names):
-        raise ModelRejected(f"a golden image has label {labels.max()}; the card names {len(card.class_names)} classes")
-    seeds = np.array([golden.seed for golden in probes], np.uint32)
+    try:
+        golden_draw = engine.inputs.golden(probes)
+    except ValueError as error:
+        raise ModelRejected(str(error)) from error
     try:
         engine.warm_up(shape)
-        made = engine.run([Draw(len(probes), seeds, None, labels, 1.0)])
-        alone, again, among = _made_thrice(engine, len(card.class_names))
-        engine.measure(None if labels is None else len(card.class_names) - 1)
+        made = engine.run([golden_draw])
+        alone, again, among = _made_thrice(engine)
+        engine.measure()
     except Exception as error:  # onnxruntime's exceptions have no common root
         raise ModelRejected(f"the model fails when it runs: {error}") from error
     for images, count in ((made, len(probes)), (alone, 1), (again, 1), (among, _AMONG)):
         if images.shape != (count, *shape):
             raise ModelRejected(
-                f"by its card the model makes of {count} latents {count} images of {shape}; it made {images.shape}"
+                f"by its card the model makes {count} images of {shape} in a batch of {count}; it made {images.shape}"
             )
     if not np.array_equal(alone, again):
         raise ModelRejected("the same latent gives another image each time: the model must draw no random numbers")
@@ -218,10 +202,9 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
             )
 
 
-def _made_thrice(engine: Engine, classes: int) -> list[NDArray[np.uint8]]:
+def _made_thrice(engine: Engine) -> list[NDArray[np.uint8]]:
     """Make one image alone, alone again, and as the last of a batch: [n, height, width, channels] each."""
-    labels = np.arange(_AMONG) % classes if classes else None
-    batch = Draw(_AMONG, np.arange(_AMONG, dtype=np.uint32), None, labels, 1.0)
+    batch = engine.inputs.probes(np.arange(_AMONG, dtype=np.uint32))
     last = batch.part(_AMONG - 1, _AMONG)
     return [engine.run([draw]) for draw in (last, last, batch)]
 

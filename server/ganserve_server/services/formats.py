@@ -1,4 +1,4 @@
-"""Image files: PNG, JPEG and WebP. The metadata of a file says how to make its image again."""
+"""Writes image files and contact sheets. The metadata of a file says how to make its image again."""
 
 import io
 import json
@@ -8,17 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from ganserve._formats import ENCODED
 from ganserve.v1 import generation_pb2 as pb
 
-# A PNG text chunk has a keyword; JPEG and WebP carry the same JSON as EXIF's ImageDescription.
-IDENTITY_KEY = "ganserve"
-_EXIF_IMAGE_DESCRIPTION = 0x010E
 _SHEET_GAP = 2  # pixels
-
-# The limits of the formats and of Pillow's encoders.
-MAX_SIDE = {pb.ENCODING_PNG: 2**16, pb.ENCODING_JPEG: 65_500, pb.ENCODING_WEBP: 16_383}  # pixels
 
 Identity = Mapping[str, str | int | float | list[int] | None]
 
@@ -26,21 +20,9 @@ Identity = Mapping[str, str | int | float | list[int] | None]
 def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity | None) -> bytes:
     """Encode one image, [height, width, channels], as a file; without metadata if `identity` is None."""
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-    file = io.BytesIO()
+    file, image_format = io.BytesIO(), ENCODED[encoding]
     text = None if identity is None else json.dumps(identity, ensure_ascii=True)
-    if encoding == pb.ENCODING_PNG:
-        info = PngInfo()
-        if text is not None:
-            info.add_text(IDENTITY_KEY, text)
-        image.save(file, "PNG", pnginfo=info)
-        return file.getvalue()
-    exif = Image.Exif()
-    if text is not None:
-        exif[_EXIF_IMAGE_DESCRIPTION] = text
-    if encoding == pb.ENCODING_JPEG:
-        image.save(file, "JPEG", quality=95, exif=exif)
-    else:
-        image.save(file, "WEBP", lossless=True, exif=exif)
+    image.save(file, image_format.name, **image_format.arguments(text))
     return file.getvalue()
 
 

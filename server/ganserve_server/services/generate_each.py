@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import Draw
 from ganserve_server.errors import ServingError
 from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.jobs import Made

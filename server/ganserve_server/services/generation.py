@@ -6,9 +6,10 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from ganserve._formats import ENCODED
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import Draw
 from ganserve_server.errors import InvalidRequest, ServingError
 from ganserve_server.observe.metrics import OTHER, Metrics
 from ganserve_server.queueing.batcher import Batcher
@@ -180,8 +181,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             response = respond(request, draw, pixels, took)
         else:
             response = await asyncio.to_thread(respond, request, draw, pixels, took)
-        encoding = pb.Encoding.Name(request.encoding).removeprefix("ENCODING_")
         seconds = time.perf_counter() - started
         call.encode_s += seconds
-        self._metrics.encode_seconds.labels(encoding).observe(seconds)
+        self._metrics.encode_seconds.labels(ENCODED[request.encoding].name).observe(seconds)
         return response

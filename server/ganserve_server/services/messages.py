@@ -3,16 +3,18 @@
 import functools
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ganserve._formats import ENCODED, ENCODED_NAMES, in_words
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import LABEL, LATENT, Draw
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.queueing.jobs import Made
-from ganserve_server.services.formats import MAX_SIDE, Identity, contact_sheet, encode, sheet_size
+from ganserve_server.services.formats import Identity, contact_sheet, encode, sheet_size
 from ganserve_server.services.wire import tag, varint
 
 MAX_TRUNCATION = 2.0
@@ -21,7 +23,7 @@ _PIXELS_TAG = tag(pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER)
 _SEEDS = 2**32
 _MAX_SHEET_LABELS = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
 # Reading these from protobuf costs more than the rest of a check.
-_ENCODINGS, _LAYOUTS, _PRIORITIES = (frozenset(kind.values()) for kind in (pb.Encoding, pb.Layout, pb.Priority))
+_LAYOUTS, _PRIORITIES = (frozenset(kind.values()) for kind in (pb.Layout, pb.Priority))
 
 
 @dataclass(slots=True)  # not frozen, which would double the time to create one
@@ -41,7 +43,8 @@ class GenerationRequest:
 
     def draw(self, start: int, stop: int) -> Draw:
         """Return the draw for images `start` to `stop` (exclusive)."""
-        seeds = labels = None
+        seeds = None
+        inputs: dict[str, NDArray[Any]] = {}
         if self.first_seed is not None:
             first = self.first_seed + start
             if first + stop - start <= _SEEDS:
@@ -49,11 +52,12 @@ class GenerationRequest:
             else:
                 seeds = (np.arange(first, first + stop - start, dtype=np.uint64) % _SEEDS).astype(np.uint32)
         if self.labels is not None:
-            labels = self.labels.repeat(stop - start) if len(self.labels) == 1 else self.labels[start:stop]
-        elif seeds is not None and self.model.classes:
-            labels = labels_of(seeds, self.model)
-        latents = None if self.latents is None else self.latents[start:stop]
-        return Draw(stop - start, seeds, latents, labels, self.truncation)
+            inputs[LABEL] = self.labels.repeat(stop - start) if len(self.labels) == 1 else self.labels[start:stop]
+        if self.latents is not None:
+            inputs[LATENT] = self.latents[start:stop]
+        if seeds is not None:
+            self.model.inputs.complete(inputs, seeds)
+        return Draw(stop - start, seeds, inputs, self.truncation)
 
 
 def parse(
@@ -121,12 +125,12 @@ def draw_of(requests: list[GenerationRequest]) -> Draw:
     if len(requests) == 1:
         return first.draw(0, first.count)
     seeds = np.array([request.first_seed for request in requests], np.uint32)
-    labels = labels_of(seeds, first.model) if first.model.classes else None
-    if labels is not None:
-        for index, request in enumerate(requests):
-            if request.labels is not None:
-                labels[index] = request.labels[0]
-    return Draw(len(requests), seeds, None, labels, first.truncation)
+    inputs: dict[str, NDArray[Any]] = {}
+    first.model.inputs.complete(inputs, seeds)
+    for index, request in enumerate(requests):
+        if request.labels is not None:
+            inputs[LABEL][index] = request.labels[0]
+    return Draw(len(requests), seeds, inputs, first.truncation)
 
 
 def images_limit(model: ModelVersion, most: int) -> int:
@@ -135,11 +139,6 @@ def images_limit(model: ModelVersion, most: int) -> int:
     A protobuf message may have 2 GiB, but a server should stay far below: 256 MiB of pixels.
     """
     return max(1, min(most, _MAX_PIXEL_BYTES // max(1, model.pixel_bytes)))
-
-
-def labels_of(seeds: NDArray[np.uint32], model: ModelVersion) -> NDArray[np.int64]:
-    """Return the labels of seeds that were sent without labels."""
-    return (seeds % model.classes).astype(np.int64)
 
 
 def check_truncation(truncation: float) -> None:
@@ -205,26 +204,27 @@ def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) 
 
 def _encoding(message: pb.GenerateImagesRequest) -> tuple[pb.Encoding, bool]:
     encoding = message.encoding or pb.ENCODING_RAW
-    if encoding not in _ENCODINGS:
-        raise InvalidRequest("encoding", f"encoding {encoding} is unknown; this server knows RAW, PNG, JPEG and WEBP")
+    if encoding != pb.ENCODING_RAW and encoding not in ENCODED:
+        known = in_words(ENCODED_NAMES, "and")
+        raise InvalidRequest("encoding", f"encoding {encoding} is unknown; this server knows RAW, {known}")
     if message.layout not in _LAYOUTS:
         raise InvalidRequest(
             "layout", f"layout {message.layout} is unknown; this server knows ONE_EACH and CONTACT_SHEET"
         )
     sheet = message.layout == pb.LAYOUT_CONTACT_SHEET
     if sheet and encoding == pb.ENCODING_RAW:
-        raise InvalidRequest("layout", "a contact sheet needs an encoding: PNG, JPEG or WEBP")
+        raise InvalidRequest("layout", f"a contact sheet needs an encoding: {in_words(ENCODED_NAMES)}")
     return encoding, sheet
 
 
 def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None:
     height, width = sheet_size(count, model.card.height, model.card.width)
-    limit = MAX_SIDE[encoding]
-    if max(height, width) > limit:
+    image_format = ENCODED[encoding]
+    if max(height, width) > image_format.longest_side:
         raise InvalidRequest(
             "layout",
             f"the contact sheet of {count} images would be {height}x{width} pixels; a "
-            f"{pb.Encoding.Name(encoding).removeprefix('ENCODING_')} may have {limit} a side",
+            f"{image_format.name} may have {image_format.longest_side} a side",
         )
 
 
@@ -264,7 +264,7 @@ def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], t
     common = _common_piece(draw.count, draw.truncation, request.encoding)
     response = pb.GenerateImagesResponse(
         seeds=None if draw.seeds is None else draw.seeds.tolist(),
-        labels=None if draw.labels is None else draw.labels.tolist(),
+        labels=None if (labels := draw.labels) is None else labels.tolist(),
     )
     if request.encoding == pb.ENCODING_RAW:
         raw = pixels.tobytes()
@@ -273,8 +273,8 @@ def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], t
         identity: Identity | None = None
         if not request.omit_identity:
             identity = {**_identity(model, draw, 0), "count": draw.count}
-            if draw.labels is not None and draw.count <= _MAX_SHEET_LABELS:
-                identity["labels"] = draw.labels.tolist()
+            if labels is not None and draw.count <= _MAX_SHEET_LABELS:
+                identity["labels"] = labels.tolist()
         response.files.append(encode(contact_sheet(pixels), request.encoding, identity))
     else:
         for index, pixels_of_one in enumerate(pixels):

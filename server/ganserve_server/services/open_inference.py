@@ -17,7 +17,7 @@ import numpy as np
 from google.protobuf import message_factory
 from numpy.typing import NDArray
 
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import LABEL, Draw, ModelInput
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import (
     InvalidRequest,
@@ -33,7 +33,7 @@ from ganserve_server.queueing.jobs import Made
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.services.administration import refuse_repository_name
 from ganserve_server.services.health import SERVING, HealthServicer
-from ganserve_server.services.messages import check_labels, check_truncation, images_limit, labels_of, scaled
+from ganserve_server.services.messages import check_labels, check_truncation, images_limit, scaled
 from ganserve_server.services.request_stream import RequestStream, StreamedRequest
 from ganserve_server.services.wire import FIXED32, FIXED64, LENGTH_DELIMITED, VARINT, embedded, tag, varint
 from ganserve_server.settings import ServerSettings
@@ -50,18 +50,20 @@ _RESPONSE_TAG = tag(pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER)
 _FINAL = {"triton_final_response": pb.InferParameter(bool_param=True)}  # in streams: each request has one response
 _EMPTY_FINAL = "triton_enable_empty_final_response"  # has no effect, because the only response is the last
 _MAX_SEED = 2**32 - 1
-# For each input: the datatypes it may have, each with NumPy's type and the field of InferTensorContents.
-_FLOATS = {"FP32": ("<f4", "fp32_contents")}
-_LABELS = {"INT64": ("<i8", "int64_contents")}
+# For each of NumPy's types: the protocol's datatype, NumPy's name of it, and the field of InferTensorContents.
+_DATATYPES = {
+    np.dtype(np.float32): {"FP32": ("<f4", "fp32_contents")},
+    np.dtype(np.int64): {"INT64": ("<i8", "int64_contents")},
+}
+_SEED = ModelInput("seed", np.dtype(np.uint32))
 _SEEDS = {
     "UINT32": ("<u4", "uint_contents"),
     "INT32": ("<i4", "int_contents"),
     "UINT64": ("<u8", "uint64_contents"),
     "INT64": ("<i8", "int64_contents"),
 }
-_INPUTS = {"latent": _FLOATS, "seed": _SEEDS, "label": _LABELS}
 # The most of each that a request may have, so that no request blocks the event loop for long.
-_MAX_INPUTS, _MAX_OUTPUTS, _MAX_PARAMETERS, _MAX_ID_BYTES = len(_INPUTS), 3, 16, 1024
+_MAX_INPUTS, _MAX_OUTPUTS, _MAX_PARAMETERS, _MAX_ID_BYTES = 16, 3, 16, 1024
 _TOLD = 8  # numbers of a shape in an error
 # protobuf takes up to 2 µs for two bytes of a message. Messages up to this size are parsed at once; larger ones are
 # scanned first.
@@ -193,10 +195,12 @@ class InferenceServicer:
         self, request: pb.ModelMetadataRequest, context: Call
     ) -> pb.ModelMetadataResponse:
         """Describe the tensors of a version's file. Omits `seed`, because some clients fill every listed input."""
-        card = self._find(request.name, request.version, context).model.card
-        inputs: list[dict[str, Any]] = [{"name": "latent", "datatype": "FP32", "shape": (-1, card.latent_dim)}]
-        if card.class_names:
-            inputs.append({"name": "label", "datatype": "INT64", "shape": (-1,)})
+        model = self._find(request.name, request.version, context).model
+        card = model.card
+        inputs = [
+            {"name": each.name, "datatype": next(iter(_DATATYPES[each.dtype])), "shape": (-1, *each.shape)}
+            for each in model.inputs
+        ]
         image = {"name": _OUTPUT, "datatype": "UINT8", "shape": (-1, card.height, card.width, card.channels)}
         return pb.ModelMetadataResponse(
             name=request.name,
@@ -418,27 +422,31 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
             raise InvalidRequest("outputs", f"there is no output {output.name!r}; there is {_OUTPUT}")
         _check_no_parameters(output.name, output.parameters)
     tensors = _tensors(request, model, limit)
-    latents, seeds, labels = tensors.get("latent"), tensors.get("seed"), tensors.get("label")
-    given = seeds if latents is None else latents
-    if given is None or (latents is not None and seeds is not None):
-        raise InvalidRequest("inputs", f"model {model.name} takes one of the inputs latent and seed")
-    count = len(given)
+    seeds = tensors.pop(_SEED.name, None)
+    drawn = [each.name for each in model.inputs if each.drawn]
+    if (seeds is None) != all(name in tensors for name in drawn) or (seeds is not None and tensors.keys() & drawn):
+        raise InvalidRequest("inputs", f"model {model.name} takes one of the inputs {' and '.join([*drawn, 'seed'])}")
+    first = drawn[0] if seeds is None else _SEED.name
+    count = len(tensors[first] if seeds is None else seeds)
     if not count:
-        raise _wrong_count("seed" if latents is None else "latent", count, limit)
-    if latents is not None:
-        latents = scaled(latents, truncation, "latent")
-        if labels is None and model.classes:
-            raise InvalidRequest("label", f"model {model.name} is conditional: latents need the input label")
+        raise _wrong_count(first, count, limit)
     if seeds is not None:
         if seeds.min() < 0 or seeds.max() > _MAX_SEED:
             raise InvalidRequest("seed", f"seed has values that are not from 0 to {_MAX_SEED}")
         seeds = seeds.astype(np.uint32)
-    if labels is not None:
-        check_labels(labels, model, count, "label")
-        labels = labels.repeat(count) if len(labels) == 1 else labels
-    elif seeds is not None and model.classes:
-        labels = labels_of(seeds, model)
-    return Draw(count, seeds, latents, labels, truncation)
+    for each in model.inputs:
+        name = each.name
+        if each.drawn:
+            if seeds is None:
+                tensors[name] = scaled(tensors[name], truncation, name)
+        elif name == LABEL and name in tensors:
+            check_labels(tensors[name], model, count, name)
+            tensors[name] = tensors[name].repeat(count) if len(tensors[name]) == 1 else tensors[name]
+        elif (name in tensors or seeds is None) and (given := len(tensors.get(name, ()))) != count:
+            raise InvalidRequest(name, f"{count} images need the input {name} for each; it is there for {given}")
+    if seeds is not None:
+        model.inputs.complete(tensors, seeds)
+    return Draw(count, seeds, tensors, truncation)
 
 
 def _wrong_count(name: str, count: int, limit: int) -> InvalidRequest:
@@ -446,29 +454,31 @@ def _wrong_count(name: str, count: int, limit: int) -> InvalidRequest:
 
 
 def _tensors(request: pb.ModelInferRequest, model: ModelVersion, limit: int) -> dict[str, NDArray[Any]]:
-    """Read the inputs: latent [n, latent_dim], seed and label [n], with n up to the limit."""
+    """Read the inputs by name: [n, ...] with n up to the limit, and `seed` [n]."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest(
             "raw_input_contents",
             f"there are {len(raw)} raw contents for {len(request.inputs)} inputs; send one for each, or none",
         )
+    known = {each.name: each for each in (*model.inputs, _SEED)}
     tensors: dict[str, NDArray[Any]] = {}
     for index, tensor in enumerate(request.inputs):
         name = tensor.name
-        if name not in _INPUTS:
-            raise InvalidRequest("inputs", f"there is no input {name!r}; there are {', '.join(_INPUTS)}")
+        if name == LABEL not in known:
+            raise InvalidRequest(name, f"model {model.name} is unconditional: it takes no labels")
+        if name not in known:
+            raise InvalidRequest("inputs", f"model {model.name} has no input {name!r}; it has {' and '.join(known)}")
         if name in tensors:
             raise InvalidRequest("inputs", f"the input {name} is there twice")
         _check_no_parameters(name, tensor.parameters)
-        if tensor.datatype not in _INPUTS[name]:
-            raise InvalidRequest(
-                name, f"{name} has datatype {tensor.datatype!r}; it must be {' or '.join(_INPUTS[name])}"
-            )
-        kind, field = _INPUTS[name][tensor.datatype]
+        datatypes = _SEEDS if name == _SEED.name else _DATATYPES[known[name].dtype]
+        if tensor.datatype not in datatypes:
+            raise InvalidRequest(name, f"{name} has datatype {tensor.datatype!r}; it must be {' or '.join(datatypes)}")
+        kind, field = datatypes[tensor.datatype]
         if raw and tensor.HasField("contents"):
             raise InvalidRequest(name, f"{name} has contents, but the request has raw_input_contents; send one of them")
-        _check_shape(name, tensor.shape, model)
+        _check_shape(known[name], tensor.shape, model)
         if tensor.shape[0] > limit:
             raise _wrong_count(name, tensor.shape[0], limit)
         item = np.dtype(kind).itemsize
@@ -482,7 +492,7 @@ def _tensors(request: pb.ModelInferRequest, model: ModelVersion, limit: int) -> 
                 f"takes {size * item}",
             )
         values: NDArray[Any] = np.frombuffer(content if raw else _content(tensor.contents, field, kind), kind)
-        tensors[name] = values.reshape(-1, model.card.latent_dim) if name == "latent" else values
+        tensors[name] = values.reshape(-1, *known[name].shape)
     return tensors
 
 
@@ -501,14 +511,14 @@ def _content(contents: pb.InferTensorContents, field: str, kind: str) -> bytes:
     return contents.SerializeToString()[-size:]
 
 
-def _check_shape(name: str, shape: Sequence[int], model: ModelVersion) -> None:
+def _check_shape(wanted: ModelInput, shape: Sequence[int], model: ModelVersion) -> None:
     """Check a shape except for the number of images."""
-    width, count_alone = (model.card.latent_dim, False) if name == "latent" else (1, True)
-    fits = (len(shape) == 2 and shape[1] == width) or (len(shape) == 1 and count_alone)
-    if not fits or shape[0] < 0:
-        wanted = "[n] or [n, 1]" if count_alone else f"[n, {width}]"
-        given = str(list(shape[:_TOLD])) if len(shape) <= _TOLD else f"of {len(shape)} dimensions"
-        raise InvalidRequest(name, f"{name} has shape {given}; model {model.name} takes {wanted}")
+    each = tuple(shape[1:])
+    if shape and shape[0] >= 0 and (each == wanted.shape or (each == (1,) and not wanted.shape)):
+        return
+    takes = f"[n, {', '.join(map(str, wanted.shape))}]" if wanted.shape else "[n] or [n, 1]"
+    given = str(list(shape[:_TOLD])) if len(shape) <= _TOLD else f"of {len(shape)} dimensions"
+    raise InvalidRequest(wanted.name, f"{wanted.name} has shape {given}; model {model.name} takes {takes}")
 
 
 def _check_no_parameters(name: str, parameters: Mapping[str, pb.InferParameter]) -> None:

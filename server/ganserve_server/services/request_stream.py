@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ganserve_server.compute.engine import Draw
+from ganserve_server.compute.inputs import Draw
 from ganserve_server.errors import ServingError
 from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.jobs import CallWork, Job, Made

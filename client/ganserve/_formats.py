@@ -1,0 +1,95 @@
+"""The formats of image files, in one table. The SDK and the server write and read files by it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Exif, Image
+from PIL.PngImagePlugin import PngInfo
+
+PNG_KEYWORD = "ganserve"
+_EXIF_IMAGE_DESCRIPTION = 0x010E
+_LARGEST = 2**31 - 1  # Pillow's limit where the format has none
+
+
+def _png_text(text: str) -> dict[str, Any]:
+    info = PngInfo()
+    info.add_text(PNG_KEYWORD, text)
+    return {"pnginfo": info}
+
+
+def _exif(text: str) -> dict[str, Any]:
+    exif = Exif()
+    exif[_EXIF_IMAGE_DESCRIPTION] = text
+    return {"exif": exif}
+
+
+def _comment(text: str) -> dict[str, Any]:
+    return {"comment": text}
+
+
+def in_words(names: Iterable[str], last: str = "or") -> str:
+    """Return names as words: "PNG, JPEG or WEBP"."""
+    *most, end = names
+    return f"{', '.join(most)} {last} {end}"
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """A format of image files whose metadata can hold provenance.
+
+    `metadata` returns the arguments with which Pillow's writer adds a text of ASCII characters to the file. `encoding`
+    is the value of the RPCs if the server writes the format, and None if only the SDK does.
+    """
+
+    name: str  # Pillow's name
+    extensions: tuple[str, ...]  # the usual one first
+    media_type: str
+    lossless: bool
+    longest_side: int  # pixels
+    metadata: Callable[[str], dict[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)  # of Pillow's writer
+    animated: bool = False
+    encoding: int | None = None  # of ganserve.v1.Encoding
+
+    def arguments(self, text: str | None) -> dict[str, Any]:
+        """Return the arguments for Pillow's writer; with `text` as metadata, unless it is None."""
+        return {**self.options, **(self.metadata(text) if text is not None else {})}
+
+
+FORMATS = {
+    each.name: each
+    for each in (
+        ImageFormat("PNG", (".png",), "image/png", True, _LARGEST, _png_text, encoding=2),
+        ImageFormat("JPEG", (".jpg", ".jpeg"), "image/jpeg", False, 65_500, _exif, {"quality": 95}, encoding=3),
+        ImageFormat("WEBP", (".webp",), "image/webp", True, 16_383, _exif, {"lossless": True}, True, 4),
+        ImageFormat("GIF", (".gif",), "image/gif", False, 65_535, _comment, animated=True),
+        ImageFormat("TIFF", (".tif", ".tiff"), "image/tiff", True, _LARGEST, _exif),
+    )
+}
+EXTENSIONS = tuple(extension for each in FORMATS.values() for extension in each.extensions)
+ANIMATED = {each.name: each for each in FORMATS.values() if each.animated}
+ENCODED = {each.encoding: each for each in FORMATS.values() if each.encoding is not None}  # what the server writes
+ENCODED_NAMES = tuple(each.name for each in ENCODED.values())
+ANIMATED_EXTENSIONS = in_words(each.extensions[0] for each in ANIMATED.values())
+
+
+def arguments(name: str, text: str | None) -> dict[str, Any]:
+    """Return the arguments for Pillow's writer of any format; one that is not in the table has no metadata."""
+    known = FORMATS.get(name.upper())
+    return {} if known is None else known.arguments(text)
+
+
+def read_metadata(image: Image) -> tuple[str, str] | None:
+    """Return where in an opened file the text is, and the text; None if there is none."""
+    places = {
+        f"PNG text chunk {PNG_KEYWORD!r}": image.info.get(PNG_KEYWORD),
+        "EXIF ImageDescription": image.getexif().get(_EXIF_IMAGE_DESCRIPTION),
+        "GIF comment": image.info.get("comment") if image.format == "GIF" else None,
+    }
+    for place, text in places.items():
+        if isinstance(text, bytes):
+            return place, text.decode("ascii", "replace")
+        if isinstance(text, str):
+            return place, str(text)
+    return None
