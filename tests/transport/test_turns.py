@@ -28,9 +28,13 @@ class Loop:
 class Clock:
     def __init__(self) -> None:
         self.now = 100.0
+        self.stolen_s = 0.0  # time in which other programs had the core
 
     def time(self) -> float:
         return self.now
+
+    def thread_time(self) -> float:
+        return self.now - self.stolen_s
 
 
 class Peer:
@@ -40,10 +44,14 @@ class Peer:
         self.clock, self.piece_s, self.pieces = clock, piece_s, pieces
         self.seen_s = self.used_s = self.finish_s = 0.0
         self.took_s = 0.0
+        self.stolen_s = 0.0  # of the next turn, by another program
         self.waiting = False
 
     def turn(self, until: float) -> bool:
         self.waiting = False
+        self.clock.now += self.stolen_s
+        self.clock.stolen_s += self.stolen_s
+        self.stolen_s = 0.0
         while self.pieces and self.clock.now < until:
             self.pieces -= 1
             self.clock.now += self.piece_s
@@ -57,7 +65,7 @@ class Peer:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=clock.time, thread_time=clock.time))
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=clock.time, thread_time=clock.thread_time))
     return clock
 
 
@@ -80,6 +88,19 @@ def test_time_is_shared_evenly_however_long_the_pieces_are(shared: LoopTurns, lo
         loop.iterate()
     short, long = peers
     assert abs(short.took_s - long.took_s) <= 0.022  # a piece of one, a slice of the other
+
+
+def test_a_turn_is_not_charged_for_what_other_programs_take(shared: LoopTurns, loop: Loop, clock: Clock) -> None:
+    """A connection whose turn was charged a second once waited for 2.6 s."""
+    peers = [Peer(clock, 0.0005), Peer(clock, 0.0005)]
+    for peer in peers:
+        shared.begin(peer)
+    for _ in range(10):
+        loop.iterate()
+    peers[0].stolen_s = 1.0
+    for _ in range(100):
+        loop.iterate()
+    assert abs(peers[0].took_s - peers[1].took_s) <= 0.012  # an iteration, a slice and a piece of each
 
 
 def test_who_takes_little_waits_for_a_turn_of_one_other(shared: LoopTurns, loop: Loop, clock: Clock) -> None:
