@@ -1,6 +1,5 @@
 """TLS: the server's certificate and the authorities of its callers, both renewed without a restart."""
 
-import asyncio.sslproto
 import datetime
 import os
 import ssl
@@ -14,10 +13,6 @@ from ganserve_server.transport.credentials import Pem
 
 # For TLS 1.2, HTTP/2 requires forward secrecy and authenticated encryption (RFC 9113, 9.2.2). TLS 1.3 always has both.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
-_PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-_SEQUENCE, _UTC_TIME, _VERSION = 0x30, 0x17, 0xA0  # tags of DER
-# The read buffer of each connection: asyncio's default of 256 KiB would take 2.5 GiB for 10,000 connections.
-asyncio.sslproto.SSLProtocol.max_size = 32 << 10
 
 
 class Certificates:
@@ -97,47 +92,15 @@ def _certificates(file: str) -> list[tuple[str, datetime.datetime]]:
     """Return the serial number (in hexadecimal, as openssl prints it) and the expiry of each certificate in a file.
 
     Raises:
-        ValueError: the file has no certificate.
+        ValueError: the file has no certificate, or one that cannot be parsed.
     """
+    from cryptography import x509  # takes 16 MiB, which a server without TLS does not need
+
     found = []
-    for part in Path(file).read_text("ascii", "replace").split(_PEM_BEGIN)[1:]:
-        pem = _PEM_BEGIN + part.partition(_PEM_END)[0] + _PEM_END
-        found.append(_serial_and_end(ssl.PEM_cert_to_DER_cert(pem)))
-    if not found:
-        raise ValueError(f"{file} has no certificate")
+    for certificate in x509.load_pem_x509_certificates(Path(file).read_bytes()):
+        serial = f"{certificate.serial_number:X}"
+        found.append((serial.zfill(len(serial) + len(serial) % 2), certificate.not_valid_after_utc))
     return found
-
-
-def _serial_and_end(der: bytes) -> tuple[str, datetime.datetime]:
-    """Parse a certificate (RFC 5280, 4.1): Python's ssl parses only a peer's certificate."""
-    _, start, _ = _element(der, 0)  # Certificate
-    _, position, _ = _element(der, start)  # TBSCertificate
-    tag, _, end = _element(der, position)
-    position = end if tag == _VERSION else position
-    _, start, position = _element(der, position)
-    serial = der[start:position].lstrip(b"\0").hex().upper()
-    for _ in ("signature's algorithm", "issuer"):
-        _, _, position = _element(der, position)
-    tag, position, _ = _element(der, position)  # Validity
-    if tag != _SEQUENCE:
-        raise ValueError("a certificate has no validity")
-    _, _, position = _element(der, position)  # not before
-    tag, start, end = _element(der, position)
-    text = der[start:end].decode("ascii")
-    if tag == _UTC_TIME:
-        text = ("19" if text >= "50" else "20") + text
-    return serial, datetime.datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=datetime.UTC)
-
-
-def _element(der: bytes, position: int) -> tuple[int, int, int]:
-    """Return the tag of the element at a position, and the start and end of its content."""
-    if position + 2 > len(der):
-        raise ValueError("a certificate is cut off")
-    tag, size, start = der[position], der[position + 1], position + 2
-    if size & 0x80:
-        start += size & 0x7F
-        size = int.from_bytes(der[position + 2 : start], "big")
-    return tag, start, start + size
 
 
 def _no_password() -> str:

@@ -24,7 +24,8 @@ from ganserve_server.machine import give_back_memory
 from ganserve_server.shared.scoreboard import AcceptOrder
 from ganserve_server.transport.answering import BaseServer
 from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
-from ganserve_server.transport.http2 import CANCEL, GOAWAY_TIMEOUT_S, Connection
+from ganserve_server.transport.http2 import CANCEL, GOAWAY_TIMEOUT_S, READ_BYTES, Connection
+from ganserve_server.transport.internals import set_tls_read_bytes
 from ganserve_server.transport.limits import Limits
 from ganserve_server.transport.pools import Pool
 from ganserve_server.transport.turns import LoopTurns
@@ -80,6 +81,8 @@ class GrpcServer(BaseServer[Http2Call]):
         self._loop_turns = LoopTurns(self.loop)
         self.running = 0
         self._tls, self._on_tls_failure = tls, on_tls_failure
+        if tls is not None:
+            set_tls_read_bytes(READ_BYTES)
         self._on_aged, self._on_ended, self._on_turned_away = on_aged, on_ended, on_turned_away
         self._connections: dict[Connection[Head], None] = {}  # oldest first
         self._empty = asyncio.Event()

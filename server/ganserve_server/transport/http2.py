@@ -24,9 +24,9 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from hpack import Decoder, HPACKError, OversizedHeaderListError
-from hpack.table import HeaderTable
 
 from ganserve_server.transport.flow import MAX_WINDOW, Flow, Overflow, SendFlow
+from ganserve_server.transport.internals import CountingHeaderTable, set_read_bytes, transport_below_tls
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 from ganserve_server.transport.pools import Bucket, Holding, Pool
 from ganserve_server.transport.turns import LoopTurns
@@ -182,16 +182,6 @@ class Stream(Flow):
             await asyncio.shield(self._drained)  # others may wait, too
 
 
-class _Table(HeaderTable):
-    """Counts its changes: a cached header block is valid until the table changes."""
-
-    changes = 0
-
-    def add(self, name: bytes, value: bytes) -> None:
-        self.changes += 1
-        super().add(name, value)
-
-
 class Connection(asyncio.Protocol, Generic[HeadT]):
     """One connection with a peer.
 
@@ -228,7 +218,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._loop = asyncio.get_running_loop()
         # Reading.
         self._decoder = Decoder(_MAX_DECODED_BYTES)
-        self._table = self._decoder.header_table = _Table()
+        self._table = self._decoder.header_table = CountingHeaderTable()
         self._heads: dict[bytes, HeadT] = {}
         self._heads_of = 0  # the table's changes when the cached heads were read
         self._rest = b""
@@ -300,11 +290,8 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self.transport = transport
         # Without a buffer of its own: bytes that the kernel does not accept wait here, where they are counted.
         transport.set_write_buffer_limits(high=1, low=0)
-        if hasattr(transport, "max_size"):
-            setattr(transport, "max_size", READ_BYTES)  # noqa: B010 (not of the abstract class)
-        if hasattr(transport, "set_read_buffer_limits"):  # TLS
-            transport.set_read_buffer_limits(high=READ_BYTES)
-        self._below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
+        set_read_bytes(transport, READ_BYTES)
+        self._below = transport_below_tls(transport)
         if self._below is not None:
             self._flush_bytes = _TLS_FLUSH_BYTES
             self._below.set_write_buffer_limits(high=1, low=0)
