@@ -34,7 +34,7 @@ FROM ${BASE} AS common
 ENV PATH=/opt/ganserve/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 ARG REVISION=unknown
 ARG SOURCE=""
 LABEL org.opencontainers.image.title="ganserve" \

@@ -35,8 +35,8 @@ def test_the_readme_of_the_chart_has_a_row_for_every_value() -> None:
         assert re.search(rf"^\| `{name}[`.]", readme, re.MULTILINE), f"the chart's README lacks {name}"
 
 
-def test_the_chart_and_its_image_are_of_the_projects_version() -> None:
+def test_the_chart_is_of_the_projects_version() -> None:
+    """Helm wants both numbers in the file; the images get theirs as a build argument."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     chart = (CHART / "Chart.yaml").read_text()
     assert re.findall(r"^(?:version|appVersion): (.*)$", chart, re.MULTILINE) == [version, version]
-    assert f"image: ganserve:{version}\n" in (ROOT / "deploy" / "compose.yaml").read_text()

@@ -73,7 +73,3 @@ def test_the_locks_name_no_registry() -> None:
     assert len(locks) == 4
     for lock in locks:
         assert "://" not in lock.read_text()
-
-
-def test_the_image_says_the_projects_version() -> None:
-    assert f"\nARG VERSION={PROJECT['project']['version']}\n" in (ROOT / "Dockerfile").read_text()
