@@ -642,6 +642,31 @@ async def test_silent_connections_make_place_for_others(small: Callable[..., Sma
     await aside(work)
 
 
+@pytest.mark.parametrize("ending", ["FIN", "RST"])
+async def test_connections_that_ended_while_they_waited_are_not_served(
+    ending: str, small: Callable[..., Small], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that connects and closes all the time made others wait 0.2 s for their connections to be accepted."""
+    server = small()
+    served: list[str] = []
+    serve = server.server._serve
+    monkeypatch.setattr(server.server, "_serve", lambda *one: served.append(one[1]) or serve(*one))
+    monkeypatch.setattr(grpc_server, "_ACCEPT_S", 0.0001)
+    host, _, port = server.address.rpartition(":")
+    for _ in range(100):  # they wait in the kernel's queue, as the loop does not run meanwhile
+        with socket.create_connection((host, int(port))) as peer:
+            peer.sendall(http2.PREFACE + frame(SETTINGS, 0, 0))
+            if ending == "RST":
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def work() -> None:
+        with Peer(server.address) as peer:
+            assert ask(peer, b"5").status == OK
+
+    await aside(work)
+    assert len(served) < 50
+
+
 def test_half_open_handshakes_make_place_for_others(start_server: Start, tmp_path: Any) -> None:
     flags, context = tls(tmp_path)
     running = start_server(*flags, "--max-connections", "4")
