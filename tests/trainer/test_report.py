@@ -176,6 +176,44 @@ def test_no_name_from_outside_becomes_markup(tmp_path: Path) -> None:
     assert len(page.all("img")) == 0
 
 
+def test_text_from_outside_is_escaped_in_each_place(tmp_path: Path) -> None:
+    hostile = """<script>alert("it's")</script>"""
+    history = History(
+        [point(1), point(2)],
+        [Measurement(1000, 1.0, {f"metric {hostile}": 1.0})],
+        [Alarm(1500, f"name {hostile}", f"message {hostile}")],
+    )
+    (tmp_path / "evaluation.json").write_text(
+        json.dumps({"checkpoint": "x", "metrics": [], "class_histogram": {f"class {hostile}": 1}})
+    )
+    spec = ImageSpec(1, 28, 28, (f"class {hostile}",))
+    write_report(
+        tmp_path,
+        dataclasses.replace(PRESET, dataset=f"./{hostile}"),
+        spec,
+        history,
+        {},
+        preset=PRESET,
+        images_seen=2000,
+        elapsed_s=1.0,
+        device="cpu",
+        finished=True,
+    )
+    content = (tmp_path / "report.html").read_text()
+    assert not re.search(r"""<script>alert|alert\(["']""", content)
+    page = Page(content)
+    assert_self_contained(page)
+    places = {
+        f"./{hostile}": 3,  # the title, the headline, the setting
+        f"name {hostile}": 5,  # the alarm, a line in each of four charts
+        f"message {hostile}": 1,
+        f"class {hostile}": 3,  # the list, the bar's title and label
+        f"metric {hostile}": 3,  # the chart's caption and label, the table
+    }
+    assert {text: page.text.count(text) for text in places} == places
+    assert f"metric {hostile}" in [chart["aria-label"] for chart in page.all("svg")]
+
+
 def test_a_run_without_a_past_has_a_report(tmp_path: Path) -> None:
     page = report(tmp_path, images_seen=0, elapsed_s=0.0)
     assert page.text.count("No values yet.") == 4

@@ -1,12 +1,14 @@
 """Charts as inline SVG. The page's style sheet sets colours and fonts for the classes that are used here.
 
-Values that are not finite, or not positive on a logarithmic axis, become gaps. All text is escaped.
+Values that are not finite, or not positive on a logarithmic axis, become gaps. All text is escaped: a chart is Markup.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
+
+from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 12, 46
@@ -39,7 +41,7 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     levels: Sequence[Mark] = (),
     events: Sequence[Mark] = (),
-) -> str:
+) -> Markup:
     """Draw lines over images seen, at most 600 points each (means of neighbours), with the last values in the legend.
 
     Args:
@@ -101,7 +103,7 @@ def line_chart(
     return _figure(title, legend, _svg(title, parts))
 
 
-def bar_chart(title: str, y_label: str, bars: Sequence[tuple[str, float]]) -> str:
+def bar_chart(title: str, y_label: str, bars: Sequence[tuple[str, float]]) -> Markup:
     """Draw a bar from 0 for each name. A name is written if there is room for it, and always shown on hovering."""
     bars = [(name, value if math.isfinite(value) and 0 <= value < _LARGEST else 0.0) for name, value in bars]
     if not bars:
@@ -131,9 +133,9 @@ def bar_chart(title: str, y_label: str, bars: Sequence[tuple[str, float]]) -> st
     return _figure(title, "", _svg(title, parts))
 
 
-def _figure(title: str, legend: str, body: str) -> str:
+def _figure(title: str, legend: str, body: str) -> Markup:
     caption = f'<figcaption>{escape(title)}<span class="legend">{legend}</span></figcaption>'
-    return f'<figure class="chart">{caption}{body}</figure>'
+    return Markup(f'<figure class="chart">{caption}{body}</figure>')
 
 
 def _svg(title: str, parts: Sequence[str]) -> str:

@@ -5,11 +5,12 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from ganserve_trainer.data.spec import ImageSpec
@@ -26,7 +27,42 @@ _TIMELINE_BYTES = 2_200_000
 _PICTURE_BYTES = 400_000
 _TABLE_ROWS = 50
 
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_ENVIRONMENT.filters["thousands"] = "{:,}".format
+# Read here, not when a report is due: an upgrade during a run must not give this code another template.
+_TEMPLATE = _ENVIRONMENT.get_template("page.html.jinja")
+
 T = TypeVar("T")
+
+
+class _Image(NamedTuple):
+    source: str  # a data: URL
+    width: int
+    height: int
+
+
+class _Sheet(NamedTuple):
+    images_seen: int
+    image: _Image | None  # None if the file cannot be read
+
+
+class _Metrics(NamedTuple):
+    names: list[str]
+    charts: list[Markup]
+    rows: list[list[str]]
+
+
+class _Evaluation(NamedTuple):
+    digest: str
+    metrics: list[tuple[str, str, str]]  # name, value, method
+    histogram: Markup
 
 
 def write_report(
@@ -63,71 +99,45 @@ def write_report(
         OSError: the page cannot be written.
     """
     sheets = _sheets(out / "samples")
-    sections = [
-        ("alarms", "Alarms", _alarms(history)),
-        ("timeline", "Timeline", _timeline(sheets)),
-        ("curves", "Curves", _curves(history)),
-        ("metrics", "Metrics over time", _metrics(history)),
-        ("final", "Final contact sheet", _final(sheets)),
-        ("interpolations", "Latent interpolations", _picture(out / "interpolations.png", "Spherical interpolations.")),
-        (
-            "neighbours",
-            "Nearest training images",
-            _picture(
-                out / "neighbours.png",
-                "In each row a generated image, then its nearest training images, the nearest first.",
-            ),
-        ),
-        ("evaluation", "Evaluation", _evaluation(out / "evaluation.json", spec, checkpoint_digest)),
-        ("configuration", "Configuration", _configuration(settings, preset, spec)),
-        ("versions", "Versions", _table(("software", "version"), versions.items())),
-    ]
-    contents = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _ in sections)
-    body = "".join(
-        f'<section id="{name}"><h2>{escape(title)}</h2>{content}</section>' for name, title, content in sections
-    )
-    headline = _headline(settings, images_seen, elapsed_s, device, finished)
-    title = escape(f"{settings.preset} on {settings.dataset}")
-    page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        # The page may load nothing from outside, even if a class's name contains HTML.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title} · ganserve</title><style>{_STYLE}</style></head><body>"
-        f'<nav aria-label="Contents"><ol>{contents}</ol></nav>'
-        f"<main><header><h1>{title}</h1>{headline}</header>{body}</main>"
-        f"<script>{_SCRIPT}</script></body></html>\n"
+    chosen = _evenly(sheets, _TIMELINE_LENGTH)
+    timeline = [_sheet(sheet, _TIMELINE_BYTES // len(chosen)) for sheet in chosen]
+    evaluation = out / "evaluation.json"
+    page = _TEMPLATE.render(
+        title=f"{settings.preset} on {settings.dataset}",
+        facts=_facts(settings, images_seen, elapsed_s, device, finished),
+        alarms=history.alarms,
+        timeline=[sheet for sheet in timeline if sheet.image],
+        chosen=len(chosen),
+        sheets=len(sheets),
+        curves=_curves(history),
+        metrics=_metrics(history),
+        final=_sheet(sheets[-1], _PICTURE_BYTES) if sheets else None,
+        interpolations=_image(out / "interpolations.png", _PICTURE_BYTES),
+        neighbours=_image(out / "neighbours.png", _PICTURE_BYTES),
+        evaluated=evaluation.exists(),
+        evaluation=_evaluation(evaluation, spec),
+        checkpoint_digest=checkpoint_digest,
+        settings=_settings(settings, preset),
+        spec=spec,
+        versions=versions,
     )
     with replace_atomically(out / FILE_NAME) as file:
         # A folder's name may be invalid text: characters that cannot be encoded are written as escapes.
         file.write(page.encode("utf-8", "backslashreplace"))
 
 
-def _headline(settings: Settings, images_seen: int, elapsed_s: float, device: str, finished: bool) -> str:
+def _facts(settings: Settings, images_seen: int, elapsed_s: float, device: str, finished: bool) -> dict[str, str]:
     share = math.floor(100 * images_seen / settings.images)
-    facts = (
-        ("state", "finished" if finished else f"unfinished: {share} % of {settings.images:,} images"),
-        ("images seen", f"{images_seen:,}"),
-        ("time", _duration(elapsed_s)),
-        ("images/s", f"{images_seen / elapsed_s:,.0f}" if elapsed_s > 0 else "–"),
-        ("device", device),
-    )
-    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    return f'<dl class="facts">{tiles}</dl>'
+    return {
+        "state": "finished" if finished else f"unfinished: {share} % of {settings.images:,} images",
+        "images seen": f"{images_seen:,}",
+        "time": _duration(elapsed_s),
+        "images/s": f"{images_seen / elapsed_s:,.0f}" if elapsed_s > 0 else "–",
+        "device": device,
+    }
 
 
-def _alarms(history: History) -> str:
-    if not history.alarms:
-        return '<p class="calm">None rang.</p>'
-    return "".join(
-        f'<div class="alarm" role="alert"><strong>{escape(alarm.name)}</strong> at {alarm.images_seen:,} images'
-        f"<p>{escape(alarm.message)}</p></div>"
-        for alarm in history.alarms
-    )
-
-
-def _curves(history: History) -> str:
+def _curves(history: History) -> list[Markup]:
     points = history.points
     x = [point.images_seen for point in points]
     events = [Mark(alarm.images_seen, f"{alarm.name} at {alarm.images_seen:,} images") for alarm in history.alarms]
@@ -138,7 +148,7 @@ def _curves(history: History) -> str:
             for name in (discriminator, generator)
         ]
 
-    charts = (
+    return [
         line_chart("Losses", "loss", lines("discriminator", "generator", "loss"), events=events),
         line_chart(
             "Discriminator accuracy",
@@ -158,19 +168,10 @@ def _curves(history: History) -> str:
             levels=[Mark(1, "real images")],
             events=events,
         ),
-    )
-    note = (
-        "The last values stand beside the names; a red line is an alarm. Accuracy: the share of real images with a "
-        "positive logit, and of generated ones with a negative logit; a Wasserstein critic's means nothing. Diversity: "
-        "how far the generated images of a class lie from one another, compared with real ones; 0 is a collapsed "
-        "generator."
-    )
-    return f'<div class="grid">{"".join(charts)}</div><p class="note">{note}</p>'
+    ]
 
 
-def _metrics(history: History) -> str:
-    if not history.measurements:
-        return '<p class="none">None measured yet.</p>'
+def _metrics(history: History) -> _Metrics:
     names = list(dict.fromkeys(name for measurement in history.measurements for name in measurement.metrics))
     charts = [
         line_chart(
@@ -187,15 +188,14 @@ def _metrics(history: History) -> str:
         for name in names
     ]
     rows = [
-        (
+        [
             f"{measurement.images_seen:,}",
             _duration(measurement.elapsed_s),
             *(f"{measurement.metrics[name]:.4g}" if name in measurement.metrics else "–" for name in names),
-        )
+        ]
         for measurement in _evenly(history.measurements, _TABLE_ROWS)
     ]
-    table = _table(("images seen", "time", *names), rows, numbers=True)
-    return f'<div class="grid">{"".join(charts)}</div>{table}'
+    return _Metrics(names, charts, rows)
 
 
 def _sheets(folder: Path) -> list[tuple[int, Path]]:
@@ -203,43 +203,13 @@ def _sheets(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.stem), path) for path in folder.glob("*.png") if path.stem.isdecimal())
 
 
-def _timeline(sheets: list[tuple[int, Path]]) -> str:
-    chosen = _evenly(sheets, _TIMELINE_LENGTH)
-    figures = []
-    for images_seen, path in chosen:
-        text = f"{images_seen:,} images"
-        if image := _image(path, f"What the fixed latents became after {text}", _TIMELINE_BYTES // len(chosen)):
-            figures.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
-    if not figures:
-        return '<p class="none">No contact sheets yet.</p>'
-    note = "The same latents all along" + (
-        f"; {len(chosen)} of {len(sheets)} sheets" if len(chosen) < len(sheets) else ""
-    )
-    # The script shows the slider; without JavaScript all sheets are shown.
-    last = len(figures) - 1
-    return (
-        f'<p class="note">{note}.</p><div id="slider" hidden><button type="button">Play</button>'
-        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="Images seen"></div>'
-        f'<div id="sheets">{"".join(figures)}</div>'
-    )
+def _sheet(sheet: tuple[int, Path], limit: int) -> _Sheet:
+    images_seen, path = sheet
+    return _Sheet(images_seen, _image(path, limit))
 
 
-def _final(sheets: list[tuple[int, Path]]) -> str:
-    if not sheets:
-        return '<p class="none">No contact sheets yet.</p>'
-    images_seen, path = sheets[-1]
-    return _picture(path, f"The EMA generator after {images_seen:,} images.")
-
-
-def _picture(path: Path, caption: str) -> str:
-    image = _image(path, caption, _PICTURE_BYTES)
-    if not image:
-        return '<p class="none">Not there yet.</p>'
-    return f'<figure class="picture">{image}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _image(path: Path, text: str, limit: int) -> str:
-    """Return an HTML element with the picture in at most `limit` bytes, or an empty text if it cannot be read."""
+def _image(path: Path, limit: int) -> _Image | None:
+    """Return the picture in at most `limit` bytes, or None if it cannot be read."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -249,10 +219,8 @@ def _image(path: Path, text: str, limit: int) -> str:
             if len(content) > limit:
                 kind, content = "jpeg", _smaller(image.convert("RGB"), limit)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # PIL's errors for a damaged file
-        return ""
-    data = base64.b64encode(content).decode()
-    source = f"data:image/{kind};base64,{data}"
-    return f'<img src="{source}" width="{width}" height="{height}" alt="{escape(text)}" loading="lazy">'
+        return None
+    return _Image(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", width, height)
 
 
 def _smaller(image: Image.Image, limit: int) -> bytes:
@@ -271,55 +239,33 @@ def _smaller(image: Image.Image, limit: int) -> bytes:
             )
 
 
-def _evaluation(path: Path, spec: ImageSpec, checkpoint_digest: str | None) -> str:
-    if not path.exists():
-        return '<p class="none">Not evaluated yet: <code>ganserve-trainer evaluate</code> does it.</p>'
+def _evaluation(path: Path, spec: ImageSpec) -> _Evaluation | None:
+    """Return the figures of `evaluation.json`, or None if it cannot be read."""
     try:
         evaluation = json.loads(path.read_bytes())
-        digest = str(evaluation["checkpoint"])
-        rows = [
+        metrics = [
             (str(metric["name"]), f"{metric['value']:.6g}", str(metric["method"])) for metric in evaluation["metrics"]
         ]
         histogram = _histogram(evaluation.get("class_histogram"), spec)
+        return _Evaluation(str(evaluation["checkpoint"]), metrics, histogram)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return '<p class="none">evaluation.json cannot be read.</p>'
-    other = ""
-    if checkpoint_digest not in (None, digest):
-        other = '<p class="alarm">These figures are those of an earlier checkpoint of this run.</p>'
-    table = _table(("metric", "value", "method"), rows)
-    return f'{other}{table}{histogram}<p class="note">Checkpoint <code>{escape(digest)}</code></p>'
+        return None
 
 
-def _histogram(counts: Any, spec: ImageSpec) -> str:
+def _histogram(counts: Any, spec: ImageSpec) -> Markup:
     """Draw the number of generated images of each class; `counts` is by name, or in the order of the classes."""
     if not counts:
-        return ""
+        return Markup()
     bars = counts.items() if isinstance(counts, dict) else zip(spec.class_names, counts, strict=True)
     return bar_chart("Classes of the generated images", "images", [(str(name), float(count)) for name, count in bars])
 
 
-def _configuration(settings: Settings, preset: Settings, spec: ImageSpec) -> str:
-    rows = []
-    for setting in dataclasses.fields(settings):
-        value, usual = getattr(settings, setting.name), getattr(preset, setting.name)
-        mark = ' class="changed"' if value != usual else ""
-        cells = "".join(f"<td>{escape(str(text))}</td>" for text in (value, usual, setting.metadata.get("help", "")))
-        rows.append(f'<tr{mark}><th scope="row">{escape(setting.name)}</th>{cells}</tr>')
-    shape = f"{spec.width} × {spec.height} pixels, {spec.channels} {'channel' if spec.channels == 1 else 'channels'}"
-    names = ", ".join(spec.class_names)
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("setting", "value", "preset", "what it is"))
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        f'<p class="note">Images: {shape}.</p>'
-        f"<details><summary>{len(spec.class_names):,} classes</summary><p>{escape(names)}</p></details>"
-    )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    kind = ' class="numbers"' if numbers else ""
-    return f'<div class="wide"><table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+def _settings(settings: Settings, preset: Settings) -> list[tuple[str, Any, Any, str]]:
+    """Return the name of each setting, its value in this run and in the preset, and what it is."""
+    return [
+        (field.name, getattr(settings, field.name), getattr(preset, field.name), field.metadata.get("help", ""))
+        for field in dataclasses.fields(settings)
+    ]
 
 
 def _evenly(items: Sequence[T], count: int) -> list[T]:
@@ -337,96 +283,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-# Okabe and Ito's colours (2008), which colour-blind people can distinguish; lighter variants on a dark page.
-_STYLE = """
-:root{color-scheme:light dark;--page:#fff;--card:#f6f7f9;--ink:#1b1f24;--dim:#5b6570;--rule:#d8dde3;
---a:#0072b2;--b:#d55e00;--bad:#b3123b;--badcard:#fdecef;--good:#12734f}
-@media(prefers-color-scheme:dark){:root{--page:#13161a;--card:#1c2127;--ink:#e4e8ec;--dim:#9aa5b1;--rule:#343b44;
---a:#56b4e9;--b:#f0a044;--bad:#ff6b8b;--badcard:#3a1720;--good:#4fc69a}}
-*{box-sizing:border-box}
-html{scroll-behavior:smooth}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-main{max-width:1180px;margin:0 auto;padding:0 20px 60px}
-nav{position:sticky;top:0;z-index:1;background:var(--page);border-bottom:1px solid var(--rule)}
-nav ol{display:flex;gap:4px 18px;list-style:none;margin:0 auto;padding:9px 20px;max-width:1180px;overflow-x:auto;
-font-size:14px;white-space:nowrap}
-a{color:var(--a);text-decoration:none}
-a:hover{text-decoration:underline}
-h1{font-size:30px;line-height:1.2;margin:30px 0 16px}
-h2{font-size:20px;margin:44px 0 12px}
-section{scroll-margin-top:40px}
-.facts{display:flex;flex-wrap:wrap;gap:10px;margin:0}
-.facts div{background:var(--card);border-radius:8px;padding:9px 16px;flex:1 1 auto}
-dt,.note,.none,figcaption{color:var(--dim);font-size:14px}
-dd{margin:0;font-size:19px;font-variant-numeric:tabular-nums}
-.alarm{background:var(--badcard);border-left:5px solid var(--bad);border-radius:4px;padding:12px 16px;margin:0 0 10px}
-.alarm strong{color:var(--bad);text-transform:uppercase;letter-spacing:.04em}
-.alarm p{margin:4px 0 0}
-.calm{color:var(--good)}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}
-figure{margin:0}
-.chart{background:var(--card);border-radius:8px;padding:12px 12px 6px;max-width:580px}
-.chart figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 14px;color:var(--ink);font-weight:600}
-.legend{display:flex;flex-wrap:wrap;gap:0 14px;font-weight:400;color:var(--dim)}
-.legend b{color:var(--ink);font-weight:500;font-variant-numeric:tabular-nums}
-.legend i{display:inline-block;width:16px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle}
-i.s0{background:var(--a)}
-i.s1{background:var(--b)}
-svg{display:block;width:100%;height:auto}
-svg text{fill:var(--dim);font:13px system-ui,sans-serif}
-text.x,text.label{text-anchor:middle}
-text.y{text-anchor:end;dominant-baseline:middle}
-text.level{text-anchor:end}
-path{fill:none}
-path.grid{stroke:var(--rule);stroke-width:1}
-path.level{stroke:var(--dim);stroke-width:1;stroke-dasharray:4 4}
-path.event{stroke:var(--bad);stroke-width:2}
-path.line{stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}
-path.s0{stroke:var(--a)}
-path.s1{stroke:var(--b)}
-@media(max-width:520px){svg text{font-size:17px}}
-rect.bar{fill:var(--a)}
-img{display:block;max-width:100%;height:auto;border-radius:4px;image-rendering:pixelated}
-.picture img{width:min(100%,640px)}
-#sheets{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));gap:14px}
-#sheets.one{display:block;max-width:640px}
-#sheets.one figure{display:none}
-#sheets.one figure.shown{display:block}
-#sheets.one img{width:100%}
-#slider{display:flex;gap:12px;max-width:640px;margin:0 0 10px}
-#slider[hidden]{display:none}
-#slider input{flex:1;accent-color:var(--a)}
-#slider button{font:inherit;font-size:14px;min-width:72px;padding:4px 14px;border:1px solid var(--rule);
-border-radius:6px;background:var(--card);color:var(--ink);cursor:pointer}
-.wide{overflow-x:auto}
-.grid+.wide{margin-top:16px}
-table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);vertical-align:top}
-thead th{color:var(--dim);font-weight:500}
-tbody th{font-weight:400}
-.numbers th,.numbers td{text-align:right;white-space:nowrap}
-tbody th{white-space:nowrap}
-.changed th{font-weight:600}
-.changed td:nth-child(2){color:var(--b);font-weight:600}
-td:nth-child(n+3){color:var(--dim)}
-.numbers td:nth-child(n){color:inherit}
-td{min-width:90px}
-code{font-size:13px}
-@media print{nav,#slider{display:none}}
-"""
-
-_SCRIPT = """
-(()=>{const slider=document.getElementById("slider");if(!slider)return;
-const range=slider.querySelector("input"),button=slider.querySelector("button"),box=document.getElementById("sheets");
-const figures=[...box.children];let timer=0;
-const show=()=>figures.forEach((figure,i)=>figure.classList.toggle("shown",i==range.value));
-const stop=()=>{clearInterval(timer);timer=0;button.textContent="Play"};
-figures.forEach(figure=>figure.querySelector("img").loading="eager");
-range.addEventListener("input",()=>{stop();show()});
-button.addEventListener("click",()=>{if(timer)return stop();
-if(range.value==range.max)range.value=0;show();button.textContent="Pause";
-timer=setInterval(()=>{range.value=+range.value+1;show();if(range.value==range.max)stop()},250)});
-if(figures.length>1){box.classList.add("one");slider.hidden=false;show()}})();
-"""
