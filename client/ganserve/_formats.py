@@ -45,11 +45,11 @@ class ImageFormat:
     name: str  # Pillow's name
     extensions: tuple[str, ...]  # the usual one first
     media_type: str
-    lossless: bool
-    longest_side: int  # pixels
     metadata: Callable[[str], dict[str, Any]]
+    lossless: bool = True  # with `options`, in grey and in colour
+    longest_side: int = _LARGEST  # pixels that Pillow writes and reads
     options: Mapping[str, Any] = field(default_factory=dict)  # of Pillow's writer
-    animated: bool = False
+    animated: bool = False  # the SDK writes animations in it
     encoding: int | None = None  # of ganserve.v1.Encoding
 
     def arguments(self, text: str | None) -> dict[str, Any]:
@@ -60,11 +60,31 @@ class ImageFormat:
 FORMATS = {
     each.name: each
     for each in (
-        ImageFormat("PNG", (".png",), "image/png", True, _LARGEST, _png_text, encoding=2),
-        ImageFormat("JPEG", (".jpg", ".jpeg"), "image/jpeg", False, 65_500, _exif, {"quality": 95}, encoding=3),
-        ImageFormat("WEBP", (".webp",), "image/webp", True, 16_383, _exif, {"lossless": True}, True, 4),
-        ImageFormat("GIF", (".gif",), "image/gif", False, 65_535, _comment, animated=True),
-        ImageFormat("TIFF", (".tif", ".tiff"), "image/tiff", True, _LARGEST, _exif),
+        ImageFormat("PNG", (".png",), "image/png", metadata=_png_text, encoding=2),
+        ImageFormat(
+            "JPEG",
+            (".jpg", ".jpeg"),
+            "image/jpeg",
+            metadata=_exif,
+            lossless=False,
+            longest_side=65_500,
+            options={"quality": 95},
+            encoding=3,
+        ),
+        ImageFormat(
+            "WEBP",
+            (".webp",),
+            "image/webp",
+            metadata=_exif,
+            longest_side=16_383,
+            options={"lossless": True},
+            animated=True,
+            encoding=4,
+        ),
+        ImageFormat(
+            "GIF", (".gif",), "image/gif", metadata=_comment, lossless=False, longest_side=65_535, animated=True
+        ),
+        ImageFormat("TIFF", (".tif", ".tiff"), "image/tiff", metadata=_exif),
     )
 }
 EXTENSIONS = tuple(extension for each in FORMATS.values() for extension in each.extensions)

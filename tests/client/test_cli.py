@@ -85,7 +85,7 @@ def test_a_picture_that_cannot_say_how_it_was_made_is_told(server: RunningServer
     out = tmp_path / name
     done = ganserve("generate", "mlp-mnist", "--count", "2", "-o", out, address=server.address)
     assert done.returncode == 0
-    assert re.search(r"bmp does not say how it was made, .* PNG, JPEG, WEBP, GIF and TIFF have$", done.stderr)
+    assert re.search(r"bmp does not say how it was made, .* PNG, .* and TIFF have$", done.stderr)
 
 
 def test_every_other_picture_says_how_it_was_made(server: RunningServer, tmp_path: Path) -> None:

@@ -71,7 +71,12 @@ def generate(
     columns: Annotated[int | None, typer.Option(min=1, help="Images a row.", show_default="nearly square")] = None,
     scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge the pixels of the one picture.")] = 2,
     file_format: Annotated[
-        str | None, typer.Option("--format", help="png, jpeg or webp.", show_default="by the ending; png for '-'")
+        str | None,
+        typer.Option(
+            "--format",
+            help=f"{_formats.in_words(_formats.ENCODED_NAMES).lower()}.",
+            show_default="by the ending; png for '-'",
+        ),
     ] = None,
     as_json: AsJson = False,
     *,

@@ -115,7 +115,7 @@ class Monitor:
 
         Args:
             points: the run's history.
-            critic: whether the loss is a Wasserstein loss.
+            critic: whether the logits are those of a critic, which have no zero between real and fake.
         """
         self._critic = critic
         self._recent: deque[Point] = deque(maxlen=_ACCURACY_POINTS)
