@@ -90,7 +90,7 @@ class Certificates:
             return f"{' and '.join(missing) or files} cannot be read: {error.strerror}"
         if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
             return f"{self._key} is not the key of {self._certificate}"
-        return f"{files}: not certificates and key in PEM ({getattr(error, 'reason', None) or error})"
+        return f"{files} must contain certificates and a key in PEM ({getattr(error, 'reason', None) or error})"
 
 
 def _certificates(file: str) -> list[tuple[str, datetime.datetime]]:
@@ -120,7 +120,7 @@ def _serial_and_end(der: bytes) -> tuple[str, datetime.datetime]:
         _, _, position = _element(der, position)
     tag, position, _ = _element(der, position)  # Validity
     if tag != _SEQUENCE:
-        raise ValueError("a certificate has no validity")
+        raise ValueError("a certificate has no validity period")
     _, _, position = _element(der, position)  # not before
     tag, start, end = _element(der, position)
     text = der[start:end].decode("ascii")
@@ -132,7 +132,7 @@ def _serial_and_end(der: bytes) -> tuple[str, datetime.datetime]:
 def _element(der: bytes, position: int) -> tuple[int, int, int]:
     """Return the tag of the element at a position, and the start and end of its content."""
     if position + 2 > len(der):
-        raise ValueError("a certificate is cut off")
+        raise ValueError("a certificate is truncated")
     tag, size, start = der[position], der[position + 1], position + 2
     if size & 0x80:
         start += size & 0x7F
