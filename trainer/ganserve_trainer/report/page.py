@@ -75,7 +75,7 @@ def write_report(
             "Nearest training images",
             _picture(
                 out / "neighbours.png",
-                "In each row a generated image, then its nearest training images, the nearest first.",
+                "Each row has a generated image, then its nearest training images, nearest first.",
             ),
         ),
         ("evaluation", "Evaluation", _evaluation(out / "evaluation.json", spec, checkpoint_digest)),
@@ -119,7 +119,7 @@ def _headline(settings: Settings, images_seen: int, elapsed_s: float, device: st
 
 def _alarms(history: History) -> str:
     if not history.alarms:
-        return '<p class="calm">None rang.</p>'
+        return '<p class="calm">No alarms.</p>'
     return "".join(
         f'<div class="alarm" role="alert"><strong>{escape(alarm.name)}</strong> at {alarm.images_seen:,} images'
         f"<p>{escape(alarm.message)}</p></div>"
@@ -160,10 +160,10 @@ def _curves(history: History) -> str:
         ),
     )
     note = (
-        "The last values stand beside the names; a red line is an alarm. Accuracy: the share of real images with a "
-        "positive logit, and of generated ones with a negative logit; a Wasserstein critic's means nothing. Diversity: "
-        "how far the generated images of a class lie from one another, compared with real ones; 0 is a collapsed "
-        "generator."
+        "The last values are next to the names; a red line is an alarm. Accuracy: the share of real images with a "
+        "positive logit, and of generated ones with a negative logit; it means nothing for a Wasserstein critic. "
+        "Diversity: how far the generated images of a class lie from one another, compared with real ones; 0 is a "
+        "collapsed generator."
     )
     return f'<div class="grid">{"".join(charts)}</div><p class="note">{note}</p>'
 
@@ -208,11 +208,11 @@ def _timeline(sheets: list[tuple[int, Path]]) -> str:
     figures = []
     for images_seen, path in chosen:
         text = f"{images_seen:,} images"
-        if image := _image(path, f"What the fixed latents became after {text}", _TIMELINE_BYTES // len(chosen)):
+        if image := _image(path, f"Images of the fixed latents after {text}", _TIMELINE_BYTES // len(chosen)):
             figures.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
     if not figures:
         return '<p class="none">No contact sheets yet.</p>'
-    note = "The same latents all along" + (
+    note = "The same latents throughout the run" + (
         f"; {len(chosen)} of {len(sheets)} sheets" if len(chosen) < len(sheets) else ""
     )
     # The script shows the slider; without JavaScript all sheets are shown.
@@ -234,7 +234,7 @@ def _final(sheets: list[tuple[int, Path]]) -> str:
 def _picture(path: Path, caption: str) -> str:
     image = _image(path, caption, _PICTURE_BYTES)
     if not image:
-        return '<p class="none">Not there yet.</p>'
+        return '<p class="none">Not available yet.</p>'
     return f'<figure class="picture">{image}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
@@ -273,7 +273,7 @@ def _smaller(image: Image.Image, limit: int) -> bytes:
 
 def _evaluation(path: Path, spec: ImageSpec, checkpoint_digest: str | None) -> str:
     if not path.exists():
-        return '<p class="none">Not evaluated yet: <code>ganserve-trainer evaluate</code> does it.</p>'
+        return '<p class="none">Not evaluated yet. To evaluate it: <code>ganserve-trainer evaluate</code>.</p>'
     try:
         evaluation = json.loads(path.read_bytes())
         digest = str(evaluation["checkpoint"])
@@ -285,7 +285,7 @@ def _evaluation(path: Path, spec: ImageSpec, checkpoint_digest: str | None) -> s
         return '<p class="none">evaluation.json cannot be read.</p>'
     other = ""
     if checkpoint_digest not in (None, digest):
-        other = '<p class="alarm">These figures are those of an earlier checkpoint of this run.</p>'
+        other = '<p class="alarm">These metrics are those of an earlier checkpoint of this run.</p>'
     table = _table(("metric", "value", "method"), rows)
     return f'{other}{table}{histogram}<p class="note">Checkpoint <code>{escape(digest)}</code></p>'
 
