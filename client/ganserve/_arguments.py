@@ -77,7 +77,9 @@ def latent_rows(latents: ArrayLike) -> NDArray[np.float32]:
             raise TypeError
         rows = np.asarray(latents, np.float32)
     except (TypeError, ValueError) as error:
-        raise invalid("latents", "latents is no array of numbers; it must be [count, latent_dim]") from error
+        raise invalid(
+            "latents", "latents is not an array of numbers; it must be an array [count, latent_dim]"
+        ) from error
     if rows.ndim not in (1, 2) or not rows.size:
         raise invalid("latents", f"latents is {list(rows.shape)}; it must be [count, latent_dim]")
     return np.atleast_2d(rows)

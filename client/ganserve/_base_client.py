@@ -126,8 +126,8 @@ class BaseClient:
             seeds = (provenance.seed or 0,) if one else provenance.seeds
         if seeds is None:
             raise NoProvenanceError(
-                "it can't be made again, for what it was made from is not in the file: latents of the caller's own, or "
-                "more seeds than it holds"
+                "it can't be made again, because its source is not in the file: latents of the caller's own, or more "
+                "seeds than the file can hold"
             )
         labels: list[Label] | None = None
         if provenance.labels is not None:
@@ -136,8 +136,8 @@ class BaseClient:
             labels = [provenance.label]
             if provenance.count not in (None, 1):
                 raise NoProvenanceError(
-                    "it can't be made again, for of its labels it says the first only; dataclasses.replace(provenance, "
-                    "labels=…) has them all"
+                    "it can't be made again, because the file has only the first of its labels; set them all with "
+                    "dataclasses.replace(provenance, labels=…)"
                 )
         return seeds, labels
 

@@ -220,7 +220,7 @@ class EachProgress:
         """
         self._last_wait_s = time.monotonic() - self._waiting_since
         if not self._sent:
-            raise ServerError(f"the server sends more answers than the {self._count()} that it was asked for")
+            raise ServerError(f"the server sent more answers than the {self._count()} requested ones")
         asked = self._sent.popleft()
         outcome = to_each(answer)
         if isinstance(outcome, EachError):
@@ -233,11 +233,11 @@ class EachProgress:
             self._room = _MOST_IN_FLIGHT
         if outcome.version != first.version or outcome.digest != first.digest:
             raise ServerError(
-                f"the image of seed {asked.seed} is of version {outcome.version} ({outcome.digest}), those before of "
-                f"version {first.version} ({first.digest}); ask again for all"
+                f"the image of seed {asked.seed} was made by version {outcome.version} ({outcome.digest}), the images "
+                f"before it by version {first.version} ({first.digest}); request all images again"
             )
         if outcome.seeds != (asked.seed,):
-            raise ServerError(f"the server's answer is of seed {outcome.seeds}, and not of {asked.seed}")
+            raise ServerError(f"the server's answer is for seed {outcome.seeds}, not {asked.seed}")
         self._room = min(_MOST_IN_FLIGHT, self._room + 1 / self._room)
         asked.outcome = outcome
         return True

@@ -103,7 +103,9 @@ def endpoint(
         raise InvalidRequestError("tls is off, but a certificate or key is given; leave one of them out")
     if token is not None and not (token.isascii() and token.isprintable() and token == token.strip()):
         # The error must not repeat the token.
-        raise InvalidRequestError("token has characters that no header can hold: blanks around it, or not ASCII")
+        raise InvalidRequestError(
+            "token has characters that a header cannot contain: leading or trailing blanks, or not ASCII"
+        )
     credentials = None
     if tls or (tls is None and any(files.values())):
         credentials = _credentials(files)
@@ -133,14 +135,15 @@ def _target(address: str) -> tuple[str, bool]:
     pairs = [(part[1].strip("[]"), int(part[2])) for part in parts if part is not None]
     if len(pairs) < len(parts) or not all(0 < port < 1 << 16 for _, port in pairs):
         raise InvalidRequestError(
-            f"address is {address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}, or several IP:PORT with commas"
+            f"address is {address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}, or several IP:PORT "
+            "separated by commas"
         )
     addresses = [_ip(host) for host, _ in pairs]
     versions = {None if ip is None else ip.version for ip in addresses}
     if len(pairs) > 1 and (None in versions or len(versions) > 1):
         raise InvalidRequestError(
-            f"address is {address!r}; several addresses must be of IPv4 all, or of IPv6 all; a name with many needs "
-            "no list"
+            f"address is {address!r}; several addresses must all be IPv4 or all IPv6; a name with several addresses "
+            "needs no list"
         )
     local = all(
         host == "localhost" if ip is None else ip.is_loopback for (host, _), ip in zip(pairs, addresses, strict=True)

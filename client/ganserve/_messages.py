@@ -135,14 +135,14 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
     shape = (response.count, response.height, response.width, response.channels)
     pixels: NDArray[np.uint8] = np.frombuffer(response.pixels, np.uint8)
     if pixels.size != shape[0] * shape[1] * shape[2] * shape[3] or not pixels.size:
-        raise ServerError(f"the server's answer has {pixels.size} bytes of pixels, but says it is {shape}")
+        raise ServerError(f"the server's answer has {pixels.size} bytes of pixels, but its shape is {shape}")
     if response.encoding > pb.ENCODING_RAW:
         raise ServerError(f"the server's answer is in encoding {response.encoding}; this client asked for raw pixels")
     # The slice [:] reads a repeated field in one step, an iteration number by number.
     seeds, labels = tuple(response.seeds[:]) or None, tuple(response.labels[:]) or None
     if shape[0] != count or (seeds and len(seeds) != count) or (labels and len(labels) != count):
-        told = f"{shape[0]} images, {len(seeds or ())} seeds and {len(labels or ())} labels"
-        raise ServerError(f"the server's answer has {told}, for {count} images")
+        found = f"{shape[0]} images, {len(seeds or ())} seeds and {len(labels or ())} labels"
+        raise ServerError(f"the server's answer has {found}, but {count} images were requested")
     queued, computed = response.queue_time, response.compute_time
     return ImageBatch(
         pixels=pixels.reshape(shape),

@@ -63,8 +63,8 @@ def format_of(name: str) -> str:
     pillow_format = Image.registered_extensions().get(ending.lower())
     if pillow_format not in Image.SAVE:
         raise ValueError(
-            f"{name!r} ends like no picture; the known endings are {', '.join(_formats.EXTENSIONS)} and, without "
-            "provenance in the file, the others that Pillow writes"
+            f"{name!r} does not have the extension of a picture; the known extensions are "
+            f"{', '.join(_formats.EXTENSIONS)} and, without provenance in the file, the others that Pillow writes"
         )
     return pillow_format
 
@@ -129,7 +129,7 @@ def animate(
     if (pillow_format := pillow_format.upper()) not in _formats.ANIMATED:
         raise ValueError(wrong)
     if frame_ms < _SHORTEST_FRAME_MS:
-        raise ValueError(f"frame_ms is {frame_ms}; browsers show nothing for less than {_SHORTEST_FRAME_MS} ms")
+        raise ValueError(f"frame_ms is {frame_ms}; browsers do not show an image for less than {_SHORTEST_FRAME_MS} ms")
     if pillow_format == "GIF":
         frames = [_to_palette(frame) for frame in frames]
     first, *rest = (enlarge(frame, scale) for frame in frames)
@@ -152,7 +152,7 @@ def _opened(target: Path | IO[bytes]) -> Path | IO[bytes]:
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     elif not hasattr(target, "write"):
-        raise TypeError(f"a path or a file that is open for writing is wanted, not a {type(target).__name__}")
+        raise TypeError(f"give a path or a file that is open for writing, not a {type(target).__name__}")
     return target
 
 

@@ -117,16 +117,17 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
         )
     except OSError as error:
         raise OSError(
-            f"no page at {shown}:{port}: the port is taken, or the host is not this machine; --port takes another"
+            f"cannot open the page at {shown}:{port}: the port is in use, or the host is not this machine; choose "
+            "another port with --port"
         ) from error
     everywhere = host in ("0.0.0.0", "::")
     url = f"http://{'127.0.0.1' if everywhere else shown}:{port}"
     others = ", and on this machine's other addresses" if everywhere else ""
-    print(f"the models of {client.address}, to try: {url}{others}; Ctrl-C ends it", flush=True)
+    print(f"to try the models of {client.address}, open {url}{others}; Ctrl-C ends the program", flush=True)
     try:
         client.models(timeout_s=_LOOK_EVERY_S)
     except GanserveError as error:
-        print(f"ganserve: {error.told(FLAGS)}; the page asks again and again", file=sys.stderr, flush=True)
+        print(f"ganserve: {error.told(FLAGS)}; the page keeps trying", file=sys.stderr, flush=True)
     try:
         threading.Event().wait()  # for Ctrl-C
     finally:
@@ -295,7 +296,7 @@ def _seed(label: str, value: int, elem_id: str) -> Any:
 
 
 def _notice(error: GanserveError) -> str:
-    again = " Looking again every two seconds." if isinstance(error, UnavailableError) else ""
+    again = " Trying again every two seconds." if isinstance(error, UnavailableError) else ""
     return f'<div class="down" role="alert">{html.escape(error.told(FLAGS))}.{again}</div>'
 
 
@@ -322,7 +323,7 @@ def _film(walk: ImageBatch, seconds: float) -> str:
         <div class="picture">
         <div class="ends">
           <figure><img src="{first}" alt="the first"><figcaption>seed {ends[0]}</figcaption></figure>
-          <figure class="film"><img src="{film}" alt="animation"><figcaption>there and back</figcaption></figure>
+          <figure class="film"><img src="{film}" alt="animation"><figcaption>forward and back</figcaption></figure>
           <figure><img src="{last}" alt="the last"><figcaption>seed {ends[1]}</figcaption></figure>
         </div>
         <img class="strip" src="{strip}" alt="all {len(walk)} pictures">

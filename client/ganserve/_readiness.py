@@ -38,7 +38,7 @@ class Readiness:
         """
         self._tries += 1
         left_s = self._deadline - time.monotonic()
-        why = "it is there, but is not serving" if error is None else error.text
+        why = "the server answers that it is not serving" if error is None else error.text
         if left_s > SHORTEST_TRY_S:
             delay_s = min(full_jitter_s(self._tries), left_s - SHORTEST_TRY_S)
             self._log.waiting(

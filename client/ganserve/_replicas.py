@@ -55,7 +55,7 @@ def targets(target: str) -> list[str]:
     name = HOST_PORT.fullmatch(target.removeprefix("dns:///"))
     if name is None:
         raise InvalidRequestError(
-            f"the addresses behind {target} cannot be asked one by one; give HOST:PORT, or several IP:PORT with commas"
+            f"the addresses behind {target} cannot be listed; give HOST:PORT, or several IP:PORT separated by commas"
         )
     try:
         found = socket.getaddrinfo(name[1].strip("[]"), int(name[2]), type=socket.SOCK_STREAM)

@@ -162,21 +162,25 @@ def _translated(
         kind = MessageTooLargeError
         code = grpc.StatusCode.INVALID_ARGUMENT
         if "CLIENT: Received" in text:
-            text = f"the answer is larger than this client takes ({text}); ask for fewer images a call, or for a stream"
+            text = (
+                f"the answer is larger than this client accepts ({text}); request fewer images per call, or use a "
+                "stream"
+            )
         else:
-            text = f"the request is larger than the server takes ({text}); send fewer latents a call"
+            text = f"the request is larger than the server accepts ({text}); send fewer latents per call"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and "WRONG_VERSION_NUMBER" in text:
         kind, reason = AuthenticationError, "not_encrypted"
         text = f"the server at {address} does not speak TLS"
-        advice = "{no_tls} (GANSERVE_TLS=0) is for plain text"
+        advice = "use {no_tls} (GANSERVE_TLS=0) for plain text"
     elif not answered and "does not match SSL server name" in text:
         kind, reason = AuthenticationError, "certificate"
-        text = f"the certificate of {address} is not for this host: its subjectAltName has another, or there is none"
+        text = f"the certificate of {address} is not for this host: its subjectAltName is missing or has another name"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and any(sign in text for sign in _CERTIFICATE_SIGNS):
         kind, reason = AuthenticationError, "certificate"
-        text = f"no trust between this client and {address} ({text})"
+        text = f"this client and {address} do not trust each other ({text})"
         advice = (
-            "{ca_file} (GANSERVE_CA_FILE) names who signed the server's certificate; {certificate} are the client's"
+            "{ca_file} (GANSERVE_CA_FILE) sets the authority that signed the server's certificate; {certificate} "
+            "set the client's certificate"
         )
     elif code is grpc.StatusCode.UNAVAILABLE and "Cancelling all calls" in text:
         reason, text = "shut_down", f"the server at {address} shut down before the call was done; try again"
@@ -184,33 +188,33 @@ def _translated(
         why = f" ({text})" if text.casefold() != "deadline exceeded" else ""
         timeout = "the timeout" if timeout_s is None else f"the timeout of {timeout_s:.4g} s"
         text = f"no complete answer from {address} within {timeout}{why}"
-        advice = "{timeout} allows more"
+        advice = "set {timeout} to allow more time"
     elif code is grpc.StatusCode.UNAVAILABLE and not answered and _NO_GRPC in text:
         reason = "unreachable"
         text = f"{address} answers, but not as gRPC does (HTTP/2)"
         advice = (
-            "is it the port of the server's metrics, or another program's? {address} or GANSERVE_ADDRESS names another "
-            "address"
+            "is it the port of the server's metrics, or of another program? {address} or GANSERVE_ADDRESS sets "
+            "another address"
         )
     elif code is grpc.StatusCode.UNAVAILABLE and not answered:
         reason = "unreachable"
         # A server that expects TLS, or a client certificate, closes the connection without an error.
-        wants = "Does it want TLS ({tls}), or a client's certificate ({certificate})? " * ("closed" in text)
+        wants = "Does it require TLS ({tls}) or a client certificate ({certificate})? " * ("closed" in text)
         text = f"no answer from {address} ({text})"
-        advice = f"is ganserve-server running there? {wants}{{address}} or GANSERVE_ADDRESS names another address"
+        advice = f"is ganserve-server running there? {wants}{{address}} or GANSERVE_ADDRESS sets another address"
     elif code is grpc.StatusCode.UNIMPLEMENTED:
-        reason, text = "unimplemented", f"the server at {address} does not answer ganserve.v1 ({text})"
+        reason, text = "unimplemented", f"the server at {address} does not support ganserve.v1 ({text})"
     elif code is grpc.StatusCode.NOT_FOUND and not details:  # as the health service answers
         text = f"the server at {address} has no model of this name"
-        advice = "`models` lists those it has"
+        advice = "`models` lists its models"
     elif kind is OverloadedError and not answered:
-        text = f"the server at {address} has too much to do ({text})"
+        text = f"the server at {address} is overloaded ({text})"
     elif kind is AuthenticationError:
         text = f"the server at {address} refused the call ({text})"
-        advice = "the token is {token} or GANSERVE_TOKEN"
+        advice = "set the token with {token} or GANSERVE_TOKEN"
     elif kind is ServerError:
-        told = f"tell its operator the request id, {request_id}" if answered else "there is no request id"
-        text = f"the server at {address} failed ({code.name}: {text}); {told}"
+        hint = f"report the request id {request_id} to its operator" if answered else "there is no request id"
+        text = f"the server at {address} failed ({code.name}: {text}); {hint}"
     translated = kind(text, advice=advice, code=code, reason=reason, request_id=request_id)
     if isinstance(translated, MessageTooLargeError) and (sizes := _SIZES.search(text)):
         translated.size_bytes, translated.limit_bytes = int(sizes[1]), int(sizes[2])

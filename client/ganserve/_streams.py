@@ -50,12 +50,12 @@ class StreamProgress:
         first = self._first = self._first or batch
         if (batch.version, batch.digest) != (first.version, first.digest):
             raise ServerError(
-                f"the images after the first {self._done} are of version {batch.version} ({batch.digest}), those "
-                f"before of version {first.version} ({first.digest}); ask again for all"
+                f"the images after the first {self._done} were made by version {batch.version} ({batch.digest}), the "
+                f"images before by version {first.version} ({first.digest}); request all images again"
             )
         seed = self._next_seed()
         if seed is not None and (batch.seeds is None or batch.seeds[0] != seed):
-            raise ServerError(f"the server's images after the first {self._done} are not of seed {seed}")
+            raise ServerError(f"the server's images after the first {self._done} do not start at seed {seed}")
         self._done += len(batch)
         return batch
 

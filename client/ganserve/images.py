@@ -269,14 +269,14 @@ class ImageBatch:
 
         if not isinstance(pattern, str | PathLike):
             raise TypeError(
-                f"a batch is saved by a pattern of names, one a file, and not into a {type(pattern).__name__}; an open "
-                "file takes one image, or all in one picture by sheet().save(file, 'PNG')"
+                f"a batch is saved to a pattern of file names, one for each image, not to a {type(pattern).__name__}; "
+                "an open file takes one image, or one picture of all images with sheet().save(file, 'PNG')"
             )
         pattern = fspath(pattern)
         paths = [Path(self._file_name(pattern, index)) for index in range(len(self))]
         if len(set(paths)) < len(paths):
-            sheet = f", or write one picture of all by sheet().save({pattern!r})" if "{" not in pattern else ""
-            raise ValueError(f"{pattern!r} gives two images one name; put {{index}} or {{seed}} into it{sheet}")
+            sheet = f", or write one picture of all images with sheet().save({pattern!r})" if "{" not in pattern else ""
+            raise ValueError(f"{pattern!r} gives two images the same name; put {{index}} or {{seed}} into it{sheet}")
         format_of(pattern)
         return [image.save(pattern, provenance=provenance) for image in self]
 

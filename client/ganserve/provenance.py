@@ -50,7 +50,7 @@ class Interpolation:
     shown: tuple[int, ...]
 
     def __repr__(self) -> str:
-        return _told(self, self.__slots__)
+        return _shown(self, self.__slots__)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -78,7 +78,7 @@ class Provenance:
     interpolation: Interpolation | None = None
 
     def __repr__(self) -> str:
-        return _told(self, self.__slots__)
+        return _shown(self, self.__slots__)
 
     def to_json(self) -> str:
         """Serialise the provenance as the metadata of a file: ASCII, 60,000 characters at most."""
@@ -120,12 +120,12 @@ class Provenance:
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError):
-            raise NoProvenanceError("it is not JSON, or cut off") from None
+            raise NoProvenanceError("it is not JSON, or it is truncated") from None
         if not isinstance(fields, dict):
             raise NoProvenanceError("it is not a JSON object")
         version = _integer(fields, "version")
         if not version:
-            raise NoProvenanceError("its 'version' is not an integer from 1 on")
+            raise NoProvenanceError("its 'version' is not an integer of 1 or more")
         seed, label = _integer(fields, "seed"), _integer(fields, "label")
         count = _integer(fields, "count") if "count" in fields else None
         if count is not None and not 1 <= count <= _MAX_IMAGES:
@@ -185,12 +185,13 @@ def _read(file: BinaryIO, name: str) -> Provenance:
     # Pillow's readers raise nearly any exception on a broken file, and its guard against huge pictures another one.
     except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError)
-        wrong = "is no image of a kind that Pillow knows" if unknown else f"can't be read as an image: {error}"
+        wrong = "is not an image of a format that Pillow knows" if unknown else f"can't be read as an image: {error}"
         raise NoProvenanceError(f"{name} {wrong}") from error
     if found is None:
         raise NoProvenanceError(
-            f"{name} doesn't say how it was made: there is no PNG text chunk {PNG_KEYWORD!r}, no EXIF ImageDescription "
-            "and no GIF comment; it was written without, or a program that handled it left it out"
+            f"{name} doesn't say how it was made: there is no PNG text chunk {PNG_KEYWORD!r}, no EXIF "
+            "ImageDescription and no GIF comment; the file was written without provenance, or another program "
+            "removed it"
         )
     place, text = found
     try:
@@ -199,7 +200,7 @@ def _read(file: BinaryIO, name: str) -> Provenance:
         raise NoProvenanceError(f"{name} doesn't say how it was made: its {place} isn't ganserve's; {error}") from None
 
 
-def _told(made: object, names: Sequence[str]) -> str:
+def _shown(made: object, names: Sequence[str]) -> str:
     """Format the fields that are set; of long lists, only the first numbers."""
     known = {name: value for name in names if (value := getattr(made, name)) is not None}
     for name, value in known.items():
@@ -262,7 +263,7 @@ def _interpolation(fields: dict[str, Any], count: int) -> Interpolation | None:
         raise NoProvenanceError("its 'kind' is not slerp or linear")
     seed_a, seed_b, steps = (_integer(way, name) for name in ("seed_a", "seed_b", "steps"))
     if seed_a is None or seed_b is None or steps is None or not 2 <= steps <= _MAX_IMAGES:
-        raise NoProvenanceError(f"its 'interpolation' is not from a seed to another in 2 to {_MAX_IMAGES} steps")
+        raise NoProvenanceError(f"its 'interpolation' does not go from one seed to another in 2 to {_MAX_IMAGES} steps")
     shown = _from_runs(way, "shown", count) if "shown" in way else tuple(range(steps))
     if shown is None or len(shown) != count or max(shown) >= steps:
         raise NoProvenanceError(f"its 'shown' are not {count} of {steps} steps")

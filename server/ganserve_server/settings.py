@@ -36,57 +36,73 @@ class ServerSettings(BaseModel):
     versions: Annotated[
         str,
         Field(
-            description="Which versions of a model to serve: all, latest, or so many of the newest.",
+            description="Which versions of a model to serve: all, latest, or a number N for the N newest.",
         ),
     ] = "all"
     reload: Annotated[
         Literal["watch", "off"],
-        Field(description="When to load new versions and drop removed ones: watch (as it happens) or off (on SIGHUP)."),
+        Field(
+            description="When to load new versions and unload removed ones: watch (when files change) or off "
+            "(on SIGHUP)."
+        ),
     ] = "watch"
-    address: Annotated[str, Field(description="Where to answer gRPC, HOST:PORT; port 0 takes a free one.")] = (
+    address: Annotated[str, Field(description="Address for gRPC, HOST:PORT; port 0 selects a free port.")] = (
         "127.0.0.1:50051"
     )
     transport: Annotated[
         Literal["own", "grpcio"],
         Field(
-            description="Which HTTP/2 answers: own, or grpcio's, which costs several times the CPU for each call, and "
-            "has no handshake, header, body and write timeout of these settings."
+            description="HTTP/2 implementation: own, or grpcio, which needs several times as much CPU for each "
+            "call and ignores the handshake, header, body and write timeouts."
         ),
     ] = "own"
     metrics_address: Annotated[
-        str, Field(description="Where to answer Prometheus, HOST:PORT; port 0 takes a free one; 'off' for none.")
+        str, Field(description="Address for Prometheus, HOST:PORT; port 0 selects a free port; 'off' for none.")
     ] = "127.0.0.1:9464"
     admin_address: Annotated[
         str,
-        Field(description="Where to answer AdministrationService (load, unload, reload), HOST:PORT; 'off' for none."),
+        Field(description="Address for AdministrationService (load, unload, reload), HOST:PORT; 'off' for none."),
     ] = "off"
     tls_certificate_file: Annotated[
-        str, Field(description="Certificate chain, PEM: turns TLS on for calls; read again when it changes.")
+        str,
+        Field(
+            description="Certificate chain (PEM). Turns TLS on for calls. The server reads it again when it changes."
+        ),
     ] = ""
-    tls_key_file: Annotated[str, Field(description="The certificate's key, PEM, not encrypted.")] = ""
+    tls_key_file: Annotated[str, Field(description="Key of the certificate (PEM, not encrypted).")] = ""
     tls_client_ca_file: Annotated[
-        str, Field(description="Callers must have a certificate of one of these authorities, PEM: mutual TLS.")
+        str,
+        Field(
+            description="Certificate authorities (PEM) for mutual TLS: callers must have a certificate that "
+            "one of them signed."
+        ),
     ] = ""
     tokens_file: Annotated[
-        str, Field(description="Whose tokens may call, as `ganserve-server token` writes it; without one all may.")
+        str,
+        Field(
+            description="File of the tokens that callers must send, as `ganserve-server token` writes it; "
+            "without it, anyone may call."
+        ),
     ] = ""
     reflection: Annotated[
-        Literal["on", "off"], Field(description="Whether callers may ask for the services and their messages.")
+        Literal["on", "off"],
+        Field(description="Whether callers may list the services and their messages (server reflection)."),
     ] = "on"
     workers: Annotated[
         str,
         Field(
-            description="Processes that answer calls: so many, or auto: a quarter of the cores; one on a GPU, or"
-            " where memory is short.",
+            description="Number of processes that answer calls, or auto: a quarter of the cores, but only one "
+            "on a GPU or if memory is short.",
         ),
     ] = "auto"
     provider: Annotated[
         Literal["auto", "cuda", "tensorrt", "cpu"],
         Field(
-            description="Where to compute: auto (CUDA if it works, else the CPU), cuda or tensorrt (only that), cpu."
+            description="Where to compute: auto (CUDA if it works, otherwise the CPU), cuda or tensorrt (no "
+            "fallback to the CPU), or cpu."
         ),
     ] = "auto"
-    gpu_device: Annotated[int, Field(ge=0, le=1023, description="Which GPU, by CUDA's number.")] = 0
+    gpu_device: Annotated[int, Field(ge=0, le=1023, description="CUDA's number of the GPU to use.")] = 0
     gpu_mem_limit_mib: Annotated[
         int, Field(ge=0, le=1 << 24, description="Memory that one model version may take on the GPU; 0: no limit.")
     ] = 0
@@ -96,28 +112,48 @@ class ServerSettings(BaseModel):
             description="Folder where TensorRT keeps the engines it builds; without one it builds them at every start."
         ),
     ] = ""
-    threads: Annotated[int, Field(ge=0, description="Threads a model computes with on the CPU; 0: one a core.")] = 0
-    max_batch_size: Annotated[int, Field(ge=1, le=4096, description="Images an engine makes at once, at most.")] = 64
+    threads: Annotated[
+        int, Field(ge=0, description="Threads that a model computes with on the CPU; 0: one for each core.")
+    ] = 0
+    max_batch_size: Annotated[
+        int, Field(ge=1, le=4096, description="Maximum number of images that an engine makes at once.")
+    ] = 64
     max_queue_images: Annotated[
-        int, Field(ge=1, description="Images that may wait for one model in each worker; a request beyond is refused.")
+        int,
+        Field(
+            ge=1,
+            description="Maximum number of images that wait for one model in each worker; the server refuses "
+            "further requests.",
+        ),
     ] = 4096
-    max_images_per_request: Annotated[int, Field(ge=1, description="Images in one GenerateImages call.")] = 1024
-    max_images_per_stream: Annotated[int, Field(ge=1, description="Images in one StreamImages call.")] = 10_000_000
+    max_images_per_request: Annotated[
+        int, Field(ge=1, description="Maximum number of images in one GenerateImages call.")
+    ] = 1024
+    max_images_per_stream: Annotated[
+        int, Field(ge=1, description="Maximum number of images in one StreamImages call.")
+    ] = 10_000_000
     max_connections: Annotated[
         int,
         Field(
-            ge=1, description="Connections at a time in each worker; one more takes an idle one's place or is closed."
+            ge=1,
+            description="Maximum number of connections in each worker; a new connection beyond it replaces an "
+            "idle one or is closed.",
         ),
     ] = 2000
     max_calls_per_connection: Annotated[
-        int, Field(ge=1, le=1_000_000, description="Calls at a time on one connection; a client keeps more waiting.")
+        int,
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="Maximum number of calls at a time on one connection; the client lets further calls wait.",
+        ),
     ] = 1000
     max_connection_age_s: Annotated[
         float,
         Field(
             ge=0,
             le=31_536_000,
-            description="Age, give or take a tenth, at which a connection takes no more calls and ends; 0: never.",
+            description="Age (varied by up to 10 %) at which a connection accepts no more calls and ends; 0: never.",
         ),
     ] = 0.0
     handshake_timeout_s: Annotated[
@@ -132,31 +168,38 @@ class ServerSettings(BaseModel):
     ] = 60.0
     write_timeout_s: Annotated[
         float,
-        Field(ge=0, le=86_400, description="Time in which a client must read some of an answer; 0: no limit."),
+        Field(ge=0, le=86_400, description="Time in which a client must read a part of an answer; 0: no limit."),
     ] = 300.0
     idle_timeout_s: Annotated[
         float,
         Field(ge=0, le=31_536_000, description="Time without a call after which a connection ends; 0: no limit."),
     ] = 1800.0
     max_model_mib: Annotated[
-        int, Field(ge=1, le=_MOST_MODEL_MIB, description="Size of a model file; a larger one is not loaded.")
+        int,
+        Field(
+            ge=1, le=_MOST_MODEL_MIB, description="Maximum size of a model file; the server does not load a larger one."
+        ),
     ] = 512
     drain_delay_s: Annotated[
         float,
-        Field(ge=0, le=3600, description="After SIGTERM: report NOT_SERVING and serve on this long, then refuse."),
+        Field(
+            ge=0,
+            le=3600,
+            description="Time after SIGTERM in which the server reports NOT_SERVING but still accepts calls.",
+        ),
     ] = 0.0
     drain_timeout_s: Annotated[
-        float, Field(ge=0, le=3600, description="After that: how long running calls may take to finish.")
+        float, Field(ge=0, le=3600, description="Time after the drain delay in which running calls can finish.")
     ] = 30.0
     log_format: Annotated[
         Literal["auto", "json", "console"],
-        Field(description="json (a line an event), console, or auto: console on a terminal, else json."),
+        Field(description="json (one line for each event), console, or auto: console on a terminal, otherwise json."),
     ] = "auto"
     access_log: Annotated[
         AccessLog,
         Field(
-            description="Which calls to log: off, errors (not those whose caller left, and at most 100 of a kind in a "
-            "second of each worker) or all."
+            description="Which calls to log: off, errors (without calls that the caller cancelled; at most 100 "
+            "of a kind per second and worker) or all."
         ),
     ] = "errors"
 
@@ -205,7 +248,10 @@ class ServerSettings(BaseModel):
         """Reject more threads than the machine could run: while a model is loaded, there are twice as many."""
         machine = os.cpu_count() or 1
         if threads > (most := max(_MOST_THREADS, machine)):
-            raise ValueError(f"this machine has {machine} cores, a server at most {most} threads; 0 takes one a core")
+            raise ValueError(
+                f"this machine has {machine} cores, so a server may have at most {most} threads; 0 means one for each "
+                "core"
+            )
         return threads
 
     @field_validator(*_PATHS)
@@ -213,10 +259,10 @@ class ServerSettings(BaseModel):
     def _absolute(cls, path: str | Path) -> str | Path:
         """Make paths absolute, so that they name the same file wherever the value is used."""
         if "\0" in str(path):
-            raise ValueError("a path has no NUL character")
+            raise ValueError("a path cannot contain a NUL character")
         if url := _URL.match(str(path)):
             raise ValueError(
-                f"it must be a path of this machine, and {url[1]}:// is none: mount the store, or copy the files first"
+                f"it must be a path on this machine, not a {url[1]}:// URL: mount the store, or copy the files first"
             )
         absolute = Path(path).absolute()
         return absolute if isinstance(path, Path) else path and str(absolute)
@@ -251,8 +297,8 @@ def check_config(content: Mapping[str, Any], file: str) -> None:
     """
     for key, value in content.items():
         if key not in ServerSettings.model_fields:
-            hint = "; settings stand in no table" if isinstance(value, dict) else nearest(key, _names())
-            raise SettingsError(f"{file} has the key {key!r}, which is no setting{hint}")
+            hint = "; settings must not be in a table" if isinstance(value, dict) else nearest(key, _names())
+            raise SettingsError(f"{file} has the key {key!r}, which is not a setting{hint}")
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             kind = {dict: "a table", list: "an array", bool: "a boolean"}.get(type(value), "a date or a time")
             raise SettingsError(f'{file}: {key} is {kind}; it must be a number or a text in quotes, such as "off"')
@@ -269,7 +315,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     services = {name.removesuffix("SERVICE_HOST") for name in unknown if name.endswith("_SERVICE_HOST")}
     for name in unknown:
         if not any(_OF_SERVICE_LINKS.fullmatch(name.removeprefix(of)) for of in (ENVIRONMENT_PREFIX, *services)):
-            raise SettingsError(f"{name} is no setting{nearest(name, known)}")
+            raise SettingsError(f"{name} is not a setting{nearest(name, known)}")
 
 
 def allowed(name: str) -> str:

@@ -85,7 +85,7 @@ def test_a_picture_that_cannot_say_how_it_was_made_is_told(server: RunningServer
     out = tmp_path / name
     done = ganserve("generate", "mlp-mnist", "--count", "2", "-o", out, address=server.address)
     assert done.returncode == 0
-    assert re.search(r"bmp does not say how it was made, .* PNG, .* and TIFF have$", done.stderr)
+    assert re.search(r"bmp does not contain its provenance, .* PNG, .* and TIFF have", done.stderr)
 
 
 def test_every_other_picture_says_how_it_was_made(server: RunningServer, tmp_path: Path) -> None:
@@ -309,15 +309,15 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["generate", "mlp-mnist", "--seed", "-1"], 2, "seed is -1"),
         (["generate", "mlp-mnist", "--count", "20000000"], 2, "count"),
         (["generate", "mlp-mnist", "--seeds", "3,4294967296"], 2, "seed is 4294967296"),
-        (["generate", "mlp-mnist", "--seeds", "3,"], 2, "numbers with commas"),
-        (["generate", "mlp-mnist", "--seeds", "3", "--count", "1"], 2, "leave --count and --seed out"),
-        (["generate", "mlp-mnist", "--seeds", "3", "--seed", "0"], 2, "leave --count and --seed out"),
+        (["generate", "mlp-mnist", "--seeds", "3,"], 2, "3,17,99"),
+        (["generate", "mlp-mnist", "--seeds", "3", "--count", "1"], 2, "--count and --seed"),
+        (["generate", "mlp-mnist", "--seeds", "3", "--seed", "0"], 2, "--count and --seed"),
         (["interpolate", "mlp-mnist", "1", "4294967296"], 2, "seed_b is 4294967296"),
         (["stream", "cdcgan-mnist", "--count", "1", "--to", tmp_path / "x", "--label", "ten"], 2, "no class 'ten'"),
         (["stream", "mlp-mnist", "--count", "1", "--to", locked], 2, "must be a folder, or end in .npz"),
         (["generate", "mlp-mnist", "--out", tmp_path / "{what}.png"], 2, "{seed}"),
-        (["generate", "mlp-mnist", "--out", tmp_path / "file.nonsense"], 2, "the known endings are .png"),
-        (["generate", "mlp-mnist", "--format", "nonsense"], 2, "the known endings are .png"),
+        (["generate", "mlp-mnist", "--out", tmp_path / "file.nonsense"], 2, ".png, .jpg"),
+        (["generate", "mlp-mnist", "--format", "nonsense"], 2, ".png, .jpg"),
         (["generate", "mlp-mnist", "--out", "-", "--json"], 2, "standard output"),
         (["generate", "mlp-mnist", "--lable", "1"], 2, "--label"),
         (["generate"], 2, "argument"),
@@ -333,10 +333,10 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["generate", "mlp-mnist", "--out", locked / "x.png"], 4, "file"),
         (["inspect", tmp_path / "nothing.png"], 4, "No such file"),
         (["models", "--ca-file", tmp_path / "nothing.pem"], 2, "nothing.pem"),
-        (["generate", "mlp-mnist", "--format", "jpeg", "-o", tmp_path / "a.png"], 2, "is the name of a png"),
-        (["generate", "mlp-mnist", "--format", "bmp", "-o", tmp_path / "{seed}.png"], 2, "is the name of a png"),
-        (["interpolate", "mlp-mnist", "1", "2", "--format", "webp", "-o", "a.gif"], 2, "is the name of a gif"),
-        (["interpolate", "cdcgan-mnist", "1", "2", "--label", "1", "--label", "2"], 2, "an animation has one"),
+        (["generate", "mlp-mnist", "--format", "jpeg", "-o", tmp_path / "a.png"], 2, "--format is jpeg"),
+        (["generate", "mlp-mnist", "--format", "bmp", "-o", tmp_path / "{seed}.png"], 2, "--format is bmp"),
+        (["interpolate", "mlp-mnist", "1", "2", "--format", "webp", "-o", "a.gif"], 2, "--format is webp"),
+        (["interpolate", "cdcgan-mnist", "1", "2", "--label", "1", "--label", "2"], 2, "there are 2 labels"),
         (["generate", "cdcgan-mnist", "--count", "2", "--label", "1,2,3"], 2, "there are 3 labels for 2 images"),
         (["generate", "cdcgan-mnist", "--seeds", "5", "--label", "1,2"], 2, "there are 2 labels for 1 image"),
         (["bench", "cdcgan-mnist", "--label", "1", "--label", "2"], 2, "there are 2 labels for 1 image"),
@@ -410,8 +410,10 @@ def test_the_port_of_the_metrics_is_told_from_a_server_that_is_not_there(server:
 def test_what_grpc_logs_stays_out_and_advice_names_flags(server: RunningServer) -> None:
     done = ganserve("models", "--tls", address=server.address)
     assert done.returncode == 1
-    told = f"ganserve: the server at {server.address} does not speak TLS; --no-tls (GANSERVE_TLS=0) is for plain text\n"
-    assert done.stderr == told
+    told = done.stderr
+    assert told.startswith(f"ganserve: the server at {server.address} does not speak TLS; ")
+    assert "--no-tls (GANSERVE_TLS=0)" in told
+    assert told.count("\n") == 1
     verbose = ganserve("models", "--tls", address=server.address, env=environment(GRPC_VERBOSITY="INFO"))
     assert "ssl_transport_security" in verbose.stderr
     assert verbose.stderr.endswith(told)
@@ -551,5 +553,5 @@ def test_help_has_an_example_and_the_exit_statuses() -> None:
 def test_a_url_is_no_file_to_write(arguments: tuple[str, ...], server: RunningServer, tmp_path: Path) -> None:
     done = ganserve(*arguments, address=server.address, cwd=tmp_path, env=environment(COLUMNS="200"))
     assert done.returncode == 2
-    assert "s3:// is none" in done.stderr
+    assert "s3:// URL" in done.stderr
     assert not list(tmp_path.iterdir())

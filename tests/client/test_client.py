@@ -145,7 +145,7 @@ def test_what_a_provenance_does_not_say_cannot_be_made_again(twin: Twin, server:
     for provenance, told in (
         (own, "latents of the caller's own"),
         (dataclasses.replace(own, count=None), "latents of the caller's own"),
-        (dataclasses.replace(labelled, labels=None), "of its labels it says the first only"),
+        (dataclasses.replace(labelled, labels=None), "the first of its labels"),
     ):
         with pytest.raises(NoProvenanceError, match=told):
             ask(twin, server.address, "reproduce", provenance)
@@ -289,9 +289,9 @@ def test_numbers_that_no_message_can_hold_are_refused(client: Client, field: str
         ("label", ["1", "2", "3"], "label has 3 values for 2 images"),
         ("truncation", None, "truncation is None; it must be a number from 0 to 2"),
         ("truncation", True, "truncation is True; it must be a number from 0 to 2"),
-        ("latents", b"12", "latents is no array of numbers"),
-        ("latents", {1.0}, "latents is no array of numbers"),
-        ("latents", [["1", "2"]], "latents is no array of numbers"),
+        ("latents", b"12", "latents is not an array of numbers"),
+        ("latents", {1.0}, "latents is not an array of numbers"),
+        ("latents", [["1", "2"]], "latents is not an array of numbers"),
         ("count", 0, "count is 0; it must be an integer from 1 to 4294967295"),
     ],
 )
@@ -439,7 +439,7 @@ def test_latents_of_another_shape_are_told_with_both_shapes(client: Client) -> N
         assert caught.value.field in ("latents", "count")
     with pytest.raises(InvalidRequestError, match="count is 2, but there are 3 latents"):
         client.generate("mlp-mnist", count=2, latents=np.zeros((3, 100)))
-    with pytest.raises(InvalidRequestError, match="latents is no array of numbers") as caught:
+    with pytest.raises(InvalidRequestError, match="latents is not an array of numbers") as caught:
         client.generate("mlp-mnist", latents=[[1, 2], [3]])
     assert "inhomogeneous" not in str(caught.value)
 

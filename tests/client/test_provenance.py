@@ -268,10 +268,10 @@ def _foreign(description: object) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no image"),
+        (b"", "not an image"),
         (b"\x89PNG\r\n\x1a\n", "image"),
-        (b"no image at all", "no image"),
-        (b'{"model": "digits"}', "no image"),
+        (b"no image at all", "not an image"),
+        (b'{"model": "digits"}', "not an image"),
         (png(ONE.to_json())[:60], "image"),
         (_foreign("SONY DSC"), "EXIF ImageDescription isn't ganserve's; it is not JSON"),
         (_foreign('{"camera": 1}'), "no 'version'"),

@@ -249,7 +249,7 @@ def test_encryption_that_only_one_side_wants_is_said(
     assert caught.value.reason == "not_encrypted"
     with (
         serving(honest, credentials=authority.server()) as (address, _),
-        pytest.raises(UnavailableError, match="Does it want TLS"),
+        pytest.raises(UnavailableError, match="Does it require TLS"),
     ):
         ask(twin, address, "models")
 

@@ -78,5 +78,5 @@ def test_a_name_that_is_no_model_name_is_refused(tmp_path: Path) -> None:
     command = [program, "export", tmp_path, "--repository", tmp_path / "models", "--name", "../evil"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert "no model name" in done.stderr
+    assert "is not a model name" in done.stderr
     assert not (tmp_path / "models").exists()

@@ -549,7 +549,7 @@ async def test_a_stream_that_goes_on_outlives_one_that_stands_still(part: str, s
     ("reason", "sent", "error"),
     [
         ("flood", frame(PING, 0, 0, bytes(8)) * 20_000, "too many PING frames"),
-        ("protocol", frame(PING, 0, 1, bytes(8)), "PING belongs to the connection"),
+        ("protocol", frame(PING, 0, 1, bytes(8)), "PING must be on stream 0"),
         ("slow", frame(HEADERS, 0, 1, b"\x82"), "no rest of a header block came within 0.2 s"),
     ],
     ids=["flood", "protocol", "slow"],

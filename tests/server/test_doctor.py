@@ -24,7 +24,7 @@ def test_the_doctor_says_what_runs_and_what_is_missing() -> None:
     assert "3 threads" in doctor("--threads", "3", "doctor", "--provider", "cpu").stdout
     wrong = doctor("doctor", "--provider", "tpu")
     assert wrong.returncode == 2
-    assert "auto, cuda, tensorrt and cpu" in wrong.stderr
+    assert "auto, cuda, tensorrt or cpu" in wrong.stderr
 
 
 def test_the_doctor_fails_where_cuda_is_asked_for_and_does_not_run() -> None:

@@ -340,7 +340,7 @@ def test_only_buckets_that_agree_with_the_largest_are_used(machine: Machine, cap
     assert engine.buckets == [2, 8]
     assert np.array_equal(engine.run([draw(1)]), wanted(1))
     assert [engine.padding(count) for count in (1, 2, 3, 4, 8)] == [1, 0, 5, 4, 0]
-    (record,) = [record for record in caplog.records if "other bytes" in record.message]
+    (record,) = [record for record in caplog.records if "different bytes" in record.message]
     assert record.__dict__["not_used"] == [1, 4]
     assert record.__dict__["buckets"] == [2, 8]
     assert record.__dict__["one_image_ms"] > 0
@@ -400,9 +400,9 @@ def test_settings_become_options() -> None:
 @pytest.mark.parametrize(
     ("provider", "works", "reason"),
     [
-        ("cuda", [CPU], "CUDA was asked for, but onnxruntime would run on CPU: no libcurand"),
-        ("tensorrt", [CUDA, CPU], "TensorRT was asked for, but onnxruntime would run on CUDA: no libnvinfer"),
-        ("tensorrt", [CPU], "TensorRT was asked for, but onnxruntime would run on CPU: no libnvinfer"),
+        ("cuda", [CPU], "CUDA was requested, but onnxruntime would run on CPU: no libcurand"),
+        ("tensorrt", [CUDA, CPU], "TensorRT was requested, but onnxruntime would run on CUDA: no libnvinfer"),
+        ("tensorrt", [CPU], "TensorRT was requested, but onnxruntime would run on CPU: no libnvinfer"),
     ],
 )
 def test_a_session_that_drops_the_provider_in_silence_is_refused(

@@ -130,7 +130,7 @@ def test_a_misnamed_version_is_told_of_once_each_time_it_comes(
     misnamed = publish(tmp_path, 2).rename(tmp_path / "digits" / "v2")
     told = server.wait_for("model kept out")
     assert (told["level"], told["path"]) == ("warning", str(misnamed))
-    assert "'v2' is no version" in told["reason"]
+    assert "'v2' is not a version" in told["reason"]
     misnamed.rename(tmp_path / "digits" / "2")
     server.wait_for("model loaded")
     misnamed.mkdir()
@@ -169,7 +169,7 @@ def test_a_version_that_has_no_file_yet_is_waited_for_in_silence(start_server: S
     assert look_again("model unloaded")["version"] == 3
     assert "model kept out" not in events
     (tmp_path / "digits" / "2" / "generator.onnx").write_bytes(GOOD.read_bytes())
-    assert "there is generator.onnx, which must be called" in str(look_again("model kept out")["reason"])
+    assert "rename generator.onnx to model.onnx" in str(look_again("model kept out")["reason"])
     with Client(server.address) as client:
         assert client.model("digits").versions == (1,)
 

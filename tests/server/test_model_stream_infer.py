@@ -123,7 +123,7 @@ def test_the_failed_request_is_named_by_its_id(stream: Callable[..., Any]) -> No
 
 def test_an_id_that_is_too_long_does_not_come_back(stream: Callable[..., Any]) -> None:
     first, second = stream(iter([request(1, id="a" * 1025), request(2, id="b" * 1024)]))
-    assert first.error_message == "the id has 1025 bytes; it may have 1024"
+    assert first.error_message == "the id has 1025 bytes; it may have at most 1024"
     assert (first.infer_response.id, second.infer_response.id) == ("", "b" * 1024)
 
 

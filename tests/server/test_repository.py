@@ -96,7 +96,10 @@ RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "other latents": (change_card(lambda card: setattr(card, "latent_dim", 65)), "latents of 65 values"),
     "other size": (change_card(lambda card: setattr(card, "width", 30)), r"\(28, 30, 1\)"),
     "unconditional card": (change_card(lambda card: card.ClearField("class_names")), "inputs must be"),
-    "misspelt card": (misspell, "inputs must be .*; 'classnames' is no key of a model card; did you mean 'classNames'"),
+    "misspelt card": (
+        misspell,
+        "inputs must be .*; 'classnames' is not a key of a model card; did you mean 'classNames'",
+    ),
     "fixed batch size": (fix_batch_size, "first dimension of the input latent is fixed at 1; .* must be dynamic"),
     "wrong golden image": (
         change_card(
@@ -111,7 +114,7 @@ RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         change_card(
             lambda card: (setattr(card.golden_images[0], "png", b"x"), setattr(card.golden_images[0], "digest", ""))
         ),
-        "no PNG",
+        "not a PNG",
     ),
     "golden label out of range": (
         change_card(lambda card: setattr(card.golden_images[0], "label", 10)),
@@ -187,9 +190,9 @@ FIRST = [
 @pytest.mark.parametrize(
     ("nodes", "reason"),
     [
-        (RANDOM, "another image each time"),
-        (SEEDED, "another image each time"),
-        (MEAN, "differs by up to .* grey levels when it is made among others"),
+        (RANDOM, "a different image each time"),
+        (SEEDED, "a different image each time"),
+        (MEAN, "differs by up to .* grey levels if it is made in a batch with others"),
         (FIRST, r"makes 3 images of \(2, 2, 1\) in a batch of 3; it made \(1, 2, 2, 1\)"),
     ],
 )
@@ -215,8 +218,8 @@ def test_a_newer_trainers_card_is_read_and_what_is_not_known_of_it_is_told(
     assert load(change(add_keys, tmp_path / "model.onnx")).card.latent_dim == 64
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "'latent_dims' is no key of a model card; did you mean 'latentDim'?" in record.__dict__["reason"]
-    assert "'licence' is no key" in record.__dict__["reason"]
+    assert "'latent_dims' is not a key of a model card; did you mean 'latentDim'?" in record.__dict__["reason"]
+    assert "'licence' is not a key" in record.__dict__["reason"]
 
 
 def test_files_that_are_no_model_are_kept_out(tmp_path: Path) -> None:
@@ -272,12 +275,12 @@ def test_versions_are_found_in_numerical_order_and_other_files_passed_over(tmp_p
 @pytest.mark.parametrize(
     ("file", "place", "reason"),
     [
-        ("mlp/v3/model.onnx", "mlp/v3", "'v3' is no version: a whole number from 1 "),
-        ("mlp/03/model.onnx", "mlp/03", "'03' is no version: .*no 0 before it"),
-        ("mlp/0/model.onnx", "mlp/0", "'0' is no version"),
-        ("mlp/v3/generator.ONNX", "mlp/v3", "'v3' is no version"),
-        ("MLP/3/model.onnx", "MLP", "'MLP' is no name of a model: 1 to 64 of a-z"),
-        ("my model/model.onnx", "my model", "'my model' is no name of a model"),
+        ("mlp/v3/model.onnx", "mlp/v3", "'v3' is not a version: .* from 1 to 999999999"),
+        ("mlp/03/model.onnx", "mlp/03", "'03' is not a version: .*leading zeros"),
+        ("mlp/0/model.onnx", "mlp/0", "'0' is not a version"),
+        ("mlp/v3/generator.ONNX", "mlp/v3", "'v3' is not a version"),
+        ("MLP/3/model.onnx", "MLP", "'MLP' is not a model name: .*1 to 64 of a-z"),
+        ("my model/model.onnx", "my model", "'my model' is not a model name"),
         ("model.onnx", "model.onnx", "expected {repository}/NAME/VERSION/model.onnx"),
         ("mlp/model.onnx", "mlp/model.onnx", "expected {repository}/NAME/VERSION/model.onnx"),
         ("team/mlp/3/model.onnx", "team/mlp", "expected {repository}/NAME/VERSION/model.onnx"),
@@ -327,7 +330,7 @@ def test_files_that_nobody_means_to_be_served_are_not_told_of(tmp_path: Path) ->
 
 def test_a_model_file_of_another_name_is_named(tmp_path: Path) -> None:
     (tmp_path / "generator.onnx").touch()
-    with pytest.raises(ModelRejected, match=r"missing.*; there is generator\.onnx, which must be called model\.onnx"):
+    with pytest.raises(ModelRejected, match=r"missing.*; rename generator\.onnx to model\.onnx"):
         load(tmp_path / "model.onnx")
 
 

@@ -253,7 +253,7 @@ def test_the_end_of_a_certificate_is_read(authority: trustme.CA, year: int, tmp_
 def test_half_a_certificate_is_told(cut: int, with_tls: tuple[str, Path], tmp_path: Path) -> None:
     chain = Path(with_tls[1])
     chain.write_bytes(chain.read_bytes()[:cut])
-    assert "not certificates and key in PEM" in failing_start(*with_tls, code=1)
+    assert "certificates and a key in PEM" in failing_start(*with_tls, code=1)
 
 
 def test_wrong_files_are_told_at_the_start(with_tls: tuple[str, Path], tmp_path: Path) -> None:
@@ -523,7 +523,7 @@ async def test_two_tokens_on_one_connection_take_turns(start_server: Start, tmp_
             f"[[tokens]]\nname = 'a b'\nsha256 = '{'0' * 64}'\nroles = ['admin']",
             "token 'a b', name: it must be 1 to 64 letters",
         ),
-        (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['admin']\n" * 2, "'a' is there twice"),
+        (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\nroles = ['admin']\n" * 2, "'a' occurs twice"),
         ("[[tokens", "cannot be used"),
         ("tokens = " + "[" * 5000, "nested too deeply"),
         ("tokens = [1]", "token 'number 1', as a whole"),
@@ -604,7 +604,7 @@ def test_a_token_is_added_where_a_link_leads_and_owner_and_mode_stay(tmp_path: P
     assert link.is_symlink()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert [token.name for token in token_file.read_tokens(file)] == ["first", "second"]
-    with pytest.raises(ValueError, match="there is a token 'second' already"):
+    with pytest.raises(ValueError, match="token 'second' already exists"):
         add(link, "second")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["real.toml", "tokens.toml"]
 
@@ -617,7 +617,7 @@ def test_a_token_is_not_written_in_place_of_what_is_no_file(kind: str, tmp_path:
     else:
         place.symlink_to(place)
     before = place.lstat()
-    text = "Too many levels" if kind == "loop" else "no regular file"
+    text = "Too many levels" if kind == "loop" else "not a regular file"
     assert text in token_told("token", "add", "shop", "--file", place, status=2)
     assert place.lstat().st_ino == before.st_ino
 
@@ -683,7 +683,7 @@ def test_what_cannot_be_withdrawn_is_told_and_the_file_stays(tmp_path: Path) -> 
     entries = [f'{{name = "t{number}", sha256 = "{f"{number}" * 64}", roles = ["admin"]}}' for number in range(2)]
     for content, name, text in (
         (FIRST + SECOND, "secnod", "no token 'secnod'; did you mean 'second'?"),
-        (f"tokens = [{', '.join(entries)}]", "t1", "take 't1' out by hand"),
+        (f"tokens = [{', '.join(entries)}]", "t1", "remove 't1' by hand"),
         (f"tokens = [{entries[0]}]", "t0", "'t0' is the only token"),
     ):
         file.write_text(content)
@@ -789,7 +789,7 @@ def test_an_address_that_is_open_to_all_is_told(with_tls: tuple[str | Path, ...]
     everywhere = ("--address", "0.0.0.0:0", "--models", tmp_path / "nothing")
     assert "anyone who reaches this address may call" in failing_start(*everywhere, code=1)
     assert "anyone who reaches this address may call" in failing_start(*everywhere, *with_tls, code=1)
-    assert "tokens come in plain text" in failing_start(*everywhere, "--tokens-file", file, code=1)
+    assert "tokens in plain text" in failing_start(*everywhere, "--tokens-file", file, code=1)
     assert "warning" not in failing_start(*everywhere, *with_tls, "--tokens-file", file, code=1)
     assert "warning" not in failing_start("--models", tmp_path / "nothing", code=1)
     admin = failing_start("--models", tmp_path / "nothing", "--admin-address", "0.0.0.0:0", code=1)

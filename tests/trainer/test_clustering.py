@@ -67,5 +67,5 @@ def test_the_discriminator_sees_clusters_of_real_and_generated_images(data_root:
 
 def test_clusters_are_for_unconditional_networks() -> None:
     for preset, clusters in (("cdcgan", 5), ("dcgan", 1)):
-        with pytest.raises(TrainerError, match="clusters are 2 or more"):
+        with pytest.raises(TrainerError, match="clusters must be 2 or more"):
             from_preset(preset, {"clusters": clusters})

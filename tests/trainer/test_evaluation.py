@@ -334,7 +334,7 @@ def test_a_smaller_evaluation_does_not_take_the_place_of_a_larger_one(
     before = file.read_bytes()
     evaluate(tmp_path / "run", None, data_root, 20)
     assert file.read_bytes() == before
-    assert "it has the figures of 50 images" in capsys.readouterr().err
+    assert "metrics of 50 images" in capsys.readouterr().err
     # Of another checkpoint it is worth nothing.
     file.write_text(json.dumps(json.loads(before) | {"checkpoint": "sha256:other"}))
     evaluate(tmp_path / "run" / "checkpoints" / "000000000064.pt", None, data_root, 20)
@@ -375,10 +375,10 @@ def test_images_of_another_kind_are_refused(
         return lambda *_, **__: dataclasses.replace(train_part, images=images, spec=spec)
 
     monkeypatch.setattr(evaluation_module, "load_dataset", load(3, tuple("0123456789")))
-    with pytest.raises(TrainerError, match="1 channels, 28x28, and those of mnist have 3"):
+    with pytest.raises(TrainerError, match="1 channels, 28x28, but those of mnist have 3"):
         evaluate(evaluated, None, data_root, 20)
     monkeypatch.setattr(evaluation_module, "load_dataset", load(1, ("a", "b")))
-    with pytest.raises(TrainerError, match="has 10 classes and mnist has 2"):
+    with pytest.raises(TrainerError, match="has 10 classes, but mnist has 2"):
         evaluate(evaluated, None, data_root, 20)
 
 

@@ -95,6 +95,8 @@ class ChannelsFirst(nn.Module):
 
 @pytest.mark.parametrize("module", [Floats(), ChannelsFirst()])
 def test_a_module_that_makes_no_images_as_they_are_served_is_not_published(module: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(TrainerError, match=r"of 2 latents the module made torch\.\w+ \[2, .*it must make torch\.uint8"):
+    with pytest.raises(
+        TrainerError, match=r"from 2 latents the module made torch\.\w+ \[2, .*it must make torch\.uint8"
+    ):
         export_module(module, tmp_path / "models", "mine", latent_dim=4)
     assert not (tmp_path / "models").exists()

@@ -67,7 +67,7 @@ def test_images_that_are_not_square_work_and_odd_ones_are_refused() -> None:
     image = build_generator(tiny("dcgan"), spec)(torch.randn(2, 64))
     assert image.shape == (2, 3, 24, 40)
     assert build_discriminator(tiny("dcgan"), spec)(image).shape == (2,)
-    with pytest.raises(TrainerError, match=r"multiples of 4; these are 30x30: take --image-size 32"):
+    with pytest.raises(TrainerError, match=r"multiples of 4; these are 30x30: use --image-size 32"):
         build_generator(tiny("dcgan"), ImageSpec(3, 30, 30, ()))
     assert build_generator(tiny("mlp"), ImageSpec(3, 30, 30, ()))(torch.randn(2, 100)).shape == (2, 3, 30, 30)
 
@@ -224,7 +224,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         ({"loss": "hinges"}, "choose one of non-saturating"),
         ({"conditional": "yes"}, "must be of type bool"),
         ({"augment": "color+blur"}, "choose from color, translation, cutout"),
-        ({"minibatch": "stddev", "batch_size": 30}, "no multiple"),
+        ({"minibatch": "stddev", "batch_size": 30}, "multiple"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "hinge has none"),
         ({"architecture": "mlp", "attention": True}, "attention is for the dcgan"),
         ({"mismatched_labels": 0.5}, "add conditional"),

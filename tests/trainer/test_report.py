@@ -217,7 +217,7 @@ def test_text_from_outside_is_escaped_in_each_place(tmp_path: Path) -> None:
 def test_a_run_without_a_past_has_a_report(tmp_path: Path) -> None:
     page = report(tmp_path, images_seen=0, elapsed_s=0.0)
     assert page.text.count("No values yet.") == 4
-    for text in ("None rang.", "No contact sheets yet.", "None measured yet.", "Not evaluated yet"):
+    for text in ("No alarms.", "No contact sheets yet.", "None measured yet.", "Not evaluated yet"):
         assert text in page.text
     assert page.all("svg") == page.all("img") == []
 
@@ -270,7 +270,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "neighbours.png").write_text("not a picture")
     page = report(tmp_path)
     assert [image["alt"] for image in page.all("img")] == [
-        "What the fixed latents became after 2,000 images",
+        "Images of the fixed latents after 2,000 images",
         "The EMA generator after 2,000 images.",
     ]
 

@@ -19,9 +19,9 @@ def test_axes_are_read_as_their_settings_types() -> None:
     assert parse_axis("attention=true,false") == ("attention", [True, False])
     assert parse_axis("image_size=32") == ("image_size", [32])
     for text, message in [
-        ("loss", "is no axis"),
+        ("loss", "is not an axis"),
         ("lss=a", "did you mean loss"),
-        ("loss=", "is no axis"),
+        ("loss=", "is not an axis"),
         ("width=a", "int"),
     ]:
         with pytest.raises(TrainerError, match=message):
@@ -109,7 +109,7 @@ def test_a_sweep_in_which_nothing_can_be_trained_says_so(
         (["loss=hinge,minmax"], "minmax"),
         (["attention=false,true", "loss=hinge,minimax"], "attention"),
         (["los=hinge,minimax"], "there is no setting 'los'; did you mean loss?"),
-        (["loss"], "write a setting and its values as loss=hinge,minimax"),
+        (["loss"], "such as loss=hinge,minimax"),
     ],
 )
 def test_a_value_that_nothing_can_be_trained_with_is_refused_before_anything_is_trained(

@@ -143,7 +143,7 @@ def test_a_data_set_that_shrank_is_refused(data_root: Path, tmp_path: Path) -> N
     train_here(tiny(images=64), data_root, tmp_path)
     dataset = load_dataset("mnist", data_root, train=True)
     fewer = dataclasses.replace(dataset, images=dataset.images[:300], labels=dataset.labels[:300])
-    with pytest.raises(TrainerError, match="have changed: now 300 images"):
+    with pytest.raises(TrainerError, match="have changed: it now has 300 images"):
         train(tiny(), fewer, tmp_path, resume=True, report=lambda *_: None)
     renamed = dataclasses.replace(dataset, spec=dataclasses.replace(dataset.spec, class_names=tuple("abcdefghij")))
     with pytest.raises(TrainerError, match=r"classes a, b, c, .* now; 28x28x1, classes 0, 1, 2"):

@@ -175,7 +175,7 @@ def test_without_the_data_it_was_trained_on_nothing_is_published(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "which takes the data set it was trained on (--data-root)" in capsys.readouterr().err
+    assert "the data set it was trained on (--data-root)" in capsys.readouterr().err
     monkeypatch.setattr(variants, "load_parts", lambda *_: (load_dataset("mnist", data_root, train=False),) * 2)
     with pytest.raises(TrainerError, match="trained on other data than mnist"):
         variants.export(runs["mlp"], tmp_path / "models", "digits", INT8, data_root)
@@ -198,7 +198,7 @@ def test_int8_makes_nearly_the_same_images(changes: dict[str, object], data_root
 
 def test_a_progressive_generator_is_refused_in_int8_and_exported_in_fp16(data_root: Path, tmp_path: Path) -> None:
     out = run("pggan", data_root, tmp_path / "run", images=64, image_size=16, growth_images=40)
-    with pytest.raises(TrainerError, match=r"nothing to compute in int8.*--precision fp16"):
+    with pytest.raises(TrainerError, match=r"int8.*--precision fp16"):
         variants.export(out, tmp_path / "models", "grown", INT8, data_root, IMAGES)
     file = variants.export(out, tmp_path / "models", "grown", FP16, data_root, IMAGES)
     types = {tensor.data_type for tensor in onnx.load(file).graph.initializer}

@@ -55,18 +55,19 @@ def _program(
 def _check_is_path(path: Path | None) -> Path | None:
     """Refuse a URL, which would become a folder called "s3:"."""
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", str(path)):
-        raise typer.BadParameter(f"it must be a path of this machine, and {url[1]}:// is none: copy the files")
+        raise typer.BadParameter(f"it must be a path on this machine, not a {url[1]}:// URL: copy the files")
     return path
 
 
 DataRoot = Annotated[
-    Path, typer.Option(callback=_check_is_path, help="Folder with the data sets, as torchvision lays them out.")
+    Path, typer.Option(callback=_check_is_path, help="Folder with the data sets, in torchvision's layout.")
 ]
 _PRESET = typer.Option(
     "--preset",
-    help=f"Where to start from: {', '.join(PRESETS)}; see `presets`. Needed, but to resume or with a --config.",
+    help=f"Settings to start from: {', '.join(PRESETS)}; see `presets`. Required, except to resume or with a "
+    "--config that has a preset.",
 )
-_CONFIG = typer.Option(help="A TOML file of settings, such as a run's run.toml; flags go before it.")
+_CONFIG = typer.Option(help="TOML file of settings, such as a run's run.toml; flags take precedence over it.")
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -113,7 +114,9 @@ def _settings(preset: str | None, config: Path | None, given: dict[str, Any], re
     if preset is None and resumed is not None:
         return dataclasses.replace(resumed, **changes)
     if preset is None:
-        raise TrainerError(f"say where to start from: --preset {'|'.join(PRESETS)}, or --config FILE that has one")
+        raise TrainerError(
+            f"no preset is given; add --preset {'|'.join(PRESETS)}, or --config FILE with a preset in the file"
+        )
     if not isinstance(preset, str):
         raise TrainerError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
     settings = from_preset(preset, changes)
@@ -137,15 +140,16 @@ def train(
     config: Annotated[Path | None, _CONFIG] = None,
     data_root: DataRoot = Path("data"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, if there is one, with its settings.")
+        bool, typer.Option("--resume", help="Resume the run in --out, if there is one, with its settings.")
     ] = False,
     **given: Any,
 ) -> None:
-    """Train a generator on a data set; on the GPU if there is one.
+    """Train a generator on a data set, on the GPU if there is one.
 
-    The defaults of the settings are shown as they are without a preset; `presets` tells what each preset changes.
+    The defaults below are those without a preset; `presets` lists what each preset changes.
 
-    Several GPUs or machines: torchrun --nproc-per-node 2 -m ganserve_trainer train …, a batch each.
+    For several GPUs or machines: torchrun --nproc-per-node 2 -m ganserve_trainer train …; each process has its own
+    batch.
     """
     from ganserve_trainer.data.datasets import load_dataset
     from ganserve_trainer.evaluation.evaluate import quick_measure
@@ -155,19 +159,22 @@ def train(
 
     begun = resume and bool(checkpoint_files(out))
     if resume and not begun and preset is None and config is None:
-        raise TrainerError(f"there is no run in {out} to go on with; to begin one there, add --preset or --config")
+        raise TrainerError(f"there is no run in {out} to resume; to start one there, add --preset or --config")
     resumed = load_checkpoint(out) if begun else None
     settings = _settings(preset, config, given, resumed.settings if resumed else None)
     if resumed and settings.are_fulfilled(resumed.images_seen, resumed.elapsed_s):
         print(
-            f"the run is complete, with {resumed.images_seen:,} images; to go on, give more --images", file=sys.stderr
+            f"the run is complete, with {resumed.images_seen:,} images; to continue it, increase --images",
+            file=sys.stderr,
         )
     data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
     measure = quick_measure(settings, data, data_root, report=_say) if settings.evaluate_every_images else None
     with _progress(settings) as report:
         complete = loop.train(settings, data, out, resume=resume, report=report, measure=measure)
     if not complete:
-        print(f"stopped; ganserve-trainer train --resume --out {out} --data-root {data_root} goes on", file=sys.stderr)
+        print(
+            f"stopped; to resume: ganserve-trainer train --resume --out {out} --data-root {data_root}", file=sys.stderr
+        )
         raise typer.Exit(130)
     if os.environ.get("RANK", "0") == "0":
         print(f"the run's report: {out / FILE_NAME}")
@@ -220,7 +227,7 @@ def presets() -> None:
         ]
         table.add_row(name, preset.summary, "\n".join(changed))
     console.print(table)
-    console.print("All other settings are at the defaults that `ganserve-trainer train --help` shows.")
+    console.print("All other settings have the defaults that `ganserve-trainer train --help` shows.")
 
 
 @app.command()
@@ -229,16 +236,19 @@ def sweep(
     out: Annotated[
         Path, typer.Option(callback=_check_is_path, help="Folder for the runs, results.md and results.json.")
     ],
-    vary: Annotated[list[str], typer.Option(help="A setting and its values, as loss=hinge,minimax; give it again.")],
+    vary: Annotated[
+        list[str],
+        typer.Option(help="Setting and its values, such as loss=hinge,minimax; repeat --vary for more settings."),
+    ],
     preset: Annotated[str | None, _PRESET] = None,
     config: Annotated[Path | None, _CONFIG] = None,
     data_root: DataRoot = Path("data"),
-    measured_images: Annotated[int, typer.Option(min=10, help="How many images to measure each run on.")] = 10_000,
+    measured_images: Annotated[int, typer.Option(min=10, help="Number of images to measure each run on.")] = 10_000,
     **given: Any,
 ) -> None:
-    """Train all combinations of a few values of a few settings, and compare them in a table.
+    """Train all combinations of some values of some settings, and compare the runs in a table.
 
-    A sweep that was stopped goes on where it was, and leaves alone what is complete.
+    A stopped sweep resumes where it was, and keeps its complete runs.
     """
     from ganserve_trainer.data.datasets import load_dataset
     from ganserve_trainer.evaluation.evaluate import quick_measure
@@ -258,7 +268,7 @@ def sweep(
         data = load(settings.dataset, data_root, train=True, image_size=settings.image_size)
         with _progress(settings) as report:
             if not loop.train(settings, data, folder, resume=True, report=report):
-                print("stopped; the same command goes on", file=sys.stderr)
+                print("stopped; the same command resumes", file=sys.stderr)
                 raise typer.Exit(130)
 
     def measure_one(folder: Path) -> dict[str, float]:
@@ -275,20 +285,22 @@ def sweep(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a model.onnx.")],
     data_root: DataRoot = Path("data"),
-    dataset: Annotated[str | None, typer.Option(help="What it was trained on", show_default="as it says")] = None,
-    images: Annotated[int, typer.Option(min=2, help="How many images to generate.")] = 10_000,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set that the model was trained on.", show_default="as the model says")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, help="Number of images to generate.")] = 10_000,
     out: Annotated[
         Path | None,
         typer.Option(
             callback=_check_is_path,
-            help="Folder for evaluation.json and neighbours.png",
-            show_default="the run's; none for a file",
+            help="Folder for evaluation.json and neighbours.png.",
+            show_default="the run's folder; none for a file",
         ),
     ] = None,
 ) -> None:
-    """Measure a generator: FID, KID, precision, recall and more, by a network trained on the real training images.
+    """Measure a generator: FID, KID, precision, recall and more, with a network trained on the real training images.
 
-    A run's evaluation is kept beside its checkpoint, and its export writes it into the model card.
+    A run's evaluation is stored next to its checkpoint, and `export` writes it into the model card.
     """
     from ganserve_trainer.evaluation.evaluate import evaluate as evaluate_model
     from ganserve_trainer.evaluation.measure import JUDGE
@@ -308,15 +320,17 @@ def export(
         Path, typer.Option(callback=_check_is_path, help="Model repository: REPOSITORY/NAME/VERSION/model.onnx.")
     ],
     name: Annotated[str, typer.Option(help="The model's name: lower-case letters, digits, '-', '_' and '.'.")],
-    precision: Annotated[ExportPrecision, typer.Option(help="fp32, int8 (for CPUs) or fp16 (for GPUs).")] = (
+    precision: Annotated[ExportPrecision, typer.Option(help="Precision: fp32, int8 (for CPUs) or fp16 (for GPUs).")] = (
         ExportPrecision.FP32
     ),
     data_root: DataRoot = Path("data"),
-    gate_images: Annotated[int, typer.Option(min=1000, help="How many images to compare with fp32's.")] = 10_000,
+    gate_images: Annotated[
+        int, typer.Option(min=1000, help="Number of images to compare with those in fp32.")
+    ] = 10_000,
 ) -> None:
     """Publish the averaged generator as the model's next version, after comparing it with PyTorch.
 
-    In fp16 and int8 only if its images are as good as in fp32, judged as `evaluate` does: that takes the data set.
+    In fp16 and int8, only if its images are as good as in fp32, measured as `evaluate` does; this needs the data set.
     """
     from ganserve_trainer.export import publish, variants
 
@@ -330,21 +344,21 @@ def export(
 
 # Names of settings in other programs, with the equivalent here.
 OTHER_NAMES = {
-    "--epochs": "--images, seen in all: an epoch of MNIST is 60000 of them",
-    "--steps": "--images, seen in all: a step is --batch-size of them",
-    "--iterations": "--images, seen in all: a step is --batch-size of them",
-    "--lr": "--learning-rate, and --discriminator-learning-rate where it differs",
+    "--epochs": "--images, the total number seen: an epoch of MNIST is 60000 images",
+    "--steps": "--images, the total number seen: a step is --batch-size images",
+    "--iterations": "--images, the total number seen: a step is --batch-size images",
+    "--lr": "--learning-rate, and --discriminator-learning-rate if it differs",
     "--batch": "--batch-size",
     "--bs": "--batch-size",
     "--nz": "--latent-dim",
     "--ngf": "--width",
     "--ndf": "--discriminator-width",
-    "--device": "nothing: a GPU is used when there is one; CUDA_VISIBLE_DEVICES= hides it",
-    "--gpu": "nothing: a GPU is used when there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "--device": "no flag: the trainer uses a GPU if there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "--gpu": "no flag: the trainer uses a GPU if there is one; CUDA_VISIBLE_DEVICES= hides it",
     "--model": "--preset",
     "--output": "--out",
     "--outdir": "--out",
-    "--data": "--dataset, and --data-root for the folder it lies in",
+    "--data": "--dataset, and --data-root for the folder that contains it",
 }
 
 
@@ -353,7 +367,7 @@ def main() -> None:
     try:
         for word in sys.argv[2:]:
             if (name := word.partition("=")[0]) in OTHER_NAMES:
-                raise TrainerError(f"there is no {name}; say {OTHER_NAMES[name]}")
+                raise TrainerError(f"there is no {name}; use {OTHER_NAMES[name]}")
         app()
     except TrainerError as error:
         print(f"ganserve-trainer: {error}", file=sys.stderr)

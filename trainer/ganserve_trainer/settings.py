@@ -64,40 +64,58 @@ class Settings:
 
     preset: str
 
-    dataset: str = _setting("mnist", "Data", "mnist, fashion-mnist, cifar10, stacked-mnist, or a folder as ./photos.")
+    dataset: str = _setting(
+        "mnist", "Data", "Data set: mnist, fashion-mnist, cifar10, stacked-mnist, or a folder such as ./photos."
+    )
     image_size: int | None = _setting(
-        None, "Data", "Resize and crop to this many pixels a side.", minimum=4, maximum=1024
+        None, "Data", "Resize and crop images to this many pixels on each side.", minimum=4, maximum=1024
     )
     augment: str = _setting(
         "", "Data", "Differentiable augmentation (DiffAugment): any of color, translation, cutout, joined by +."
     )
 
-    architecture: Architecture = _setting("dcgan", "Networks", "The kind of both networks.")
-    conditional: bool = _setting(False, "Networks", "Make images of a class that is asked for.")
+    architecture: Architecture = _setting("dcgan", "Networks", "Architecture of both networks.")
+    conditional: bool = _setting(False, "Networks", "Make images of a requested class.")
     conditioning: Conditioning = _setting("projection", "Networks", "How a conditional discriminator sees the label.")
     clusters: int = _setting(
-        0, "Networks", "Unconditional: train on so many k-means clusters as if they were classes; 0 is none.", minimum=0
+        0,
+        "Networks",
+        "Unconditional networks: number of k-means clusters to train on as if they were classes; 0 is none.",
+        minimum=0,
     )
-    latent_dim: int = _setting(64, "Networks", "Values of a latent.", minimum=1, maximum=4096)
+    latent_dim: int = _setting(64, "Networks", "Number of values in a latent.", minimum=1, maximum=4096)
     width: int = _setting(
         32,
         "Networks",
-        "Channels of the generator's last hidden layer; a quarter of mlp's first.",
+        "Channels of the generator's last hidden layer; for mlp, a quarter of the first hidden layer's width.",
         minimum=1,
         maximum=4096,
     )
     discriminator_width: int | None = _setting(
-        None, "Networks", "Channels of the discriminator's first layer; as width if not given.", minimum=1, maximum=4096
+        None,
+        "Networks",
+        "Channels of the discriminator's first layer; the same as width if not given.",
+        minimum=1,
+        maximum=4096,
     )
     dense_width: int = _setting(
-        256, "Networks", "dcgan: values of a hidden dense layer in both networks; 0 is none.", minimum=0, maximum=65_536
+        256,
+        "Networks",
+        "dcgan: number of values in a hidden dense layer in both networks; 0 is no such layer.",
+        minimum=0,
+        maximum=65_536,
     )
     attention: bool = _setting(False, "Networks", "Self-attention in both convolutional networks (SAGAN).")
     spectral_norm: bool = _setting(False, "Networks", "Spectral normalisation of the discriminator.")
-    minibatch: MinibatchLayer = _setting("none", "Networks", "What the discriminator sees of its minibatch.")
+    minibatch: MinibatchLayer = _setting(
+        "none", "Networks", "How the discriminator compares the images of its minibatch."
+    )
     dropout: float = _setting(0.0, "Networks", "Dropout in the discriminator.", minimum=0, maximum=0.9)
     growth_images: int = _setting(
-        60_000, "Networks", "progressive: images to fade a resolution in, and to train it before the next.", minimum=1
+        60_000,
+        "Networks",
+        "progressive: number of images to fade in a resolution, and to train it before the next one.",
+        minimum=1,
     )
 
     loss: str = _setting("non-saturating", "Loss", "The adversarial loss.", choices=LOSSES)
@@ -106,52 +124,66 @@ class Settings:
     )
     two_sided_smoothing: bool = _setting(False, "Loss", "Smooth the target for generated images too.")
     r1: float = _setting(0.1, "Loss", "Weight of the R1 gradient penalty; 0 is none.", minimum=0)
-    r1_every_steps: int = _setting(16, "Loss", "Compute R1 at every n-th step, n times as strong.", minimum=1)
-    gradient_penalty: float = _setting(10.0, "Loss", "Weight of wasserstein-gp's penalty.", minimum=0)
-    weight_clip: float = _setting(0.01, "Loss", "wasserstein-clip's bound on the critic's weights.", minimum=0)
+    r1_every_steps: int = _setting(16, "Loss", "Compute R1 only every n steps, n times as strong.", minimum=1)
+    gradient_penalty: float = _setting(10.0, "Loss", "Weight of the gradient penalty of wasserstein-gp.", minimum=0)
+    weight_clip: float = _setting(0.01, "Loss", "Bound of wasserstein-clip on the critic's weights.", minimum=0)
     feature_matching: float = _setting(0.0, "Loss", "Weight of feature matching; 0 is none.", minimum=0)
     mismatched_labels: float = _setting(
-        0.0, "Loss", "Share of real images also shown with a wrong label, as fakes.", minimum=0, maximum=1
+        0.0,
+        "Loss",
+        "Share of real images that the discriminator also sees with a wrong label, as fakes.",
+        minimum=0,
+        maximum=1,
     )
 
-    learning_rate: float = _setting(1e-3, "Optimisation", "Adam's, of both networks.", minimum=0)
+    learning_rate: float = _setting(1e-3, "Optimisation", "Adam's learning rate for both networks.", minimum=0)
     discriminator_learning_rate: float | None = _setting(
-        None, "Optimisation", "The discriminator's own (TTUR); as learning_rate if not given.", minimum=0
+        None,
+        "Optimisation",
+        "Learning rate of the discriminator (TTUR); the same as learning_rate if not given.",
+        minimum=0,
     )
     decay_from: float = _setting(
         1.0,
         "Optimisation",
-        "From this share of the images on, the learning rates fall to 0, which they reach at the last one.",
+        "Share of the images after which the learning rates start to fall; they reach 0 at the last image.",
         minimum=0,
         maximum=1,
     )
-    beta1: float = _setting(0.0, "Optimisation", "Adam's first decay.", minimum=0, maximum=0.9999)
-    beta2: float = _setting(0.99, "Optimisation", "Adam's second decay.", minimum=0, maximum=0.99999)
-    batch_size: int = _setting(64, "Optimisation", "Real images a step and process.", minimum=2, maximum=65_536)
+    beta1: float = _setting(0.0, "Optimisation", "Adam's decay rate of the first moment.", minimum=0, maximum=0.9999)
+    beta2: float = _setting(0.99, "Optimisation", "Adam's decay rate of the second moment.", minimum=0, maximum=0.99999)
+    batch_size: int = _setting(64, "Optimisation", "Real images per step and process.", minimum=2, maximum=65_536)
     discriminator_steps: int = _setting(
-        1, "Optimisation", "Discriminator steps before a generator step.", minimum=1, maximum=100
+        1, "Optimisation", "Number of discriminator steps before the generator steps.", minimum=1, maximum=100
     )
     generator_steps: int = _setting(
-        1, "Optimisation", "Generator steps after the discriminator's.", minimum=1, maximum=100
+        1, "Optimisation", "Number of generator steps after the discriminator steps.", minimum=1, maximum=100
     )
-    ema_half_life_images: int = _setting(200_000, "Optimisation", "Half-life of the generator's average.", minimum=1)
+    ema_half_life_images: int = _setting(
+        200_000, "Optimisation", "Half-life of the generator's moving average, in images.", minimum=1
+    )
     ema_warm_up: float = _setting(
         0.1, "Optimisation", "The half-life is at most this share of the images seen; 0 is no warm-up.", minimum=0
     )
     precision: Precision = _setting(
-        "auto", "Optimisation", "auto is bf16 autocast where the device has it in hardware, else fp32."
+        "auto", "Optimisation", "auto is bf16 autocast if the device has it in hardware, otherwise fp32."
     )
-    compile: bool = _setting(False, "Optimisation", "Compile the networks; pays in long runs.")
+    compile: bool = _setting(False, "Optimisation", "Compile the networks; worthwhile in long runs.")
 
     images: int = _setting(1_200_000, "Run", "Train until this many images are seen.", minimum=1)
-    minutes: float = _setting(0.0, "Run", "Stop after so many minutes of training; 0 is no limit.", minimum=0)
-    seed: int = _setting(0, "Run", "Decides weights, order and latents.", minimum=0, maximum=2**32 - 1)
-    sample_every_images: int = _setting(60_000, "Run", "Write contact sheet and report this often.", minimum=1)
-    checkpoint_every_images: int = _setting(60_000, "Run", "Write a checkpoint this often.", minimum=1)
-    evaluate_every_images: int = _setting(
-        0, "Run", "Measure FID, recall and label accuracy on 2,000 images this often; 0 is never.", minimum=0
+    minutes: float = _setting(0.0, "Run", "Stop after this many minutes of training; 0 is no limit.", minimum=0)
+    seed: int = _setting(0, "Run", "Seed that determines weights, order and latents.", minimum=0, maximum=2**32 - 1)
+    sample_every_images: int = _setting(
+        60_000, "Run", "Number of images between two contact sheets and reports.", minimum=1
     )
-    stop_on_collapse: bool = _setting(False, "Run", "End the run when its alarm for mode collapse rings.")
+    checkpoint_every_images: int = _setting(60_000, "Run", "Number of images between two checkpoints.", minimum=1)
+    evaluate_every_images: int = _setting(
+        0,
+        "Run",
+        "Number of images between two measurements of FID, recall and label accuracy on 2,000 images; 0 is never.",
+        minimum=0,
+    )
+    stop_on_collapse: bool = _setting(False, "Run", "End the run when it raises the alarm for mode collapse.")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -229,19 +261,21 @@ def _check_together(settings: Settings) -> None:
     group = MINIBATCH_GROUPS[settings.minibatch]
     if settings.batch_size % group:
         raise TrainerError(
-            f"minibatch {settings.minibatch} compares groups of {group} images; "
-            f"batch_size {settings.batch_size} is no multiple of that"
+            f"minibatch {settings.minibatch} compares groups of {group} images; batch_size {settings.batch_size} is "
+            "not a multiple of that"
         )
     if settings.label_smoothing and not settings.adversarial_loss.has_targets:
-        raise TrainerError(f"label_smoothing moves the targets of a loss that has some; {settings.loss} has none")
+        raise TrainerError(f"label_smoothing needs a loss that has targets; {settings.loss} has none")
     if settings.attention and settings.architecture != "dcgan":
-        raise TrainerError("attention is for the dcgan architecture; leave it out, or take architecture dcgan")
+        raise TrainerError("attention is for the dcgan architecture; leave it out, or use architecture dcgan")
     if settings.architecture == "progressive" and settings.minibatch == "discrimination":
         raise TrainerError("architecture progressive compares its minibatch by stddev; leave minibatch out")
     if settings.architecture == "progressive" and settings.compile:
-        raise TrainerError("architecture progressive changes while it is trained, and cannot be compiled")
+        raise TrainerError("architecture progressive changes during training, so it cannot be compiled")
     if settings.clusters and (settings.conditional or settings.clusters == 1):
-        raise TrainerError("clusters are 2 or more and stand in for the classes of an unconditional network")
+        raise TrainerError(
+            "clusters must be 2 or more, and need an unconditional network, because they replace its classes"
+        )
     if settings.mismatched_labels and not settings.conditional:
         raise TrainerError("mismatched_labels needs labels: add conditional")
 
@@ -257,15 +291,17 @@ class Preset:
 PRESETS = {
     "mlp": Preset(
         Settings("mlp", architecture="mlp", latent_dim=100, width=64),
-        "Dense networks (Goodfellow et al., 2014, with BatchNorm): the fastest to train and to serve, the roughest.",
+        "Dense networks (Goodfellow et al., 2014, with BatchNorm): the fastest to train and to serve, with the "
+        "lowest quality.",
     ),
     "dcgan": Preset(
         Settings("dcgan"),
-        "Convolutional networks (Radford et al., 2015), as many doublings as the image size asks for.",
+        "Convolutional networks (Radford et al., 2015), with as many doublings as the image size needs.",
     ),
     "cdcgan": Preset(
         Settings("cdcgan", conditional=True),
-        "dcgan that makes the class it is asked for; the discriminator sees it by projection (Miyato & Koyama, 2018).",
+        "dcgan that makes images of a requested class, which the discriminator sees by projection (Miyato & "
+        "Koyama, 2018).",
     ),
     "sagan": Preset(
         Settings("sagan", attention=True),
@@ -282,7 +318,7 @@ PRESETS = {
             loss="wasserstein-gp",
             r1=0.0,
         ),
-        "Progressive growing to 64 pixels (Karras et al., 2018): begins at 4 and doubles.",
+        "Progressive growing to 64 pixels (Karras et al., 2018): starts at 4 pixels and doubles.",
     ),
 }
 
@@ -312,7 +348,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text())
     except ValueError as error:  # including files that are not UTF-8
-        raise TrainerError(f"{path} is no TOML file: {error}") from error
+        raise TrainerError(f"{path} is not a TOML file: {error}") from error
     content.pop("versions", None)
     return content
 
@@ -324,7 +360,7 @@ def versions() -> dict[str, str]:
 
 def write_config(settings: Settings) -> str:
     """Return the settings and the versions as TOML for `read_config`; omit settings that are None."""
-    lines = ["# All that decides what this run makes: ganserve-trainer train --config FILE --out DIR repeats it."]
+    lines = ["# All settings that determine this run. To repeat it: ganserve-trainer train --config FILE --out DIR"]
     values = dataclasses.asdict(settings)
     lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
     lines += ["", "[versions]", *(f"{_toml(name)} = {_toml(version)}" for name, version in versions().items())]

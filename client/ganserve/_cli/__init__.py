@@ -9,7 +9,7 @@ import typer
 from ganserve import __version__
 from ganserve._cli import bench, cards, generating, health, playground, provenance, streaming
 from ganserve._cli.outcome import EXIT_STATUSES, ExitStatus, guarded, outcome
-from ganserve._cli.waiting import told
+from ganserve._cli.waiting import reporting
 
 _EPILOG = "Exit status: " + "; ".join(f"{status:d} {text}" for status, text in EXIT_STATUSES.items()) + "."
 
@@ -49,7 +49,7 @@ def _program(
 def main() -> None:
     """Run the program. An error is reported in one line on standard error; the exit status tells the kind of error."""
     try:
-        with told():
+        with reporting():
             status: Any = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -69,23 +69,27 @@ class _Record:
 def bench(
     model: ModelName,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Closed loop: calls in flight.", show_default="8")
+        int | None, typer.Option(min=1, max=1000, help="Closed loop: number of calls in flight.", show_default="8")
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.01, max=100_000, help="Open loop: calls a second, whatever happens to those before."),
+        typer.Option(
+            min=0.01, max=100_000, help="Open loop: calls per second, sent even if earlier calls are unfinished."
+        ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=256, help="Images a call.")] = 1,
-    duration_s: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds to send for.")] = 10.0,
+    count: Annotated[int, typer.Option(min=1, max=256, help="Images per call.")] = 1,
+    duration_s: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds to send calls for.")] = 10.0,
     label: Labels = None,
     version: Version = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     *,
     connection: Connection,
 ) -> None:
-    """Measure how fast the server makes images, all replicas of the address together: exit status 1 if a call failed.
+    """Measure how fast the server makes images, all replicas of the address together.
 
-    Latencies of --rate count from when a call was meant to be sent. Example: ganserve bench cdcgan-mnist --rate 200
+    With --rate, a latency counts from the time at which the call was due. The exit status is 1 if a call failed.
+
+    Example: ganserve bench cdcgan-mnist --rate 200
     """
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("--rate is an open loop and --concurrency a closed one; give one of them")
@@ -250,22 +254,24 @@ def _warnings(figures: dict[str, Any]) -> list[str]:
     # If most calls fail, this program is busy with errors, however fast it is.
     if figures["client_busy"] > _BUSY and sum(figures["errors"].values()) <= figures["calls"]:
         warnings.append(
-            f"this program was busy for {figures['client_busy']:.0%} of the time, on {figures['client_cpu_cores']:.2f} "
-            "cores: it is the bottleneck, not the server; give it cores of its own, ask for more images a call "
-            "(--count), or run several at once and add up"
+            f"this program was busy for {figures['client_busy']:.0%} of the time, on "
+            f"{figures['client_cpu_cores']:.2f} cores: it is the bottleneck, not the server; give it cores of its "
+            "own, request more images per call (--count), or run several at once and add their results"
         )
     lag, latency = figures["client_lag_ms"], figures["latency_ms"]
     for name in ("p50", "p99"):
         if lag and latency and lag[name] > _LATE * latency[name]:
             warnings.append(
                 f"this program was itself {lag[name]:.2f} ms late ({name}), and the latencies ({name}: "
-                f"{latency[name]:.2f} ms) include that; ask for less, or run it where it has cores of its own"
+                f"{latency[name]:.2f} ms) include that; reduce the load, or run it where it has cores of its own"
             )
             break
     if 0 < figures["calls"] < 1000:
-        warnings.append(f"p99.9 of {figures['calls']} calls is the slowest of them; --duration makes more")
+        warnings.append(
+            f"p99.9 of {figures['calls']} calls is the slowest of them; a longer --duration makes more calls"
+        )
     if figures["errors"]:
-        warnings.append("the latencies are those of the calls that succeeded")
+        warnings.append("the latencies include only the calls that succeeded")
     return warnings
 
 
@@ -274,7 +280,7 @@ def _report(figures: dict[str, Any], latencies_s: NDArray[np.float64]) -> str:
     how = (
         f"{figures['concurrency']} calls in flight"
         if figures["loop"] == "closed"
-        else f"{figures['rate']:g} calls/s, whatever happens"
+        else f"{figures['rate']:g} calls/s, open loop"
     )
     lines = [
         f"{figures['model']} version {figures['version']}: {how}, {figures['images_per_call']} image(s) each, "
@@ -284,7 +290,7 @@ def _report(figures: dict[str, Any], latencies_s: NDArray[np.float64]) -> str:
     ]
     if figures["errors"]:
         failed = sum(figures["errors"].values())
-        lines.append(f"{failed:,} call{'s' * (failed > 1)} failed; by reason, with what the first one said:")
+        lines.append(f"{failed:,} call{'s' * (failed > 1)} failed; by reason, with the text of the first error:")
         lines += [
             f"{number:>9,} {reason}: {figures['first_errors'][reason]}" for reason, number in figures["errors"].items()
         ]
@@ -292,9 +298,7 @@ def _report(figures: dict[str, Any], latencies_s: NDArray[np.float64]) -> str:
         lines += ["", _row("", figures["latency_ms"]), _row("latency, ms", figures["latency_ms"], values=True)]
         lines.append(_row("client lag, ms", figures["client_lag_ms"], values=True))
         server = figures["server_ms"]
-        lines.append(
-            f"of that in the server, on average: {server['queue']:.2f} ms queue, {server['compute']:.2f} compute"
-        )
+        lines.append(f"in the server, on average: {server['queue']:.2f} ms queue, {server['compute']:.2f} ms compute")
         lines += ["", *histogram(latencies_s * 1e3)]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in figures["warnings"])])
 

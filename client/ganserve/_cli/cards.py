@@ -34,14 +34,16 @@ def models(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="Show this model's card, and its golden images.", show_default="all, a line each"
+            metavar="MODEL",
+            help="Model to show, with its card and its golden images.",
+            show_default="all models, one line each",
         ),
     ] = None,
-    version: Annotated[int | None, typer.Option(min=1, help="Of the model.", show_default="the newest")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Version of the model.", show_default="the newest")] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write the card to this file, as a page that needs no other file.")
+        Path | None, typer.Option("--html", help="Write the card to this file, as a self-contained HTML page.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     *,
     connection: Connection,
 ) -> None:
@@ -51,7 +53,7 @@ def models(
     """
     if name is None:
         if version is not None or html_file is not None:
-            raise typer.BadParameter("--version and --html are of one model: give MODEL, too")
+            raise typer.BadParameter("--version and --html need a MODEL")
         with connection.client() as client:
             listed = client.models()
         if as_json:
@@ -218,7 +220,7 @@ img {{ width: 112px; image-rendering: pixelated; display: block; margin: auto }}
 <h1>{name}</h1>
 <table>{facts}</table>
 <h2>Golden images</h2>
-<p>What every server must get from the model before it serves it.</p>
+<p>A server must get these images from the model before it serves the model.</p>
 <div class="images">{images}</div>
 <h2>Quality</h2>
 <table>{metrics}</table>

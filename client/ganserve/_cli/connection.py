@@ -15,32 +15,38 @@ _PANEL = "Server"
 _OPTIONS: dict[str, Any] = {
     "address": Annotated[
         str | None,
-        typer.Option(help="HOST:PORT, or GANSERVE_ADDRESS.", show_default="127.0.0.1:50051", rich_help_panel=_PANEL),
+        typer.Option(
+            help="Address of the server, HOST:PORT (or GANSERVE_ADDRESS).",
+            show_default="127.0.0.1:50051",
+            rich_help_panel=_PANEL,
+        ),
     ],
     "timeout_s": Annotated[
         float | None,
         typer.Option(
             "--timeout",
             min=0.001,
-            help="Seconds a call may take.",
-            show_default="30, and 0.02 more an image",
+            help="Maximum seconds for a call.",
+            show_default="30, plus 0.02 for each image",
             rich_help_panel=_PANEL,
         ),
     ],
     "token": Annotated[
         str | None,
         typer.Option(
-            help="Sent with each call. Better GANSERVE_TOKEN: others see a command line.", rich_help_panel=_PANEL
+            help="Token to send with each call. GANSERVE_TOKEN is safer: other users can see a command line.",
+            rich_help_panel=_PANEL,
         ),
     ],
     "tls": Annotated[
         bool | None,
-        typer.Option("--tls/--no-tls", help="Encrypt, or GANSERVE_TLS=1.", rich_help_panel=_PANEL),
+        typer.Option("--tls/--no-tls", help="Encrypt the connection (or GANSERVE_TLS=1).", rich_help_panel=_PANEL),
     ],
     "ca_file": Annotated[
         Path | None,
         typer.Option(
-            help="Certificates (PEM) of who may sign the server's, or GANSERVE_CA_FILE. With it, --tls is meant.",
+            help="Certificates (PEM) of the authorities that may sign the server's certificate (or "
+            "GANSERVE_CA_FILE). Implies --tls.",
             show_default="the system's",
             rich_help_panel=_PANEL,
         ),

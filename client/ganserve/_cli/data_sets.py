@@ -100,7 +100,7 @@ class Plan:
                 *(fields[name] for name in numbers),
             )
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise NoProvenanceError("it is not what `ganserve stream` writes") from None
+            raise NoProvenanceError("`ganserve stream` did not write it") from None
 
 
 class Archive:
@@ -122,11 +122,11 @@ class Archive:
             if not shape:
                 raise ValueError
         except _BROKEN:
-            raise NoProvenanceError("it is not an .npz that `ganserve stream` wrote, or it is cut off") from None
+            raise NoProvenanceError("it is not an .npz that `ganserve stream` wrote, or it is truncated") from None
         self.plan = Plan.from_json(text)
         plan = self.plan
         if fortran_order or dtype != np.uint8 or not shape[0] or shape[1:] != (plan.height, plan.width, plan.channels):
-            raise NoProvenanceError("its images are not those that its provenance tells of")
+            raise NoProvenanceError("its images do not match its provenance")
         self.count = shape[0]
 
     def read(self, count: int) -> NDArray[np.uint8]:
@@ -139,7 +139,7 @@ class Archive:
         try:
             return np.frombuffer(self._images.read(int(np.prod(shape))), np.uint8).reshape(shape)
         except _BROKEN:
-            raise NoProvenanceError("it is broken, or cut off") from None
+            raise NoProvenanceError("it is damaged or truncated") from None
 
 
 def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -25,17 +25,19 @@ from ganserve._cli.output import (
 from ganserve.images import ImageBatch, gathered, listed
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ganserve models` lists it.")]
-Version = Annotated[int | None, typer.Option(min=1, help="Of the model.", show_default="the newest")]
-Truncation = Annotated[float, typer.Option(help="0 to 2; below 1: more typical, less varied images.")]
+Version = Annotated[int | None, typer.Option(min=1, help="Version of the model.", show_default="the newest")]
+Truncation = Annotated[
+    float, typer.Option(help="Truncation, 0 to 2. Values below 1 give more typical, less varied images.")
+]
 Labels = Annotated[
     list[str] | None,
     typer.Option(
         "--label",
-        help="A class, by index or name; several, as 7,8 or each with a --label, are taken in turn.",
-        show_default="all in turn",
+        help="Class, as an index or a name. For several classes in turn, write 7,8 or repeat --label.",
+        show_default="all classes in turn",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 _COUNT = 16  # images by default
 _MOST_PIXELS = 178_956_970  # of a picture: programs that use Pillow, such as `ganserve inspect`, refuse larger ones
@@ -50,39 +52,44 @@ def generate(
             "--out",
             "-o",
             callback=check_is_path,
-            help="The file to write: one picture of all images; or, with {index}, {seed}, {label}, {model} or "
-            "{version} in it, one file an image. Its ending decides the format. '-' is standard output.",
-            show_default="MODEL.png, or as --format says",
+            help="File to write: one picture of all images or, if the name contains {index}, {seed}, {label}, "
+            "{model} or {version}, one file for each image. The extension selects the format. '-' is "
+            "standard output.",
+            show_default="MODEL.png, or as in --format",
         ),
     ] = "",
     count: Annotated[
         int | None,
         typer.Option(
-            min=1, max=100_000, help="How many images; `ganserve stream` makes more.", show_default=str(_COUNT)
+            min=1, max=100_000, help="Number of images; for more, use `ganserve stream`.", show_default=str(_COUNT)
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first image.", show_default="drawn by the server")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the first image.", show_default="chosen by the server")
+    ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="SEED,SEED,...", help="Of all images, where they do not follow one another.")
+        str | None, typer.Option(metavar="SEED,SEED,...", help="Seeds of all images, if they are not consecutive.")
     ] = None,
     label: Labels = None,
     truncation: Truncation = 1.0,
     version: Version = None,
-    columns: Annotated[int | None, typer.Option(min=1, help="Images a row.", show_default="nearly square")] = None,
-    scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge the pixels of the one picture.")] = 2,
+    columns: Annotated[int | None, typer.Option(min=1, help="Images per row.", show_default="nearly square")] = None,
+    scale: Annotated[
+        int, typer.Option(min=1, max=64, help="Factor by which to enlarge the pixels of the picture.")
+    ] = 2,
     file_format: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help=f"{_formats.in_words(_formats.ENCODED_NAMES).lower()}.",
-            show_default="by the ending; png for '-'",
+            help=f"Format: {_formats.in_words(_formats.ENCODED_NAMES).lower()}.",
+            show_default="from the extension; png for '-'",
         ),
     ] = None,
     as_json: AsJson = False,
     *,
     connection: Connection,
 ) -> None:
-    """Make images and write them to a file, or to one file each.
+    """Make images and write them to one file, or to a file for each image.
 
     Example: ganserve generate cdcgan-mnist --label 7 --count 16 --seed 1 -o sevens.png
     """
@@ -92,7 +99,7 @@ def generate(
     scattered = None if seeds is None else seeds_of(seeds)
     if scattered is not None and (count is not None or seed is not None):
         raise typer.BadParameter(
-            "--seeds says how many images there are, and of which seeds; leave --count and --seed out"
+            "--seeds already sets the number of images and their seeds; leave out --count and --seed"
         )
     how: Any = {"truncation": truncation, "version": version}
     with connection.client() as client:
@@ -111,7 +118,7 @@ def generate(
         files = [out]
     if pillow_format not in _formats.FORMATS:
         known = _formats.in_words(_formats.FORMATS, "and")
-        text = f"{out} does not say how it was made, for {pillow_format} has no place for that; {known} have"
+        text = f"{out} does not contain its provenance, because {pillow_format} has no place for it; {known} have one"
         print(f"ganserve: {text}", file=sys.stderr)
     if as_json:
         print_json({"files": files, **described(batch)})
@@ -129,31 +136,37 @@ class Kind(StrEnum):
 @with_connection
 def interpolate(
     model: ModelName,
-    seed_a: Annotated[int, typer.Argument(metavar="SEED_A", help="Where the walk starts.")],
-    seed_b: Annotated[int, typer.Argument(metavar="SEED_B", help="Where it ends.")],
+    seed_a: Annotated[int, typer.Argument(metavar="SEED_A", help="Seed of the first image.")],
+    seed_b: Annotated[int, typer.Argument(metavar="SEED_B", help="Seed of the last image.")],
     out: Annotated[
         str,
         typer.Option(
             "--out",
             "-o",
             callback=check_is_path,
-            help="The animation to write, .gif or .webp; '-' is standard output.",
+            help="Animation to write, .gif or .webp; '-' is standard output.",
             show_default="MODEL-A-B.gif",
         ),
     ] = "",
-    steps: Annotated[int, typer.Option(min=2, max=1000, help="Images, both ends included.")] = 16,
-    kind: Annotated[Kind, typer.Option(help="Along the sphere that latents lie near, or straight.")] = Kind.SLERP,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Number of images, including both ends.")] = 16,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="Path between the latents: along the sphere that they lie near (slerp), or straight (linear)."
+        ),
+    ] = Kind.SLERP,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="The class of all, by index or name; one.", show_default="that of the nearer seed"),
+        typer.Option(help="Class of all images, as an index or a name.", show_default="the class of the nearer seed"),
     ] = None,
     truncation: Truncation = 1.0,
     version: Version = None,
-    frame_ms: Annotated[int, typer.Option(min=20, max=10_000, help="Milliseconds an image is shown.")] = 80,
-    bounce: Annotated[bool, typer.Option(help="Walk back, too, so that the animation has no jump.")] = True,
-    scale: Annotated[int, typer.Option(min=1, max=64, help="Enlarge the pixels.")] = 4,
+    frame_ms: Annotated[int, typer.Option(min=20, max=10_000, help="Milliseconds to show each image for.")] = 80,
+    bounce: Annotated[bool, typer.Option(help="Play forward and back, so that the animation has no jump.")] = True,
+    scale: Annotated[int, typer.Option(min=1, max=64, help="Factor by which to enlarge the pixels.")] = 4,
     file_format: Annotated[
-        str | None, typer.Option("--format", help="gif or webp.", show_default="by the ending; gif for '-'")
+        str | None,
+        typer.Option("--format", help="Format: gif or webp.", show_default="from the extension; gif for '-'"),
     ] = None,
     as_json: AsJson = False,
     *,
@@ -171,7 +184,7 @@ def interpolate(
     check_ending(out, ending)
     labels = labels_of(label or [])
     if len(labels) > 1:
-        raise typer.BadParameter(f"there are {len(labels)} labels, and an animation has one")
+        raise typer.BadParameter(f"there are {len(labels)} labels, but an animation has only one")
     with connection.client() as client:
         batch = client.interpolate(
             model,
@@ -218,7 +231,8 @@ def check_ending(out: str, file_format: str) -> None:
         by_ending = _pictures.format_of(out)
     if by_ending.lower() != file_format.lower():
         raise typer.BadParameter(
-            f"--format says {file_format.lower()}, and {out} is the name of a {by_ending.lower()}; give one of them"
+            f"--format is {file_format.lower()}, but {out} has the extension of a {by_ending.lower()}; give only "
+            "one of them"
         )
 
 
@@ -233,10 +247,14 @@ def check_size(size: tuple[int, int], scale: int, pillow_format: str) -> None:
     limit = None if known is None else known.longest_side
     too_long = limit is not None and max(width, height) > limit
     if too_long or width * height > _MOST_PIXELS:
-        most = f"a {pillow_format} has {limit} a side" if too_long else f"{_MOST_PIXELS} in all"
+        most = (
+            f"a {pillow_format} may have at most {limit} on each side"
+            if too_long
+            else f"a picture may have at most {_MOST_PIXELS} in total"
+        )
         raise typer.BadParameter(
-            f"the picture would be {width}x{height} pixels, and {most} at most; "
-            "give a smaller --scale or --count, or --out '{index}.png' for a file each"
+            f"the picture would be {width}x{height} pixels, but {most}; give a smaller --scale or --count, or --out "
+            "'{index}.png' for one file for each image"
         )
 
 
@@ -285,7 +303,9 @@ def seeds_of(text: str) -> list[int]:
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"--seeds is {text!r}; it must be numbers with commas, such as 3,17,99") from error
+        raise typer.BadParameter(
+            f"--seeds is {text!r}; it must be numbers separated by commas, such as 3,17,99"
+        ) from error
 
 
 def labels_in_turn(labels: list[str] | None, count: int) -> Label | list[Label] | None:

@@ -15,30 +15,32 @@ from ganserve.errors import AuthenticationError, ServerError
 @with_connection
 def health(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Ask for this model.", show_default="the server")
+        str | None, typer.Argument(metavar="MODEL", help="Model to check.", show_default="the server")
     ] = None,
     version: Annotated[
         int | None,
-        typer.Option(min=1, help="Ask every address for this version of the model.", show_default="any"),
+        typer.Option(min=1, help="Check every address for this version of the model.", show_default="any"),
     ] = None,
     every_address: Annotated[
         bool,
-        typer.Option("--every-address", help="Ask every address of the list, or that DNS has, and not just the next."),
+        typer.Option(
+            "--every-address", help="Check every address in the list or in DNS, instead of only the next one."
+        ),
     ] = False,
     wait_s: Annotated[
         float | None,
-        typer.Option("--wait", min=0.001, help="Wait so many seconds for it to serve.", show_default=False),
+        typer.Option("--wait", min=0.001, help="Maximum seconds to wait until it serves.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     *,
     connection: Connection,
 ) -> None:
-    """Say whether the server, or a model, serves: exit status 0 if so, 1 if not, 3 if nobody answers.
+    """Check whether the server, or a model, serves. The exit status is 0 if so, 1 if not, 3 if no server answers.
 
     Example: ganserve health cdcgan-mnist --version 2 --every-address --wait 60
     """
     if version is not None and model is None:
-        raise typer.BadParameter("--version is of one model: give MODEL, too")
+        raise typer.BadParameter("--version needs a MODEL")
     if every_address or version is not None:
         with connection.client() as client:
             _every_address(client, model, version, wait_s, as_json=as_json)
@@ -73,8 +75,8 @@ def _every_address(
             }
             for replica in found
         ]
-        told = {"address": client.address, "model": model, "version": version, "serving": serving}
-        print_json({**told, "replicas": replicas})
+        summary = {"address": client.address, "model": model, "version": version, "serving": serving}
+        print_json({**summary, "replicas": replicas})
     else:
         print("\n".join(map(str, found)))
     if (error := refusal(found)) is not None:

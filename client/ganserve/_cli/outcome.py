@@ -28,13 +28,13 @@ class ExitStatus(IntEnum):
 
 
 EXIT_STATUSES = {
-    ExitStatus.OK: "done; what was asked about is so",
-    ExitStatus.NO: "what was asked about is not so, the server has no such model or version, or it refused",
-    ExitStatus.COMMAND_LINE: "the command line, or another value in it, is wrong",
+    ExitStatus.OK: "success; what was checked is true",
+    ExitStatus.NO: "what was checked is not true, the server has no such model or version, or it refused the call",
+    ExitStatus.COMMAND_LINE: "the command line, or a value in it, is wrong",
     ExitStatus.NO_ANSWER: "no server at the address, or no answer in time",
     ExitStatus.FILE: "a file cannot be read or written",
     ExitStatus.INTERRUPTED: "stopped by Ctrl-C",
-    ExitStatus.PIPE_CLOSED: "the reader of the pipe went away",
+    ExitStatus.PIPE_CLOSED: "the reader of the pipe closed it",
 }
 
 
@@ -75,12 +75,12 @@ def outcome(error: BaseException) -> tuple[ExitStatus, str]:
     if isinstance(error, BrokenPipeError):
         return ExitStatus.PIPE_CLOSED, ""
     if isinstance(error, OSError):
-        told = error.filename is not None and error.strerror is not None
-        return ExitStatus.FILE, one_line(f"{error.filename}: {error.strerror}" if told else error.strerror or error)
+        named = error.filename is not None and error.strerror is not None
+        return ExitStatus.FILE, one_line(f"{error.filename}: {error.strerror}" if named else error.strerror or error)
     if isinstance(error, ValueError):
         return ExitStatus.COMMAND_LINE, one_line(error)
     if isinstance(error, MemoryError):
-        return ExitStatus.COMMAND_LINE, "this takes more memory than there is; ask for less at a time"
+        return ExitStatus.COMMAND_LINE, "this needs more memory than is available; request less at a time"
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return ExitStatus.INTERRUPTED, one_line("interrupted", error)
     raise error
@@ -96,8 +96,8 @@ def _answered(error: GanserveError) -> bool:
 def one_line(text: object, error: BaseException | None = None) -> str:
     """Return a text in one line, with the notes and the request id of the error, if there is one."""
     error = text if isinstance(text, BaseException) else error
-    told = text.told(FLAGS) if isinstance(text, GanserveError) else str(text)
+    reason = text.told(FLAGS) if isinstance(text, GanserveError) else str(text)
     notes: list[str] = getattr(error, "__notes__", [])
-    line = " ".join("; ".join([told, *notes]).split())
+    line = " ".join("; ".join([reason, *notes]).split())
     request_id: str | None = getattr(error, "request_id", None)
     return line if request_id is None or request_id in line else f"{line} (request id {request_id})"

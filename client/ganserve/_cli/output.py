@@ -25,9 +25,7 @@ def check_is_path(path: PathT) -> PathT:
         CommandLineError: it is one.
     """
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", str(path)):
-        raise typer.BadParameter(
-            f"it must be a path of this machine, and {url[1]}:// is none: copy the file afterwards"
-        )
+        raise typer.BadParameter(f"it must be a path on this machine, not a {url[1]}:// URL: copy the file afterwards")
     return path
 
 
@@ -57,7 +55,7 @@ def check_stdout_takes_bytes() -> None:
         CommandLineError: standard output is a terminal, or closed.
     """
     if sys.stdout is None or sys.stdout.isatty():
-        raise typer.BadParameter("-o - writes the picture's bytes to standard output: send that to a file or a pipe")
+        raise typer.BadParameter("-o - writes the picture's bytes to standard output: redirect it to a file or a pipe")
 
 
 def write_stdout(content: bytes) -> None:

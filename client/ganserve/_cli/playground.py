@@ -13,8 +13,10 @@ _TIMEOUT_S = 10.0  # a user of the page should not wait longer for an error
 
 @with_connection
 def playground(
-    host: Annotated[str, typer.Option(help="Address of the page; 0.0.0.0 lets others see it.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address of the page; with 0.0.0.0, other machines can open it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     *,
     connection: Connection,

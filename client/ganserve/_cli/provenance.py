@@ -61,9 +61,9 @@ class _Contents:
 
 
 def inspect(
-    files: Files, as_json: Annotated[bool, typer.Option("--json", help="Write JSON, a line a file.")] = False
+    files: Files, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")] = False
 ) -> None:
-    """Say how pictures were made, by what their files say; no server is asked. Exit status 1 if one says nothing.
+    """Print how pictures were made, as recorded in their files. Needs no server. Exit status 1 if a record is missing.
 
     Example: ganserve inspect sevens.png
     """
@@ -98,18 +98,22 @@ def inspect(
 def reproduce(
     files: Files,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Of an .npz: compare only so many, the first.", show_default="all")
+        int | None,
+        typer.Option(min=1, help="For an .npz: number of images to compare, from the first on.", show_default="all"),
     ] = None,
     tolerance: Annotated[
-        int, typer.Option(min=0, max=255, help="Levels a pixel may differ: 1 between kinds of machine.")
+        int,
+        typer.Option(
+            min=0, max=255, help="Levels by which a pixel may differ; use 1 between different kinds of machine."
+        ),
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, a line a file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")] = False,
     *,
     connection: Connection,
 ) -> None:
-    """Make images again and compare every pixel: exit status 0 if all agree, 1 if not.
+    """Make images again and compare every pixel. The exit status is 0 if all agree, 1 if not.
 
-    Of a lossy format, what is compared is what the new images give in that format. Example: ganserve reproduce a.png
+    For a lossy format, the new images are encoded in that format first. Example: ganserve reproduce a.png
     """
     same: list[bool] = []
 
@@ -136,7 +140,10 @@ def reproduce(
         print(f"{file}: {_verdict(agreement, tolerance, first)} ({_of(compared.found)}, on {compared.provider})")
         if compared.digest != digest:
             version = compared.found.provenance.version
-            print(f"the server's version {version} is another file than the one it was made with: {compared.digest}")
+            print(
+                f"the server's version {version} is a different file from the one that made the picture: "
+                f"{compared.digest}"
+            )
         return same[-1]
 
     with connection.client() as client:
@@ -232,7 +239,7 @@ def _facts(found: _Contents) -> dict[str, str]:
     if isinstance(made, Plan):
         facts["seed"] = f"{made.seed} to {made.seed_of(found.count - 1)}" if found.count > 1 else str(made.seed)
         if made.class_names:
-            facts["label"] = "all in turn" if made.labels is None else ", ".join(map(str, made.labels))
+            facts["label"] = "all classes in turn" if made.labels is None else ", ".join(map(str, made.labels))
             facts["label"] += ", in turn" * (made.labels is not None and len(made.labels) > 1)
     else:
         if (way := made.interpolation) is not None:
@@ -263,12 +270,12 @@ def _of(found: _Contents) -> str:
 
 def _verdict(agreement: _Agreement | None, tolerance: int, first: str) -> str:
     if agreement is None:
-        return "different: its size is that of no picture of these images; it was cut or scaled"
+        return "different: no picture of these images has its size; it was cropped or scaled"
     if not agreement.differing:
         return f"the same: all {agreement.pixels} pixels{first} agree"
     verdict = "the same within the tolerance" if agreement.largest <= tolerance else "different"
     differing = f"{agreement.differing} of {agreement.pixels} pixels{first}"
-    return f"{verdict}: {differing} differ, by {agreement.largest} levels at most"
+    return f"{verdict}: {differing} differ, by at most {agreement.largest} levels"
 
 
 @dataclass(frozen=True, slots=True)

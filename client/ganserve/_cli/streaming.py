@@ -67,7 +67,7 @@ class _Folder:
                     if entry.name.endswith(f".part{ending}"):
                         os.unlink(entry)  # what a killed run was writing
                     elif ending != self._ending and ending[1:] in _FORMATS:
-                        raise OtherImagesError(f"{self._folder} has {ending} files; go on with --format {ending[1:]}")
+                        raise OtherImagesError(f"{self._folder} has {ending} files; resume with --format {ending[1:]}")
                     else:
                         there.add(f"{name}/{entry.name}")
         missing: list[range] = []
@@ -137,27 +137,32 @@ class _Archive:
 @with_connection
 def stream(
     model: ModelName,
-    count: Annotated[int, typer.Option(min=1, max=SEED_LIMIT, help="How many images.")],
+    count: Annotated[int, typer.Option(min=1, max=SEED_LIMIT, help="Number of images.")],
     to: Annotated[
         Path,
-        typer.Option(callback=check_is_path, help="A folder, with a sub-folder a class; or a file that ends in .npz."),
+        typer.Option(
+            callback=check_is_path, help="Folder, with a sub-folder for each class, or a file that ends in .npz."
+        ),
     ],
     seed: Annotated[
-        int | None, typer.Option(min=0, max=SEED_LIMIT - 1, help="Of the first image.", show_default="drawn")
+        int | None, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of the first image.", show_default="random")
     ] = None,
     label: Labels = None,
     truncation: Annotated[
-        float | None, typer.Option(help="0 to 2; below 1: more typical, less varied images.", show_default="1.0")
+        float | None,
+        typer.Option(
+            help="Truncation, 0 to 2. Values below 1 give more typical, less varied images.", show_default="1.0"
+        ),
     ] = None,
     version: Version = None,
     file_format: Annotated[
-        str, typer.Option("--format", help=f"Of a folder's files: {_LOSSLESS}, or lossy {_LOSSY}.")
+        str, typer.Option("--format", help=f"Format of the files in a folder: {_LOSSLESS}, or lossy {_LOSSY}.")
     ] = "png",
-    as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     *,
     connection: Connection,
 ) -> None:
-    """Make a data set: any number of images, in a folder or one .npz. The same command again makes what is missing.
+    """Make a data set: any number of images, in a folder or one .npz. Repeat the command to resume.
 
     Example: ganserve stream cdcgan-mnist --count 60000 --seed 1 --to digits
     """
@@ -172,7 +177,7 @@ def stream(
         plan = _plan(client, model, version, seed, label, truncation, before, to)
         if there:
             if there != count:
-                raise OtherImagesError(f"{to} holds {there} images; for {count}, give another --to")
+                raise OtherImagesError(f"{to} already has {there} images; for {count} images, give another --to")
             shutil.rmtree(folder)  # a run that was killed at the end may have left it
             made = 0
         else:
@@ -182,7 +187,7 @@ def stream(
     if as_json:
         print_json({"to": str(to), "made": made, "count": count, **asdict(plan)})
     else:
-        there_already = f"; {count - made} were there" if made < count else ""
+        there_already = f"; {count - made} already existed" if made < count else ""
         last = plan.seed_of(count - 1)
         print(f"{to}: {count} images of {plan.model} version {plan.version}, seed {plan.seed} to {last}{there_already}")
 
@@ -206,8 +211,8 @@ def _make(client: Client, plan: Plan, store: _Store, count: int, to: Path) -> in
         with suppress(OSError):
             kept = count - sum(map(len, store.missing()))
             # The server would refuse an invalid request again.
-            on = "" if isinstance(error, InvalidRequestError) else "; the same command goes on from there"
-            error.add_note(f"{kept} of {count} images of {to} are made and kept{on}")
+            on = "" if isinstance(error, InvalidRequestError) else "; the same command resumes from there"
+            error.add_note(f"{kept} of {count} images are complete in {to}{on}")
         raise
     return made
 
@@ -221,14 +226,16 @@ def _before(to: Path, folder: Path, archive: bool) -> tuple[Plan, int] | tuple[N
                 whole = Archive(file)
                 return whole.plan, whole.count
         except NoProvenanceError:
-            raise OtherImagesError(f"{to} is there, and not by `ganserve stream`; give another --to") from None
+            raise OtherImagesError(f"{to} exists, but `ganserve stream` did not write it; give another --to") from None
     if manifest.exists():
         try:
             return Plan.from_json(manifest.read_text()), 0
         except (NoProvenanceError, UnicodeDecodeError):
-            raise OtherImagesError(f"{manifest} is not what `ganserve stream` writes; give another --to") from None
+            raise OtherImagesError(
+                f"{manifest} exists, but `ganserve stream` did not write it; give another --to"
+            ) from None
     if any(folder.iterdir()):
-        raise OtherImagesError(f"{folder} has other files in it; give --to an empty folder, or a new one")
+        raise OtherImagesError(f"{folder} has other files in it; give an empty or a new folder as --to")
     return None, 0
 
 
@@ -266,13 +273,15 @@ def _plan(
         differences = ", ".join(
             f"{name} {_shown(then[name])}, not {_shown(now[name])}" for name in now if now[name] != then[name]
         )
-        raise OtherImagesError(f"{to} was begun with {differences}; go on as it was begun, or give another --to")
+        raise OtherImagesError(
+            f"{to} was started with {differences}; resume with the same options, or give another --to"
+        )
     return plan
 
 
 def _shown(value: object) -> str:
     if value is None:
-        return "all in turn"
+        return "all classes in turn"
     return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 

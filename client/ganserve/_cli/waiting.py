@@ -24,7 +24,7 @@ class _Teller(logging.Handler):
         super().__init__()
         self.bar: Callable[[str], None] | None = None  # shows a text beside the progress bar; "" for none
         self._status: Status | None = None
-        self._told = False
+        self._reported = False
 
     def emit(self, record: logging.LogRecord) -> None:
         if not hasattr(record, "waiting_s"):
@@ -36,8 +36,8 @@ class _Teller(logging.Handler):
                 self.bar(text)
             elif sys.stderr is not None and sys.stderr.isatty():
                 self._show(text)
-            elif sys.stderr is not None and waiting_s is not None and waiting_s >= _SOON_S and not self._told:
-                self._told = True
+            elif sys.stderr is not None and waiting_s is not None and waiting_s >= _SOON_S and not self._reported:
+                self._reported = True
                 print(f"ganserve: {text}", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
@@ -63,7 +63,7 @@ _teller = _Teller()
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def reporting() -> Iterator[None]:
     """Report what the command waits for."""
     _log.setLevel(logging.DEBUG)  # each try: a terminal shows how long is left
     _log.addHandler(_teller)

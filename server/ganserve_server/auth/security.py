@@ -113,11 +113,13 @@ class Security:
             return
         if self.tokens is None and not (self.certificates and self.certificates.asks_callers):
             _log.warning(
-                "anyone who reaches this address may call: there is neither --tokens-file nor --tls-client-ca-file",
+                "anyone who reaches this address may call: neither --tokens-file nor --tls-client-ca-file is set",
                 extra={"flag": flag},
             )
         elif self.certificates is None:
-            _log.warning("tokens come in plain text: there is no --tls-certificate-file", extra={"flag": flag})
+            _log.warning(
+                "clients send their tokens in plain text: --tls-certificate-file is not set", extra={"flag": flag}
+            )
 
 
 def certificates_of(settings: ServerSettings, metrics: Metrics | None) -> Certificates | None:
@@ -150,8 +152,8 @@ def _state(files: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
     states: list[tuple[int, ...] | None] = []
     for file in files:
         try:
-            told = file.stat()
-            states.append((told.st_mtime_ns, told.st_size, told.st_ino, told.st_dev))
+            status = file.stat()
+            states.append((status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev))
         except OSError:
             states.append(None)
     return states

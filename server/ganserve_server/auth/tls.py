@@ -85,7 +85,7 @@ class Certificates:
             return f"{' and '.join(missing) or files} cannot be read: {error.strerror}"
         if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
             return f"{self._key} is not the key of {self._certificate}"
-        return f"{files}: not certificates and key in PEM ({getattr(error, 'reason', None) or error})"
+        return f"{files} must contain certificates and a key in PEM ({getattr(error, 'reason', None) or error})"
 
 
 def _certificates(file: str) -> list[tuple[str, datetime.datetime]]:

@@ -85,7 +85,7 @@ def _parse(text: str) -> list[Token]:
     for kind in ("name", "sha256"):
         values = [getattr(token, kind) for token in tokens]
         if twice := {value for value in values if values.count(value) > 1}:
-            raise ValueError(f"{kind} {min(twice)!r} is there twice")
+            raise ValueError(f"{kind} {min(twice)!r} occurs twice")
     return tokens
 
 
@@ -100,7 +100,9 @@ def add(file: Path, entry: Mapping[str, object]) -> None:
 
     def with_table(content: str) -> str:
         if _TABLE.search(content) and entry["name"] in [token.name for token in _parse(content)]:
-            raise ValueError(f"there is a token {entry['name']!r} already; take another name, or withdraw it first")
+            raise ValueError(
+                f"token {entry['name']!r} already exists; choose another name, or withdraw that token first"
+            )
         newline = "\r\n" if "\r\n" in content else "\n"
         return f"{content.rstrip()}{newline}{newline.join(lines)}".lstrip()
 
@@ -121,14 +123,16 @@ def withdraw(file: Path, name: str) -> None:
         if name not in names:
             raise ValueError(f"there is no token {name!r}{nearest(name, names)}")
         if len(names) == 1:
-            raise ValueError(f"{name!r} is the only token, and a server takes no file without one; add another first")
+            raise ValueError(
+                f"{name!r} is the only token, and a tokens file must have at least one; add another token first"
+            )
         start, *tables = _TABLE.split(content)
         # A comment after the last key of a table may be about the next table: it stays.
         left = start + "".join(
             _after_the_last_key(table) if number == names.index(name) else table for number, table in enumerate(tables)
         )
         if len(tables) != len(names) or _parse(left) != [token for token in before if token.name != name]:
-            raise ValueError(f"the file is not a table [[tokens]] for each: take {name!r} out by hand")
+            raise ValueError(f"not every token in the file has its own table [[tokens]]: remove {name!r} by hand")
         return left
 
     _rewrite(file, without)
@@ -149,7 +153,7 @@ def _rewrite(file: Path, change: Callable[[str], str], *, make: bool = False) ->
         fcntl.flock(folder, fcntl.LOCK_EX)  # otherwise one of two concurrent changes would be lost
         before = file.stat() if os.path.lexists(file) or not make else None
         if before and not stat.S_ISREG(before.st_mode):
-            raise ValueError("it is no regular file, and would be replaced by one")
+            raise ValueError("it is not a regular file, and this command would replace it with one")
         text = change(file.read_bytes().decode("utf-8") if before else "")
         _parse(text)
         beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")

@@ -47,7 +47,7 @@ class Principal:
             PermissionDenied: the token lacks the role.
         """
         if role not in self.roles:
-            raise PermissionDenied(f"token {self.name!r} has not the role {role!r}, which this call needs")
+            raise PermissionDenied(f"token {self.name!r} does not have the role {role!r}, which this call needs")
 
     def take(self, images: int) -> None:
         """Count requested images.
@@ -57,8 +57,8 @@ class Principal:
         """
         if wait_s := self._wait_s(images, self._refused):
             raise RateLimited(
-                f"token {self.name!r} may ask for {self._rate:g} images a second ({self._burst:g} at once); "
-                "wait as told, ask for fewer, or stream them",
+                f"token {self.name!r} may ask for {self._rate:g} images a second ({self._burst:g} at once); wait for "
+                "the retry delay of this error, request fewer images, or stream them",
                 wait_s,
             )
 
@@ -131,6 +131,6 @@ class Tokens:
         rest, principal = self._principals.get(digest[:16], (b"", None))
         if principal is None or not hmac.compare_digest(rest, digest[16:]):
             raise Unauthenticated(
-                "the token is none of this server's" if bearer else "authorization must be 'Bearer TOKEN'"
+                "this server does not know the token" if bearer else "authorization must be 'Bearer TOKEN'"
             )
         return principal

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ganserve.v1 import administration_pb2 as pb
 
-_Model = Annotated[str, typer.Argument(help="Its name, which is that of its folder.")]
+_Model = Annotated[str, typer.Argument(help="The model's name, which is the name of its folder.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +40,42 @@ def admin(
     ca_file: Annotated[
         Path | None,
         typer.Option(
-            help="Who signed the server's certificate, PEM: turns TLS on.",
+            help="Certificate (PEM) of the authority that signed the server's certificate. Turns TLS on.",
             envvar="GANSERVE_CA_FILE",
             show_default="the certificate of --tls-certificate-file",
         ),
     ] = None,
     certificate_file: Annotated[
         Path | None,
-        typer.Option(help="A certificate of your own, PEM: for mutual TLS.", envvar="GANSERVE_CERTIFICATE_FILE"),
+        typer.Option(help="Client certificate (PEM), for mutual TLS.", envvar="GANSERVE_CERTIFICATE_FILE"),
     ] = None,
     key_file: Annotated[
-        Path | None, typer.Option(help="Its key, PEM, not encrypted.", envvar="GANSERVE_KEY_FILE")
+        Path | None,
+        typer.Option(help="Key of the client certificate (PEM, not encrypted).", envvar="GANSERVE_KEY_FILE"),
     ] = None,
     server_name: Annotated[
-        str | None, typer.Option(help="Whom the server's certificate is for.", show_default="the address's host")
+        str | None,
+        typer.Option(help="Host name that the server's certificate is for.", show_default="the address's host"),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait; a model may take minutes to load.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for the answer; a model may take minutes to load.")
+    ] = 600.0,
 ) -> None:
-    """Have a server that runs load and unload models, at its --admin-address.
+    """Load and unload models of a running server, at its --admin-address.
 
-    The address and TLS are those of the settings, as for `health`; where there are tokens, GANSERVE_TOKEN has one of
-    the role `admin`. Exit status 1 if the server refuses or does not answer.
+    The address and the server's certificate come from the settings, as for `health`. If the server has tokens, set
+    GANSERVE_TOKEN to a token with the role `admin`. The exit status is 1 if the server refuses or does not answer.
     """
     context.obj = Access(context.obj, ca_file, certificate_file, key_file, server_name, timeout)
 
 
 def reload_models(context: typer.Context) -> None:
-    """Look for new and removed versions, as on SIGHUP; print all there are, and why one is not served."""
+    """Load new versions and unload removed ones, as on SIGHUP; print all versions, and why one is not served."""
     _print(_ask(context.obj, "ReloadModels").versions)
 
 
 def load_model(context: typer.Context, model: _Model) -> None:
-    """Load a model from its folder, anew if it is served; print its versions."""
+    """Load a model from its folder, again if it is already served; print its versions."""
     _print(_ask(context.obj, "LoadModel", model=model).versions)
 
 
@@ -104,8 +108,8 @@ def _ask(access: Access, method: str, **fields: str) -> Any:
         if metadata and credentials is None and not _is_loopback(address):
             raise ValueError(f"the token would go to {address} in plain text; give --ca-file, which turns TLS on")
     except (StartError, OSError, ValueError) as error:
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"ganserve-server: {told}", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"ganserve-server: {reason}", file=sys.stderr)
         raise typer.Exit(2) from error
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", -1)]
     if access.server_name:
@@ -128,14 +132,14 @@ def _explain(error: Any, by_tls: bool) -> str:
     if code == "UNIMPLEMENTED":
         return f"{text}; is it the --admin-address?"
     if code == "UNAVAILABLE" and not by_tls and "refused" not in text:
-        return f"{text}; does it want TLS (--ca-file)?"
+        return f"{text}; does the server require TLS (--ca-file)?"
     return text
 
 
 def _address(access: Access) -> str:
     address = access.settings.admin_address
     if address == "off":
-        raise ValueError("there is no --admin-address to ask; it stands before `admin`, or in the settings")
+        raise ValueError("--admin-address is off; set it in the settings, or as a flag before the word `admin`")
     host, port = split(address, "--admin-address")
     return f"{reachable(host)}:{port}"
 
@@ -143,7 +147,9 @@ def _address(access: Access) -> str:
 def _metadata() -> list[tuple[str, str]]:
     token = os.environ.get("GANSERVE_TOKEN", "")
     if not (token.isascii() and token.isprintable() and token == token.strip()):
-        raise ValueError("GANSERVE_TOKEN has characters that no header can hold: blanks around it, or not ASCII")
+        raise ValueError(
+            "GANSERVE_TOKEN has characters that a header cannot contain: leading or trailing blanks, or not ASCII"
+        )
     return [("authorization", f"Bearer {token}")] if token else []
 
 
@@ -159,7 +165,7 @@ def _credentials(access: Access) -> "grpc.ChannelCredentials | None":
     authority = access.ca_file or access.settings.tls_certificate_file
     certificate, key = access.certificate_file, access.key_file
     if (certificate is None) != (key is None):
-        raise ValueError("a certificate of your own needs both --certificate-file and --key-file")
+        raise ValueError("a client certificate needs both --certificate-file and --key-file")
     pem = {str(file): Path(file).read_bytes() for file in (authority, certificate, key) if file}
     if not pem:
         return None
@@ -170,8 +176,10 @@ def _credentials(access: Access) -> "grpc.ChannelCredentials | None":
         if certificate:
             checker.load_cert_chain(certificate, key, password=lambda: "")
     except (ssl.SSLError, ValueError) as error:
-        told = getattr(error, "reason", None) or error
-        raise ValueError(f"{', '.join(pem)}: not certificates and key in PEM, not encrypted ({told})") from error
+        reason = getattr(error, "reason", None) or error
+        raise ValueError(
+            f"{', '.join(pem)} must contain certificates and a key in PEM, not encrypted ({reason})"
+        ) from error
     return grpc.ssl_channel_credentials(*(pem.get(str(file)) for file in (authority, key, certificate)))
 
 

@@ -36,34 +36,50 @@ def bounds(limits: Limits) -> list[Bound]:
         f"{limits.max_connections} × {each} = {_size(limits.max_connections * (CONNECTION_BYTES + TLS_BYTES))}"
     )
     ends, refused = "the connection ends (ENHANCE_YOUR_CALM)", "the call ends with RESOURCE_EXHAUSTED"
-    oldest = f"{refused}: of whoever has kept most for longest, its oldest"
+    oldest = "the oldest call of the owner that has kept the most for longest ends with RESOURCE_EXHAUSTED"
     return [
-        Bound("connections", "anyone", each, connections, _time(limits.idle_timeout_s), "an idle one ends, else this"),
-        Bound("handshakes (TLS, preface)", "anyone", "", "as connections", _time(limits.handshake_timeout_s), "closed"),
+        Bound(
+            "connections",
+            "anyone",
+            each,
+            connections,
+            _time(limits.idle_timeout_s),
+            "an idle connection ends, or else the new one",
+        ),
+        Bound(
+            "handshakes (TLS, preface)",
+            "anyone",
+            "",
+            "the same as connections",
+            _time(limits.handshake_timeout_s),
+            "closed",
+        ),
         Bound(
             "a header block",
             "connection",
             f"{_size(http2.MAX_BLOCK_BYTES)} in {http2.MAX_CONTINUATIONS} frames",
-            "in the connection's",
+            "part of the connection's",
             _time(limits.header_timeout_s),
             ends,
         ),
-        Bound("headers of a call, read", "call", _size(MAX_HEADER_LIST_BYTES), "", "", refused),
-        Bound("open calls", "connection", str(limits.max_streams), "as unfinished requests", "", "REFUSED_STREAM"),
+        Bound("decoded headers of a call", "call", _size(MAX_HEADER_LIST_BYTES), "", "", refused),
+        Bound(
+            "open calls", "connection", str(limits.max_streams), "the same as unfinished requests", "", "REFUSED_STREAM"
+        ),
         Bound(
             "unfinished requests and running streams, 8 KiB for each call",
             "token, or connection",
             _size(limits.request_bytes_each),
             _size(limits.request_bytes),
-            f"{_time(limits.body_timeout_s)} a message",
+            f"{_time(limits.body_timeout_s)} for each message",
             oldest,
         ),
         Bound(
-            "those of health checks",
+            "unfinished requests of health checks",
             "connection",
             _size(limits.unguarded_bytes_each),
             _size(limits.unguarded_bytes),
-            f"{_time(limits.body_timeout_s)} a message",
+            f"{_time(limits.body_timeout_s)} for each message",
             oldest,
         ),
         Bound(
@@ -72,7 +88,7 @@ def bounds(limits: Limits) -> list[Bound]:
             str(health.MAX_WATCHERS_PER_CONNECTION),
             str(health.MAX_WATCHERS),
             "",
-            f"{refused}: of the connection with the most",
+            "a watch of the connection with the most ends with RESOURCE_EXHAUSTED",
         ),
         Bound("streams of reflection", "token, or connection", str(MAX_REFLECTION_STREAMS), "", "", refused),
         Bound(
@@ -87,7 +103,7 @@ def bounds(limits: Limits) -> list[Bound]:
             "acknowledgements that are not read",
             "connection",
             _size(http2.MAX_CONTROL_BYTES),
-            "as answers",
+            "the same as answers",
             _time(limits.write_timeout_s),
             ends,
         ),
@@ -101,20 +117,27 @@ def bounds(limits: Limits) -> list[Bound]:
             f"{_size(http2.STRANGE_BYTES[0])}, then {_size(http2.STRANGE_BYTES[1])}/s",
             "",
             "",
-            "the connection is read later",
+            "the server reads the connection later",
         ),
-        Bound("the event loop's time", "connection", "2 ms", "4 ms an iteration", "", "the others come first"),
+        Bound(
+            "the event loop's time",
+            "connection",
+            "2 ms",
+            "4 ms for each iteration",
+            "",
+            "the other connections come first",
+        ),
     ]
 
 
 def page(limits: Limits) -> Iterable[str]:
     """Yield the lines of the table, as Markdown, and the sum."""
-    yield "| what | whose | each | all | time | beyond it |"
+    yield "| what | owner | each | all | time | above the limit |"
     yield "|---|---|---|---|---|---|"
     for bound in bounds(limits):
         yield f"| {' | '.join(bound)} |".replace("|  |", "| |").replace("|  |", "| |")
     yield ""
-    yield f"Worst case of one process, with TLS: {_size(worst_case_bytes(limits))}, beside its models."
+    yield f"Worst case of one process, with TLS: {_size(worst_case_bytes(limits))}, excluding its models."
 
 
 def _size(count: int) -> str:

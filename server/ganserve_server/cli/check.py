@@ -35,7 +35,7 @@ def problems_of(settings: ServerSettings) -> list[str]:
         certificates = certificates_of(settings, None)
         files = {"server": settings.tls_certificate_file, "client_ca": settings.tls_client_ca_file}
         for kind, end in (certificates.expired if certificates else {}).items():
-            found.append(f"a certificate in {files[kind]} has expired, on {end:%Y-%m-%d at %H:%M} UTC")
+            found.append(f"a certificate in {files[kind]} expired on {end:%Y-%m-%d at %H:%M} UTC")
     with collecting():
         tokens_of(settings, None, SharedRates())
     addresses = {
@@ -51,14 +51,14 @@ def problems_of(settings: ServerSettings) -> list[str]:
                 sound[flag] = {place[:2] for _, place in places(address, flag)}
     for one, other in itertools.combinations(sound, 2):
         if any(_overlap(*pair) for pair in itertools.product(sound[one], sound[other])):
-            found.append(f"{one} {addresses[one]} and {other} {addresses[other]} are in each other's way")
+            found.append(f"{one} {addresses[one]} and {other} {addresses[other]} overlap")
     return found
 
 
 def _rejected(settings: ServerSettings) -> Iterator[str]:
     """Yield a line for each file that a server would not serve, with the reason."""
     for path, reason in find_misplaced(settings.models):
-        yield f"{path} would be kept out: {reason}"
+        yield f"{path} would be rejected: {reason}"
     versions = find_versions(settings.models)
     for name, of_model in itertools.groupby(versions, key=lambda version: version[0]):
         served = 0
@@ -69,9 +69,9 @@ def _rejected(settings: ServerSettings) -> Iterator[str]:
                 load_version(name, number, path, max_model_mib=settings.max_model_mib, provider="cpu", threads=1)
                 served += 1
             except ModelRejected as error:
-                yield f"{path} would be kept out: {error}"
+                yield f"{path} would be rejected: {error}"
             except Exception as error:  # a file from outside can cause any exception in the libraries
-                yield f"{path} would be kept out: the file could not be read ({' '.join(str(error).split())})"
+                yield f"{path} would be rejected: the file could not be read ({' '.join(str(error).split())})"
 
 
 def _try(address: str, flag: str) -> None:

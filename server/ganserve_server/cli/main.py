@@ -40,8 +40,9 @@ _HEALTH_TIMEOUT_S = 4.0
 def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
     """Serve images from a repository of ONNX generators over gRPC.
 
-    Answers GenerationService, the Open Inference Protocol, grpc.health.v1 and server reflection. A flag goes before its
-    environment variable, that before the file of --config. SIGTERM drains and exits with status 0.
+    Answers GenerationService, the Open Inference Protocol, grpc.health.v1 and server reflection. A flag takes
+    precedence over its environment variable, which takes precedence over the file of --config. On SIGTERM, the server
+    drains and exits with status 0.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     values: dict[str, Any] = given
@@ -81,14 +82,14 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
 
 def _explain(error: ValidationError, given: Collection[str], config: str | None) -> list[str]:
     """Describe each wrong setting: where it is set, its value, and the rule."""
-    told = []
+    texts = []
     for problem in error.errors():
         name = str(problem["loc"][0])
         place = f"{_flag(name)} (or {_variable(name)})" if name in given else f"{name} in {config}"
         own = problem["type"] == "value_error"
         rule = problem["msg"].removeprefix("Value error, ") if own else f"it must be {allowed(name)}"
-        told.append(f"{place} is {problem['input']!r}; {rule}")
-    return told
+        texts.append(f"{place} is {problem['input']!r}; {rule}")
+    return texts
 
 
 def _print_version(asked: bool) -> None:
@@ -100,15 +101,18 @@ def _print_version(asked: bool) -> None:
 def _doctor(
     context: typer.Context,
     provider: Annotated[
-        str | None, typer.Option(help="auto, cuda, tensorrt or cpu.", show_default="as the server has it")
+        str | None, typer.Option(help="auto, cuda, tensorrt or cpu.", show_default="the server's setting")
     ] = None,
 ) -> None:
-    """Say what this machine has, and on what a server would compute here; exit status 1 if not as asked for."""
+    """Report what this machine has, and what a server would compute on.
+
+    The exit status is 1 if the requested provider does not work.
+    """
     from ganserve_server.cli import doctor
 
     settings: ServerSettings = context.obj
     if provider not in (None, "auto", "cuda", "tensorrt", "cpu"):
-        raise typer.BadParameter(f"{provider!r} is none of auto, cuda, tensorrt and cpu", param_hint="--provider")
+        raise typer.BadParameter(f"{provider!r} is not auto, cuda, tensorrt or cpu", param_hint="--provider")
     lines, as_asked = doctor.examine(settings.model_copy(update={"provider": provider or settings.provider}))
     print("\n".join(lines))
     if not as_asked:
@@ -116,36 +120,42 @@ def _doctor(
 
 
 def _health(context: typer.Context) -> None:
-    """Ask the server of these settings, by its metrics address, whether it is ready; exit status 1 if it is not."""
+    """Ask a running server, at the metrics address of these settings, whether it is ready.
+
+    The exit status is 1 if it is not ready.
+    """
     settings: ServerSettings = context.obj
     host, _, port = settings.metrics_address.rpartition(":")
     if not host:
-        print("ganserve-server: there is no --metrics-address to ask", file=sys.stderr)
+        print("ganserve-server: --metrics-address is off, so there is no address to ask", file=sys.stderr)
         raise typer.Exit(2)
     try:
         with urllib.request.urlopen(f"http://{reachable(host)}:{port}/readyz", timeout=_HEALTH_TIMEOUT_S) as response:
-            told = response.read().decode().strip()
+            text = response.read().decode().strip()
     except urllib.error.HTTPError as error:
-        told = error.read().decode().strip()
+        text = error.read().decode().strip()
     except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-        told = f"no answer from {settings.metrics_address}: {getattr(error, 'reason', error)}"
-    if told != "ok":
-        print(f"not ready: {told}", file=sys.stderr)
+        text = f"no answer from {settings.metrics_address}: {getattr(error, 'reason', error)}"
+    if text != "ok":
+        print(f"not ready: {text}", file=sys.stderr)
         raise typer.Exit(1)
     print("ready")
 
 
 def _config(
     context: typer.Context,
-    check: Annotated[bool, typer.Option("--check", help="Say instead whether a server could start with them.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check instead whether a server could start with these settings.")
+    ] = False,
 ) -> None:
-    """Print the settings as a server would have them, each with where it comes from: TOML that --config reads.
+    """Print the settings that a server would use, each with its source, as TOML that --config reads.
 
-    There are no secrets among them: keys and tokens stay in their files, of which the settings have the names.
+    The output contains no secrets: keys and tokens stay in their files, and the settings contain only the file names.
 
-    With --check the files that they name are read, the models loaded and the addresses tried, as by a server that
-    starts, but on the CPU (`doctor` tells of the GPU), and an address may be in use, as by the server that runs. Each
-    problem is a line, each model file that would be kept out, too; exit status 1 if there is one.
+    With --check, the command reads the files that the settings name, loads the models and tries the addresses, as a
+    server does when it starts, but on the CPU (`doctor` checks the GPU). An address may be in use, for example by the
+    running server. The command prints a line for each problem, including each model file that a server would reject.
+    The exit status is 1 if there is a problem.
     """
     parent = context.parent
     assert parent is not None
@@ -154,7 +164,7 @@ def _config(
         from ganserve_server.cli.check import problems_of
 
         if settings.without_effect:
-            print_problems([f"warning: --transport grpcio does not have {settings.without_effect}"])
+            print_problems([f"warning: --transport grpcio ignores {settings.without_effect}"])
         if problems := problems_of(settings):
             print_problems(problems)
             raise typer.Exit(1)
@@ -165,21 +175,23 @@ def _config(
     for name, value in settings.model_dump(mode="json").items():
         source = parent.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            told = _flag(name)
+            origin = _flag(name)
         elif source is not None and source.name == "ENVIRONMENT":
-            told = _variable(name)
+            origin = _variable(name)
         else:
-            told = _toml(file)[1:-1] if name in in_file else "default"
-        print(f"{name} = {_toml(value)}  # {told}")
+            origin = _toml(file)[1:-1] if name in in_file else "default"
+        print(f"{name} = {_toml(value)}  # {origin}")
 
 
 def _bounds(context: typer.Context) -> None:
-    """Print what clients may have a server of these settings keep and do, and the worst case of its memory."""
+    """Print the limits of what clients can make a server with these settings keep and do, and its worst-case memory."""
     from ganserve_server.cli.bounds import page
 
     settings: ServerSettings = context.obj
     if settings.transport != "own":
-        print_problems(["only --transport own has bounds that can be added up; docs/transport.md has those of grpcio"])
+        print_problems(
+            ["only the bounds of --transport own can be added up; docs/transport.md describes the bounds of grpcio"]
+        )
         raise typer.Exit(1)
     print("\n".join(page(settings.limits)))
 
@@ -205,7 +217,7 @@ def _parameters() -> list[inspect.Parameter]:
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[
-            str | None, typer.Option("--config", help="TOML file of these settings.", envvar=CONFIG_VARIABLE)
+            str | None, typer.Option("--config", help="TOML file with these settings.", envvar=CONFIG_VARIABLE)
         ],
     )
     version = inspect.Parameter(
@@ -281,7 +293,7 @@ def main() -> None:
     }
     for name, command in commands.items():
         app.command(name, help=_help(command))(command)
-    token = typer.Typer(help="Make, list and withdraw the tokens of a file.", no_args_is_help=True)
+    token = typer.Typer(help="Add, list and withdraw the tokens of a tokens file.", no_args_is_help=True)
     for name, command in token_commands.COMMANDS.items():
         token.command(name, help=_help(command))(command)
     app.add_typer(token, name="token")

@@ -11,25 +11,28 @@ import typer
 from ganserve_server.cli.problems import print_problems
 from ganserve_server.settings import ServerSettings
 
-_TokensFile = Annotated[Path | None, typer.Option(help="The tokens file.", show_default="that of --tokens-file")]
+_TokensFile = Annotated[Path | None, typer.Option(help="The tokens file.", show_default="the file of --tokens-file")]
 
 
 def add_token(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Whose it is: letters, digits, '.', '_' and '-'.")],
+    name: Annotated[str, typer.Argument(help="Name of the token: letters, digits, '.', '_' and '-'.")],
     file: _TokensFile = None,
     role: Annotated[
         list[str] | None,
         typer.Option(
-            help="generate: images; admin: models, on --admin-address. May be given twice.", show_default="generate"
+            help="generate: request images; admin: load and unload models at --admin-address. Repeat the option for "
+            "both.",
+            show_default="generate",
         ),
     ] = None,
-    images_per_s: Annotated[float | None, typer.Option(help="How many images a second it may ask for.")] = None,
+    images_per_s: Annotated[float | None, typer.Option(help="Images per second that the token may request.")] = None,
     burst_images: Annotated[
-        float | None, typer.Option(help="How many at once.", show_default="those of a second")
+        float | None,
+        typer.Option(help="Images that the token may request at once.", show_default="the images of one second"),
     ] = None,
 ) -> None:
-    """Make a token, add its hash to a tokens file, new or not, and print the token: it is kept nowhere."""
+    """Make a token, add its hash to a tokens file, and print the token, which is not stored anywhere."""
     from ganserve_server.auth import token_file
 
     token, digest = token_file.new_token()
@@ -48,9 +51,9 @@ def add_token(
 def list_tokens(
     context: typer.Context,
     file: _TokensFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As a JSON array of objects.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array of objects.")] = False,
 ) -> None:
-    """Print whose tokens a file has, with roles and rates. The tokens themselves are kept nowhere."""
+    """Print the names of a file's tokens, with roles and rates. The tokens themselves are not stored anywhere."""
     from ganserve_server.auth import token_file
 
     with _refusing(file := _tokens_file(context, file)):
@@ -69,10 +72,10 @@ def list_tokens(
 
 def withdraw_token(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    name: Annotated[str, typer.Argument(help="Name of the token.")],
     file: _TokensFile = None,
 ) -> None:
-    """Take a token out of a tokens file; servers that run read the file again, and no longer let it in."""
+    """Remove a token from a tokens file. Running servers read the file again, and then reject the token."""
     from ganserve_server.auth import token_file
 
     with _refusing(file := _tokens_file(context, file)):
@@ -82,7 +85,7 @@ def withdraw_token(
 def _tokens_file(context: typer.Context, file: Path | None) -> Path:
     settings: ServerSettings = context.obj
     if file is None and not settings.tokens_file:
-        raise typer.BadParameter("which file? The settings have no --tokens-file", param_hint="--file")
+        raise typer.BadParameter("give --file, because the settings have no --tokens-file", param_hint="--file")
     return file or Path(settings.tokens_file)
 
 

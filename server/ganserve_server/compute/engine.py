@@ -100,7 +100,7 @@ class Engine:
                 "the GPU is not used", extra={"reason": _reason(why_no_cuda(), failure), "provider": self.provider}
             )
         elif failure:
-            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+            _log.warning("no CUDA graphs: each kernel is launched separately", extra={"reason": failure})
         self._gpu = gpu
         self._runner: BucketRunner | None = None
         self._reopen: Callable[[], onnxruntime.InferenceSession] | None = None
@@ -122,7 +122,7 @@ class Engine:
                 raise
             failure = str(error)
         if failure and reopen:  # here the error no longer keeps the failed session alive
-            _log.warning("no CUDA graphs: each kernel is launched by itself", extra={"reason": failure})
+            _log.warning("no CUDA graphs: each kernel is launched separately", extra={"reason": failure})
             self._session = self._wide_session = reopen()
             self._bind(image_shape, probes)
 
@@ -208,9 +208,9 @@ def _first_that_opens(model: bytes, choices: list[Providers]) -> tuple[onnxrunti
 
 def _unavailable(asked: str, runs: str, reason: str, failure: str) -> ProviderUnavailable:
     return ProviderUnavailable(
-        f"{asked} was asked for, but onnxruntime would run on {runs.removesuffix('ExecutionProvider')}: "
-        f"{_reason(reason, failure)}; mend that (`ganserve-server doctor` tells all it finds), "
-        "or use --provider auto or cpu"
+        f"{asked} was requested, but onnxruntime would run on {runs.removesuffix('ExecutionProvider')}: "
+        f"{_reason(reason, failure)}; fix that (`ganserve-server doctor` reports all problems that it finds), or use "
+        "--provider auto or cpu"
     )
 
 

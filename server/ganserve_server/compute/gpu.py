@@ -144,7 +144,8 @@ class BucketRunner:
         if dropped := [size for size in sizes if size not in agreeing]:
             least = agreeing[0]
             _log.warning(
-                "some buckets make other bytes than the largest and are not used: smaller batches are filled up",
+                "some buckets produce different bytes than the largest bucket and are not used: smaller batches "
+                "are padded",
                 extra={
                     "buckets": agreeing,
                     "not_used": dropped,
@@ -158,7 +159,7 @@ class BucketRunner:
         turned = {name: np.roll(rows, 1, axis=0) for name, rows in probes.items()}
         self.steady = np.array_equal(np.roll(self.run(probes), 1, axis=0), self.run(turned))
         if not self.steady:
-            _log.error("the bytes of an image depend on its place in the batch: no image can be made again exactly")
+            _log.error("the bytes of an image depend on its place in the batch: images cannot be reproduced exactly")
 
     def size_for(self, count: int) -> int:
         """Return the smallest bucket that holds `count` images, or else the largest bucket."""

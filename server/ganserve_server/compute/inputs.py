@@ -142,7 +142,10 @@ class Inputs:
         wanted = {each.name: (_ONNX_TYPES[each.dtype.name], 1 + len(each.shape)) for each in self}
         ranks = {name: (kind, len(shape)) for name, (kind, shape) in found.items()}
         if ranks != wanted:
-            return f"by its card, the model's inputs must be {wanted} (name: type, dimensions); they are {ranks}"
+            return (
+                f"according to its card, the model's inputs must be {wanted} (name: type, number of dimensions); they "
+                f"are {ranks}"
+            )
         for name, (_, shape) in found.items():
             if isinstance(shape[0], int):
                 return (
@@ -150,7 +153,10 @@ class Inputs:
                     "and must be dynamic: export the model with a dynamic batch dimension"
                 )
             if (values := self._inputs[name].shape) != tuple(shape[1:]):
-                return f"by its card the model takes {name}s of {_size(values)}; its input is {shape}"
+                return (
+                    f"according to its card, the model takes {name}s of {_size(values)}; the shape of its input is "
+                    f"{shape}"
+                )
         return ""
 
     def _drawn(self, wanted: ModelInput, draws: list[Draw]) -> NDArray[Any]:

@@ -102,28 +102,28 @@ class CallRecorder:
 
     def _log(self, call: Call, code: grpc.StatusCode, text: str, took: float, trace_id: str | None) -> None:
         method = _method(None if call.method is None else call.path)
-        told: dict[str, Any] = {"method": method, "model": call.model or OTHER, "code": code.name}
+        fields: dict[str, Any] = {"method": method, "model": call.model or OTHER, "code": code.name}
         if call.version is not None:
-            told["version"] = call.version
-        told["seconds"] = round(took, 6)
+            fields["version"] = call.version
+        fields["seconds"] = round(took, 6)
         if (work := call.work) is not None:
-            told |= {
+            fields |= {
                 "images": work.count,
                 "queue_s": round(work.queue_s, 6),
                 "compute_s": round(work.compute_s, 6),
             }
         if call.throttled_s:
             to_come = max(0.0, call.throttled_until - time.monotonic())  # if the call ended during the wait
-            told["throttled_s"] = round(call.throttled_s - to_come, 6)
+            fields["throttled_s"] = round(call.throttled_s - to_come, 6)
         if call.caller is not None:
-            told["caller"] = call.caller.name
-        told["peer"] = call.peer
-        told["request_id"] = call.request_id
+            fields["caller"] = call.caller.name
+        fields["peer"] = call.peer
+        fields["request_id"] = call.request_id
         if trace_id is not None:
-            told["trace_id"] = trace_id
+            fields["trace_id"] = trace_id
         if text:
-            told["reason"] = text
-        _log.info("call", extra=told)
+            fields["reason"] = text
+        _log.info("call", extra=fields)
 
 
 class _Lines:

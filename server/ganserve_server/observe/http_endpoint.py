@@ -96,7 +96,7 @@ class HttpEndpoint:
                     reason = endpoint.why_not_ready()
                     self._answer(503 if reason else 200, reason or "ok")
                 else:
-                    self._answer(404, "there are /metrics, /livez and /readyz")
+                    self._answer(404, "not found; the paths are /metrics, /livez and /readyz")
 
             def _answer(self, status: int, text: str) -> None:
                 content = f"{text}\n".encode()

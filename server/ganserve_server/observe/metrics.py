@@ -29,7 +29,7 @@ class Load:
         """Return the gauges."""
         connections, calls = self._read()
         yield GaugeMetricFamily("ganserve_connections", "Connections that are open now.", connections)
-        yield GaugeMetricFamily("ganserve_calls", "Calls that run now, those of health and reflection too.", calls)
+        yield GaugeMetricFamily("ganserve_calls", "Running calls, including those of health and reflection.", calls)
         kept = GaugeMetricFamily(
             "ganserve_kept_bytes",
             "Bytes kept for clients: unfinished requests, those of health and reflection (unguarded), unread answers.",
@@ -63,14 +63,14 @@ class Metrics:
         )
         self.cancellations = Counter(
             "ganserve_cancellations",
-            "Calls whose caller left, by what was being done: receiving, queued, computing or sending.",
+            "Calls that the caller cancelled, by stage: receiving, queued, computing or sending.",
             ["model", "stage"],
             registry=registry,
         )
         self.images = Counter("ganserve_images", "Images made.", ["model", "version"], registry=registry)
         self.padding_images = Counter(
             "ganserve_padding_images",
-            "Images made and thrown away, to fill a batch up to one of the sizes that a GPU computes.",
+            "Images made and discarded, to pad a batch to one of the sizes that a GPU computes.",
             ["model"],
             registry=registry,
         )
@@ -110,13 +110,14 @@ class Metrics:
         )
         self.caller_images = Counter(
             "ganserve_caller_images",
-            "Images of calls that ended well, by the name of the token that asked for them.",
+            "Images of successful calls, by the name of the token that requested them.",
             ["caller"],
             registry=registry,
         )
         self.caller_limited = Counter(
             "ganserve_caller_limited",
-            "Requests refused and waits of streams, for a token's rate, by its name and outcome (refused, delayed).",
+            "Requests refused and streams delayed because of a token's rate, by token name and outcome (refused, "
+            "delayed).",
             ["caller", "outcome"],
             registry=registry,
         )
@@ -127,7 +128,7 @@ class Metrics:
             registry=registry,
         )
         self.connections_aged = Counter(
-            "ganserve_connections_aged", "Connections ended for their age.", registry=registry
+            "ganserve_connections_aged", "Connections ended because of their age.", registry=registry
         )
         self.connections_ended = Counter(
             "ganserve_connections_ended",
@@ -140,7 +141,7 @@ class Metrics:
             self.connections_ended.labels(reason)  # so that the series exists from the start, with the value 0
         self.connections_turned_away = Counter(
             "ganserve_connections_turned_away",
-            "Connections closed at once: there were --max-connections.",
+            "Connections closed immediately because --max-connections was reached.",
             registry=registry,
         )
         self.file_reloads = Counter(
@@ -151,7 +152,7 @@ class Metrics:
         )
         self.files_kept_out = Gauge(
             "ganserve_files_kept_out",
-            "Files that cannot be used as they are now, by kind (models, certificates, tokens).",
+            "Files that the server cannot use in their current state, by kind (models, certificates, tokens).",
             ["kind"],
             registry=registry,
             multiprocess_mode="livemax",
@@ -159,7 +160,7 @@ class Metrics:
         # With a label: without one, the series would exist with the value 0 even if there is no certificate.
         self.certificate_expiry = Gauge(
             "ganserve_certificate_expiry_timestamp_seconds",
-            "When the first certificate in use ends, of the server's and of the authorities of its callers.",
+            "When the first certificate in use expires, of the server's certificates and of its callers' authorities.",
             ["certificate"],
             registry=registry,
             multiprocess_mode="livemin",
@@ -172,21 +173,21 @@ class Metrics:
         )
         self.provider_info = Gauge(
             "ganserve_provider_info",
-            "1, with what was asked for, what computes, and whether an NVIDIA driver is there (1 or 0).",
+            "1, with the requested provider, the running provider, and whether an NVIDIA driver exists (1 or 0).",
             ["asked", "running", "gpu"],
             registry=registry,
             multiprocess_mode="livemax",
         )
         self.model_loads = Counter(
             "ganserve_model_loads",
-            "Model files loaded or kept out, and versions unloaded.",
+            "Model files loaded or rejected (kept_out), and versions unloaded.",
             ["outcome"],
             registry=registry,
         )
         # Gauges, because Infos cannot be added up over processes.
         self.model_info = Gauge(
             "ganserve_model_info",
-            "1 for a version that is served, with its digest and what it runs on.",
+            "1 for each served version, with its digest and its provider.",
             ["model", "version", "digest", "provider"],
             registry=registry,
             multiprocess_mode="livemax",

@@ -51,9 +51,9 @@ def start_tracing(*, warn: bool = True) -> "Tracing | None":
     protocol = next((variables[name] for name in _PROTOCOLS if variables.get(name)), "grpc")
     try:
         if exporter != "otlp":
-            raise ValueError(f"OTEL_TRACES_EXPORTER is {exporter}; there are otlp and none")
+            raise ValueError(f"OTEL_TRACES_EXPORTER is {exporter}; it must be otlp or none")
         if protocol != "grpc":
-            raise ValueError(f"the protocol of OTLP is {protocol}, by OTEL_EXPORTER_OTLP_PROTOCOL; there is grpc")
+            raise ValueError(f"the OTLP protocol (OTEL_EXPORTER_OTLP_PROTOCOL) is {protocol}; it must be grpc")
         return Tracing()
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed; install ganserve with its extra: 'ganserve[tracing]'"

@@ -71,7 +71,7 @@ class AdminListener:
 
 def _log_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
     """Log every call, as a record of who changed which models."""
-    told = {
+    fields = {
         "method": call.path.rpartition("/")[2],
         "model": call.model if len(call.model) <= _LONGEST_NAME else f"{call.model[:_LONGEST_NAME]}…",
         "code": code.name,
@@ -80,4 +80,4 @@ def _log_admin_call(call: Call, code: grpc.StatusCode, text: str) -> None:
         "request_id": call.request_id,
         "reason": text,
     }
-    _log.info("admin call", extra={key: value for key, value in told.items() if value})
+    _log.info("admin call", extra={key: value for key, value in fields.items() if value})

@@ -39,7 +39,7 @@ class WorkersAdministration:
     async def _ask(self, request: dict[str, Any]) -> list[VersionState]:
         answers = await self._supervisor.ask_all(request)
         if not answers:
-            raise Unavailable("no worker is there that could do it; ask again")
+            raise Unavailable("no worker is running that can do it; try again")
         for answer in answers:
             if "reason" in answer:
                 raise _ERRORS[answer["reason"]](answer["text"])

@@ -74,7 +74,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         notify("READY=1")
 
     if settings.without_effect:
-        _log.warning("--transport grpcio does not have these settings", extra={"settings": settings.without_effect})
+        _log.warning("--transport grpcio ignores these settings", extra={"settings": settings.without_effect})
     metrics = Metrics() if workers == 1 else None
     security = Security(settings, metrics, SharedRates())
     security.warn_if_open(sockets, "--address")

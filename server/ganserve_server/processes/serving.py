@@ -182,7 +182,7 @@ async def _load_models(
     except OSError as error:
         raise StartError(f"the model repository {settings.models} cannot be listed: {error.strerror}") from error
     if not table.names and not may_be_empty:
-        raise StartError(f"{settings.models} has no model that can be served: the log has the reason of each")
+        raise StartError(f"{settings.models} has no model that can be served: the log has the reason for each file")
 
 
 async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle, security: Security) -> None:

@@ -94,8 +94,8 @@ class Supervisor:
             self._folder = Path(tempfile.mkdtemp(prefix="ganserve-metrics-"))
         except OSError as error:
             raise StartError(
-                f"workers share their metrics by files, and there is no folder for them ({error.strerror}): name one "
-                "by the variable TMPDIR, such as /dev/shm, or use --workers 1"
+                f"workers share their metrics in temporary files, but there is no folder for them ({error.strerror}): "
+                "set the variable TMPDIR to a folder, such as /dev/shm, or use --workers 1"
             ) from error
         self._workers: dict[int, _Worker] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -248,9 +248,11 @@ class _Processes:
                         totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
         for name, value in totals.items():
             if name.endswith("_total"):
-                yield CounterMetricFamily(name.removesuffix("_total"), "Of all workers that run.", value)
+                yield CounterMetricFamily(name.removesuffix("_total"), "Total of all running workers.", value)
             else:
-                yield GaugeMetricFamily(name, "Of all workers that run.", value)
+                yield GaugeMetricFamily(name, "Total of all running workers.", value)
         if starts:
-            yield GaugeMetricFamily("process_start_time_seconds", "Of the worker started last.", max(starts))
-        yield GaugeMetricFamily("ganserve_workers", "Worker processes that run.", len(starts))
+            yield GaugeMetricFamily(
+                "process_start_time_seconds", "Start time of the worker that started last.", max(starts)
+            )
+        yield GaugeMetricFamily("ganserve_workers", "Running worker processes.", len(starts))

@@ -133,13 +133,13 @@ class Batcher:
             if _DEADLINE_MARGIN * count * self._pace_s > left_s:
                 # The reason is not the waiting images, so a retry would not help.
                 raise DeadlineExceeded(
-                    f"{count} images take about {count * self._pace_s:.2g} s here and the deadline is in "
-                    f"{max(0.0, left_s):.2g} s; ask for fewer, or give them longer"
+                    f"{count} images take about {count * self._pace_s:.2g} s here, but the deadline is in "
+                    f"{max(0.0, left_s):.2g} s; request fewer images, or set a longer deadline"
                 )
             if needed_s > left_s:
                 raise DeadlineTooShort(
-                    f"with what waits, {count} images of model {self.model.name} would take about {needed_s:.2g} s, "
-                    f"and the deadline is in {max(0.0, left_s):.2g} s; try again later",
+                    f"with the waiting images, {count} images of model {self.model.name} would take about "
+                    f"{needed_s:.2g} s, but the deadline is in {max(0.0, left_s):.2g} s; try again later",
                     retry_after_s=needed_s - left_s,
                 )
         job = Job(self, lane, draw, fairness_key, deadline, counted=not accepted, done=done, work=work)

@@ -130,7 +130,7 @@ class Job:
             try:
                 done(EngineFailed("internal error"))
             except Exception:
-                _log.exception("an error could not be told")
+                _log.exception("an error could not be delivered")
 
     def _end(self) -> None:
         self.over = True

@@ -142,7 +142,7 @@ class Lifecycle:
             if (name, number) in self._awaited:
                 reason = f"there is no {MODEL_FILE_NAME} in its folder yet"
             if name in self._unloaded:
-                reason = "it was unloaded by an operator, until LoadModel"
+                reason = "an operator unloaded it; LoadModel loads it again"
             states.append(VersionState(name, number, batcher is not None, digest, reason))
         return states
 
@@ -157,7 +157,7 @@ class Lifecycle:
             async for _ in awatch(self._settings.models, stop_event=stop):
                 await self.refresh()
         except (OSError, RuntimeError) as error:
-            _log.error("the repository is no longer watched; SIGHUP still loads it anew", extra={"reason": str(error)})
+            _log.error("the repository is no longer watched; SIGHUP still reloads it", extra={"reason": str(error)})
 
     async def close(self) -> None:
         """End the schedulers. No caller may be waiting."""

@@ -58,8 +58,8 @@ def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
             yield path, wrong_depth
         elif not _NAME.fullmatch(path.name):
             if _has_onnx(path, levels=2):
-                rule = "1 to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or a digit"
-                yield path, f"{path.name!r} is no name of a model: {rule}"
+                rule = "it must be 1 to 64 of a-z, 0-9, '.', '_' and '-', and begin with a letter or a digit"
+                yield path, f"{path.name!r} is not a model name: {rule}"
         elif os.path.isdir(path):
             try:
                 yield from _misplaced_versions(path, wrong_depth)
@@ -74,7 +74,10 @@ def _misplaced_versions(folder: Path, wrong_depth: str) -> Iterator[tuple[Path, 
         elif _VERSION.fullmatch(path.name):
             continue
         elif _has_onnx(path, levels=1):
-            yield path, f"{path.name!r} is no version: a whole number from 1 to 999999999, with no 0 before it"
+            yield (
+                path,
+                f"{path.name!r} is not a version: it must be a whole number from 1 to 999999999, without leading zeros",
+            )
         elif _has_onnx(path, levels=2):
             yield path, wrong_depth
 
@@ -120,19 +123,19 @@ def require_models(repository: Path) -> None:
     try:
         if not repository.is_dir():
             wrong = "is not a folder" if repository.exists() else "does not exist"
-            raise StartError(f"the model repository {repository} {wrong}; give one by --models")
+            raise StartError(f"the model repository {repository} {wrong}; set --models to a model repository")
         versions = [path for _, _, path in find_versions(repository)]
     except OSError as error:
         raise StartError(f"the model repository {repository} cannot be listed: {error.strerror}") from error
     if any(map(os.path.isfile, versions)):
         return
     missing = ((path, why_missing(path)) for path in versions)
-    told = [f"{path} ({reason})" for path, reason in itertools.chain(find_misplaced(repository), missing)]
-    if len(told) > _MAX_REPORTED:
-        told[_MAX_REPORTED:] = [f"{len(told) - _MAX_REPORTED} more"]
+    rejected = [f"{path} ({reason})" for path, reason in itertools.chain(find_misplaced(repository), missing)]
+    if len(rejected) > _MAX_REPORTED:
+        rejected[_MAX_REPORTED:] = [f"{len(rejected) - _MAX_REPORTED} more"]
     raise StartError(
         f"{repository} has no model that can be served; expected MODELS/NAME/VERSION/model.onnx, "
-        "as `ganserve-trainer export` writes it" + (f"; kept out are {', '.join(told)}" if told else "")
+        "as `ganserve-trainer export` writes it" + (f"; rejected: {', '.join(rejected)}" if rejected else "")
     )
 
 
@@ -141,5 +144,5 @@ def why_missing(path: Path) -> str:
     hint = ""
     with contextlib.suppress(OSError):
         if others := [other.name for other in _candidates(path.parent) if _is_onnx(other)]:
-            hint = f"; there is {others[0]}, which must be called {path.name}"
+            hint = f"; rename {others[0]} to {path.name}"
     return f"the file cannot be read: it is missing, or not a regular file{hint}"

@@ -116,14 +116,16 @@ def _check_graph(content: bytes) -> str:
     parts = list(_parts(model))
     domains = {part.domain for part in parts if isinstance(part, onnx.NodeProto)}
     if custom := domains - _STANDARD_DOMAINS:
-        raise ModelRejected(f"only standard ONNX operators are run; this model uses domain {sorted(custom)[0]!r}")
+        raise ModelRejected(
+            f"only standard ONNX operators are allowed; this model uses the domain {sorted(custom)[0]!r}"
+        )
     tensors = (part for part in parts if isinstance(part, onnx.TensorProto))
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
-        raise ModelRejected("weights must lie inside the file; this model refers to others (external data)")
+        raise ModelRejected("the weights must be inside the file; this model refers to other files (external data)")
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # ValidationError, and UnicodeDecodeError on a damaged file's text
-        raise ModelRejected(f"onnx's checker refuses the file: {str(error).partition(_NEWLINE)[0]}") from error
+        raise ModelRejected(f"onnx's checker rejects the file: {str(error).partition(_NEWLINE)[0]}") from error
     properties = {entry.key: entry.value for entry in model.metadata_props}
     if CARD_KEY not in properties:
         raise ModelRejected(f"the file has no model card: metadata_props[{CARD_KEY!r}] is missing")
@@ -139,8 +141,10 @@ def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
         raise ModelRejected(f"the model card is not the JSON of a ganserve.v1.ModelCard: {error}") from error
     known = {field.json_name: field.name for field in pb.ModelCard.DESCRIPTOR.fields}
     unknown = sorted(keys - known.keys() - set(known.values()))
-    told = "; ".join(f"{key!r} is no key of a model card{nearest(key, known)}" for key in unknown[:_MAX_REPORTED_KEYS])
-    return card, told
+    text = "; ".join(
+        f"{key!r} is not a key of a model card{nearest(key, known)}" for key in unknown[:_MAX_REPORTED_KEYS]
+    )
+    return card, text
 
 
 def _check_card(card: pb.ModelCard) -> None:
@@ -161,7 +165,7 @@ def _check_signature(engine: Engine) -> None:
     if wrong := engine.inputs.mismatch(engine.input_types):
         raise ModelRejected(wrong)
     if list(engine.output_types) != ["image"] or engine.output_types["image"][0] != "tensor(uint8)":
-        raise ModelRejected(f"the model's one output must be image, tensor(uint8); it has {engine.output_types}")
+        raise ModelRejected(f"the model must have one output, image, tensor(uint8); it has {engine.output_types}")
 
 
 def _check_images(engine: Engine, card: pb.ModelCard) -> None:
@@ -182,15 +186,17 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
     for images, count in ((made, len(probes)), (alone, 1), (again, 1), (among, _AMONG)):
         if images.shape != (count, *shape):
             raise ModelRejected(
-                f"by its card the model makes {count} images of {shape} in a batch of {count}; it made {images.shape}"
+                f"according to its card, the model makes {count} images of {shape} in a batch of {count}; it made "
+                f"{images.shape}"
             )
     if not np.array_equal(alone, again):
-        raise ModelRejected("the same latent gives another image each time: the model must draw no random numbers")
+        raise ModelRejected("the same latent gives a different image each time: the model must not draw random numbers")
     # Kernels may differ with the batch size, and with the machine that made the golden images.
     if (difference := _difference(alone[0], among[-1])) > 1:
         raise ModelRejected(
-            f"an image differs by up to {difference} grey levels when it is made among others; it must depend on its "
-            "own latent and label alone: take no means over the batch, as BatchNorm does in training mode"
+            f"an image differs by up to {difference} grey levels if it is made in a batch with others; it must depend "
+            "only on its own latent and label: do not compute means over the batch, as BatchNorm does in training "
+            "mode"
         )
     for golden, pixels in zip(card.golden_images, made, strict=False):
         if f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}" == golden.digest:
@@ -198,7 +204,7 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
         difference = _difference(pixels, _decoded(golden.png, pixels.shape))
         if difference > 1:
             raise ModelRejected(
-                f"the golden image of seed {golden.seed} is off by up to {difference} grey levels; 1 is allowed"
+                f"the golden image of seed {golden.seed} differs by up to {difference} grey levels; 1 is allowed"
             )
 
 
@@ -219,4 +225,4 @@ def _decoded(png: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ModelRejected(f"a golden image in the card is no PNG of the model's size: {error}") from error
+        raise ModelRejected(f"a golden image in the card is not a PNG of the model's image size: {error}") from error

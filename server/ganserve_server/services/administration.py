@@ -70,7 +70,8 @@ class RepositoryServicer:
         if request.parameters:
             raise InvalidRequest(
                 "parameters",
-                f"there is no parameter {min(request.parameters)!r}: a model is loaded as its folder has it",
+                f"there is no parameter {min(request.parameters)!r}: the server loads the model from its folder "
+                "as it is",
             )
         await self._administration.load(request.model_name)
         return inference_pb.RepositoryModelLoadResponse()
@@ -92,7 +93,7 @@ def refuse_repository_name(name: str) -> None:
     """
     if name:
         raise InvalidRequest(
-            "repository_name", f"there is no repository {name!r}; a server has one, leave its name out"
+            "repository_name", f"there is no repository {name!r}; the server has only one, so leave its name out"
         )
 
 

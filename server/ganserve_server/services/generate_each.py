@@ -97,8 +97,8 @@ class GenerateEachStream(RequestStream):
 
 
 def _refuse(requests: "list[_EachRequest]", error: ServingError) -> None:
-    told = pb.Error(code=error.code.value[0], reason=error.reason, message=str(error))
-    answer = pb.GenerateEachResponse(error=told).SerializeToString()
+    failure = pb.Error(code=error.code.value[0], reason=error.reason, message=str(error))
+    answer = pb.GenerateEachResponse(error=failure).SerializeToString()
     for one in requests:
         one.answer = answer
 

@@ -88,7 +88,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         batcher, limit = self._find(request, call), self._settings.max_images_per_request
         checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
         if checked.sheet:
-            raise InvalidRequest("generate.layout", "a stream has no contact sheet; ask for one by GenerateImages")
+            raise InvalidRequest("generate.layout", "a stream cannot return a contact sheet; use GenerateImages")
         call.work = work = CallWork(checked.count)
         call.spawn(self._stream(call, batcher, checked, work))
 

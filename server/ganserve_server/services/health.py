@@ -133,7 +133,7 @@ class HealthServicer:
         read_message(_HealthListRequest.FromString, content)
         if len(self._statuses) > _MAX_LISTED:
             raise TooManyServices(
-                f"there are {len(self._statuses)} services; List has {_MAX_LISTED} at most, use Check"
+                f"the server has {len(self._statuses)} services; List returns at most {_MAX_LISTED}, so use Check"
             )
         response: Any = _HealthListResponse()
         for service, status in self._statuses.items():
@@ -164,9 +164,13 @@ class HealthServicer:
         """Make room for a call of Watch: if there are too many, end the oldest of the connection with the most."""
         mine = self._watchers_of[call.fairness_key]
         if mine >= MAX_WATCHERS_PER_CONNECTION:
-            raise TooManyWatchers(f"a connection may have {MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first")
+            raise TooManyWatchers(
+                f"a connection may have at most {MAX_WATCHERS_PER_CONNECTION} calls of Watch; end some first"
+            )
         if len(self._watchers) >= MAX_WATCHERS:
-            error = TooManyWatchers(f"the server has {MAX_WATCHERS} calls of Watch, its limit; watch again later")
+            error = TooManyWatchers(
+                f"the server already has {MAX_WATCHERS} calls of Watch, which is its limit; try again later"
+            )
             connection, most = self._watchers_of.most_common(1)[0]
             if most <= mine + 1:
                 raise error

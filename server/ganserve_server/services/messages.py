@@ -82,7 +82,7 @@ def parse(
     labels_given, names_given = len(message.labels), len(message.label_names)
     if labels_given > max_values or names_given > max_values:
         field, given = ("labels", labels_given) if labels_given > max_values else ("label_names", names_given)
-        raise InvalidRequest(field, f"there are {given} {field}; a request brings {max_values} at most")
+        raise InvalidRequest(field, f"there are {given} {field}; a request may have at most {max_values}")
     latents = _latents(message, model, truncation, max_values) if message.HasField("latents") else None
     # A stream may have more images than a message may have labels.
     call = "a stream" if max_images > max_values else "a call without a stream"
@@ -152,7 +152,9 @@ def scaled(latents: NDArray[np.float32], truncation: float, field: str) -> NDArr
     with np.errstate(over="ignore", invalid="ignore"):
         latents = latents * np.float32(truncation)
     if not np.isfinite(latents).all():
-        raise InvalidRequest(field, f"{field} has values that are not finite, or not once truncation has scaled them")
+        raise InvalidRequest(
+            field, f"{field} has values that are not finite, or not finite after scaling by truncation"
+        )
     return latents
 
 
@@ -174,7 +176,7 @@ def _latents(
 ) -> NDArray[np.float32]:
     latent_dim = model.card.latent_dim
     if len(message.latents.values) > max_values * latent_dim:
-        raise InvalidRequest("latents", f"there are more than {max_values} latents, the most that a request brings")
+        raise InvalidRequest("latents", f"there are more than {max_values} latents, the limit of a request")
     values = np.array(message.latents.values, np.float32)
     if values.size == 0 or values.size % latent_dim:
         raise InvalidRequest(
@@ -223,8 +225,8 @@ def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None
     if max(height, width) > image_format.longest_side:
         raise InvalidRequest(
             "layout",
-            f"the contact sheet of {count} images would be {height}x{width} pixels; a "
-            f"{image_format.name} may have {image_format.longest_side} a side",
+            f"the contact sheet of {count} images would be {height}x{width} pixels; a {image_format.name} may have at "
+            f"most {image_format.longest_side} on each side",
         )
 
 

@@ -64,7 +64,7 @@ _SEEDS = {
 }
 # The most of each that a request may have, so that no request blocks the event loop for long.
 _MAX_INPUTS, _MAX_OUTPUTS, _MAX_PARAMETERS, _MAX_ID_BYTES = 16, 3, 16, 1024
-_TOLD = 8  # numbers of a shape in an error
+_SHOWN = 8  # numbers of a shape in an error
 # protobuf takes up to 2 µs for two bytes of a message. Messages up to this size are parsed at once; larger ones are
 # scanned first.
 _FREELY_PARSED_BYTES = 16 << 10
@@ -83,8 +83,8 @@ _SCANNED: _Fields = {
     pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER: None,
 }
 _NOT_HERE = (
-    "models are not loaded or unloaded by calls to this address, but to the server's --admin-address; "
-    "or add a version to the repository's folder, or remove it"
+    "calls to this address cannot load or unload models; call the server's --admin-address, or add or remove a "
+    "version in the repository's folder"
 )
 
 
@@ -290,7 +290,8 @@ def _bounded(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def read_small(content: bytes) -> Any:
         if len(content) > _FREELY_PARSED_BYTES:
             raise MessageTooLarge(
-                f"the request has {len(content)} bytes; one of this method may have {_FREELY_PARSED_BYTES}"
+                f"the request has {len(content)} bytes; a request of this method may have at most "
+                f"{_FREELY_PARSED_BYTES}"
             )
         return read(content)
 
@@ -316,8 +317,9 @@ def _scan(content: bytes, most_bytes: int) -> None:
             if found > _MAX_SCANNED_FIELDS:
                 raise InvalidRequest(
                     "inputs",
-                    f"the request has {len(content)} bytes and more than {_MAX_SCANNED_FIELDS} fields, which only one "
-                    f"of up to {_FREELY_PARSED_BYTES} bytes may have; send numbers in raw_input_contents, or packed",
+                    f"the request has {len(content)} bytes and more than {_MAX_SCANNED_FIELDS} fields, but only a "
+                    f"request of up to {_FREELY_PARSED_BYTES} bytes may have that many; send numbers in "
+                    "raw_input_contents, or packed",
                 )
             key, position = _read_varint(content, position)
             number, kind = key >> 3, key & 7
@@ -335,14 +337,15 @@ def _scan(content: bytes, most_bytes: int) -> None:
             elif kind in (FIXED64, FIXED32):
                 size = 8 if kind == FIXED64 else 4
             else:
-                raise MalformedMessage("the request has a group; this method's messages have none")
+                raise MalformedMessage("the request has a protobuf group, which no message of this method has")
             position += size
             if position > end:
                 raise MalformedMessage("the request ends within a field")
     if (rest := len(content) - copied_bytes) > most_bytes:
         raise InvalidRequest(
             "inputs",
-            f"the request has {rest} bytes beside raw_input_contents and fp32_contents; {most_bytes} are allowed here",
+            f"the request has {rest} bytes outside raw_input_contents and fp32_contents; at most {most_bytes} are "
+            "allowed here",
         )
 
 
@@ -353,7 +356,7 @@ def _read_varint(content: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             return value, position + index + 1
-    raise MalformedMessage("the request has a number that does not end")
+    raise MalformedMessage("the request has a varint without an end")
 
 
 def _check_counts(request: pb.ModelInferRequest) -> None:
@@ -365,11 +368,11 @@ def _check_counts(request: pb.ModelInferRequest) -> None:
     if (count := len(request.parameters)) > _MAX_PARAMETERS:
         raise _too_many("parameters", count, _MAX_PARAMETERS)
     if (size := len(request.id.encode())) > _MAX_ID_BYTES:
-        raise InvalidRequest("id", f"the id has {size} bytes; it may have {_MAX_ID_BYTES}")
+        raise InvalidRequest("id", f"the id has {size} bytes; it may have at most {_MAX_ID_BYTES}")
 
 
 def _too_many(field: str, count: int, most: int) -> InvalidRequest:
-    return InvalidRequest(field, f"the request has {count} {field}; it may have {most}")
+    return InvalidRequest(field, f"the request has {count} {field}; it may have at most {most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +391,7 @@ def _options(request: pb.ModelInferRequest) -> _Options:
         return _NO_OPTIONS
     if unknown := sorted(set(request.parameters) - {"priority", "timeout", "truncation", _EMPTY_FINAL}):
         raise InvalidRequest(
-            "parameters", f"there is no parameter {unknown[0]!r}; there are priority, timeout and truncation"
+            "parameters", f"there is no parameter {unknown[0]!r}; the parameters are priority, timeout and truncation"
         )
     numbers = {name: _number(name, one) for name, one in request.parameters.items() if name != _EMPTY_FINAL}
     truncation, timeout_us = numbers.get("truncation", 1.0), numbers.get("timeout", 0.0)
@@ -419,13 +422,13 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
     """Check every tensor against the model and the limits; return the images to make."""
     for output in request.outputs:
         if output.name != _OUTPUT:
-            raise InvalidRequest("outputs", f"there is no output {output.name!r}; there is {_OUTPUT}")
+            raise InvalidRequest("outputs", f"there is no output {output.name!r}; the only output is {_OUTPUT}")
         _check_no_parameters(output.name, output.parameters)
     tensors = _tensors(request, model, limit)
     seeds = tensors.pop(_SEED.name, None)
     drawn = [each.name for each in model.inputs if each.drawn]
     if (seeds is None) != all(name in tensors for name in drawn) or (seeds is not None and tensors.keys() & drawn):
-        raise InvalidRequest("inputs", f"model {model.name} takes one of the inputs {' and '.join([*drawn, 'seed'])}")
+        raise InvalidRequest("inputs", f"model {model.name} takes either the input seed or {' and '.join(drawn)}")
     first = drawn[0] if seeds is None else _SEED.name
     count = len(tensors[first] if seeds is None else seeds)
     if not count:
@@ -443,7 +446,9 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
             check_labels(tensors[name], model, count, name)
             tensors[name] = tensors[name].repeat(count) if len(tensors[name]) == 1 else tensors[name]
         elif (name in tensors or seeds is None) and (given := len(tensors.get(name, ()))) != count:
-            raise InvalidRequest(name, f"{count} images need the input {name} for each; it is there for {given}")
+            raise InvalidRequest(
+                name, f"{count} images need a value of the input {name} for each image; it has values for {given}"
+            )
     if seeds is not None:
         model.inputs.complete(tensors, seeds)
     return Draw(count, seeds, tensors, truncation)
@@ -470,14 +475,16 @@ def _tensors(request: pb.ModelInferRequest, model: ModelVersion, limit: int) -> 
         if name not in known:
             raise InvalidRequest("inputs", f"model {model.name} has no input {name!r}; it has {' and '.join(known)}")
         if name in tensors:
-            raise InvalidRequest("inputs", f"the input {name} is there twice")
+            raise InvalidRequest("inputs", f"the input {name} occurs twice")
         _check_no_parameters(name, tensor.parameters)
         datatypes = _SEEDS if name == _SEED.name else _DATATYPES[known[name].dtype]
         if tensor.datatype not in datatypes:
             raise InvalidRequest(name, f"{name} has datatype {tensor.datatype!r}; it must be {' or '.join(datatypes)}")
         kind, field = datatypes[tensor.datatype]
         if raw and tensor.HasField("contents"):
-            raise InvalidRequest(name, f"{name} has contents, but the request has raw_input_contents; send one of them")
+            raise InvalidRequest(
+                name, f"{name} has contents, but the request has raw_input_contents; send only one of them"
+            )
         _check_shape(known[name], tensor.shape, model)
         if tensor.shape[0] > limit:
             raise _wrong_count(name, tensor.shape[0], limit)
@@ -488,8 +495,8 @@ def _tensors(request: pb.ModelInferRequest, model: ModelVersion, limit: int) -> 
         if given != (size := math.prod(tensor.shape)) * item:
             raise InvalidRequest(
                 name,
-                f"{name} has {given} bytes of content; its shape {list(tensor.shape)} of {tensor.datatype} "
-                f"takes {size * item}",
+                f"{name} has {given} bytes of content; its shape {list(tensor.shape)} of {tensor.datatype} needs "
+                f"{size * item}",
             )
         values: NDArray[Any] = np.frombuffer(content if raw else _content(tensor.contents, field, kind), kind)
         tensors[name] = values.reshape(-1, *known[name].shape)
@@ -517,7 +524,7 @@ def _check_shape(wanted: ModelInput, shape: Sequence[int], model: ModelVersion) 
     if shape and shape[0] >= 0 and (each == wanted.shape or (each == (1,) and not wanted.shape)):
         return
     takes = f"[n, {', '.join(map(str, wanted.shape))}]" if wanted.shape else "[n] or [n, 1]"
-    given = str(list(shape[:_TOLD])) if len(shape) <= _TOLD else f"of {len(shape)} dimensions"
+    given = str(list(shape[:_SHOWN])) if len(shape) <= _SHOWN else f"of {len(shape)} dimensions"
     raise InvalidRequest(wanted.name, f"{wanted.name} has shape {given}; model {model.name} takes {takes}")
 
 
@@ -526,8 +533,8 @@ def _check_no_parameters(name: str, parameters: Mapping[str, pb.InferParameter])
         one = min(itertools.islice(parameters, _MAX_PARAMETERS))
         raise InvalidRequest(
             name,
-            f"{name} has parameter {one!r}; tensors have none here: no shared memory is read or written, "
-            "send the values in the message",
+            f"{name} has parameter {one!r}; this server takes no parameters of tensors: it does not use shared "
+            "memory, so send the values in the message",
         )
 
 

@@ -66,8 +66,8 @@ class ReflectionServicer:
     def _open(self, call: Call) -> RequestSink:
         if self._streams[call.fairness_key] >= MAX_REFLECTION_STREAMS:
             error = TooManyStreams(
-                f"a connection, or a token, may have {MAX_REFLECTION_STREAMS} streams of reflection at a time; "
-                "end some first"
+                f"a connection, or a token, may have at most {MAX_REFLECTION_STREAMS} streams of reflection at a "
+                "time; end some first"
             )
             call.soon(lambda _: call.fail(error))  # later: the connection does not know the call yet
             return lambda _: None, lambda: None
@@ -80,7 +80,9 @@ class ReflectionServicer:
             ServingError: the request is too large, or malformed.
         """
         if len(content) > _MAX_REQUEST_BYTES:
-            raise MessageTooLarge(f"the request has {len(content)} bytes; one of reflection has {_MAX_REQUEST_BYTES}")
+            raise MessageTooLarge(
+                f"the request has {len(content)} bytes; a request of reflection may have at most {_MAX_REQUEST_BYTES}"
+            )
         request = read_message(pb.ServerReflectionRequest.FromString, content)
         try:
             found = self._find(request)
@@ -109,8 +111,8 @@ class ReflectionServicer:
             case "all_extension_numbers_of_type":
                 extended = pool.FindMessageTypeByName(request.all_extension_numbers_of_type)
                 numbers = sorted(extension.number for extension in pool.FindAllExtensions(extended))
-                told = {"base_type_name": extended.full_name, "extension_number": numbers}
-                return _response(all_extension_numbers_response=told)
+                found = {"base_type_name": extended.full_name, "extension_number": numbers}
+                return _response(all_extension_numbers_response=found)
         return _NO_QUESTION
 
     def _describe(self, file: FileDescriptor) -> bytes:

@@ -7,10 +7,10 @@ from typing import Any
 from ganserve_server.start_errors import StartError
 
 _HINTS = {
-    errno.EADDRINUSE: "another program listens there, or this server by another of its addresses",
-    errno.EADDRNOTAVAIL: "this machine does not have it; 0.0.0.0 is every address it has",
+    errno.EADDRINUSE: "another program listens there, or this server does because of another address setting",
+    errno.EADDRNOTAVAIL: "this machine does not have this address; 0.0.0.0 stands for all its addresses",
     errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
-    socket.EAI_NONAME: "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for every one",
+    socket.EAI_NONAME: "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them",
 }
 
 

@@ -91,23 +91,23 @@ def read_head(fields: Fields) -> Head:
             raise ValueError("a value has a NUL or a line end")
         if name.startswith(b":"):
             if metadata or name in pseudo or name not in (b":method", b":path", b":scheme", b":authority"):
-                raise ValueError("a pseudo-header is unknown, late, or there twice")
+                raise ValueError("a pseudo-header is unknown, misplaced or repeated")
             pseudo[name] = value
         elif not FIELD_NAME.fullmatch(name) or name in _OF_HTTP1:
-            raise ValueError("a header is not one of HTTP/2")
+            raise ValueError("a header is not allowed in HTTP/2")
         elif name == b"te" and value != b"trailers":
-            raise ValueError("te is trailers, or absent")
+            raise ValueError("te must be trailers or absent")
         else:
             if name in metadata:
                 if name == b"content-length":
-                    raise ValueError("content-length is there twice")
+                    raise ValueError("content-length occurs twice")
                 twice = twice or name in _SINGLE
             metadata[name] = value
     if not (pseudo.get(b":path") and b":method" in pseudo and b":scheme" in pseudo):
         raise ValueError("a pseudo-header is missing")
     length = metadata.get(b"content-length")
     if length is not None and not length.isdigit():
-        raise ValueError("content-length is a number")
+        raise ValueError("content-length must be a number")
     refusal = None
     timeout = metadata.get(b"grpc-timeout")
     in_time = None if timeout is None else _TIMEOUT.fullmatch(timeout)
@@ -335,7 +335,7 @@ class Http2Call(Stream):
                     raise MalformedMessage("the last message is incomplete")
                 self._sink[1]()
             elif len(body) < _PREFIX or len(body) != _PREFIX + int.from_bytes(body[1:_PREFIX], "big"):
-                raise MalformedMessage("the method takes one message, and one whole")
+                raise MalformedMessage("the method takes exactly one complete message")
             else:
                 assert method.start is not None
                 method.start(self, self._message(body[0], bytes(body[_PREFIX:])))
@@ -393,11 +393,11 @@ class Http2Call(Stream):
             return message
         bits = _WINDOW_BITS.get(self.head.encoding)
         if compressed > 1:
-            raise MalformedMessage("a message is compressed (1) or not (0)")
+            raise MalformedMessage("the compressed flag of a message must be 0 or 1")
         if self.head.encoding == b"identity":
-            raise NotCompressed("a message is marked as compressed, and the header grpc-encoding names no compression")
+            raise NotCompressed("a message is marked as compressed, but the header grpc-encoding names no compression")
         if bits is None:
-            raise UnknownCompression(f"messages compressed by {self.head.encoding.decode('latin-1')} cannot be read")
+            raise UnknownCompression(f"messages compressed with {self.head.encoding.decode('latin-1')} cannot be read")
         # Otherwise 4 KB could become 4 MiB: 10 ms of the event loop, for every connection that sends such a message.
         most = min(self._most, max(_FREELY_INFLATED_BYTES, _MOST_INFLATED * len(message)))
         inflate = zlib.decompressobj(bits)
@@ -512,7 +512,9 @@ class Http2Call(Stream):
 
     def on_evicted(self) -> None:
         """End the call and drop its answer: the peer does not read it."""
-        error = AnswersUnread("too many answers wait to be read, or this one has waited for too long; read them")
+        error = AnswersUnread(
+            "too many answers are unread, or this answer has been unread for too long; read the answers"
+        )
         unsent = self.connection.forget_answer(self)
         self.server.on_refused(self, error)
         if not self.over:

@@ -409,7 +409,7 @@ class GrpcServer(BaseServer[Http2Call]):
         self._on_aged()
         self._end(connection)
         # Later: a probe that has arrived is answered, and a call of Watch may still be in flight.
-        reason = "the connection has been open for long; call again on another"
+        reason = "the connection has reached its maximum age; call again on another connection"
         self.loop.call_later(_AGED_GRACE_S, self._cut_off_unawaited, connection, reason)
 
     def _end(self, connection: Connection[Head]) -> None:

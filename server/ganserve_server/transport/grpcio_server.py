@@ -256,7 +256,7 @@ class GrpcioCall:
         if self.over:
             return
         if size > _SMALL_ANSWER and self.server.backlog_bytes > self.server.limits.answer_bytes:
-            self.fail(AnswersUnread("too many answers wait for being read; read them, or ask for fewer at a time"))
+            self.fail(AnswersUnread("too many answers are unread; read them, or request fewer at a time"))
             return
         self._outgoing.extend(messages)
         self.pending_bytes += size
@@ -404,7 +404,7 @@ class GrpcioServer(BaseServer[GrpcioCall], grpc.GenericRpcHandler):
             self.loop.call_soon(self._cut_off_unawaited, call, "the server is shutting down")
         elif self.limits.max_connection_age_s:
             # grpcio does not report when a connection has aged; by this time, this call's connection has.
-            reason = "the connection has been open for long; call again on another"
+            reason = "the connection has reached its maximum age; call again on another connection"
             age_s = self.limits.max_connection_age_s * 1.1 + _AGED_GRACE_S
             call.ageing = self.loop.call_later(age_s, self._cut_off_unawaited, call, reason)
 

@@ -246,7 +246,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self._todo: deque[Callable[[], None]] = deque()
         # Writing.
         self._flow = SendFlow(answers, _FRAME_SIZE)
-        self._table_size_told = False
+        self._table_size_sent = False
         self._out: list[bytes | memoryview] = []
         self._out_bytes = 0
         self._flush_bytes = _FLUSH_BYTES
@@ -523,7 +523,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             return 0
         _, _, kind, flags, _ = _HEAD.unpack_from(data, len(PREFACE))
         if kind != SETTINGS or flags & ACK:
-            raise _ConnectionFailed(PROTOCOL_ERROR, "the preface ends with SETTINGS")
+            raise _ConnectionFailed(PROTOCOL_ERROR, "the preface must end with SETTINGS")
         self._greeted = True
         self._came()
         return len(PREFACE)
@@ -540,14 +540,14 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             high, low, kind, flags, stream_id = _HEAD.unpack_from(data, position)
             end = position + 9 + (high << 16 | low)
             if end - position > 9 + _FRAME_SIZE:
-                raise _ConnectionFailed(FRAME_SIZE_ERROR, f"a frame may have {_FRAME_SIZE} bytes")
+                raise _ConnectionFailed(FRAME_SIZE_ERROR, f"a frame may have at most {_FRAME_SIZE} bytes")
             if end > size:
                 break
             payload = data[position + 9 : end]
             position = end
             stream_id &= MAX_WINDOW
             if self._block is not None and (kind != CONTINUATION or stream_id != self._block[0]):
-                raise _ConnectionFailed(PROTOCOL_ERROR, "a header block must be continued at once")
+                raise _ConnectionFailed(PROTOCOL_ERROR, "no other frame may interrupt a header block")
             if kind == DATA:
                 self._on_data(stream_id, flags, payload)
             elif kind == HEADERS:
@@ -560,7 +560,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _on_headers(self, stream_id: int, flags: int, payload: bytes) -> None:
         if not stream_id & 1:
-            raise _ConnectionFailed(PROTOCOL_ERROR, "a client's streams have odd numbers")
+            raise _ConnectionFailed(PROTOCOL_ERROR, "a client's streams must have odd numbers")
         if flags & PADDED:
             payload = _unpadded(payload)
         if flags & PRIORITY_FLAG:
@@ -577,14 +577,14 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _on_continuation(self, stream_id: int, flags: int, payload: bytes) -> None:
         if self._block is None:
-            raise _ConnectionFailed(PROTOCOL_ERROR, "CONTINUATION continues nothing")
+            raise _ConnectionFailed(PROTOCOL_ERROR, "CONTINUATION does not follow an unfinished header block")
         _, first_flags, block, frames = self._block
         block += payload
         empty = not payload and not flags & END_HEADERS
         if empty or len(block) > MAX_BLOCK_BYTES or frames > MAX_CONTINUATIONS:
             raise _ConnectionFailed(
                 ENHANCE_YOUR_CALM,
-                f"a header block may have {MAX_BLOCK_BYTES} bytes in {MAX_CONTINUATIONS} CONTINUATION frames",
+                f"a header block may have at most {MAX_BLOCK_BYTES} bytes in {MAX_CONTINUATIONS} CONTINUATION frames",
             )
         self._block = (stream_id, first_flags, block, frames + 1)
         if flags & END_HEADERS:
@@ -630,7 +630,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         stream = self.streams.get(stream_id)
         if stream is None:
             if any(stream_id in ids for ids in self._skipped):
-                raise _ConnectionFailed(PROTOCOL_ERROR, f"stream {stream_id} comes after higher ones")
+                raise _ConnectionFailed(PROTOCOL_ERROR, f"stream {stream_id} comes after a stream with a higher number")
             if self._goaway_at is not None and stream_id > self._goaway_at:
                 return
             if stream_id not in self._reset_here:
@@ -666,7 +666,9 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         try:
             fields = [(name, value) for name, value in self._decoder.decode(block, raw=True)]
         except OversizedHeaderListError as error:
-            raise _ConnectionFailed(ENHANCE_YOUR_CALM, f"headers may have {MAX_HEADER_LIST_BYTES} bytes") from error
+            raise _ConnectionFailed(
+                ENHANCE_YOUR_CALM, f"headers may have at most {MAX_HEADER_LIST_BYTES} bytes"
+            ) from error
         except (HPACKError, IndexError, ValueError) as error:
             raise _ConnectionFailed(COMPRESSION_ERROR, "the headers cannot be decoded") from error
         finally:
@@ -687,7 +689,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if flags & PADDED:
             payload = _unpadded(payload)
         if not payload and not flags & END_STREAM:
-            self._count(self._idle_frames, "there is too much DATA without data")
+            self._count(self._idle_frames, "there are too many empty DATA frames")
         stream = self.streams.get(stream_id)
         if stream is None:
             if stream_id > self._last_id or not stream_id & 1:
@@ -718,7 +720,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _on_rst_stream(self, stream_id: int, flags: int, payload: bytes) -> None:
         if len(payload) != 4:
-            raise _ConnectionFailed(FRAME_SIZE_ERROR, "RST_STREAM has 4 bytes")
+            raise _ConnectionFailed(FRAME_SIZE_ERROR, "RST_STREAM must have 4 bytes")
         if stream_id > self._last_id or not stream_id & 1:
             raise _ConnectionFailed(PROTOCOL_ERROR, f"RST_STREAM of stream {stream_id}, which is not open")
         if stream := self.streams.get(stream_id):
@@ -727,39 +729,39 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _on_settings(self, stream_id: int, flags: int, payload: bytes) -> None:
         if stream_id:
-            raise _ConnectionFailed(PROTOCOL_ERROR, "SETTINGS belong to the connection")
+            raise _ConnectionFailed(PROTOCOL_ERROR, "SETTINGS must be on stream 0")
         if len(payload) % 6 or (flags & ACK and payload):
-            raise _ConnectionFailed(FRAME_SIZE_ERROR, "SETTINGS has 6 bytes for each, and none if acknowledged")
+            raise _ConnectionFailed(FRAME_SIZE_ERROR, "SETTINGS must have 6 bytes for each setting, and none with ACK")
         if flags & ACK:
             self._count(self._idle_frames, "SETTINGS are acknowledged too often")
             return
-        self._count(self._settings_frames, "SETTINGS follow SETTINGS")
+        self._count(self._settings_frames, "there are too many SETTINGS frames")
         flow = self._flow
         window = flow.initial_window
         for name, value in _SETTING.iter_unpack(payload):
             if name == _ENABLE_PUSH and value > 1:
-                raise _ConnectionFailed(PROTOCOL_ERROR, "ENABLE_PUSH is 0 or 1")
+                raise _ConnectionFailed(PROTOCOL_ERROR, "ENABLE_PUSH must be 0 or 1")
             if name == _MAX_FRAME_SIZE:
                 if not _FRAME_SIZE <= value < 1 << 24:
-                    raise _ConnectionFailed(PROTOCOL_ERROR, "MAX_FRAME_SIZE is from 2^14 to 2^24-1")
+                    raise _ConnectionFailed(PROTOCOL_ERROR, "MAX_FRAME_SIZE must be from 2^14 to 2^24-1")
                 flow.frame_size = min(value, _MAX_PEER_FRAME)
             if name == _INITIAL_WINDOW_SIZE:
                 if value > MAX_WINDOW:
-                    raise _ConnectionFailed(FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE is at most 2^31-1")
+                    raise _ConnectionFailed(FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE must be at most 2^31-1")
                 window = value
         if window != flow.initial_window:
             try:
                 flow.resize(window, self.streams.values())
             except Overflow as error:
-                raise _ConnectionFailed(FLOW_CONTROL_ERROR, "a window is at most 2^31-1") from error
+                raise _ConnectionFailed(FLOW_CONTROL_ERROR, "a window must be at most 2^31-1") from error
         self._control(frame(SETTINGS, ACK, 0))
         self._send_waiting()
 
     def _on_ping(self, stream_id: int, flags: int, payload: bytes) -> None:
         if stream_id:
-            raise _ConnectionFailed(PROTOCOL_ERROR, "PING belongs to the connection")
+            raise _ConnectionFailed(PROTOCOL_ERROR, "PING must be on stream 0")
         if len(payload) != 8:
-            raise _ConnectionFailed(FRAME_SIZE_ERROR, "PING has 8 bytes")
+            raise _ConnectionFailed(FRAME_SIZE_ERROR, "PING must have 8 bytes")
         if self._data_sent:
             self._data_sent = False  # gRPC's clients send a PING for received data, to measure the bandwidth
         else:
@@ -776,7 +778,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
     def _on_window_update(self, stream_id: int, flags: int, payload: bytes) -> None:
         if len(payload) != 4:
-            raise _ConnectionFailed(FRAME_SIZE_ERROR, "WINDOW_UPDATE has 4 bytes")
+            raise _ConnectionFailed(FRAME_SIZE_ERROR, "WINDOW_UPDATE must have 4 bytes")
         more = int.from_bytes(payload, "big") & MAX_WINDOW
         stream = self.streams.get(stream_id)
         if stream_id and stream is None:
@@ -789,25 +791,25 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         except Overflow:
             code = FLOW_CONTROL_ERROR
         if code and stream is None:
-            raise _ConnectionFailed(code, "WINDOW_UPDATE by nothing, or beyond 2^31-1")
+            raise _ConnectionFailed(code, "WINDOW_UPDATE by 0, or to more than 2^31-1")
         if code and stream is not None:
             self.abort(stream, code)
         self._send_waiting()
 
     def _on_priority(self, stream_id: int, flags: int, payload: bytes) -> None:
         if not stream_id:
-            raise _ConnectionFailed(PROTOCOL_ERROR, "PRIORITY belongs to a stream")
+            raise _ConnectionFailed(PROTOCOL_ERROR, "PRIORITY must not be on stream 0")
         if len(payload) != 5:
-            raise _ConnectionFailed(FRAME_SIZE_ERROR, "PRIORITY has 5 bytes")
+            raise _ConnectionFailed(FRAME_SIZE_ERROR, "PRIORITY must have 5 bytes")
         if int.from_bytes(payload[:4], "big") & MAX_WINDOW == stream_id:
             raise _ConnectionFailed(PROTOCOL_ERROR, "a stream cannot depend on itself")
         self._count(self._idle_frames, "there are too many PRIORITY frames")
 
     def _on_goaway(self, stream_id: int, flags: int, payload: bytes) -> None:
         if stream_id:
-            raise _ConnectionFailed(PROTOCOL_ERROR, "GOAWAY belongs to the connection")
+            raise _ConnectionFailed(PROTOCOL_ERROR, "GOAWAY must be on stream 0")
         if len(payload) < 8:
-            raise _ConnectionFailed(FRAME_SIZE_ERROR, "GOAWAY has 8 bytes or more")
+            raise _ConnectionFailed(FRAME_SIZE_ERROR, "GOAWAY must have 8 bytes or more")
         self._count(self._idle_frames, "there are too many GOAWAY frames")
         self.drain()
 
@@ -825,7 +827,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
     def _count_reset(self) -> None:
         """Count a reset or refused stream; end the connection if there are more than twice the burst of `RESETS`."""
         if self._resets.take() < -RESETS[0]:
-            raise _ConnectionFailed(ENHANCE_YOUR_CALM, "streams are opened only to be reset")
+            raise _ConnectionFailed(ENHANCE_YOUR_CALM, "too many streams are opened and reset")
 
     # Writing.
 
@@ -845,9 +847,9 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
             self._finish(stream)
 
     def _write_headers(self, stream: Stream, block: bytes, flags: int) -> None:
-        if not self._table_size_told:
+        if not self._table_size_sent:
             # This direction uses no dynamic table, so announce size 0: the peer may reduce it (RFC 7541, 4.2).
-            self._table_size_told = True
+            self._table_size_sent = True
             block = b"\x20" + block
         self._write(frame(HEADERS, flags, stream.id, block))
 
@@ -1047,7 +1049,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
 
 def _unpadded(payload: bytes) -> bytes:
     if not payload or payload[0] >= len(payload):
-        raise _ConnectionFailed(PROTOCOL_ERROR, "there is more padding than frame")
+        raise _ConnectionFailed(PROTOCOL_ERROR, "the padding is longer than the frame")
     return payload[1 : len(payload) - payload[0]]
 
 

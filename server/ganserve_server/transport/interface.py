@@ -191,4 +191,4 @@ def read_message(read: Callable[[bytes], MessageT], content: bytes) -> MessageT:
     try:
         return read(content)
     except DecodeError as error:
-        raise MalformedMessage("the request is not a message of this method, by its .proto") from error
+        raise MalformedMessage("the request is not a valid message of this method; see its .proto file") from error

@@ -93,8 +93,8 @@ def load_dataset(name: str, data_root: Path, *, train: bool, image_size: int | N
         return Dataset(folder.resolve().name, images, labels, _spec(images, class_names), skipped)
     if name not in DATASETS:
         raise TrainerError(
-            f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}, "
-            "or name a folder of images by its path, such as ./photos"
+            f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}, or give the path of a folder of "
+            "images, such as ./photos"
         )
     source = "mnist" if name == "stacked-mnist" else name
     images, labels = _load_source(source, data_root, train)
@@ -149,7 +149,7 @@ def _load_source(name: str, data_root: Path, train: bool) -> tuple[Tensor, Tenso
 
 
 def _layout(source: _Source) -> str:
-    return f"--data-root DIR expects DIR/{source.folder}/ with {source.files}, unpacked, as torchvision lays them out."
+    return f"--data-root DIR expects DIR/{source.folder}/ with {source.files}, unpacked, in torchvision's layout."
 
 
 def _download(source: _Source, data_root: Path) -> None:
@@ -159,13 +159,16 @@ def _download(source: _Source, data_root: Path) -> None:
             source.reader(scratch, train=True, download=True)
         except Exception as error:  # URLError, IncompleteRead, RuntimeError, …: the download failed
             debian = (
-                "Install Debian's package dataset-fashion-mnist, which is found by itself."
+                "Install Debian's package dataset-fashion-mnist, which the trainer finds by itself."
                 if source.reader is torchvision.datasets.FashionMNIST
-                else "Or take --dataset fashion-mnist: Debian's package dataset-fashion-mnist is found by itself."
+                else (
+                    "Or use --dataset fashion-mnist: the trainer finds Debian's package dataset-fashion-mnist by "
+                    "itself."
+                )
             )
             raise TrainerError(
-                f"{source.reader.__name__} is not in {data_root} and cannot be downloaded.\n"
-                f"  - Say where it is: {_layout(source)}\n  - {debian}"
+                f"{source.reader.__name__} is not in {data_root} and cannot be downloaded.\n  - Provide the files: "
+                f"{_layout(source)}\n  - {debian}"
             ) from error
         place = data_root / source.folder
         place.parent.mkdir(parents=True, exist_ok=True)

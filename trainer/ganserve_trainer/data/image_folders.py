@@ -33,8 +33,9 @@ _LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")  # ignored, like nam
 _NAMED = 10  # the most skipped files that are listed
 _DECODED_AT_ONCE = 256
 _LAYOUT = (
-    "A folder of images holds a sub-folder for each class (DIR/cats/1.jpg), or images only, which then have no class. "
-    "DIR/train and DIR/test together are the two parts; without them about one image in ten is kept for testing."
+    "A folder of images holds a sub-folder for each class (DIR/cats/1.jpg), or images only, which then have no "
+    "class. If there are both DIR/train and DIR/test, they are the two parts; otherwise about one image in ten is "
+    "kept for testing."
 )
 
 
@@ -87,7 +88,7 @@ def read_image_folder(
             pictures.append((file, picture))
     if train:
         copies = {file for file, picture in pictures if hashlib.sha256(picture.data).digest() in held_out}
-        skipped += [f"{file.name}: the same picture as one of the test part" for file in copies]
+        skipped += [f"{file.name}: the same picture is in the test part" for file in copies]
         pictures = [(file, picture) for file, picture in pictures if file not in copies]
     part = "training" if train else "test"
     if skipped:
@@ -101,7 +102,7 @@ def read_image_folder(
         class_names = ()
     _check(folder, sizes, first_of_size, class_names, seen_classes)
     if not pictures:
-        raise TrainerError(f"{folder} has no image in the {part} part, and {sizes.total()} in all. {_LAYOUT}")
+        raise TrainerError(f"{folder} has no image in the {part} part, and {sizes.total()} in total. {_LAYOUT}")
     images = np.empty((len(pictures), channels, *pictures[0][1].shape[1:]), np.uint8)
     for row, (_, picture) in zip(images, pictures, strict=True):
         row[:] = picture  # broadcasts a grey picture to three channels if other pictures have colours
@@ -117,18 +118,20 @@ def _check(
         raise TrainerError(f"{folder} has no image that can be read. {_LAYOUT}")
     if empty := [name for name in class_names if name not in seen]:
         raise TrainerError(
-            f"{folder}: sub-folders are classes, and there is no image that can be read in {', '.join(empty)}; "
-            "put images in, or move the sub-folder away"
+            f"{folder}: each sub-folder is a class, but there is no readable image in {', '.join(empty)}; add images, "
+            "or move the sub-folder away"
         )
     if len(sizes) > 1:
-        found = [f"{count} of {size}, as {first_of_size[size]}" for size, count in sizes.most_common(5)]
+        found = [f"{count} of {size}, such as {first_of_size[size]}" for size, count in sizes.most_common(5)]
         raise TrainerError(
-            f"{folder} has images of {len(sizes)} sizes ({'; '.join(found)}{'; …' if len(sizes) > 5 else ''}): "
-            "give --image-size, to which all are resized and cropped"
+            f"{folder} has images of {len(sizes)} sizes ({'; '.join(found)}{'; …' if len(sizes) > 5 else ''}): add "
+            "--image-size, to resize and crop all images to one size"
         )
     for name in (str(folder), *class_names):
         if name.encode(errors="replace").decode() != name:
-            raise TrainerError(f"{folder}: {name!r} is not written in UTF-8, as a model's card is; rename the folder")
+            raise TrainerError(
+                f"{folder}: {name!r} is not valid UTF-8, so a model card cannot contain it; rename the folder"
+            )
 
 
 def _list_files(folder: Path) -> tuple[list[_File], tuple[str, ...]]:
@@ -199,7 +202,7 @@ def _decode(path: Path, image_size: int | None) -> NDArray[np.uint8] | str:
         if image_size is not None:
             picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
-        return "not an image, or of a format that is not read here"
+        return "not an image, or of an unsupported format"
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         return str(getattr(error, "strerror", None) or error or type(error).__name__)
     pixels = np.asarray(picture).transpose(2, 0, 1)

@@ -79,13 +79,13 @@ def load_parts(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> t
     made, real = (card.channels, card.height, card.width), (spec.channels, spec.height, spec.width)
     if made != real:
         raise TrainerError(
-            f"{model} makes images of {made[0]} channels, {made[1]}x{made[2]}, and those of {name} have {real[0]}, "
-            f"{real[1]}x{real[2]}: judge it by the data set it was trained on (--dataset)"
+            f"{model} makes images of {made[0]} channels, {made[1]}x{made[2]}, but those of {name} have {real[0]}, "
+            f"{real[1]}x{real[2]}: measure it with the data set it was trained on (--dataset)"
         )
     if card.class_names and len(card.class_names) != len(spec.class_names):
         raise TrainerError(
-            f"{model} has {len(card.class_names)} classes and {name} has {len(spec.class_names)}: "
-            "judge it by the data set it was trained on (--dataset)"
+            f"{model} has {len(card.class_names)} classes, but {name} has {len(spec.class_names)}: measure it with "
+            "the data set it was trained on (--dataset)"
         )
     return train, test
 
@@ -97,27 +97,27 @@ def _keep(evaluation: Evaluation, checkpoint: Checkpoint, path: Path) -> None:
     if evaluation.details["dataset_digest"] != checkpoint.dataset_digest:
         reason = "the run was trained on other data"
     elif (kept := images_evaluated(file, checkpoint)) > evaluation.details["images"]:
-        reason = f"it has the figures of {kept} images"
+        reason = f"it already has the metrics of {kept} images"
     else:
         try:
             write_evaluation(evaluation, checkpoint, folder)
             if path.is_dir():
                 report_on(checkpoint, folder)
         except OSError as error:
-            reason = f"{error.strerror}; an export will not know these figures"
+            reason = f"{error.strerror}; an export will not have these metrics"
         else:
             return
-    print(f"{file} is not written: {reason}. --out DIR writes elsewhere", file=sys.stderr)
+    print(f"{file} is not written: {reason}. To write elsewhere, add --out DIR", file=sys.stderr)
 
 
 def _from_onnx(path: Path) -> tuple[Generate, pb.ModelCard]:
     try:
         session = load_session(str(path))
     except Exception as error:  # onnxruntime's own exceptions have no common root
-        raise TrainerError(f"{path} is missing or is no ONNX model that onnxruntime can load: {error}") from error
+        raise TrainerError(f"{path} is missing or is not an ONNX model that onnxruntime can load: {error}") from error
     metadata = session.get_modelmeta().custom_metadata_map
     if CARD_KEY not in metadata:
-        raise TrainerError(f"{path} has no model card (metadata {CARD_KEY}); export it by ganserve-trainer export")
+        raise TrainerError(f"{path} has no model card (metadata {CARD_KEY}); export it with ganserve-trainer export")
     try:
         card = json_format.Parse(metadata[CARD_KEY], pb.ModelCard(), ignore_unknown_fields=True)
     except json_format.ParseError as error:

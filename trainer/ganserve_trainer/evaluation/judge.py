@@ -88,7 +88,7 @@ def judge_of(train: Dataset, data_root: Path, report: Callable[[str], None] = la
     network = _build(train.spec)
     path = _cache_folder() / f"{train.digest().removeprefix('sha256:')[:32]}-{_RECIPE}.pt"
     if not _load(network, path):
-        report(f"training the judge of {train.name}, once: it is kept as {path}")
+        report(f"training the judge of {train.name}, once: it is stored as {path}")
         network = train_network(train)
         _scale(network, train)
         _save(network, path)

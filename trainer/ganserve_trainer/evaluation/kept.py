@@ -68,13 +68,13 @@ def read_metrics(checkpoint_path: Path, checkpoint: Checkpoint) -> list[pb.Quali
         measured = evaluation["checkpoint"]
     except FileNotFoundError:
         print(
-            f"the card is written without quality figures: ganserve-trainer evaluate {checkpoint_path} measures them",
+            f"the card has no quality metrics; to measure them: ganserve-trainer evaluate {checkpoint_path}",
             file=sys.stderr,
         )
         return []
     except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
         raise TrainerError(f"{path} cannot be read; delete it, or evaluate again") from error
     if measured != checkpoint.digest():
-        print(f"{path} is of another checkpoint: the card is written without it; evaluate again", file=sys.stderr)
+        print(f"{path} is of another checkpoint, so the card has no quality metrics; evaluate again", file=sys.stderr)
         return []
     return metrics

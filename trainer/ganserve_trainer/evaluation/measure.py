@@ -247,7 +247,7 @@ class QuickEvaluation:
 
 def _test_features(judge: Judge, test: Dataset) -> Tensor:
     if len(test.images) < 2:
-        raise TrainerError(f"{test.name} has {len(test.images)} test image: a comparison needs 2 at the least")
+        raise TrainerError(f"{test.name} has {len(test.images)} test image: a comparison needs at least 2")
     return judge.features(_some(test.images, _TEST_IMAGES))
 
 

@@ -76,8 +76,8 @@ def export_module(
         images = module(latent=torch.zeros(2, latent_dim), **labels)
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != 2 or images.shape[3] not in (1, 3):
         raise TrainerError(
-            f"of 2 latents the module made {images.dtype} {list(images.shape)}; "
-            "it must make torch.uint8 [2, height, width, 1 or 3]: see examples/bring_a_generator.py"
+            f"from 2 latents the module made {images.dtype} {list(images.shape)}; it must make torch.uint8 [2, "
+            "height, width, 1 or 3]: see examples/bring_a_generator.py"
         )
     model = trace(module, latent_dim, conditional=classes > 0)
     session = load_session(model.SerializeToString())
@@ -107,8 +107,8 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name) or name.endswith(".tmp"):
         raise TrainerError(
-            f"{name!r} is no model name: 1 to 64 lower-case letters, digits, '-', '_' and '.', "
-            "a letter or digit first, and not .tmp at its end"
+            f"{name!r} is not a model name: it must be 1 to 64 lower-case letters, digits, '-', '_' and '.', begin "
+            "with a letter or digit, and not end in .tmp"
         )
 
 
@@ -128,9 +128,7 @@ def publish(model: bytes, repository: Path, name: str) -> Path:
             taken = (int(path.name) for path in folder.iterdir() if _VERSION.fullmatch(path.name))
             version = 1 + max(taken, default=0)
             if not _VERSION.fullmatch(str(version)):
-                raise TrainerError(
-                    f"{folder} has version {version - 1}, the last that there can be; choose another name"
-                )
+                raise TrainerError(f"{folder} has version {version - 1}, the highest possible one; choose another name")
             try:
                 beside.rename(folder / str(version))
             except OSError:

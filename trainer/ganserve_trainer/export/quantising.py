@@ -38,8 +38,8 @@ def to_int8(model: onnx.ModelProto, calibration: Iterable[_Feeds]) -> onnx.Model
     doubling = [node for node in graph.nodes("ConvTranspose") if graph.doubles(node)]
     if not dense and not doubling:
         raise TrainerError(
-            "there is nothing to compute in int8: it is for the dense and the transposed convolutional layers of mlp "
-            "and dcgan, without the first and the last; take --precision fp16 or fp32"
+            "this model has no layer to compute in int8: int8 is for the dense and the transposed convolutional "
+            "layers of mlp and dcgan, except the first and the last one; use --precision fp16 or fp32"
         )
     inputs = [node.input[0] for node in (*dense, *doubling)]
     grown = [relu.output[0] for node in doubling for relu in graph.consumers(node)]

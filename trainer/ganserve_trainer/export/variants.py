@@ -71,13 +71,13 @@ def export(
         train, test = load_parts(checkpoint_path, card, card.dataset, data_root)
     except TrainerError as error:
         raise TrainerError(
-            f"a model in {precision} is published only if its images are judged as good as those in fp32, which takes "
-            f"the data set it was trained on (--data-root): {error}"
+            f"a model in {precision} is published only if its images are measured to be as good as in fp32, which "
+            f"needs the data set it was trained on (--data-root): {error}"
         ) from error
     if train.digest() != checkpoint.dataset_digest:
         raise TrainerError(
-            f"the run was trained on other data than {card.dataset} in {data_root}: say by --data-root where its own "
-            f"are, for a model in {precision} is published only if they judge it as good as the one in fp32"
+            f"the run was trained on other data than {card.dataset} in {data_root}: set --data-root to the folder of "
+            f"its own data, which is needed to check that the images in {precision} are as good as in fp32"
         )
     conditional = checkpoint.settings.conditional
     metrics = compare(
@@ -107,7 +107,7 @@ def check_gate(metrics: list[Metric], precision: ExportPrecision) -> None:
     """
     # Negated, so that NaN fails.
     failed = [
-        f"{metric['name']} is {metric['value']:.4f}, the limit {LIMITS[metric['name']]}"
+        f"{metric['name']} is {metric['value']:.4f}, the limit is {LIMITS[metric['name']]}"
         for metric in metrics
         if metric["name"] in LIMITS and not metric["value"] <= LIMITS[metric["name"]]
     ]

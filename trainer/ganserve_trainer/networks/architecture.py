@@ -19,8 +19,8 @@ def class_count(settings: Settings, spec: ImageSpec) -> int:
     """
     if settings.conditional and not spec.class_names:
         raise TrainerError(
-            "a conditional network needs classes, and the data set has none: take --no-conditional, "
-            "or sort the images into one sub-folder a class"
+            "a conditional network needs classes, but the data set has none: use --no-conditional, or sort the "
+            "images into one sub-folder for each class"
         )
     return len(spec.class_names) if settings.conditional else settings.clusters
 
@@ -36,8 +36,8 @@ def start_and_doublings(spec: ImageSpec) -> tuple[tuple[int, int], int]:
         height, width, doublings = height // 2, width // 2, doublings + 1
     if doublings < 2 or min(height, width) < 1:
         raise TrainerError(
-            f"a convolutional network makes images whose sides are multiples of 4; these are "
-            f"{spec.height}x{spec.width}: take --image-size {max(4, round(spec.height / 4) * 4)}, or --preset mlp"
+            "the sides of the images of a convolutional network must be multiples of 4; these are "
+            f"{spec.height}x{spec.width}: use --image-size {max(4, round(spec.height / 4) * 4)}, or --preset mlp"
         )
     return (height, width), doublings
 

@@ -155,7 +155,7 @@ def _train(
             last_point = (run.elapsed_s, run.images_seen)
             if ends and collapse is not None:
                 raise TrainerError(
-                    f"{collapse.message} The run ends here, as stop_on_collapse asks; it is all in {out}"
+                    f"{collapse.message} The run ends here because of stop_on_collapse; its files are in {out}"
                 )
     return settings.are_fulfilled(run.images_seen, run.elapsed_s)
 
@@ -167,7 +167,7 @@ def _begin(settings: Settings, dataset: Dataset, out: Path, *, resume: bool) -> 
     checkpoint = None
     if checkpoint_files(out):
         if not resume:
-            raise TrainerError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
+            raise TrainerError(f"{out} already has a run; resume it with --resume, or choose another --out")
         checkpoint = load_checkpoint(out)
         _check_same_run(checkpoint, settings, dataset)
     run = Run(settings, dataset, device)
@@ -237,19 +237,19 @@ def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset
     differing = [name for name in before if name not in free and before[name] != now[name]]
     if differing:
         changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
-        raise TrainerError(f"--resume goes on with the same settings, but {changes}")
+        raise TrainerError(f"--resume needs the same settings, but {changes}")
     if checkpoint.dataset_digest != dataset.digest():
         raise TrainerError(
-            "--resume goes on with the same data, but the data set's images or labels have changed: "
-            f"now {len(dataset.images)} images; put back what was there, or begin a new run in another --out"
+            "--resume needs the same data, but the data set's images or labels have changed: it now has "
+            f"{len(dataset.images)} images; restore the data set, or start a new run in another --out"
         )
     if checkpoint.spec != dataset.spec:
         raise TrainerError(
-            "--resume goes on with the same data, but its images have another shape, or its classes other names: "
+            "--resume needs the same data, but its images have another shape, or its classes have other names: "
             f"{_described(dataset.spec)} now; {_described(checkpoint.spec)} before"
         )
     if checkpoint.images_seen > settings.images:
-        raise TrainerError(f"the run has seen {checkpoint.images_seen} images already; give more as --images")
+        raise TrainerError(f"the run has seen {checkpoint.images_seen} images already; increase --images")
 
 
 def _described(spec: ImageSpec) -> str:

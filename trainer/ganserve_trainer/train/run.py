@@ -222,8 +222,8 @@ class Run:
 def diverged(images_seen: int) -> TrainerError:
     """Return the error for a run whose losses or weights are no longer finite."""
     return TrainerError(
-        f"losses or weights are no longer finite after {images_seen} images; the last checkpoint, if there is one, "
-        "is from before; try a smaller --learning-rate or --precision fp32"
+        f"losses or weights are no longer finite after {images_seen} images; the last checkpoint, if there is one, is "
+        "older than that; try a smaller --learning-rate or --precision fp32"
     )
 
 

@@ -34,7 +34,9 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     name = name.strip().replace("-", "_")
     kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
     if not equals or not values:
-        raise TrainerError(f"{text!r} is no axis of a sweep; write a setting and its values as loss=hinge,minimax")
+        raise TrainerError(
+            f"{text!r} is not an axis of a sweep; write a setting and its values, such as loss=hinge,minimax"
+        )
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, 1)
         raise TrainerError(f"{text!r}: there is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
