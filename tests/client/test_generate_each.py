@@ -304,7 +304,7 @@ async def test_an_async_iterable_is_left_with_the_images(server: RunningServer) 
 
 @both
 def test_images_do_not_wait_for_seeds_that_come_slowly(server: RunningServer, twin: Twin) -> None:
-    """Each seed takes longer than an answer does: no image comes when many more have been read."""
+    """An image comes after its seed and the few that are read while an answer takes; if all were read, after 12."""
     read = []
 
     def seeds() -> Iterator[int]:
@@ -325,4 +325,4 @@ def test_images_do_not_wait_for_seeds_that_come_slowly(server: RunningServer, tw
     else:
         with Client(server.address) as client:
             ahead.extend(len(read) - (image.seed or 0) for image in client.generate_each("mlp-mnist", seeds()))
-    assert sorted(ahead)[len(ahead) // 2] == 1
+    assert sorted(ahead)[len(ahead) // 2] < 8
