@@ -274,7 +274,7 @@ def test_files_that_are_added_leave_the_others_in_their_parts(tmp_path: Path) ->
 def test_a_part_without_images_says_why(tmp_path: Path) -> None:
     name = folder_of(tmp_path, numbered(1, prefix="train/"))
     (tmp_path / "test").mkdir()
-    with pytest.raises(TrainerError, match=r"no image in the test part, and 1 in all.* about one image in ten"):
+    with pytest.raises(TrainerError, match=r"no image in the test part, and 1 in total.* one image in ten"):
         load(name, train=False)
     assert len(load(name).images) == 1
 
@@ -465,7 +465,7 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path: Path) -> None:
     folder_of(tmp_path, {"tall.png": Image.new("RGB", (6, 9), RED)})
     for train in (True, False):
         with pytest.raises(
-            TrainerError, match=r"2 sizes \(40 of 8x4, as 0\.png; 1 of 6x9, as tall\.png\).*--image-size"
+            TrainerError, match=r"2 sizes \(40 of 8x4, such as 0\.png; 1 of 6x9, such as tall\.png\).*--image-size"
         ):
             load(name, train=train)
         assert load(name, train=train, image_size=4).images.shape[1:] == (3, 4, 4)
