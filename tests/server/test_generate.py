@@ -164,13 +164,13 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], grpc.StatusCode, str | None, str]]
         {"latents": {"values": [3e38] * LATENT_DIM}, "labels": [1], "truncation": 2.0},
         grpc.StatusCode.INVALID_ARGUMENT,
         "latents",
-        "scaled",
+        "scaling by truncation",
     ),
     "a million labels": (
         {"count": 5, "labels": [1] * 1_000_000},
         grpc.StatusCode.INVALID_ARGUMENT,
         "labels",
-        "1024 at most",
+        "at most 1024",
     ),
     "more latents than images allowed": (
         {"latents": {"values": [0] * (1025 * LATENT_DIM)}},
