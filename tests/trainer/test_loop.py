@@ -509,7 +509,7 @@ def test_names_that_other_programs_use_are_answered_with_ours(
         main()
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    assert f"there is no {name}; say " in told
+    assert f"there is no {name}; use " in told
     ours = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)}
     assert set(re.findall(r"--[a-z-]+", told)) - {name} <= ours | {"--out", "--data-root"}
     assert name not in ours

@@ -129,7 +129,7 @@ def test_the_gate_keeps_out_a_variant_with_wrong_scales(
         return [{name: values * 0 for name, values in feeds.items()} for feeds in calibration(latent_dim, classes)]
 
     monkeypatch.setattr(variants, "calibration", of_nothing)
-    with pytest.raises(TrainerError, match=r"grey_level_difference_mean is \d+\.\d{4}, the limit is 2.0.*nothing was pub"):
+    with pytest.raises(TrainerError, match=r"grey_level_difference_mean is .*the limit is 2.0.*nothing was pub"):
         variants.export(runs["mlp"], tmp_path, "digits", INT8, data_root, IMAGES)
     assert not list(tmp_path.iterdir())
 
