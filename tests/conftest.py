@@ -20,6 +20,10 @@ from typing import Any
 
 import pytest
 
+# Before NumPy and PyTorch are imported, here and in programs that tests start. Where several processes have two threads
+# each on two cores, the threads wait for each other by spinning, and a training takes three times the CPU time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from ganserve import Client
 
 START_TIMEOUT_S = 180
