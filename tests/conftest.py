@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ganserve import Client
+from tests.programs import Program, installed
 
 START_TIMEOUT_S = 180
 SETTLE_TIMEOUT_S = 60
@@ -159,12 +159,10 @@ def _is_stopped(pid: int) -> bool:
 
 @contextmanager
 def run_server(*flags: str | Path) -> Iterator[RunningServer]:
-    program = Path(sys.executable).with_name("ganserve-server")
-    command = [program, "--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", "--log-format", "json", *flags]
+    common = ("--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json")
+    command = [installed("ganserve-server"), *common, *map(str, flags)]
     environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
-    with subprocess.Popen(
-        [str(part) for part in command], stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with Program(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         server = RunningServer(process, queue.Queue(), threading.Event())
 
         def read() -> None:

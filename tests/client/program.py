@@ -2,24 +2,28 @@
 
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, AnyStr
 
-PROGRAM = Path(sys.executable).with_name("ganserve")
+from tests.programs import installed, run
+
+PROGRAM = installed("ganserve")
 TIMEOUT_S = 60
 
 
 def ganserve(*arguments: str | Path, address: str | None = None, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end; its output is text."""
-    options = {"capture_output": True, "text": True, "timeout": TIMEOUT_S, "env": environment(), **options}
-    return subprocess.run(command(*arguments, address=address), check=False, **options)
+    return run("ganserve", *_options(arguments, address), **{"env": environment(), **options})
 
 
 def command(*arguments: str | Path, address: str | None = None) -> list[str]:
-    return [str(PROGRAM), *map(str, arguments), *(["--address", address] if address else [])]
+    return [PROGRAM, *_options(arguments, address)]
+
+
+def _options(arguments: Iterable[str | Path], address: str | None) -> list[str]:
+    return [*map(str, arguments), *(["--address", address] if address else [])]
 
 
 @contextmanager

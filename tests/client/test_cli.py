@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tests.client.program import TIMEOUT_S, command, ended, environment, ganserve, read_terminal
 from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
+from tests.programs import Program
 
 import ganserve as sdk
 from ganserve import Client, _formats, read_provenance
@@ -172,7 +173,7 @@ def test_a_narrow_terminal_gets_fewer_columns_of_the_table_but_whole_figures(
 ) -> None:
     controller, terminal = os.openpty()
     environ = environment(TERM="xterm", COLUMNS=str(width))
-    with ended(subprocess.Popen(command("models", address=server.address), stdout=terminal, env=environ)) as process:
+    with ended(Program(command("models", address=server.address), stdout=terminal, env=environ)) as process:
         os.close(terminal)
         lines = re.sub(r"\x1b\[[\d;]*m", "", read_terminal(controller).decode()).splitlines()
         assert process.wait(TIMEOUT_S) == 0
@@ -187,7 +188,7 @@ def test_a_card_in_a_terminal_has_colours(server: RunningServer) -> None:
     controller, terminal = os.openpty()
     environ = environment(TERM="xterm-256color", COLORTERM="truecolor", COLUMNS="100")
     arguments = command("models", "cdcgan-mnist", address=server.address)
-    with ended(subprocess.Popen(arguments, stdout=terminal, stderr=subprocess.PIPE, env=environ)) as process:
+    with ended(Program(arguments, stdout=terminal, stderr=subprocess.PIPE, env=environ)) as process:
         os.close(terminal)
         shown = read_terminal(controller)
         assert process.wait(TIMEOUT_S) == 0
@@ -226,7 +227,7 @@ def test_health_waits_for_a_server(start_server: Callable[..., RunningServer]) -
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         waiting = command("health", "mlp-mnist", "--wait", "60", address=address)
-        with ended(subprocess.Popen(waiting, stdout=subprocess.PIPE, text=True)) as process:
+        with ended(Program(waiting, stdout=subprocess.PIPE, text=True)) as process:
             connection, _ = listening.accept()  # it has asked, and gets no answer
             connection.close()
             listening.close()
@@ -414,7 +415,8 @@ def test_what_grpc_logs_stays_out_and_advice_names_flags(server: RunningServer) 
     assert told.startswith(f"ganserve: the server at {server.address} does not speak TLS; ")
     assert "--no-tls (GANSERVE_TLS=0)" in told
     assert told.count("\n") == 1
-    verbose = ganserve("models", "--tls", address=server.address, env=environment(GRPC_VERBOSITY="INFO"))
+    asking, chatty = command("models", "--tls", address=server.address), environment(GRPC_VERBOSITY="INFO")
+    verbose = subprocess.run(asking, capture_output=True, text=True, check=False, env=chatty)
     assert "ssl_transport_security" in verbose.stderr
     assert verbose.stderr.endswith(told)
     importing = [sys.executable, "-c", "import os, ganserve; print(os.environ.get('GRPC_VERBOSITY'))"]
@@ -449,9 +451,7 @@ def test_a_terminal_shows_what_is_waited_for_and_takes_it_away() -> None:
         controller, terminal = os.openpty()
         arguments = command("models", address=address)
         with ended(
-            subprocess.Popen(
-                arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm", COLUMNS="45")
-            )
+            Program(arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm", COLUMNS="45"))
         ) as process:
             os.close(terminal)
             shown = read_terminal(controller)
@@ -464,7 +464,7 @@ def test_a_terminal_shows_what_is_waited_for_and_takes_it_away() -> None:
 def test_a_terminal_is_as_before_when_an_error_is_told() -> None:
     controller, terminal = os.openpty()
     with ended(
-        subprocess.Popen(
+        Program(
             command("models", address="127.0.0.1:1"),
             stdout=subprocess.PIPE,
             stderr=terminal,
@@ -496,21 +496,17 @@ def test_a_closed_pipe_and_a_full_disk_end_a_command_quietly(server: RunningServ
         reading, writing = os.pipe()
         os.close(reading)
         with open(writing, "wb") as closed:
-            done = ganserve(
-                *arguments, address=server.address, capture_output=False, stdout=closed, stderr=subprocess.PIPE
-            )
+            done = ganserve(*arguments, address=server.address, stdout=closed)
         assert (done.returncode, done.stderr) == (141, ""), arguments
         with open("/dev/full", "wb") as full:
-            done = ganserve(
-                *arguments, address=server.address, capture_output=False, stdout=full, stderr=subprocess.PIPE
-            )
+            done = ganserve(*arguments, address=server.address, stdout=full)
         assert (done.returncode, done.stderr) == (4, "ganserve: No space left on device\n"), arguments
 
 
 def test_ctrl_c_ends_a_command_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         waiting = command("models", address=f"127.0.0.1:{listening.getsockname()[1]}")
-        with ended(subprocess.Popen(waiting, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
+        with ended(Program(waiting, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
             connection, _ = listening.accept()  # it is in its call
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=TIMEOUT_S)

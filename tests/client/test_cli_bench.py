@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tests.client.program import TIMEOUT_S, command, ended, ganserve
 from tests.conftest import RunningServer
+from tests.programs import Program
 
 PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
 
@@ -61,7 +62,7 @@ def test_an_open_loop_counts_from_when_a_call_was_meant_to_be_sent(
 ) -> None:
     server = start_server()
     arguments = ("bench", "mlp-mnist", "--rate", "100", "--duration", "2", "--json")
-    with ended(subprocess.Popen(command(*arguments, address=server.address), stdout=subprocess.PIPE)) as process:
+    with ended(Program(command(*arguments, address=server.address), stdout=subprocess.PIPE)) as process:
         while images_made(server) < 10:
             assert process.poll() is None
         # The program itself is held up, for long enough to be seen: the calls of that time are sent late.
@@ -108,7 +109,7 @@ def test_ctrl_c_ends_a_bench_at_once_with_the_figures_so_far(
 ) -> None:
     server = start_server()
     arguments = command("bench", "mlp-mnist", *loop, "--duration", "60", address=server.address)
-    with ended(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
+    with ended(Program(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
         while images_made(server) < 20:
             assert process.poll() is None
         process.send_signal(signal.SIGINT)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tests.client.program import TIMEOUT_S, command, ended, environment, ganserve, read_terminal
 from tests.conftest import RunningServer
+from tests.programs import Program
 
 from ganserve import Client, read_provenance
 
@@ -28,7 +29,7 @@ def pixels_of(path: Path) -> NDArray[np.uint8]:
 
 def kill_when(path: Path, arguments: list[str]) -> None:
     """Start a command and kill it as soon as there is a file in a folder, or anything in a file."""
-    with ended(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)) as process:
+    with ended(Program(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)) as process:
         while not (any(path.rglob("[0-9]*.png")) if path.suffix != ".raw" else path.exists() and path.stat().st_size):
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGKILL)
@@ -181,7 +182,7 @@ def test_a_stream_that_the_server_will_never_take_does_not_say_that_it_goes_on(
 
 def test_two_runs_do_not_write_to_one_folder(server: RunningServer, tmp_path: Path) -> None:
     arguments = ("stream", "mlp-mnist", "--count", "2000", "--to", tmp_path / "out")
-    with ended(subprocess.Popen(command(*arguments, address=server.address), stdout=subprocess.PIPE)) as first:
+    with ended(Program(command(*arguments, address=server.address), stdout=subprocess.PIPE)) as first:
         while not any(tmp_path.rglob("*.png")):
             assert first.poll() is None
         first.send_signal(signal.SIGSTOP)
@@ -195,7 +196,7 @@ def test_two_runs_do_not_write_to_one_folder(server: RunningServer, tmp_path: Pa
 def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(server: RunningServer, tmp_path: Path) -> None:
     controller, terminal = os.openpty()
     arguments = command("stream", "mlp-mnist", "--count", "300", "--to", tmp_path / "out", address=server.address)
-    with ended(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=terminal, text=True)) as process:
+    with ended(Program(arguments, stdout=subprocess.PIPE, stderr=terminal, text=True)) as process:
         os.close(terminal)
         shown = read_terminal(controller)
         out, _ = process.communicate(timeout=TIMEOUT_S)
@@ -212,7 +213,7 @@ def test_a_stream_that_fails_says_what_is_kept_and_the_same_command_goes_on(
     arguments = ("stream", "cdcgan-mnist", "--count", "3000", "--to", out)
     started = out / "7" if name == "out" else tmp_path / "out.npz.partial" / "images.raw"
     hasty = command(*arguments, "--timeout", "5", address=server.address)
-    with ended(subprocess.Popen(hasty, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
+    with ended(Program(hasty, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
         while not (started.exists() and (started.is_dir() or started.stat().st_size)):
             assert process.poll() is None, process.communicate()
         server.process.send_signal(signal.SIGSTOP)
@@ -228,7 +229,7 @@ def test_a_stream_that_fails_says_what_is_kept_and_the_same_command_goes_on(
 
 def test_a_stream_that_is_interrupted_says_what_is_kept(server: RunningServer, tmp_path: Path) -> None:
     arguments = command("stream", "mlp-mnist", "--count", "100000", "--to", tmp_path / "out", address=server.address)
-    with ended(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
+    with ended(Program(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)) as process:
         while not any(tmp_path.rglob("*.png")):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -244,9 +245,7 @@ def test_a_stream_waits_for_its_server_and_says_so_once(
     controller, terminal = os.openpty()
     out = tmp_path / "out"
     arguments = command("stream", "cdcgan-mnist", "--count", "3000", "--to", out, address=server.address)
-    with ended(
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(COLUMNS="140"))
-    ) as process:
+    with ended(Program(arguments, stdout=subprocess.PIPE, stderr=terminal, env=environment(COLUMNS="140"))) as process:
         os.close(terminal)
         while not any(out.rglob("[0-9]*.png")):
             assert process.poll() is None

@@ -1,8 +1,6 @@
 """From real digits to images in a client's hand, for each preset: the client's pixels are PyTorch's."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +9,16 @@ import onnx
 import pytest
 import torch
 from tests.conftest import RunningServer
+from tests.programs import run
 
 from ganserve import Client
 from ganserve_trainer.train.checkpoints import load_checkpoint
 
 
 def ganserve_trainer(*arguments: str | Path) -> str:
-    command = [Path(sys.executable).with_name("ganserve-trainer"), *arguments]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+    done = run("ganserve-trainer", *arguments)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return str(done.stdout)
 
 
 @pytest.mark.parametrize("preset", ["mlp", "dcgan", "cdcgan"])
@@ -74,9 +72,7 @@ def test_what_was_trained_is_what_the_client_gets(
 
 
 def test_a_name_that_is_no_model_name_is_refused(tmp_path: Path) -> None:
-    program = Path(sys.executable).with_name("ganserve-trainer")
-    command = [program, "export", tmp_path, "--repository", tmp_path / "models", "--name", "../evil"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run("ganserve-trainer", "export", tmp_path, "--repository", tmp_path / "models", "--name", "../evil")
     assert done.returncode == 2
     assert "is not a model name" in done.stderr
     assert not (tmp_path / "models").exists()

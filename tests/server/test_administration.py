@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import tritonclient.grpc as triton
 import trustme
 from tests.conftest import RunningServer
+from tests.programs import installed
 from tests.server.test_security import CA, write_certificate, write_tokens
 from tests.server.test_start_and_drain import http_get
 from tests.server.test_workers import Caller, number_of, workers_of
@@ -221,11 +221,10 @@ def test_a_worker_is_replaced_though_all_models_are_unloaded(start_server: Start
 
 def admin(*words: str | Path, **environment: str) -> tuple[int, str]:
     """Run `ganserve-server`; return its exit status, and what it prints on either stream."""
-    command = [Path(sys.executable).with_name("ganserve-server"), *words]
     known = {name: value for name, value in os.environ.items() if not name.startswith("GANSERVE_")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=60, env={**known, **environment}
-    )
+    # Not forked: gRPC reads at its import that it must log nothing.
+    command = [installed("ganserve-server"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**known, **environment})
     assert not (done.stdout and done.stderr)
     return done.returncode, done.stdout + done.stderr
 

@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.programs import run
 
 from ganserve_server import machine
 from ganserve_server.compute import cuda
 
 
 def doctor(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [Path(sys.executable).with_name("ganserve-server"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return run("ganserve-server", *arguments)
 
 
 def test_the_doctor_says_what_runs_and_what_is_missing() -> None:

@@ -8,8 +8,6 @@ import os
 import re
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import RunningServer
+from tests.programs import run
 from tests.server.test_start_and_drain import calls_logged, failing_start, wait_for_sample
 from tests.wire import (
     GENERATE,
@@ -636,8 +635,7 @@ END = "\n# the end\n"
 
 
 def token_told(*words: str | Path, status: int = 0) -> str:
-    command = [Path(sys.executable).with_name("ganserve-server"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run("ganserve-server", *words)
     assert done.returncode == status, done.stderr
     return done.stderr if status else done.stdout
 

@@ -30,6 +30,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client import CollectorRegistry
 from tests.conftest import START_TIMEOUT_S, RunningServer, ordinary_user
+from tests.programs import run
 
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
 from ganserve.v1 import generation_pb2 as pb
@@ -304,9 +305,8 @@ def test_sigterm_ends_what_is_still_being_imported() -> None:
 
 
 def failing_start(*flags: str | Path, code: int) -> str:
-    program = Path(sys.executable).with_name("ganserve-server")
-    command = [program, "--log-format", "json", "--metrics-address", "off", "--address", "127.0.0.1:0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    common = ("--log-format", "json", "--metrics-address", "off", "--address", "127.0.0.1:0")
+    done = run("ganserve-server", *common, *flags)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -469,8 +469,9 @@ def test_paths_in_a_file_are_relative_to_it_and_others_to_the_current_folder(
 
 
 def settings_told(*flags: str | Path) -> str:
-    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    done = run("ganserve-server", *flags, "config")
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -507,8 +508,7 @@ def test_a_url_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_settings_that_a_transport_does_not_have_are_named() -> None:
     flags = ("--transport", "grpcio", "--body-timeout-s", "4", "--idle-timeout-s", "600")
-    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run("ganserve-server", *flags, "config", "--check")
     assert (done.returncode, done.stdout) == (0, "ok\n")
     assert done.stderr == "ganserve-server: warning: --transport grpcio ignores body_timeout_s\n"
     assert "bounds of --transport own" in failing_start("--transport", "grpcio", "bounds", code=1)
@@ -530,8 +530,7 @@ def test_an_unknown_variable_of_the_server_is_told(monkeypatch: pytest.MonkeyPat
 
 def cannot_start(*flags: str | Path) -> list[str]:
     """Start a server that cannot; return the lines it writes."""
-    command = [Path(sys.executable).with_name("ganserve-server"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run("ganserve-server", *flags)
     assert done.returncode in (1, 2)
     return done.stderr.splitlines()
 
@@ -625,8 +624,7 @@ def test_a_check_tells_a_certificate_that_has_expired(tmp_path: Path) -> None:
 
 def check_told(*flags: str | Path, code: int) -> list[str]:
     """Check settings; return the lines that are told."""
-    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "config", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run("ganserve-server", *flags, "config", "--check")
     assert done.returncode == code, done.stderr
     return (done.stderr + done.stdout).splitlines()
 
@@ -667,12 +665,7 @@ def test_a_paragraph_of_help_is_as_wide_as_the_terminal(columns: str, monkeypatc
         ["admin"],
         ["admin", "reload"],
     ):
-        told = subprocess.run(
-            [Path(sys.executable).with_name("ganserve-server"), *command, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        told = run("ganserve-server", *command, "--help").stdout
         lines = [line.strip() for line in told.partition("╭")[0].splitlines()]
         for line, following in itertools.pairwise(lines):
             if line and following:  # the next word had no room
@@ -715,8 +708,7 @@ def test_a_scraper_that_leaves_is_not_logged(start_server: Start) -> None:
 
 
 def health_told(*flags: str) -> tuple[int, str]:
-    command = [Path(sys.executable).with_name("ganserve-server"), *flags, "health"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run("ganserve-server", *flags, "health")
     return done.returncode, (done.stdout + done.stderr).strip()
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import START_TIMEOUT_S, RunningServer
+from tests.programs import Program, installed
 from tests.server.test_start_and_drain import failing_start, wait_for_sample
 
 from ganserve import Client
@@ -77,9 +77,9 @@ def number_of(pid: int) -> int | None:
 @contextlib.contextmanager
 def halfway(*flags: str | Path) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
     """Start a server of two workers, and have both stand still as soon as they are there."""
-    program = Path(sys.executable).with_name("ganserve-server")
-    command = [program, "--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json", "--workers=2"]
-    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as process:
+    common = ("--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--log-format=json", "--workers=2")
+    command = [installed("ganserve-server"), *common, *map(str, flags)]
+    with Program(command, stderr=subprocess.PIPE, text=True) as process:
         pids: dict[int, int] = {}
         try:
             while len(pids) < 2:

@@ -4,8 +4,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from tests.conftest import ordinary_user
+from tests.programs import run
 
 from ganserve_trainer.data import datasets
 from ganserve_trainer.data.datasets import DATASETS, Dataset, load_dataset
@@ -69,11 +68,10 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 
 def test_no_data_set_and_no_download_says_what_to_do(tmp_path: Path) -> None:
-    program = Path(sys.executable).with_name("ganserve-trainer")
-    command = [program, "train", "--preset", "mlp", "--out", tmp_path / "run", "--data-root", tmp_path / "empty"]
+    command = ("train", "--preset", "mlp", "--out", tmp_path / "run", "--data-root", tmp_path / "empty")
     # Nothing must be downloaded by a test.
     nowhere = os.environ | dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:1")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=nowhere)
+    done = run("ganserve-trainer", *command, env=nowhere)
     assert done.returncode == 2
     for way in ("--data-root", "MNIST/raw/", "train-images-idx3-ubyte", "dataset-fashion-mnist"):
         assert way in done.stderr

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from tests import programs
 from torch import nn
 
 from ganserve_trainer.cli import OTHER_NAMES, main
@@ -62,8 +63,7 @@ def interruption(images_seen: int) -> Callable[[Point, float], None]:
 @pytest.fixture
 def trainer(data_root: Path) -> Program:
     def call(command: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        program = [Path(sys.executable).with_name("ganserve-trainer"), command, "--data-root", data_root, *arguments]
-        return subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
+        return programs.run("ganserve-trainer", command, "--data-root", data_root, *arguments)
 
     return call
 

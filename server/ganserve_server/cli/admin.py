@@ -95,9 +95,7 @@ def _print(versions: "list[pb.VersionState]") -> None:
 
 
 def _ask(access: Access, method: str, **fields: str) -> Any:
-    os.environ.setdefault(
-        "GRPC_VERBOSITY", "NONE"
-    )  # grpc reads it at its import; errors are printed in one line, below
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read by the import; errors are printed in one line, below
     import grpc
 
     from ganserve.v1 import administration_pb2 as pb
