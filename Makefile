@@ -1,7 +1,7 @@
 # Two commands for everybody: `make demo` and `make test`. Each sets itself up in .venv, with packages only.
 PYTHON ?= python3
 VENV ?= .venv
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 5
 BIN := $(VENV)/bin
 
 .PHONY: demo test check lint docs stubs locks sbom clean

@@ -161,7 +161,9 @@ def _stream(number: int, mode: str, *, line_buffered: bool, errors: str) -> Any:
 
 
 def _main(program: str) -> None:
-    sys.argv = [program]  # some modules ask for it when they are imported
+    # What modules ask for when they are imported.
+    sys.argv = [program]
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     entry, modules = PROGRAMS[program]
     main = importlib.import_module(entry)
     for module in modules:

@@ -256,6 +256,44 @@ async def test_one_caller_cannot_fill_the_queue_for_the_others(engine: HeldEngin
             await refused
 
 
+async def test_no_room_is_made_at_the_cost_of_what_has_begun_or_is_not_counted_or_is_no_larger(
+    engine: HeldEngine,
+) -> None:
+    scheduler = Scheduler(1)
+    batcher = queue_of(engine, scheduler, max_queue_images=8)
+    tasks = [begin(batcher, 0)]
+    await engine.wait_for_batch()
+    tasks.append(begin(batcher, 1, 13, fairness_key="begun"))  # 8 of which stand ready
+    await settle()
+    tasks.append(begin(batcher, 20, 5, fairness_key="stream", accepted=True))
+    tasks.append(begin(batcher, 30, 2, fairness_key="equal"))
+    await settle()
+    # 5 + 2 images count, and 2 more are one too many, though a fourth of the queue is this caller's share.
+    with pytest.raises(QueueFull, match="holds 8"):
+        await make(batcher, draw(40, 2), fairness_key="other")
+    for _ in range(4):
+        engine.released.release()
+    assert [len((await task).pixels) for task in tasks] == [1, 13, 5, 2]
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_batch_has_no_more_than_its_size_though_bulk_leaves_some_of_its_share(engine: HeldEngine) -> None:
+    scheduler = Scheduler(1)
+    engine.image_s = 0.001  # a full batch is of 16 images
+    batcher = queue_of(engine, scheduler, max_batch_size=16, max_queue_images=100)
+    engine.image_s = 1.0
+    tasks = [begin(batcher, 0)]
+    await engine.wait_for_batch()
+    tasks += [begin(batcher, seed, fairness_key="small") for seed in range(1, 21)]
+    tasks += [begin(batcher, 100, 40, fairness_key="large"), begin(batcher, 500, bulk=True)]
+    for _ in range(6):
+        engine.released.release()
+    await asyncio.gather(*tasks)
+    # An eighth is for bulk, and one of 21 requests is large: 14 * 1 / 21 images, rounded up. Bulk leaves one image.
+    assert engine.batches[1] == [*range(1, 14), 100, 500, 14]
+    await asyncio.to_thread(scheduler.close)
+
+
 async def test_bulk_requests_take_no_room_of_others(engine: HeldEngine, batcher: Batcher) -> None:
     first = begin(batcher, 0)
     await engine.wait_for_batch()
@@ -469,21 +507,24 @@ async def test_bulk_gets_every_eighth_batch_of_one_image(engine: HeldEngine) -> 
     await asyncio.to_thread(scheduler.close)
 
 
-async def test_few_images_of_one_model_are_overtaken_by_anothers_once(engine: HeldEngine) -> None:
+async def test_few_images_of_one_model_are_overtaken_by_anothers_once_each_time(engine: HeldEngine) -> None:
     scheduler = Scheduler(1)
     busy, quiet = queue_of(engine, scheduler), queue_of(engine, scheduler)
-    many = begin(busy, 100, 80)
+    tasks = [begin(busy, 100, 80)]
     await engine.wait_for_batch()
-    one = begin(quiet, 7)
-    await settle()
-    for _ in range(5):  # one after the other, so that a core is never free
-        engine.released.release()
-        await engine.wait_for_batch()
+    for seed in (7, 9):
+        tasks.append(begin(quiet, seed))
         await settle()
-    assert [7] in engine.batches
-    for _ in range(6):
+        for _ in range(4):  # one after the other, so that a core is never free
+            engine.released.release()
+            await engine.wait_for_batch()
+            await settle()
+    # One batch ran or stood ready, one was the busy queue's turn, and one overtook the few images.
+    busy_batches = [[*range(first, first + 8)] for first in range(100, 180, 8)]
+    assert engine.batches == [*busy_batches[:4], [7], *busy_batches[4:7], [9]]
+    for _ in range(5):
         engine.released.release()
-    await asyncio.gather(many, one)
+    await asyncio.gather(*tasks)
     await asyncio.to_thread(scheduler.close)
 
 
@@ -714,8 +755,9 @@ async def test_a_lone_caller_has_all_cores_and_loses_them_when_calls_meet(engine
     assert engine.wide == [False] * 8 + [True] * 2
     met = [begin(batcher, 0)]
     await settle()
-    met.append(begin(batcher, 1))
+    met.append(begin(batcher, 1, 8))
     await settle()
+    assert batcher.waiting == 8  # no batch stands ready behind one on all cores
     engine.released.release(2)
     await asyncio.gather(*met)
     await lone_calls(1)
