@@ -1,132 +1,32 @@
-"""One gRPC call over HTTP/2: its headers, messages, deadline and status.
+"""One gRPC call over HTTP/2: its deadline, request and answer. `headers` and `framing` have what is sent for it.
 
 The bytes of an incomplete request are counted in one of the server's pools. The unread bytes of an answer are counted
 in another pool until the peer reads them. If a pool evicts either, the call ends with RESOURCE_EXHAUSTED.
 """
 
 import asyncio
-import base64
-import functools
-import re
 import time
-import urllib.parse
-import zlib
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import grpc
 
 from ganserve_server.errors import MalformedMessage, MessageTooLarge, ServingError, status_details
-from ganserve_server.transport.answering import (
-    Aborted,
-    AnswersUnread,
-    NoSuchMethod,
-    outcome,
-    request_id_of,
-    spawn,
-)
-from ganserve_server.transport.http2 import (
-    BAD_VALUE,
-    ENHANCE_YOUR_CALM,
-    FIELD_NAME,
-    PROTOCOL_ERROR,
-    Connection,
-    Fields,
-    Stream,
-    literal,
-)
+from ganserve_server.transport.answering import Aborted, AnswersUnread, NoSuchMethod, outcome, spawn
+from ganserve_server.transport.framing import PREFIX_BYTES, decompressed, framed
+from ganserve_server.transport.headers import ANSWER_HEADERS, STATUS_OK, Head, status_fields
+from ganserve_server.transport.http2 import ENHANCE_YOUR_CALM, PROTOCOL_ERROR, Connection, Stream, literal
 from ganserve_server.transport.interface import Caller, Method, RequestSink, Work
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, Limits
 from ganserve_server.transport.pools import Holding, Pool
 
-_TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
-_TIMEOUT_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
-_HEADERS = (
-    b"\x88" + literal(b"content-type", b"application/grpc") + literal(b"grpc-accept-encoding", b"identity,deflate,gzip")
-)
-_GRPC_STATUS_OK = literal(b"grpc-status", b"0")
-_CONTENT_TYPE = re.compile(rb"application/grpc(\+proto)?(;.*)?")  # grpc-web and JSON are other protocols
-_OF_HTTP1 = (b"connection", b"proxy-connection", b"transfer-encoding", b"keep-alive", b"upgrade")
-_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
-_PREFIX = 5  # bytes before a message: the compressed flag, and the length
 _KEPT_WITH_MESSAGE = 64  # bytes of Python's overhead for each message
 _KEPT_WITH_CALL = 8192  # bytes of an open call: twice the measured size, because small objects are freed late
 _KEPT_METADATA_BYTES = 1024  # larger headers are dropped once they are read, except the trace headers
 _TRACE_HEADERS, _MOST_TRACE_BYTES = (b"traceparent", b"tracestate"), 512  # W3C Trace Context, 3.3.1.5
-# A message may decompress to this many bytes; beyond that, to at most 100 times its compressed size.
-_FREELY_INFLATED_BYTES, _MOST_INFLATED = 256 << 10, 100
 _SMALL_ANSWER = 16 << 10
 _MESSAGES_A_LOOK = 64  # of a stream of requests, between two looks at the clock
-# Headers that may have only one value: of two, a proxy could use one and this server the other.
-_SINGLE = (b"authorization", b"content-type", b"grpc-timeout", b"grpc-encoding")
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The parsed headers of a request."""
-
-    path: str
-    timeout_s: float | None
-    length: int | None  # of the body, by content-length
-    encoding: bytes  # of the messages
-    request_id: str | None
-    metadata: Mapping[bytes, bytes]
-    refusal: bytes | None  # the HTTP status of a request that is not gRPC
-    size: int  # of the header list, by RFC 9113's count
-
-
-def read_head(fields: Fields) -> Head:
-    """Read a request's headers.
-
-    Raises:
-        ValueError: they break HTTP/2's rules (RFC 9113, 8.2 and 8.3).
-    """
-    pseudo: dict[bytes, bytes] = {}
-    metadata: dict[bytes, bytes] = {}
-    size, twice = sum(len(name) + len(value) + 32 for name, value in fields), False
-    # With more fields, the headers exceed their limit and the call is refused. Checking them all would take long.
-    for name, value in fields[: MAX_HEADER_LIST_BYTES // 32]:
-        if BAD_VALUE.search(value):
-            raise ValueError("a value has a NUL or a line end")
-        if name.startswith(b":"):
-            if metadata or name in pseudo or name not in (b":method", b":path", b":scheme", b":authority"):
-                raise ValueError("a pseudo-header is unknown, misplaced or repeated")
-            pseudo[name] = value
-        elif not FIELD_NAME.fullmatch(name) or name in _OF_HTTP1:
-            raise ValueError("a header is not allowed in HTTP/2")
-        elif name == b"te" and value != b"trailers":
-            raise ValueError("te must be trailers or absent")
-        else:
-            if name in metadata:
-                if name == b"content-length":
-                    raise ValueError("content-length occurs twice")
-                twice = twice or name in _SINGLE
-            metadata[name] = value
-    if not (pseudo.get(b":path") and b":method" in pseudo and b":scheme" in pseudo):
-        raise ValueError("a pseudo-header is missing")
-    length = metadata.get(b"content-length")
-    if length is not None and not length.isdigit():
-        raise ValueError("content-length must be a number")
-    refusal = None
-    timeout = metadata.get(b"grpc-timeout")
-    in_time = None if timeout is None else _TIMEOUT.fullmatch(timeout)
-    if pseudo[b":method"] != b"POST":
-        refusal = b"405"
-    elif not _CONTENT_TYPE.fullmatch(metadata.get(b"content-type", b"")):
-        refusal = b"415"
-    elif twice or (timeout is not None and in_time is None):
-        refusal = b"400"  # an unreadable deadline must not count as no deadline
-    return Head(
-        path=pseudo[b":path"].decode("latin-1"),
-        timeout_s=int(in_time[1]) * _TIMEOUT_UNITS_S[in_time[2]] if in_time else None,
-        length=None if length is None else int(length),
-        encoding=metadata.get(b"grpc-encoding", b"identity"),
-        request_id=request_id_of(metadata),
-        metadata=metadata,
-        refusal=refusal,
-        size=size,
-    )
 
 
 class CallServer(Protocol):
@@ -300,11 +200,11 @@ class Http2Call(Stream):
         else:
             self._body = data
         most = self._most
-        if len(self._body) >= _PREFIX and (size := int.from_bytes(self._body[1:_PREFIX], "big")) > most:
+        if len(self._body) >= PREFIX_BYTES and (size := int.from_bytes(self._body[1:PREFIX_BYTES], "big")) > most:
             self.fail(MessageTooLarge(f"the request is larger than max ({size} vs. {most} bytes)"))
         elif self._sink is not None:
             return self.read_on()
-        elif len(self._body) > most + _PREFIX:
+        elif len(self._body) > most + PREFIX_BYTES:
             self.fail(MalformedMessage("the request has more bytes than its message"))
         elif not last:  # a request that arrives whole is never counted
             self._keep()
@@ -334,11 +234,11 @@ class Http2Call(Stream):
                 if body:
                     raise MalformedMessage("the last message is incomplete")
                 self._sink[1]()
-            elif len(body) < _PREFIX or len(body) != _PREFIX + int.from_bytes(body[1:_PREFIX], "big"):
+            elif len(body) < PREFIX_BYTES or len(body) != PREFIX_BYTES + int.from_bytes(body[1:PREFIX_BYTES], "big"):
                 raise MalformedMessage("the method takes exactly one complete message")
             else:
                 assert method.start is not None
-                method.start(self, self._message(body[0], bytes(body[_PREFIX:])))
+                method.start(self, self._message(body, 0, len(body)))
         except Exception as error:
             self.fail(error)
 
@@ -355,15 +255,15 @@ class Http2Call(Stream):
             return False
         take, body, position, count, more = self._sink[0], self._body, 0, 0, False
         try:
-            while len(body) - position >= _PREFIX and not more:
+            while len(body) - position >= PREFIX_BYTES and not more:
                 compressed = body[position]
-                size = int.from_bytes(body[position + 1 : position + _PREFIX], "big")
-                end = position + _PREFIX + size
+                size = int.from_bytes(body[position + 1 : position + PREFIX_BYTES], "big")
+                end = position + PREFIX_BYTES + size
                 if size > self._most:
                     raise MessageTooLarge(f"a request is larger than max ({self._most} bytes)")
                 if end > len(body):
                     break
-                message = self._message(compressed, bytes(body[position + _PREFIX : end]))
+                message = self._message(body, position, end)
                 # Counted until it is consumed: a method may keep messages that it cannot process yet.
                 self._queued += len(message) + _KEPT_WITH_MESSAGE
                 self._inflated += len(message) - size
@@ -388,28 +288,9 @@ class Http2Call(Stream):
         self._keep()
         return more
 
-    def _message(self, compressed: int, message: bytes) -> bytes:
-        if not compressed:
-            return message
-        bits = _WINDOW_BITS.get(self.head.encoding)
-        if compressed > 1:
-            raise MalformedMessage("the compressed flag of a message must be 0 or 1")
-        if self.head.encoding == b"identity":
-            raise NotCompressed("a message is marked as compressed, but the header grpc-encoding names no compression")
-        if bits is None:
-            raise UnknownCompression(f"messages compressed with {self.head.encoding.decode('latin-1')} cannot be read")
-        # Otherwise 4 KB could become 4 MiB: 10 ms of the event loop, for every connection that sends such a message.
-        most = min(self._most, max(_FREELY_INFLATED_BYTES, _MOST_INFLATED * len(message)))
-        inflate = zlib.decompressobj(bits)
-        try:
-            message = inflate.decompress(message, most + 1)
-        except zlib.error as error:
-            raise MalformedMessage("the message cannot be decompressed") from error
-        if len(message) > most:
-            raise MessageTooLarge(f"the request has more than {most} bytes once decompressed; send it uncompressed")
-        if not inflate.eof:
-            raise MalformedMessage("the compressed message is incomplete")
-        return message
+    def _message(self, body: bytes | bytearray, start: int, end: int) -> bytes:
+        message = bytes(body[start + PREFIX_BYTES : end])
+        return decompressed(message, body[start], self.head.encoding, self._most) if body[start] else message
 
     def _refuse(self, status: bytes) -> None:
         """Answer a request that is not gRPC with an HTTP status."""
@@ -448,8 +329,8 @@ class Http2Call(Stream):
         if not self.over:
             self._end(grpc.StatusCode.OK, "")
             self.on_cancel = None  # it refers to the call, which would make a reference cycle
-            headers = None if self._headers_sent else _HEADERS
-            self.connection.send(self, headers, _framed(message), self._trailers(_GRPC_STATUS_OK))
+            headers = None if self._headers_sent else ANSWER_HEADERS
+            self.connection.send(self, headers, framed(message), self._trailers(STATUS_OK))
 
     def send(self, *messages: bytes) -> None:
         """Send some of many messages. Together, small messages cost little more than one."""
@@ -460,16 +341,16 @@ class Http2Call(Stream):
         elif not self.over:
             if self._kept is not None:
                 self._kept.progress()
-            headers, self._headers_sent = None if self._headers_sent else _HEADERS, True
-            self.connection.send(self, headers, b"".join(map(_framed, messages)), None)
+            headers, self._headers_sent = None if self._headers_sent else ANSWER_HEADERS, True
+            self.connection.send(self, headers, b"".join(map(framed, messages)), None)
 
     def finish(self) -> None:
         """End the call after its last message."""
         if not self.over:
             self._end(grpc.StatusCode.OK, "")
             self.on_cancel = None
-            headers = None if self._headers_sent else _HEADERS
-            self.connection.send(self, headers, b"", self._trailers(_GRPC_STATUS_OK))
+            headers = None if self._headers_sent else ANSWER_HEADERS
+            self.connection.send(self, headers, b"", self._trailers(STATUS_OK))
 
     def fail(self, error: BaseException) -> None:
         """End the call with an error's status. Unexpected exceptions are logged; the caller gets INTERNAL."""
@@ -477,13 +358,13 @@ class Http2Call(Stream):
             return
         code, text, details = outcome(self, error, self.server)
         self._end(code, text)
-        fields = self._trailers(_status(code, text, details))
+        fields = self._trailers(status_fields(code, text, details))
         if self._headers_sent:
             self.connection.send(self, None, b"", fields)
         else:
             # Without a message, headers and trailers are one block (gRPC's Trailers-Only).
             self._headers_sent = True
-            self.connection.send(self, _HEADERS + fields, b"", b"")
+            self.connection.send(self, ANSWER_HEADERS + fields, b"", b"")
         self._cancel()
 
     def consumed(self, message_bytes: int, messages: int = 1) -> None:
@@ -495,7 +376,7 @@ class Http2Call(Stream):
             self._keep()
             self._kept.progress()
         # The peer's window counts bytes as they were received: compressed.
-        read = message_bytes + messages * _PREFIX
+        read = message_bytes + messages * PREFIX_BYTES
         came = max(0, read - self._inflated)
         self._inflated -= read - came
         self.connection.consumed(self, came)
@@ -520,8 +401,8 @@ class Http2Call(Stream):
         if not self.over:
             self._end(error.code, str(error))
         if unsent and self.connection.writable:
-            status = _status(error.code, str(error), status_details(error))
-            self.connection.send(self, _HEADERS + self._trailers(status), b"", b"")
+            status = status_fields(error.code, str(error), status_details(error))
+            self.connection.send(self, ANSWER_HEADERS + self._trailers(status), b"", b"")
         else:
             self.connection.reset(self, ENHANCE_YOUR_CALM)  # which gRPC reads as RESOURCE_EXHAUSTED
         self._cancel()
@@ -561,34 +442,9 @@ class Http2Call(Stream):
         return None if self.deadline is None else self.deadline - time.monotonic()
 
 
-_MESSAGE_SAFE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
-
-
-@functools.lru_cache(256)  # under overload the same status is sent thousands of times a second
-def _status(code: grpc.StatusCode, text: str, details: bytes) -> bytes:
-    """Encode the header fields of a call's status."""
-    status = literal(b"grpc-status", str(code.value[0]).encode())
-    if text:
-        status += literal(b"grpc-message", urllib.parse.quote(text, safe=_MESSAGE_SAFE).encode())
-    if details:
-        status += literal(b"grpc-status-details-bin", base64.b64encode(details).rstrip(b"="))
-    return status
-
-
 def address_of(place: Any) -> str:
     """Format a socket's peer address as HOST:PORT; empty if it is unknown."""
     return f"{place[0]}:{place[1]}" if place else ""
-
-
-def _framed(message: bytes) -> bytes:
-    return b"\x00" + len(message).to_bytes(4, "big") + message
-
-
-class UnknownCompression(ServingError):  # noqa: N818
-    """The request is compressed in a way that the server cannot read."""
-
-    code = grpc.StatusCode.UNIMPLEMENTED
-    reason = "compression"
 
 
 class HeadersTooLarge(ServingError):  # noqa: N818
@@ -603,10 +459,3 @@ class RequestTooSlow(ServingError):  # noqa: N818
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "too_slow"
-
-
-class NotCompressed(ServingError):  # noqa: N818
-    """A message is marked as compressed, but grpc-encoding names no compression."""
-
-    code = grpc.StatusCode.INTERNAL
-    reason = "compression"

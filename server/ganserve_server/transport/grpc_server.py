@@ -24,7 +24,8 @@ from ganserve_server.errors import Unavailable
 from ganserve_server.machine import give_back_memory
 from ganserve_server.shared.scoreboard import AcceptOrder
 from ganserve_server.transport.answering import BaseServer
-from ganserve_server.transport.call import Head, Http2Call, address_of, read_head
+from ganserve_server.transport.call import Http2Call, address_of
+from ganserve_server.transport.headers import Head, read_head
 from ganserve_server.transport.http2 import CANCEL, GOAWAY_TIMEOUT_S, READ_BYTES, Connection
 from ganserve_server.transport.internals import set_tls_read_bytes
 from ganserve_server.transport.limits import Limits
