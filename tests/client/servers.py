@@ -299,3 +299,31 @@ def gate(handle: Callable[[Gate, int, socket.socket], object]) -> Iterator[Gate]
         yield made
     finally:
         made.close()
+
+
+def fails_first(code: grpc.StatusCode, times: int = 1) -> Any:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if number < times:
+            context.abort(code, "what was wrong")
+        return answer(request)
+
+    return behave
+
+
+def breaks_after(code: grpc.StatusCode, sent: int, times: int = 1) -> Any:
+    """Streams that break after so many chunks, and then one that does not."""
+
+    def behave(number: int, request: Any, context: Any) -> Any:
+        for index, chunk in enumerate(chunks(request)):
+            if number < times and index == sent:
+                context.abort(code, "broken")
+            yield chunk
+        if number < times and sent * CHUNK >= request.count:
+            context.abort(code, "broken")
+
+    return behave
+
+
+def read_until_the_end(connection: socket.socket) -> None:
+    while connection.recv(1 << 16):
+        pass
