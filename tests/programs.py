@@ -35,6 +35,7 @@ PROGRAMS = {
 }
 TIMEOUT_S = 300
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+_ADOPTING = threading.Lock()  # one program at a time becomes a child of this process
 
 
 class Program(subprocess.Popen[Any]):
@@ -80,7 +81,6 @@ class _Helper:
     """The tests' side of the process that a program is forked from."""
 
     def __init__(self, program: str) -> None:
-        self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen([sys.executable, __file__, program], stdin=theirs)
@@ -90,7 +90,7 @@ class _Helper:
         """Start the program; return its process id."""
         content = pickle.dumps(request)
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))
-        with self._lock:
+        with _ADOPTING:
             # The helper's child ends at once, and the program becomes a child of this process, which can wait for it.
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             try:

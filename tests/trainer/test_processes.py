@@ -1,12 +1,12 @@
 """Two real processes over Gloo, started by torchrun."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.programs import run
 
 from ganserve_trainer.train.checkpoints import load_checkpoint
 
@@ -18,13 +18,12 @@ SMALL = ["--width", "8", "--precision", "fp32", "--images", "1280", "--sample-ev
 def train(
     data_root: Path, out: Path, processes: int, batch_size: int, *arguments: str
 ) -> "subprocess.CompletedProcess[str]":
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [*launcher, "ganserve_trainer", "train", "--out", out, "--data-root", data_root, *SMALL, *arguments]
-    command += ["--batch-size", str(batch_size)]
+    command = ["train", "--out", out, "--data-root", data_root, *SMALL, *arguments, "--batch-size", str(batch_size)]
+    if processes == 1:
+        return run("ganserve-trainer", *command)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "ganserve_trainer"]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", *launcher, *command], capture_output=True, text=True, check=False, timeout=300
     )
 
 
