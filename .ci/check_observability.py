@@ -45,7 +45,7 @@ WITHOUT_DATA = {
 }
 # May fire, since "for" is a second here: the flood fills the queues, and a busy machine may miss a scrape.
 OF_LOAD = {
-    "GanserveSettingsKeptOut",  # mended just before
+    "GanserveSettingsRejected",  # fixed just before
     "GanserveCallerLimited",
     "GanserveCallersUnknown",
     "GanserveErrorBudgetBurnsSlowly",  # until Alertmanager has the other, which silences it
@@ -392,9 +392,9 @@ def main() -> None:
         reloads = "ganserve_file_reloads_total"
         wait_until("a changed file is read again", lambda: asked.ask(f'{reloads}{{outcome="loaded"}}'))
         with guarded.broken():
-            wait_until("a wrong file is kept out", lambda: asked.ask(f'{reloads}{{outcome="kept_out"}}'))
-            kept_out = ("GanserveSettingsKeptOut", addresses[0])
-            wait_until("it is an alert", lambda: kept_out in firing(alertmanager))
+            wait_until("a wrong file is rejected", lambda: asked.ask(f'{reloads}{{outcome="rejected"}}'))
+            rejected = ("GanserveSettingsRejected", addresses[0])
+            wait_until("it is an alert", lambda: rejected in firing(alertmanager))
 
         wait_until("the rules are there", lambda: asked.get("rules")["groups"])
         legends = dashboard_queries()
@@ -426,8 +426,8 @@ def main() -> None:
                     sys.exit(f"FAILED: {query} has no {missing}")
 
         wait_until("the fragile model's callers see both", lambda: {OK, INTERNAL} <= load.codes)
-        foreseen = {("GanserveErrorBudgetBurnsFast", ""), *(("GanserveModelKeptOut", one) for one in addresses)}
-        with step("every rule is sound; the files that were kept out and the failed calls are alerts in Alertmanager"):
+        foreseen = {("GanserveErrorBudgetBurnsFast", ""), *(("GanserveModelRejected", one) for one in addresses)}
+        with step("every rule is sound; the files that were rejected and the failed calls are alerts in Alertmanager"):
             rules = [rule for group in asked.get("rules")["groups"] for rule in group["rules"]]
             if ill := [rule["name"] for rule in rules if rule["health"] != "ok"]:
                 sys.exit(f"FAILED: Prometheus cannot compute {ill}")

@@ -323,7 +323,7 @@ def readable(answer: Any) -> Any:
         ServerError: the answer is None: grpc.aio could not parse it.
     """
     if answer is None:
-        raise ServerError("the server's answer cannot be read: it is of another protocol")
+        raise ServerError("the server's answer cannot be read: it uses another protocol")
     return answer
 
 

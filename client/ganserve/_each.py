@@ -51,7 +51,7 @@ class _Asked:
 
 
 class EachProgress:
-    """The images that the caller asked for and has not got: a bounded number, in the order of the seeds.
+    """The images that the caller asked for and has not received: a bounded number, in the order of the seeds.
 
     Args:
         requests: the requests of the images.
@@ -70,7 +70,7 @@ class EachProgress:
         self._labels: Iterator[Any] = repeat(self._label(label)) if self._alone else iter(label)
         self._first: ImageBatch | None = None
         self._ended = False
-        self._asked: deque[_Asked] = deque()  # all images that the caller has not got; of these:
+        self._asked: deque[_Asked] = deque()  # all images that the caller has not received; of these:
         self._unsent: deque[_Asked] = deque()
         self._sent: deque[_Asked] = deque()  # the server answers these in this order
         self._got = 0

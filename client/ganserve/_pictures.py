@@ -44,7 +44,7 @@ class Sheet(Image.Image):
             params: parameters of Pillow's writer of the format. Your own metadata replaces the provenance.
 
         Raises:
-            ValueError: the extension is of no format that can be written.
+            ValueError: no format with this extension can be written.
             OSError: the file can't be written.
         """
         if isinstance(fp, str | bytes | os.PathLike):

@@ -58,7 +58,7 @@ class GeneratedImage:
 
     @property
     def seed(self) -> int | None:
-        """The image's seed; None if the image was made from your own latent, or lies between those of two seeds."""
+        """The image's seed; None if the image was made from your own latent, or was interpolated between two seeds."""
         return None if self._batch.seeds is None else self._batch.seeds[self._index]
 
     @property

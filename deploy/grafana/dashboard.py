@@ -218,7 +218,7 @@ ROWS = {
         ),
         Panel("Images by version", "none", {"{{model}} {{version}}": rate("ganserve_images_total", "model, version")}),
         Panel(
-            "Files loaded and kept out, versions unloaded",
+            "Files loaded and rejected, versions unloaded",
             "none",
             {"{{instance}} {{outcome}}": f"ganserve_model_loads_total{{{REPLICAS}}}"},
             "Since the start of the replica.",
@@ -292,12 +292,12 @@ ROWS = {
             "Changed files read again",
             "none",
             {"{{instance}} {{kind}} {{outcome}}": f"ganserve_file_reloads_total{{{REPLICAS}}}"},
-            "Since the start of the replica; kept_out: what was read before stays in use.",
+            "Since the start of the replica; rejected: what was read before stays in use.",
         ),
         Panel(
             "Files that cannot be used now",
             "none",
-            {"{{instance}} {{kind}}": f"ganserve_files_kept_out{{{REPLICAS}}}"},
+            {"{{instance}} {{kind}}": f"ganserve_files_rejected{{{REPLICAS}}}"},
             "Models, certificates and tokens; the replica's log says what is wrong with them.",
         ),
         Panel(

@@ -61,7 +61,7 @@ def test_a_model_is_unloaded_and_loaded_again(running: RunningServer) -> None:
         assert client.generate("mlp-mnist", seed=1).digest == state.digest
 
 
-def test_loading_says_why_a_version_is_kept_out(running: RunningServer, repository: Path) -> None:
+def test_loading_says_why_a_version_is_rejected(running: RunningServer, repository: Path) -> None:
     broken = repository / "mlp-mnist" / "2" / "model.onnx"
     broken.parent.mkdir()
     broken.write_bytes(b"no model")
@@ -69,7 +69,7 @@ def test_loading_says_why_a_version_is_kept_out(running: RunningServer, reposito
         first, second = stub.LoadModel(pb.LoadModelRequest(model="mlp-mnist")).versions
         assert (first.served, second.served) == (True, False)
         assert "not ONNX" in second.reason
-        assert running.scrape()['ganserve_files_kept_out{kind="models"}'] == 1
+        assert running.scrape()['ganserve_files_rejected{kind="models"}'] == 1
         assert client.generate("mlp-mnist", seed=1).version == 1
         shutil.rmtree(repository / "mlp-mnist" / "1")
         with pytest.raises(grpc.RpcError) as caught:
@@ -78,7 +78,7 @@ def test_loading_says_why_a_version_is_kept_out(running: RunningServer, reposito
         assert "not ONNX" in caught.value.details()
         shutil.rmtree(broken.parent)
         stub.ReloadModels(pb.ReloadModelsRequest())
-        assert running.scrape()['ganserve_files_kept_out{kind="models"}'] == 0
+        assert running.scrape()['ganserve_files_rejected{kind="models"}'] == 0
 
 
 def test_reloading_finds_a_new_version(running: RunningServer, repository: Path) -> None:

@@ -106,11 +106,11 @@ def test_a_bad_file_stays_out_and_what_was_served_goes_on(start_server: Start, t
     server = start_server("--models", tmp_path)
     with constant_load(server.address) as versions, Client(server.address) as client:
         second = publish(tmp_path, 2, TRUNCATED) / "model.onnx"
-        kept_out = server.wait_for("model kept out")
-        assert kept_out["path"].endswith("digits/2/model.onnx")
-        assert "truncated" in kept_out["reason"]
+        rejected = server.wait_for("model rejected")
+        assert rejected["path"].endswith("digits/2/model.onnx")
+        assert "truncated" in rejected["reason"]
         replace(first, TRUNCATED)
-        assert server.wait_for("model kept out")["path"].endswith("digits/1/model.onnx")
+        assert server.wait_for("model rejected")["path"].endswith("digits/1/model.onnx")
         assert client.generate("digits", seed=1).version == 1
         assert client.model("digits").versions == (1,)
         replace(second, GOOD.read_bytes())
@@ -128,21 +128,21 @@ def test_a_misnamed_version_is_told_of_once_each_time_it_comes(
     publish(tmp_path, 1)
     server = start_server("--models", tmp_path, "--workers", workers)
     misnamed = publish(tmp_path, 2).rename(tmp_path / "digits" / "v2")
-    told = server.wait_for("model kept out")
+    told = server.wait_for("model rejected")
     assert (told["level"], told["path"]) == ("warning", str(misnamed))
     assert "'v2' is not a version" in told["reason"]
     misnamed.rename(tmp_path / "digits" / "2")
     server.wait_for("model loaded")
     misnamed.mkdir()
     shutil.copy(GOOD, misnamed)
-    assert server.wait_for("model kept out")["path"] == str(misnamed)
+    assert server.wait_for("model rejected")["path"] == str(misnamed)
     publish(tmp_path, 3)  # the server looks again, and has nothing to tell
     events = []
     while (event := server.events.get(timeout=60)["event"]) != "stopped":
         events.append(event)
         if event == "model loaded":
             server.process.terminate()
-    assert "model kept out" not in events
+    assert "model rejected" not in events
 
 
 def test_a_version_that_has_no_file_yet_is_waited_for_in_silence(start_server: Start, tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def test_a_version_that_has_no_file_yet_is_waited_for_in_silence(start_server: S
     assert look_again("model loaded")["version"] == 3
     (tmp_path / "digits" / "3" / "model.onnx").unlink()
     assert look_again("model unloaded")["version"] == 3
-    assert "model kept out" not in events
+    assert "model rejected" not in events
     (tmp_path / "digits" / "2" / "generator.onnx").write_bytes(GOOD.read_bytes())
-    assert "rename generator.onnx to model.onnx" in str(look_again("model kept out")["reason"])
+    assert "rename generator.onnx to model.onnx" in str(look_again("model rejected")["reason"])
     with Client(server.address) as client:
         assert client.model("digits").versions == (1,)
 

@@ -125,7 +125,7 @@ RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_file_that_breaks_a_rule_is_kept_out_by_its_name(rule: str, tmp_path: Path) -> None:
+def test_a_file_that_breaks_a_rule_is_rejected_by_its_name(rule: str, tmp_path: Path) -> None:
     edit, text = RULES[rule]
     with pytest.raises(ModelRejected, match=text) as caught:
         load(change(edit, tmp_path / "model.onnx"))
@@ -196,7 +196,7 @@ FIRST = [
         (FIRST, r"makes 3 images of \(2, 2, 1\) in a batch of 3; it made \(1, 2, 2, 1\)"),
     ],
 )
-def test_a_model_whose_images_cannot_be_made_again_is_kept_out(
+def test_a_model_whose_images_cannot_be_made_again_is_rejected(
     nodes: list[onnx.NodeProto], reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelRejected, match=reason):
@@ -222,7 +222,7 @@ def test_a_newer_trainers_card_is_read_and_what_is_not_known_of_it_is_told(
     assert "'licence' is not a key" in record.__dict__["reason"]
 
 
-def test_files_that_are_no_model_are_kept_out(tmp_path: Path) -> None:
+def test_files_that_are_no_model_are_rejected(tmp_path: Path) -> None:
     truncated = tmp_path / "truncated.onnx"
     truncated.write_bytes(GOOD.read_bytes()[:-1000])
     text = tmp_path / "text.onnx"
@@ -246,7 +246,7 @@ def test_a_pipe_is_no_model_file(tmp_path: Path) -> None:
         load(tmp_path / "model.onnx")
 
 
-def test_damaged_files_are_kept_out_or_work_and_never_raise_anything_else(tmp_path: Path) -> None:
+def test_damaged_files_are_rejected_or_work_and_never_raise_anything_else(tmp_path: Path) -> None:
     random = np.random.RandomState(0)
     content = np.frombuffer(GOOD.read_bytes(), np.uint8)
     # The bytes before and after the weights, where the structure is.

@@ -218,7 +218,7 @@ def test_a_new_certificate_is_taken_without_a_restart_and_a_bad_one_is_not(
 ) -> None:
     running = start_server(*with_tls, "--workers", workers)
     loaded = 'ganserve_file_reloads_total{kind="certificates",outcome="loaded"}'
-    kept_out = 'ganserve_file_reloads_total{kind="certificates",outcome="kept_out"}'
+    rejected = 'ganserve_file_reloads_total{kind="certificates",outcome="rejected"}'
     with Client(running.address, ca_file=ca_file) as client:
         client.generate("mlp-mnist")
         before = serial_of(running.address, ca_file)
@@ -232,9 +232,9 @@ def test_a_new_certificate_is_taken_without_a_restart_and_a_bad_one_is_not(
         assert (told["kind"], told["serial"]) == ("certificates", after)
         end = running.scrape()['ganserve_certificate_expiry_timestamp_seconds{certificate="server"}']
         assert datetime.datetime.fromisoformat(told["server_ends"]).timestamp() == end
-        kept_before = running.scrape().get(kept_out, 0)
+        kept_before = running.scrape().get(rejected, 0)
         write_certificate(tmp_path / "third")[1].replace(tmp_path / "server" / "tls.key")
-        wait_for_sample(running, kept_out, lambda count: count >= kept_before + int(workers))
+        wait_for_sample(running, rejected, lambda count: count >= kept_before + int(workers))
         assert serial_of(running.address, ca_file) == after
         client.generate("mlp-mnist")  # on the connection of old
     assert "is not the key of" in running.wait_for("what was read before stays in use")["reason"]
@@ -347,16 +347,16 @@ def test_tokens_come_and_go_without_a_restart(start_server: Start, tmp_path: Pat
     with Client(running.address, token=first) as client:
         client.generate("mlp-mnist")
         file.write_text("[[tokens]]\nname = 'first'\nsha_256 = ''\n")
-        wait_for_sample(running, loaded.replace("loaded", "kept_out"), lambda count: count == 1)
+        wait_for_sample(running, loaded.replace("loaded", "rejected"), lambda count: count == 1)
         client.generate("mlp-mnist")
-        assert running.scrape()['ganserve_files_kept_out{kind="tokens"}'] == 1
+        assert running.scrape()['ganserve_files_rejected{kind="tokens"}'] == 1
         assert "did you mean 'sha256'?" in running.wait_for("what was read before stays in use")["reason"]
         second, *_ = write_tokens(file, {"name": "second"}, {"name": "other"})
         wait_for_sample(running, loaded, lambda count: count == 1)
         told = running.wait_for("read again")
         differ = {key: told[key] for key in ("tokens", "added", "removed", "changed")}
         assert differ == {"tokens": 2, "added": ["second"], "removed": ["first", "third"], "changed": ["other"]}
-        assert running.scrape()['ganserve_files_kept_out{kind="tokens"}'] == 0
+        assert running.scrape()['ganserve_files_rejected{kind="tokens"}'] == 0
         with pytest.raises(AuthenticationError):
             client.generate("mlp-mnist")
     with Client(running.address, token=second) as client:

@@ -595,7 +595,7 @@ def test_a_check_tells_every_problem_on_a_line(tmp_path: Path) -> None:
     assert "HOST:PORT" in port
 
 
-def test_a_check_tells_every_model_file_that_would_be_kept_out(tmp_path: Path) -> None:
+def test_a_check_tells_every_model_file_that_would_be_rejected(tmp_path: Path) -> None:
     for version in ("1", "2", "3"):
         shutil.copytree(BUNDLED_MODELS / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / version)
     whole = (tmp_path / "mlp-mnist/3/model.onnx").read_bytes()

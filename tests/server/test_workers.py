@@ -386,7 +386,7 @@ def test_a_worker_that_cannot_be_replaced_is_tried_again(start_server: Start) ->
 
 
 @pytest.mark.parametrize("workers", ["auto", "1", "2"])
-def test_a_link_to_nothing_in_a_models_place_is_kept_out(workers: str, start_server: Start, tmp_path: Path) -> None:
+def test_a_link_to_nothing_in_a_models_place_is_rejected(workers: str, start_server: Start, tmp_path: Path) -> None:
     shutil.copytree(BUNDLED_MODELS / "mlp-mnist", tmp_path / "mlp-mnist")
     (tmp_path / "mlp-mnist" / "2").mkdir()
     (tmp_path / "mlp-mnist" / "2" / "model.onnx").symlink_to(tmp_path / "nothing")

@@ -210,7 +210,7 @@ def format_of(out: str, named: str | None) -> str:
     """Return Pillow's name of the format to write.
 
     Raises:
-        CommandLineError: there is no such format, or the file's extension is of no format, or of another one.
+        CommandLineError: there is no such format, or no format has the file's extension, or another one has it.
     """
     try:
         pillow_format = _pictures.format_of(f".{named}" if named is not None else "-.png" if out == STDOUT else out)
@@ -224,7 +224,7 @@ def check_ending(out: str, file_format: str) -> None:
     """Reject a file name whose extension does not match the format.
 
     Raises:
-        CommandLineError: the extension is of another format.
+        CommandLineError: the extension belongs to another format.
     """
     by_ending = file_format
     with suppress(ValueError):  # a name without a picture's extension may have any format

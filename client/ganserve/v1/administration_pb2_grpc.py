@@ -55,15 +55,15 @@ class AdministrationServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def LoadModel(self, request, context):
-        """Serves a model from its folder in the repository: its versions are read anew, also those that were kept out, and it
-        is served again if it was unloaded. FAILED_PRECONDITION if none of its versions can be served; the text says why.
+        """Reads all versions of a model from its folder in the repository again, including those that were rejected, and
+        serves them, even if the model was unloaded. FAILED_PRECONDITION if no version can be served; the text says why.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Stops serving a model, until it is loaded again or the server starts anew. Calls that have begun are answered.
+        """Stops serving a model until it is loaded again or the server restarts. Calls that have begun are answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

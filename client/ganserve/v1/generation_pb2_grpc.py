@@ -74,15 +74,15 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamImages(self, request, context):
-        """Makes more images than one message should hold: in order, a chunk as soon as it is done.
+        """Makes more images than fit in one message: in order, each chunk as soon as it is complete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateEach(self, request_iterator, context):
-        """Answers each request of a stream, in order: what costs least for many small requests. An error answers its own
-        request alone; the stream goes on.
+        """Answers each request of a stream, in order: the cheapest way to send many small requests. An error answers only
+        its own request, and the stream continues.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -85,17 +85,17 @@ class Security:
                 continue
             self._seen[kind] = state
             try:
-                facts, kept_out = part.reload(), False
+                facts, rejected = part.reload(), False
             except StartError as error:
-                kept_out = True
+                rejected = True
                 _log.error("what was read before stays in use", extra={"kind": kind, "reason": str(error)})
             else:
                 _log.info("read again", extra={"kind": kind} | facts)
                 if kind == "certificates":
                     self._log_expired()
             if self._metrics is not None:
-                self._metrics.file_reloads.labels(kind, "kept_out" if kept_out else "loaded").inc()
-                self._metrics.files_kept_out.labels(kind).set(kept_out)
+                self._metrics.file_reloads.labels(kind, "rejected" if rejected else "loaded").inc()
+                self._metrics.files_rejected.labels(kind).set(rejected)
 
     def _log_expired(self) -> None:
         for kind, end in (self.certificates.expired if self.certificates else {}).items():

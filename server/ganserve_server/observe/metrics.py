@@ -146,12 +146,12 @@ class Metrics:
         )
         self.file_reloads = Counter(
             "ganserve_file_reloads",
-            "Changed files that were read again, by kind (certificates, tokens) and outcome (loaded, kept_out).",
+            "Changed files that were read again, by kind (certificates, tokens) and outcome (loaded, rejected).",
             ["kind", "outcome"],
             registry=registry,
         )
-        self.files_kept_out = Gauge(
-            "ganserve_files_kept_out",
+        self.files_rejected = Gauge(
+            "ganserve_files_rejected",
             "Files that the server cannot use in their current state, by kind (models, certificates, tokens).",
             ["kind"],
             registry=registry,
@@ -180,7 +180,7 @@ class Metrics:
         )
         self.model_loads = Counter(
             "ganserve_model_loads",
-            "Model files loaded or rejected (kept_out), and versions unloaded.",
+            "Model files loaded, rejected or unloaded, by outcome.",
             ["outcome"],
             registry=registry,
         )

@@ -17,7 +17,7 @@ from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
 from ganserve_server.transport.interface import Server
 
-_IDENTICAL = ("model loaded", "model unloaded", "model kept out")  # log messages
+_IDENTICAL = ("model loaded", "model unloaded", "model rejected")  # log messages
 
 
 async def work(

@@ -86,7 +86,7 @@ class Lifecycle:
                 return
             for path, reason in misplaced.items():
                 if self._misplaced.get(path) != reason:
-                    _log.warning("model kept out", extra={"path": str(path), "reason": reason})
+                    _log.warning("model rejected", extra={"path": str(path), "reason": reason})
             self._misplaced = misplaced
             wanted: set[tuple[str, int]] = set()
             for name in sorted({name for name, _ in found} - self._unloaded):
@@ -99,7 +99,7 @@ class Lifecycle:
             await asyncio.to_thread(give_back_memory)
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
             self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
-            self._metrics.files_kept_out.labels("models").set(len(self._reasons))
+            self._metrics.files_rejected.labels("models").set(len(self._reasons))
             self._report({name for name, _ in found.keys() | self._awaited})
 
     async def load(self, name: str) -> list[VersionState]:
@@ -216,11 +216,11 @@ class Lifecycle:
             if starting and isinstance(error, ProviderUnavailable):
                 raise
             reason = str(error)
-            _log.error("model kept out", extra={"path": str(path), "reason": reason})
+            _log.error("model rejected", extra={"path": str(path), "reason": reason})
         except Exception:
             # An untrusted file must not affect other models, whatever exception it causes in the libraries.
             reason = "the file could not be read"
-            _log.exception("model kept out", extra={"path": str(path), "reason": reason})
+            _log.exception("model rejected", extra={"path": str(path), "reason": reason})
         else:
             self._reasons.pop((name, number), None)
             self._metrics.model_loads.labels("loaded").inc()

@@ -57,9 +57,9 @@ def build_probe(images: Tensor, labels: Tensor, *, conditional: bool) -> Probe:
     if conditional:
         counts = labels.cpu().bincount()
         each = min(_PROBE_IMAGES // _PROBE_CLASSES, int(counts.max()))
-        able = (counts >= each).nonzero()[:, 0]
-        chosen = torch.linspace(0, len(able) - 1, min(_PROBE_CLASSES, len(able))).round().long()
-        classes = able[chosen]
+        large_enough = (counts >= each).nonzero()[:, 0]
+        chosen = torch.linspace(0, len(large_enough) - 1, min(_PROBE_CLASSES, len(large_enough))).round().long()
+        classes = large_enough[chosen]
         label = classes.repeat_interleave(each).to(labels.device)
         members = [(labels.cpu() == value).nonzero()[:, 0] for value in classes]
     else:
