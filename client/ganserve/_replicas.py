@@ -34,7 +34,8 @@ class Replica:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"{self.address} NOT SERVING ({self.error.text})"
+            state = "UNKNOWN" if isinstance(self.error, AuthenticationError) else "NOT SERVING"
+            return f"{self.address} {state} ({self.error.text})"
         return f"{self.address} {'SERVING' if self.serving else 'NOT SERVING'}"
 
 

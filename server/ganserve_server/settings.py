@@ -164,7 +164,11 @@ class ServerSettings(BaseModel):
     ] = 10.0
     body_timeout_s: Annotated[
         float,
-        Field(ge=0, le=86_400, description="Time from a message's first byte to its last; 0: no limit."),
+        Field(
+            ge=0,
+            le=86_400,
+            description="Time for each message to arrive, the first one from the call's headers on; 0: no limit.",
+        ),
     ] = 60.0
     write_timeout_s: Annotated[
         float,

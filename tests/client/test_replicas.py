@@ -170,7 +170,7 @@ def test_a_replica_that_refuses_the_token_is_told_among_the_others(twin: Twin) -
             done = ganserve("health", "any", "--every-address", *flags, address=f"{first},{second}")
             told, serves = done.stdout.splitlines()
             assert (done.returncode, serves) == (1, f"{second} SERVING"), done.stderr
-            assert told == f"{first} NOT SERVING (the server at {first} refused the call (no token))"
+            assert told == f"{first} UNKNOWN (the server at {first} refused the call (no token))"
             assert done.stderr == f"ganserve: the server at {first} refused the call (no token); {advice}\n"
 
 

@@ -28,11 +28,15 @@ class Load:
     def collect(self) -> Iterator[Metric]:
         """Return the gauges."""
         connections, calls = self._read()
-        yield GaugeMetricFamily("ganserve_connections", "Connections that are open now.", connections)
+        yield GaugeMetricFamily(
+            "ganserve_connections",
+            "Connections that are open now, without TLS handshakes that are not complete.",
+            connections,
+        )
         yield GaugeMetricFamily("ganserve_calls", "Running calls, including those of health and reflection.", calls)
         kept = GaugeMetricFamily(
             "ganserve_kept_bytes",
-            "Bytes kept for clients: unfinished requests, those of health and reflection (unguarded), unread answers.",
+            "Bytes kept for clients: unfinished requests, those of health checks (unguarded), unread answers.",
             labels=["pool"],
         )
         for pool, size in self._kept().items():
