@@ -67,7 +67,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(data_roo
         process.kill()
         process.join()
         reached |= {path.name for path in checkpoint_files(tmp_path / "killed")}
-    assert len(reached) > KILLS / 2
+    assert len(reached) >= KILLS / 2
     train_here(settings, data_root, tmp_path / "killed")
     train_here(settings, data_root, tmp_path / "whole")
     killed_run, whole = load_checkpoint(tmp_path / "killed"), load_checkpoint(tmp_path / "whole")
