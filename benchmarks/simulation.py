@@ -393,7 +393,7 @@ def policies(times: Times, seconds: float) -> None:
                 found = simulate(times, arrivals, 100, *way, slow=slow)
                 overload = way[0] == "round-robin" and calls_per_s > 100 * times.capacity / slow[1]
                 cells.append("grows" if overload else f"{1000 * found.p99_s:.1f} ({found.images_per_batch:.1f})")
-            _row(f"{load:.0%}", "10 of half the speed" if slow[0] else "alike", *cells)
+            _row(f"{load:.0%}", "10 of half the speed" if slow[0] else "identical", *cells)
 
 
 def sizes(times: Times, rates: list[float], seconds: float) -> int:

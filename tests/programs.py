@@ -21,8 +21,10 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 # Of each program: its entry point, and modules that import all that it uses.
 PROGRAMS = {
@@ -63,13 +65,20 @@ def run(program: str, *arguments: object, **options: Any) -> "subprocess.Complet
     """Run a program to its end; its output is text, if the options of subprocess.Popen do not say otherwise."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     command = [installed(program), *map(str, arguments)]
-    with Program(command, **options) as process:
+    with ended(Program(command, **options)) as process:
+        out, error = process.communicate(timeout=TIMEOUT_S)
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
+@contextmanager
+def ended(process: "subprocess.Popen[AnyStr]") -> "Iterator[subprocess.Popen[AnyStr]]":
+    """Wait for the end of a program, but not if the test fails: it may wait for what the test does not do any more."""
+    with process:
         try:
-            out, error = process.communicate(timeout=TIMEOUT_S)
+            yield process
         except BaseException:
             process.kill()
             raise
-    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def installed(program: str) -> str:

@@ -8,8 +8,8 @@ def matching(name: str, known: Sequence[str]) -> str | None:
     """Return the known name that equals `name`, or the only known name that differs just in case, or None."""
     if name in known:
         return name
-    alike = [each for each in known if each.casefold() == name.casefold()]
-    return alike[0] if len(alike) == 1 else None
+    matching = [each for each in known if each.casefold() == name.casefold()]
+    return matching[0] if len(matching) == 1 else None
 
 
 def closest(name: str, known: Sequence[str]) -> str | None:

@@ -127,7 +127,7 @@ def run(client: Client, *, host: str, port: int, open_browser: bool) -> None:
     try:
         client.models(timeout_s=_LOOK_EVERY_S)
     except GanserveError as error:
-        print(f"ganserve: {error.told(FLAGS)}; the page keeps trying", file=sys.stderr, flush=True)
+        print(f"ganserve: {error.with_names(FLAGS)}; the page keeps trying", file=sys.stderr, flush=True)
     try:
         threading.Event().wait()  # for Ctrl-C
     finally:
@@ -297,7 +297,7 @@ def _seed(label: str, value: int, elem_id: str) -> Any:
 
 def _notice(error: GanserveError) -> str:
     again = " Trying again every two seconds." if isinstance(error, UnavailableError) else ""
-    return f'<div class="down" role="alert">{html.escape(error.told(FLAGS))}.{again}</div>'
+    return f'<div class="down" role="alert">{html.escape(error.with_names(FLAGS))}.{again}</div>'
 
 
 def _picture(batch: ImageBatch) -> str:

@@ -75,9 +75,9 @@ class GanserveError(Exception):
         return str(self.args[0])
 
     def __str__(self) -> str:
-        return self.told(_ARGUMENTS)
+        return self.with_names(_ARGUMENTS)
 
-    def told(self, names: Mapping[str, str]) -> str:
+    def with_names(self, names: Mapping[str, str]) -> str:
         """Return what is wrong and what to do, with `names` for the settings."""
         return f"{self.text}; {self.advice.format_map(names)}" if self.advice else self.text
 

@@ -2,14 +2,12 @@
 
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, AnyStr
+from typing import Any
 
 from tests.programs import installed, run
 
-PROGRAM = installed("ganserve")
 TIMEOUT_S = 60
 
 
@@ -19,22 +17,11 @@ def ganserve(*arguments: str | Path, address: str | None = None, **options: Any)
 
 
 def command(*arguments: str | Path, address: str | None = None) -> list[str]:
-    return [PROGRAM, *_options(arguments, address)]
+    return [installed("ganserve"), *_options(arguments, address)]
 
 
 def _options(arguments: Iterable[str | Path], address: str | None) -> list[str]:
     return [*map(str, arguments), *(["--address", address] if address else [])]
-
-
-@contextmanager
-def ended(process: "subprocess.Popen[AnyStr]") -> "Iterator[subprocess.Popen[AnyStr]]":
-    """Wait for the end of a program, but not if the test fails: it may wait for what the test does not do any more."""
-    with process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tests.client.program import TIMEOUT_S, command, ended, environment, ganserve, read_terminal
+from tests.client.program import TIMEOUT_S, command, environment, ganserve, read_terminal
 from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
-from tests.programs import Program
+from tests.programs import Program, ended
 
 import ganserve as sdk
 from ganserve import Client, _formats, read_provenance

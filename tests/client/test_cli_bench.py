@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from tests.client.program import TIMEOUT_S, command, ended, ganserve
+from tests.client.program import TIMEOUT_S, command, ganserve
 from tests.conftest import RunningServer
-from tests.programs import Program
+from tests.programs import Program, ended
 
 PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tests.client.program import TIMEOUT_S, command, ended, environment, ganserve, read_terminal
+from tests.client.program import TIMEOUT_S, command, environment, ganserve, read_terminal
 from tests.conftest import RunningServer
-from tests.programs import Program
+from tests.programs import Program, ended
 
 from ganserve import Client, read_provenance
 

@@ -181,9 +181,9 @@ def test_advice_names_arguments_or_the_programs_flags(
     error = _statuses.translate(end(code, said=said), "here:1")
     assert argument in str(error)
     assert flag not in str(error)
-    assert flag in error.told(errors.FLAGS)
-    assert argument not in error.told(errors.FLAGS)
-    for text in (str(error), error.told(errors.FLAGS)):
+    assert flag in error.with_names(errors.FLAGS)
+    assert argument not in error.with_names(errors.FLAGS)
+    for text in (str(error), error.with_names(errors.FLAGS)):
         assert not re.search(r"\bOK\b|\.;|[{}]", text)
 
 
@@ -200,4 +200,4 @@ def test_an_error_can_go_to_another_process(end: End) -> None:
     error = _statuses.translate(end(grpc.StatusCode.UNAUTHENTICATED, ("x-request-id", "id-1")), "here:1")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.code, again.reason) == (type(error), str(error), error.code, error.reason)
-    assert again.told(errors.FLAGS) == error.told(errors.FLAGS)
+    assert again.with_names(errors.FLAGS) == error.with_names(errors.FLAGS)

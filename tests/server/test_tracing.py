@@ -12,8 +12,8 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
-from tests.client.program import ended
 from tests.conftest import START_TIMEOUT_S, RunningServer
+from tests.programs import ended
 
 from ganserve import Client, GanserveError
 from ganserve.v1 import generation_pb2 as pb

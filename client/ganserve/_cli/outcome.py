@@ -96,7 +96,7 @@ def _answered(error: GanserveError) -> bool:
 def one_line(text: object, error: BaseException | None = None) -> str:
     """Return a text in one line, with the notes and the request id of the error, if there is one."""
     error = text if isinstance(text, BaseException) else error
-    reason = text.told(FLAGS) if isinstance(text, GanserveError) else str(text)
+    reason = text.with_names(FLAGS) if isinstance(text, GanserveError) else str(text)
     notes: list[str] = getattr(error, "__notes__", [])
     line = " ".join("; ".join([reason, *notes]).split())
     request_id: str | None = getattr(error, "request_id", None)
