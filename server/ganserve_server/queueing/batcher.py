@@ -149,7 +149,6 @@ class Batcher:
         self.hold()
         if job.counted:
             self._counted_images += count
-        self._publish_waiting()
         self._scheduler.wake(self)
         return job
 
@@ -223,16 +222,28 @@ class Batcher:
             self._counted_images -= job.count - job.taken
         if not self.waiting:
             self._saturated_since = None
-        self._publish_waiting()
+        self.publish_waiting()
 
     def next_batch(self, room: int) -> list[Part]:
         """Take up to `room` of the waiting images."""
         now = time.monotonic()
         batch: list[Part] = []
+        if self._large.queues or self._bulk.queues:
+            self._share(room, now, batch)
+        else:
+            self._small.take(room, now, batch)
+        for part in batch:
+            if part.job.counted:
+                self._counted_images -= part.draw.count
+        self._running_images += sum(part.draw.count for part in batch)
+        self.publish_waiting()
+        return batch
+
+    def _share(self, room: int, now: float, batch: list[Part]) -> None:
+        """Move up to `room` images of all lanes into a batch."""
         small, large, bulk = self._small, self._large, self._bulk
-        others = small.images + large.images
         for_bulk = 0
-        if bulk.images and others:
+        if bulk.images and (small.images or large.images):
             self._bulk_credit += room
             for_bulk, self._bulk_credit = divmod(self._bulk_credit, _BULK_PART)
         # Each job has an equal share. The shares of all large jobs go to one large job at a time.
@@ -243,12 +254,6 @@ class Batcher:
         if left:
             left -= small.take(left, now, batch)
             large.take(left, now, batch)
-        for part in batch:
-            if part.job.counted:
-                self._counted_images -= part.draw.count
-        self._running_images += sum(part.draw.count for part in batch)
-        self._publish_waiting()
-        return batch
 
     def batch_size(self) -> int:
         """Return the size of a full batch: small enough to keep waits short, large enough for full throughput."""
@@ -356,10 +361,12 @@ class Batcher:
             self._unused.clear()
             await self._unused.wait()
 
-    def _publish_waiting(self) -> None:
+    def publish_waiting(self) -> None:
+        """Add the change in the number of waiting images to the metric."""
         waiting = self.waiting
-        self._queue_images.inc(waiting - self._published_waiting)  # of all versions of the model
-        self._published_waiting = waiting
+        if waiting != self._published_waiting:
+            self._queue_images.inc(waiting - self._published_waiting)  # the gauge adds up all versions of the model
+            self._published_waiting = waiting
 
     def _batch_s(self) -> float:
         return self.batch_size() * self._core_s

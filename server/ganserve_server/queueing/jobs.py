@@ -196,16 +196,16 @@ class Lane:
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
-        self._jobs: OrderedDict[Hashable, deque[Job]] = OrderedDict()
+        self.queues: OrderedDict[Hashable, deque[Job]] = OrderedDict()  # by fairness key; may hold jobs that are over
         self.images = 0
         self.images_of: dict[Hashable, int] = {}  # by fairness key
         self.jobs = 0
 
     def put(self, job: Job) -> None:
         """Add a job behind the other jobs of its key."""
-        jobs = self._jobs.get(job.fairness_key)
+        jobs = self.queues.get(job.fairness_key)
         if jobs is None:
-            jobs = self._jobs[job.fairness_key] = deque()
+            jobs = self.queues[job.fairness_key] = deque()
         jobs.append(job)
         self._count(job.fairness_key, job.count)
         self.jobs += 1
@@ -214,11 +214,11 @@ class Lane:
         """Stop counting a job; `take` skips it."""
         self._count(job.fairness_key, job.taken - job.count)
         self.jobs -= 1
-        jobs = self._jobs.get(job.fairness_key)
+        jobs = self.queues.get(job.fairness_key)
         if jobs is not None and jobs and jobs[0] is job:
             jobs.popleft()
             if not jobs:
-                del self._jobs[job.fairness_key]
+                del self.queues[job.fairness_key]
 
     def _count(self, fairness_key: Hashable, more: int) -> None:
         """Add `more`, which may be negative, to the waiting images of the lane and of a key."""
@@ -230,7 +230,7 @@ class Lane:
 
     def newest(self, fairness_key: Hashable) -> Job | None:
         """Return the last job of a key, if none of it is in a batch and max_queue_images counts it."""
-        jobs = self._jobs.get(fairness_key)
+        jobs = self.queues.get(fairness_key)
         while jobs and jobs[-1].over:
             jobs.pop()
         return jobs[-1] if jobs and jobs[-1].counted and not jobs[-1].taken else None
@@ -239,21 +239,21 @@ class Lane:
         """Return the most images that precede a new job of a key, if other keys keep sending jobs as they do now."""
         if not self.jobs:
             return 0
-        own = len(self._jobs.get(fairness_key, ()))
-        others = len(self._jobs) - (own > 0)
+        own = len(self.queues.get(fairness_key, ()))
+        others = len(self.queues) - (own > 0)
         return (own + (own + 1) * others) * min(self._quantum, self.images / self.jobs)
 
     def take(self, room: int, now: float, batch: list[Part]) -> int:
         """Move up to `room` images into a batch, from the first job of each key in turn; return how many."""
         left = room
-        while left and self._jobs:
-            key, jobs = self._jobs.popitem(last=False)
+        while left and self.queues:
+            key, jobs = self.queues.popitem(last=False)
             while jobs and jobs[0].over:
                 jobs.popleft()
             if jobs:
                 job = jobs[0]
                 if not job.wanted(now):
-                    self._jobs[key] = jobs
+                    self.queues[key] = jobs
                     job.expire()
                     continue
                 start = job.taken
@@ -268,11 +268,11 @@ class Lane:
                     jobs.popleft()
                 elif stop % self._quantum:
                     # Finish the quantum first: if all jobs advanced a little at a time, all would finish late.
-                    self._jobs[key] = jobs
-                    self._jobs.move_to_end(key, last=False)
+                    self.queues[key] = jobs
+                    self.queues.move_to_end(key, last=False)
                     continue
                 else:
                     jobs.rotate(-1)  # this key's other jobs have their turn
             if jobs:
-                self._jobs[key] = jobs
+                self.queues[key] = jobs
         return room - left

@@ -80,7 +80,7 @@ class Scheduler:
         self._ready[batcher] = None
         if not self._idle:
             self._alone_in_a_row = 0
-        if not self._woken and self._places:
+        if not self._woken:
             self._woken = True
             self._loop.call_soon(self._dispatch)
 
@@ -107,13 +107,15 @@ class Scheduler:
     def _free(self) -> int:
         """How many more batches would run at once."""
         own, others = self._own, self._others
-        return max(0, own.count - own.taken) + max(0, self._lent - others.taken)
+        free = own.count - own.taken if own.taken < own.count else 0
+        return free + max(0, self._lent - others.taken) if others.count else free
 
     @property
     def _places(self) -> int:
         """How many more batches would run at once, or be ready behind a running one."""
         own, others = self._own, self._others
-        return max(0, 2 * own.count - own.taken) + max(0, 2 * self._lent - others.taken)
+        places = 2 * own.count - own.taken if own.taken < 2 * own.count else 0
+        return places + max(0, 2 * self._lent - others.taken) if others.count else places
 
     def _next_place(self) -> _Threads:
         own, others = self._own, self._others
@@ -163,9 +165,12 @@ class Scheduler:
         for batcher in reversed(too_few):
             self._ready[batcher] = None
             self._ready.move_to_end(batcher, last=False)
-        if not self._free:
+        if self._ready:
+            busy = not self._free
             for batcher in self._ready:
-                batcher.saturated()
+                batcher.publish_waiting()
+                if busy:
+                    batcher.saturated()
 
     def _count(self, work: _RunningBatch, change: int) -> None:
         """Count a batch that starts (1) or is done (-1)."""

@@ -137,8 +137,9 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return describe(self._models.find(name, version).model, self._models.versions(name))
 
     def _find(self, request: pb.GenerateImagesRequest, call: Call) -> Batcher:
-        call.model = request.model if request.model in self._models else OTHER
-        batcher = self._models.find(request.model, request.version if request.HasField("version") else None)
+        name = request.model  # read once: protobuf makes a new string each time
+        call.model = name if name in self._models else OTHER
+        batcher = self._models.find(name, request.version if request.HasField("version") else None)
         call.version = batcher.model.version
         return batcher
 

@@ -96,8 +96,12 @@ class _ConnectionFailed(Exception):  # noqa: N818
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     """Encode one frame."""
-    size = len(payload)
-    return _HEAD.pack(size >> 16, size & 0xFFFF, kind, flags, stream) + payload
+    return _frame_head(kind, flags, stream, len(payload)) + payload
+
+
+def _frame_head(kind: int, flags: int, stream: int, size: int) -> bytes:
+    """Encode the header of a frame with `size` bytes."""
+    return _HEAD.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
 
 
 def literal(name: bytes, value: bytes) -> bytes:
@@ -376,7 +380,7 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         return more
 
     def _work(self) -> bool:
-        if not self._do_todo():
+        if self._todo and not self._do_todo():
             return True
         if self._unfinished is not None:
             stream, ends = self._unfinished
@@ -393,11 +397,12 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         if self._greeted:
             position, more = self._read_frames(data, position)
         self._rest = b"" if self._closing else data[position:]
-        for stream in self._opened:
-            if not stream.remote_ended and not stream.ended:
-                stream.on_incomplete()
-        self._opened.clear()
-        return not self._do_todo() or more
+        if self._opened:
+            for stream in self._opened:
+                if not stream.remote_ended and not stream.ended:
+                    stream.on_incomplete()
+            self._opened.clear()
+        return more or bool(self._todo and not self._do_todo())
 
     def _do_todo(self) -> bool:
         """Do the work that streams have deferred; return whether none is left."""
@@ -835,44 +840,41 @@ class Connection(asyncio.Protocol, Generic[HeadT]):
         self, stream: Stream, headers: bytes | None, data: bytes | memoryview, trailers: bytes | None
     ) -> None:
         """Write a part of a stream's answer that the windows allow; trailers end the stream."""
+        pieces: list[bytes | memoryview] = []
         if headers is not None:
+            if not self._table_size_sent:
+                # This direction uses no dynamic table, so announce size 0: the peer may reduce it (RFC 7541, 4.2).
+                self._table_size_sent = True
+                headers = b"\x20" + headers
             only = trailers == b"" and not data
-            self._write_headers(stream, headers, END_HEADERS | END_STREAM if only else END_HEADERS)
+            pieces.append(frame(HEADERS, END_HEADERS | END_STREAM if only else END_HEADERS, stream.id, headers))
         if data:
             self._data_sent = True
-            self._write_data(stream.id, data)
+            most = self._flow.frame_size
+            if len(data) > most:
+                view = memoryview(data)
+                for start in range(0, len(data) - most, most):
+                    self._write(*pieces, _frame_head(DATA, 0, stream.id, most), view[start : start + most])
+                    pieces.clear()
+                data = view[start + most :]
+            pieces += (_frame_head(DATA, 0, stream.id, len(data)), data)
+        if trailers:
+            pieces.append(frame(HEADERS, END_HEADERS | END_STREAM, stream.id, trailers))
+        self._write(*pieces)
         if trailers is not None:
-            if trailers:
-                self._write_headers(stream, trailers, END_HEADERS | END_STREAM)
             self._finish(stream)
 
-    def _write_headers(self, stream: Stream, block: bytes, flags: int) -> None:
-        if not self._table_size_sent:
-            # This direction uses no dynamic table, so announce size 0: the peer may reduce it (RFC 7541, 4.2).
-            self._table_size_sent = True
-            block = b"\x20" + block
-        self._write(frame(HEADERS, flags, stream.id, block))
-
-    def _write(self, data: bytes | memoryview) -> None:
-        """Buffer data for one write in this iteration of the loop; write at once if the buffer is full."""
+    def _write(self, *pieces: bytes | memoryview) -> None:
+        """Buffer pieces for one write in this iteration of the loop; write at once if the buffer is full."""
         if self._closing:
             return
-        self._out.append(data)
-        self._out_bytes += len(data)
+        self._out += pieces
+        self._out_bytes += sum(map(len, pieces))
         if self._out_bytes > self._flush_bytes:
             self._flush_now()
         elif not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
-
-    def _write_data(self, stream_id: int, data: bytes | memoryview) -> None:
-        most = self._flow.frame_size
-        view = data if len(data) <= most else memoryview(data)
-        for start in range(0, len(data), most):
-            part = view[start : start + most]
-            size = len(part)
-            self._write(_HEAD.pack(size >> 16, size & 0xFFFF, DATA, 0, stream_id))
-            self._write(part)
 
     def _flush(self) -> None:
         self._flushing = False

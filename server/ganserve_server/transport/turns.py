@@ -86,10 +86,11 @@ class LoopTurns:
     def begin(self, member: Member) -> None:
         """Give a member that is not in the queue a turn: now, or once its turn in the queue comes."""
         start = time.perf_counter()
-        member.used_s = max(0.0, member.used_s - _LIGHT * (start - member.seen_s))
+        used_s = member.used_s - _LIGHT * (start - member.seen_s)
+        member.used_s = used_s = used_s if used_s > 0 else 0.0
         member.seen_s = start
         busy = self._waiting or self._spent_s > _ITERATION_S
-        if busy and (member.used_s > _LIGHT_S or self._spent_s > _MOST_S):
+        if busy and (used_s > _LIGHT_S or self._spent_s > _MOST_S):
             self.wait(member)
             return
         tag = self._tag(member)
@@ -98,8 +99,8 @@ class LoopTurns:
         more = member.turn(start + _SLICE_S)
         took = time.perf_counter() - start
         # Charge a bounded time: another thread or program may have used the core meanwhile.
-        charged = min(took, _MOST_CHARGED_S)
-        member.used_s += charged
+        charged = took if took < _MOST_CHARGED_S else _MOST_CHARGED_S
+        member.used_s = used_s + charged
         member.finish_s = tag + charged
         self._spent_s += took
         if more:
@@ -115,7 +116,7 @@ class LoopTurns:
 
     def _tag(self, member: Member) -> float:
         """Return the virtual time at which a member's next turn starts."""
-        return max(self._virtual_s, member.finish_s)
+        return member.finish_s if member.finish_s > self._virtual_s else self._virtual_s
 
     def _put(self, member: Member) -> None:
         self._number += 1
