@@ -123,7 +123,7 @@ def bounds(limits: Limits) -> list[Bound]:
             "the event loop's time",
             "connection",
             "2 ms",
-            "4 ms for each iteration",
+            "8 ms for each iteration",
             "",
             "the other connections come first",
         ),

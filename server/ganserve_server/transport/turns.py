@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 _SLICE_S = 0.002  # of one member at a time
-_ITERATION_S = 0.004  # of all waiting members together, in one iteration of the loop
+_ITERATION_S = 0.008  # of all waiting members together, in one iteration of the loop
 # A light member does not wait for the queue: it takes at most 2% of the time, and 2 ms at once. The exception: light
 # members together have taken more than `_MOST_S` of an iteration.
 _LIGHT, _LIGHT_S = 0.02, 0.002
