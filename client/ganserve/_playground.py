@@ -193,7 +193,10 @@ def build(client: Client) -> Any:
                 described = client.model(name, number or None)
             except GanserveError as error:
                 return {notice: _notice(error)}
-            classes = [(each, index) for index, each in enumerate(described.class_names)]
+            classes = [
+                (each if each == str(index) else f"{index}: {each}", index)
+                for index, each in enumerate(described.class_names)
+            ]
             index = (wanted.label if (wanted.label or 0) < len(classes) else 0) or 0 if classes else None
             choices = [("newest", 0), *((str(each), each) for each in reversed(versions))]
             return {

@@ -55,11 +55,15 @@ class Model:
         """Return the index of a class, given its index or its name. Case matters only if it distinguishes two classes.
 
         Raises:
-            InvalidRequestError: the model has no such class.
+            InvalidRequestError: the model has no such class, or several with this name.
         """
         if isinstance(name, str):
             if (known := matching(name, self.class_names)) is not None:
-                return self.class_names.index(known)
+                labels = [label for label, each in enumerate(self.class_names) if each == known]
+                if len(labels) > 1:
+                    text = f"model {self.name} has several classes called {known!r}: {', '.join(map(str, labels))}"
+                    raise InvalidRequestError(f"{text}; give the index of one")
+                return labels[0]
         elif isinstance(name, SupportsIndex) and 0 <= operator.index(name) < len(self.class_names):
             return operator.index(name)
         if not self.conditional:

@@ -20,7 +20,6 @@ import typer
 from numpy.typing import NDArray
 
 from ganserve import AsyncClient
-from ganserve._arguments import Label
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.generating import Labels, ModelName, Version, labels_in_turn
 from ganserve._cli.outcome import ExitStatus, one_line
@@ -45,7 +44,7 @@ class _Load:
     model: str
     version: int
     count: int
-    label: Label | list[Label] | None
+    label: int | list[int] | None
     duration_s: float
 
 
@@ -96,7 +95,7 @@ def bench(
     concurrency = concurrency or 8
     with connection.client() as client:
         described = client.model(model, version)
-        labels = labels_in_turn(label, count)
+        labels = labels_in_turn(label, count, described)
         # Not measured: a warm-up, which also reports a request that the server refuses.
         client.generate(model, count=count, seed=0, label=labels, version=described.version)
     load = _Load(model, described.version, count, labels, duration_s)

@@ -3,6 +3,7 @@
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from ganserve import _formats, _pictures
-from ganserve._arguments import Label
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.output import (
     STDOUT,
@@ -22,7 +22,9 @@ from ganserve._cli.output import (
     write_file,
     write_stdout,
 )
+from ganserve._names import matching
 from ganserve.images import ImageBatch, gathered, listed
+from ganserve.models import Model
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ganserve models` lists it.")]
 Version = Annotated[int | None, typer.Option(min=1, help="Version of the model.", show_default="the newest")]
@@ -33,13 +35,15 @@ Labels = Annotated[
     list[str] | None,
     typer.Option(
         "--label",
-        help="Class, as an index or a name. For several classes in turn, write 7,8 or repeat --label.",
+        help="Class: its name or, if no class has that name, its index, which counts from 0. For several classes in "
+        "turn, write 7,8 or repeat --label.",
         show_default="all classes in turn",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 _COUNT = 16  # images by default
+_MOST_LABELS = 10  # in a line
 _MOST_PIXELS = 178_956_970  # of a picture: programs that use Pillow, such as `ganserve inspect`, refuse larger ones
 
 
@@ -102,13 +106,16 @@ def generate(
             "--seeds already sets the number of images and their seeds; leave out --count and --seed"
         )
     how: Any = {"truncation": truncation, "version": version}
+    count = len(scattered) if scattered is not None else count or _COUNT
     with connection.client() as client:
+        described = client.model(model, version) if label else None
+        if described is not None:
+            # Indices of classes belong to a version.
+            how |= {"label": labels_in_turn(label, count, described), "version": described.version}
         if scattered is not None:
-            labels = labels_in_turn(label, len(scattered))
-            batch = gathered(client.generate_each(model, scattered, label=labels, **how))
+            batch = gathered(client.generate_each(model, scattered, **how))
         else:
-            count = count or _COUNT
-            batch = client.generate(model, count=count, seed=seed, label=labels_in_turn(label, count), **how)
+            batch = client.generate(model, count=count, seed=seed, **how)
     if "{" in out:
         files = [str(path) for path in batch.save(out)]
     else:
@@ -121,9 +128,9 @@ def generate(
         text = f"{out} does not contain its provenance, because {pillow_format} has no place for it; {known} have one"
         print(f"ganserve: {text}", file=sys.stderr)
     if as_json:
-        print_json({"files": files, **described(batch)})
+        print_json({"files": files, **facts(batch)})
     elif out != STDOUT:
-        print(f"{files[0]}{f' to {files[-1]}' if len(files) > 1 else ''}: {summary(batch)}")
+        print(f"{files[0]}{f' to {files[-1]}' if len(files) > 1 else ''}: {summary(batch, described)}")
 
 
 class Kind(StrEnum):
@@ -182,10 +189,11 @@ def interpolate(
     if ending.upper() not in _formats.ANIMATED:
         raise typer.BadParameter(f"an animation is {_formats.ANIMATED_EXTENSIONS}, not {file_format or out!r}")
     check_ending(out, ending)
-    labels = labels_of(label or [])
-    if len(labels) > 1:
-        raise typer.BadParameter(f"there are {len(labels)} labels, but an animation has only one")
     with connection.client() as client:
+        described = client.model(model, version) if label else None
+        labels = labels_of(label, described) if label and described is not None else []
+        if len(labels) > 1:
+            raise typer.BadParameter(f"there are {len(labels)} labels, but an animation has only one")
         batch = client.interpolate(
             model,
             seed_a,
@@ -194,16 +202,16 @@ def interpolate(
             kind=kind.value,
             label=labels[0] if labels else None,
             truncation=truncation,
-            version=version,
+            version=version if described is None else described.version,
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"walk.{ending}"
         batch.gif(path, frame_ms=frame_ms, bounce=bounce, scale=scale)
         write_picture(out, path.read_bytes())
     if as_json:
-        print_json({"files": [out], **described(batch), "seed_a": seed_a, "seed_b": seed_b, "kind": kind.value})
+        print_json({"files": [out], **facts(batch), "seed_a": seed_a, "seed_b": seed_b, "kind": kind.value})
     elif out != STDOUT:
-        print(f"{out}: {summary(batch)}, from seed {seed_a} to {seed_b}")
+        print(f"{out}: {summary(batch, described)}, from seed {seed_a} to {seed_b}")
 
 
 def format_of(out: str, named: str | None) -> str:
@@ -274,7 +282,7 @@ def write_picture(out: str, content: bytes) -> None:
         write_file(Path(out), content)
 
 
-def described(batch: ImageBatch) -> dict[str, Any]:
+def facts(batch: ImageBatch) -> dict[str, Any]:
     """Return the content of `--json` for a batch."""
     return {
         "model": batch.model,
@@ -290,9 +298,11 @@ def described(batch: ImageBatch) -> dict[str, Any]:
     }
 
 
-def summary(batch: ImageBatch) -> str:
-    """Describe a batch in one line."""
+def summary(batch: ImageBatch, model: Model | None) -> str:
+    """Describe a batch in one line; with its labels, if `model` has their names."""
     made = f"{len(batch)} image{'s' if len(batch) > 1 else ''} of {batch.model} version {batch.version}"
+    if model is not None and batch.labels:
+        made += f", {listed_labels(batch.labels, model)}"
     if not batch.seeds:
         return made
     return f"{made}, seed {listed(batch.seeds)}"
@@ -308,24 +318,54 @@ def seeds_of(text: str) -> list[int]:
         ) from error
 
 
-def labels_in_turn(labels: list[str] | None, count: int) -> Label | list[Label] | None:
+def labels_in_turn(texts: list[str] | None, count: int, model: Model) -> int | list[int] | None:
     """Return the labels for `count` images: those of `--label`, in turn.
 
     Raises:
-        CommandLineError: there are more labels than images.
+        CommandLineError: there are more labels than images, or a label is ambiguous.
+        InvalidRequestError: the model has no such class.
     """
-    if not labels:
+    if not texts:
         return None
-    known = labels_of(labels)
+    known = labels_of(texts, model)
     if len(known) > count:
         raise typer.BadParameter(f"there are {len(known)} labels for {count} image{'s' * (count > 1)}")
     return known[0] if len(known) == 1 else [known[index % len(known)] for index in range(count)]
 
 
-def labels_of(texts: list[str]) -> list[Label]:
-    """Parse the labels on the command line: names, or indices, which may be several with commas between them."""
-    labels: list[Label] = []
+def labels_of(texts: list[str], model: Model) -> list[int]:
+    """Return the indices of the classes on the command line: each text is a class, or several with commas between.
+
+    Raises:
+        CommandLineError: a label is ambiguous.
+        InvalidRequestError: the model has no such class.
+    """
+    labels: list[int] = []
     for text in texts:
-        listed = re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text)  # only indices: a name may contain a comma
-        labels += map(int, text.split(",")) if listed else [text]
+        one = "," not in text or matching(text, model.class_names) is not None  # a name may contain a comma
+        labels += [_label(part.strip(), model) for part in ([text] if one else text.split(","))]
     return labels
+
+
+def _label(text: str, model: Model) -> int:
+    """Return the index of the class with this name or, if there is none, this index."""
+    names = model.class_names
+    is_index = re.fullmatch("0|[1-9][0-9]*", text) is not None and int(text) < len(names)
+    if not is_index or matching(text, names) is not None:
+        return model.label(text)
+    if any(name.strip().isdecimal() for name in names):
+        raise typer.BadParameter(
+            f"--label {text} is ambiguous: the classes of model {model.name} are called {', '.join(names)}, and none "
+            f"is called {text}; give the name of a class (class {text}, counted from 0, is called {names[int(text)]!r})"
+        )
+    return int(text)
+
+
+def listed_labels(labels: Sequence[int], model: Model) -> str:
+    """Format the labels of images, each class once, with its name: "label 7 (Sneaker)"."""
+    names = [
+        str(label) if model.class_names[label] == str(label) else f"{label} ({model.class_names[label]})"
+        for label in dict.fromkeys(labels)
+    ]
+    more = ", …" if len(names) > _MOST_LABELS else ""
+    return f"label{'s' * (len(names) > 1)} {', '.join(names[:_MOST_LABELS])}{more}"

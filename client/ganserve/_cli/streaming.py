@@ -255,7 +255,7 @@ def _plan(
         seed = before.seed if seed is None else seed
         truncation = before.truncation if truncation is None else truncation
     described = client.model(model, version)
-    labels = None if not label else tuple(map(described.label, labels_of(label)))
+    labels = None if not label else tuple(labels_of(label, described))
     plan = Plan(
         model=described.name,
         version=described.version,

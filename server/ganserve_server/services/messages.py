@@ -197,6 +197,11 @@ def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) 
         unknown = next((name for name in message.label_names if name not in index), None)
         if unknown is not None:
             raise InvalidRequest(field, f"model {model.name} has no class {unknown!r}; it has {', '.join(names)}")
+        if len(index) < len(names):
+            twice = next((name for name in message.label_names if names.count(name) > 1), None)
+            if twice is not None:
+                having = ", ".join(str(label) for label, name in enumerate(names) if name == twice)
+                raise InvalidRequest(field, f"model {model.name} has several classes {twice!r}: give a label: {having}")
         labels = np.array([index[name] for name in message.label_names], np.int64)
     else:
         labels = np.array(message.labels, np.int64)
