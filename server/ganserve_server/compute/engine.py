@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from ganserve_server.compute.batching import Batching
 from ganserve_server.compute.cuda import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
 from ganserve_server.compute.gpu import (
     CPU,
@@ -32,6 +33,8 @@ _TIMED_IMAGES = 8
 # Repeat each timing: one disturbed run would pick the wrong session permanently. The session for all cores is timed
 # until it beats one core, or for `_WIDE_TIMED_S`.
 _LEAST_TRIES, _TIMED_S, _WIDE_TIMED_S = 3, 0.01, 0.05
+_SLOW_TRIES_S = 0.2  # enough, even if there were fewer tries
+_SLOW_S = 0.02  # an image that takes longer than this is not timed in a batch
 # For shorter batches, one core is faster: the other cores' threads sleep between calls, which the timing does not show.
 _SHORT_S = 0.0002
 
@@ -57,6 +60,7 @@ class Engine:
         provider: Provider,
         threads: int,
         *,
+        batching: Batching = Batching.TOGETHER,
         gpu: GpuOptions = GpuOptions(),  # noqa: B008
     ) -> None:
         """Open the sessions.
@@ -66,6 +70,7 @@ class Engine:
             inputs: the inputs that the model should have; `input_types` says which it has.
             provider: where to run it.
             threads: the threads of the session for all cores.
+            batching: how the CPU computes a batch.
             gpu: the settings of the GPU.
 
         Raises:
@@ -73,6 +78,7 @@ class Engine:
             SessionRefused: onnxruntime rejects the model.
         """
         self.inputs = inputs
+        self.batching = batching
         wanted: list[Providers] = []  # the best first
         if provider == "tensorrt":
             wanted.append(tensorrt_providers(gpu, inputs))
@@ -87,6 +93,8 @@ class Engine:
             self.input_types = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
             self.output_types = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
             self.on_cpu = self.provider == CPU
+            if not self.on_cpu:
+                self.batching = Batching.TOGETHER  # a GPU computes batches of a few fixed sizes
             several = self.on_cpu and threads > 1
             self._wide_session = _session(model, [CPU], threads) if several else self._session
         except Exception as error:  # onnxruntime's exceptions have no common root
@@ -132,8 +140,8 @@ class Engine:
         return self._runner.sizes if self._runner else []
 
     def padding(self, count: int) -> int:
-        """Return how many images are made and discarded to fill up a batch of `count`."""
-        return self._runner.padding(count) if self._runner else 0
+        """Return how many images are made and discarded in a batch of `count`."""
+        return self._runner.padding(count) if self._runner else self.batching.padding(count)
 
     def measure(self) -> None:
         """Warm up, and time both sessions on one image, and one session on several."""
@@ -143,22 +151,26 @@ class Engine:
             draw = self.inputs.timed(count)
             begun = time.perf_counter()
             took: list[float] = []
-            while len(took) < _LEAST_TRIES or (time.perf_counter() - begun < longest_s and min(took) >= until_s):
+            while (len(took) < _LEAST_TRIES and sum(took) < _SLOW_TRIES_S) or (
+                time.perf_counter() - begun < longest_s and min(took) >= until_s
+            ):
                 started = time.perf_counter()
                 self.run([draw], wide=wide)
                 took.append(time.perf_counter() - started)
             return min(took)
 
-        several = self.buckets[-1] if self.buckets else _TIMED_IMAGES
         one_s = least_s(1)
-        several_s = least_s(several)
+        several = self.buckets[-1] if self.buckets else _TIMED_IMAGES
+        if self.on_cpu and one_s > _SLOW_S:
+            several = 1  # their time is `several` times as long; their memory may be more than there is
+        several_s = least_s(several) if several > 1 else one_s
         if self._wide_session is not self._session and one_s > _SHORT_S:
             wide_s = least_s(1, wide=True, until_s=one_s, longest_s=_WIDE_TIMED_S)
             one_s = min(one_s, least_s(1))  # again: the first timing may have been disturbed
             self.wide_is_faster = max(wide_s, _SHORT_S) < one_s
         if not self.wide_is_faster:
             self._wide_session = self._session  # frees its weights
-        self._image_s = max(0.0, several_s - one_s) / max(1, several - 1)
+        self._image_s = max(0.0, several_s - one_s) / (several - 1) if several > 1 else one_s
         self._call_s = max(0.0, one_s - self._image_s)
 
     @property
@@ -183,7 +195,10 @@ class Engine:
         """Make the images of a batch; this holds Python's GIL only at the start and at the end."""
         if self._runner is not None:
             return self._runner.run(feeds)
-        pixels: NDArray[np.uint8] = (self._wide_session if wide else self._session).run(["image"], feeds)[0]
+        run = (self._wide_session if wide else self._session).run
+        if self.batching is not Batching.TOGETHER:
+            return self.batching.run(lambda part: run(["image"], part)[0], feeds)
+        pixels: NDArray[np.uint8] = run(["image"], feeds)[0]
         return pixels
 
     def _bind(self, image_shape: tuple[int, int, int], probes: Feeds) -> None:

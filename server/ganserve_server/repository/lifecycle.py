@@ -193,7 +193,8 @@ class Lifecycle:
                 labels = (name, str(number), model.digest, model.engine.provider)
                 self._metrics.model_info.labels(*labels).set(1)
                 if not starting:
-                    _log.info("model loaded", extra={"model": name, "version": number, "digest": model.digest})
+                    how = {"digest": model.digest, "batching": model.engine.batching.value}
+                    _log.info("model loaded", extra={"model": name, "version": number, **how})
             # If a file was replaced by a bad one, rather than removed, the version that is loaded stays.
             if found[key] is not None and key in self._table.batchers():
                 chosen.add(key)
