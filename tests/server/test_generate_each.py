@@ -144,7 +144,7 @@ def test_a_group_has_no_more_requests_than_are_never_cut(start_server: Start) ->
 
 async def test_bulk_requests_leave_their_turns_to_interactive_ones_of_the_same_stream() -> None:
     engine, scheduler, table = HeldEngine(), Scheduler(1), ModelTable()
-    batcher = queue_of(engine, scheduler, max_batch_size=16, max_queue_images=100)
+    batcher = queue_of(engine, scheduler, max_batch_size=8, max_queue_images=100)
     table.put(batcher)
     server = GrpcServer(
         on_finished=lambda *_: None, on_refused=lambda *_: None, on_internal_error=lambda *_: None, limits=Limits()

@@ -45,7 +45,7 @@ class HeldEngine:
         self.released = threading.Semaphore(0)
         self.fail_on: int | None = None
         self.bucket = 1
-        self.image_s = 1.0
+        self.image_s = 0.001
 
     def seconds_for(self, images: int) -> float:
         return images * self.image_s
@@ -279,9 +279,7 @@ async def test_no_room_is_made_at_the_cost_of_what_has_begun_or_is_not_counted_o
 
 async def test_a_batch_has_no_more_than_its_size_though_bulk_leaves_some_of_its_share(engine: HeldEngine) -> None:
     scheduler = Scheduler(1)
-    engine.image_s = 0.001  # a full batch is of 16 images
     batcher = queue_of(engine, scheduler, max_batch_size=16, max_queue_images=100)
-    engine.image_s = 1.0
     tasks = [begin(batcher, 0)]
     await engine.wait_for_batch()
     tasks += [begin(batcher, seed, fairness_key="small") for seed in range(1, 21)]
@@ -406,11 +404,11 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine
     await engine.wait_for_batch()
     waiting = begin(batcher, 10, 7)
     await settle()
-    # By the engine's word an image takes a second: 16 are ahead or asked for, and a batch of 8 is the least.
-    with pytest.raises(DeadlineTooShort, match="8 images of model held would take about 27 s") as caught:
-        await make(batcher, draw(50, 8), 20.0)
+    batcher._pace_s = 1.0  # an image takes a second, because of the other models' work: 16 are ahead or asked for
+    with pytest.raises(DeadlineTooShort, match="8 images of model held would take about 19 s") as caught:
+        await make(batcher, draw(50, 8), 15.0)
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert caught.value.retry_after_s == pytest.approx(1.2 * 16 + 8 - 20, abs=0.5)
+    assert caught.value.retry_after_s == pytest.approx(1.2 * 16 - 15, abs=0.5)
     fits = begin(batcher, 50, 8, 1000.0)
     await settle()
     for _ in range(3):
@@ -442,10 +440,10 @@ async def test_a_deadline_is_checked_by_what_comes_before_the_request(
     tasks.append(begin(batcher, 200, 5, fairness_key="b", bulk=True))
     await settle()
     assert batcher.waiting == 33
-    # A second for each image: 9 run or stand ready; a fifth more for safety; and 8 for a batch.
-    needed_s = {6: "27", 7: "28", 24: "50", 33: "70"}[before]  # 1.2 * (9 + before + count) + 8, in two digits
+    batcher._pace_s = 1.0  # a second for each image: 9 run or stand ready; a fifth more for safety
+    needed_s = {6: "19", 7: "20", 24: "42", 33: "62"}[before]  # 1.2 * (9 + before + count), in two digits
     with pytest.raises(DeadlineTooShort, match=f"would take about {needed_s} s,"):
-        await make(batcher, draw(50, count), 20.0, fairness_key=key, bulk=bulk)
+        await make(batcher, draw(50, count), 18.0, fairness_key=key, bulk=bulk)
     for _ in range(7):
         engine.released.release()
     await asyncio.gather(*tasks)
@@ -504,6 +502,66 @@ async def test_bulk_gets_every_eighth_batch_of_one_image(engine: HeldEngine) -> 
         engine.released.release()
     await asyncio.gather(*tasks)
     assert engine.batches == [[0], [1], [2], [3], [4], [5], [6], [7], [100], [8], [9], [101]]
+    await asyncio.to_thread(scheduler.close)
+
+
+@pytest.mark.parametrize("image_s", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize(("images", "bulk"), [(48, False), (1000, False), (1000, True)])
+async def test_a_lone_caller_of_a_slow_model_waits_for_at_most_one_batch(
+    engine: HeldEngine, image_s: float, images: int, bulk: bool
+) -> None:
+    """A batch lasts 20 ms or one image, whichever is longer, and none stands ready."""
+    scheduler = Scheduler(1)
+    engine.image_s = image_s
+    batcher = queue_of(engine, scheduler, max_batch_size=64, max_queue_images=2000)
+    large = begin(batcher, 100, images, fairness_key="large", bulk=bulk)
+    await engine.wait_for_batch()
+    lone = begin(batcher, 7, fairness_key="lone")
+    await settle()
+    for _ in range(2):
+        batcher._core_s = image_s  # for the held batches took no time
+        engine.released.release()
+        await engine.wait_for_batch()
+    most = 2 if image_s == 0.01 else 1
+    assert len(engine.batches[0]) == most
+    assert 7 in engine.batches[1]
+    engine.released.release()
+    assert (await lone).pixels.ravel().tolist() == [7]
+    large.cancel()
+    for _ in range(10):
+        engine.released.release()
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_large_requests_of_a_slow_model_take_turns_by_time(engine: HeldEngine) -> None:
+    scheduler = Scheduler(1)
+    engine.image_s = 0.05
+    batcher = queue_of(engine, scheduler, max_batch_size=64, max_queue_images=2000)
+    tasks = [begin(batcher, first, 6, fairness_key=str(first)) for first in (100, 200)]
+    for _ in range(12):
+        await engine.wait_for_batch()
+        batcher._core_s = 0.05
+        batcher._take_turns()
+        engine.released.release()
+    await asyncio.gather(*tasks)
+    made = [seed for batch in engine.batches for seed in batch]
+    assert made == [100, 101, 200, 201, 102, 103, 202, 203, 104, 105, 204, 205]  # 0.1 s each
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_slow_model_has_its_turn_beside_a_fast_one(engine: HeldEngine) -> None:
+    """Batches of the fast model always stand ready, so no core is ever free."""
+    scheduler = Scheduler(1)
+    fast = queue_of(engine, scheduler, max_queue_images=1000)
+    engine.image_s = 1.0
+    slow = queue_of(engine, scheduler, max_queue_images=1000)
+    tasks = [begin(fast, seed, 8) for seed in range(0, 80, 8)]
+    await engine.wait_for_batch()
+    tasks.append(begin(slow, 500))
+    for _ in range(11):
+        engine.released.release()
+    await asyncio.gather(*tasks)
+    assert [500] in engine.batches[:5]
     await asyncio.to_thread(scheduler.close)
 
 
@@ -784,7 +842,7 @@ async def test_a_lone_caller_does_not_have_the_cores_on_which_other_workers_comp
 
 @pytest.mark.parametrize(
     ("image_s", "side", "batches"),
-    [(1.0, 28, 1), (50e-6, 28, 1), (25e-6, 28, 3), (10e-6, 28, 4), (10e-6, 64, 4), (10e-6, 128, 1)],
+    [(0.001, 28, 1), (50e-6, 28, 1), (25e-6, 28, 3), (10e-6, 28, 4), (10e-6, 64, 4), (10e-6, 128, 1)],
 )
 async def test_a_message_of_a_stream_has_several_batches_of_a_fast_model_up_to_a_mebibyte(
     engine: HeldEngine, image_s: float, side: int, batches: int
@@ -795,6 +853,7 @@ async def test_a_message_of_a_stream_has_several_batches_of_a_fast_model_up_to_a
     scheduler = Scheduler(1)
     batcher = Batcher(model, 64, max_queue_images=20, metrics=Metrics(), scheduler=scheduler)
     assert batcher.chunk_size() == 64 * batches
+    assert batcher.first_chunk_size() == 64
     await asyncio.to_thread(scheduler.close)
 
 
@@ -823,6 +882,19 @@ class Flickering(Scoreboard):
         return self._random.randrange(2)
 
     _random = random.Random(1)
+
+
+@pytest.mark.parametrize(("image_s", "images"), [(0.01, 50), (0.1, 4), (0.5, 2), (1.0, 2)])
+async def test_a_message_of_a_slow_model_has_what_the_cores_make_in_a_quarter_of_a_second(
+    engine: HeldEngine, image_s: float, images: int
+) -> None:
+    scheduler = Scheduler(2)
+    engine.image_s = image_s
+    card = pb.ModelCard(height=1, width=1, channels=1)
+    model = ModelVersion("held", 1, "sha256:0", card, engine, b"")  # type: ignore[arg-type]
+    batcher = Batcher(model, 64, max_queue_images=20, metrics=Metrics(), scheduler=scheduler)
+    assert (batcher.first_chunk_size(), batcher.chunk_size()) == (images, images)
+    await asyncio.to_thread(scheduler.close)
 
 
 async def test_what_another_worker_does_meanwhile_loses_no_request(engine: HeldEngine) -> None:

@@ -74,7 +74,8 @@ class Metrics:
         self.images = Counter("ganserve_images", "Images made.", ["model", "version"], registry=registry)
         self.padding_images = Counter(
             "ganserve_padding_images",
-            "Images made and discarded: to pad a batch to a size that a GPU computes, or to compute a lone image as two.",
+            "Images made and discarded: to pad a batch to a size that a GPU computes, or to compute a lone image as "
+            "two.",
             ["model"],
             registry=registry,
         )

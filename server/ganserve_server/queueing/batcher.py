@@ -27,14 +27,19 @@ from ganserve_server.queueing.jobs import CallWork, Job, Lane, Made, Part
 
 _log = logging.getLogger(__name__)
 
-LEAST_BATCH = 8  # up to this many images are not worth spreading over more cores
+_LEAST_BATCH = 8  # up to this many images are not worth spreading over more cores, unless they take long
 _SMALL_PART = 8  # of a batch: a request up to an eighth of a batch is never cut
 _BULK_PART = 8
 # On two cores, with a model that takes 1 ms an image, batches of 16 to 24 images reach the throughput of larger ones.
 _BATCH_S = 0.02
+_LEAST_BATCH_S = 0.03  # the longest time of these images
+# An image that takes this long is not worth a batch that stands ready: the next call would wait for it.
+_SLOW_S = 0.005
+_TURN_S = 0.1  # of a large request, before another caller's
 _ROUND_TRIP_S = 0.003  # from answers to the next calls, on busy cores
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
+_FIRST_CHUNK_S = 0.25
 _batch_numbers = itertools.count()  # across all models, because one call may use several
 
 
@@ -58,7 +63,12 @@ class Batcher:
         self.small = max(1, max_batch_size // _SMALL_PART)  # a request for this many images is never cut
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
-        self._small, self._large, self._bulk = (Lane(max_batch_size) for _ in range(3))
+        self._small, self._large, self._bulk = lanes = (
+            Lane(max_batch_size),
+            Lane(max_batch_size),
+            Lane(max_batch_size),
+        )
+        self._lanes = lanes
         self._counted_images = 0  # waiting images that count towards max_queue_images
         # `_core_s` is one core's time for an image. `_pace_s` is the time from one image to the next while images wait.
         # Deadlines are checked by the pace, because it includes the work of the calls and of the other models.
@@ -66,6 +76,8 @@ class Batcher:
         self._pace_s = self._core_s / scheduler.cores
         self._running_images = 0
         self._bulk_credit = 0  # in eighths of an image
+        self._large_credit = 0.0  # images
+        self._take_turns()
         self.overtaken = False  # another model's batch ran first, because too few images waited here
         self._saturated_since: float | None = None  # the start of the pace measurement; None: no images wait
         self._published_waiting = 0
@@ -247,7 +259,11 @@ class Batcher:
             self._bulk_credit += room
             for_bulk, self._bulk_credit = divmod(self._bulk_credit, _BULK_PART)
         # Each job has an equal share. The shares of all large jobs go to one large job at a time.
-        for_large = math.ceil((room - for_bulk) * large.jobs / (large.jobs + small.jobs)) if large.images else 0
+        share = (room - for_bulk) * large.jobs / (large.jobs + small.jobs) if large.images else 0.0
+        for_large = math.ceil(share)
+        if room < _LEAST_BATCH and small.images:  # slow images: rounded up, small jobs would get none
+            self._large_credit = self._large_credit % 1 + share
+            for_large = int(self._large_credit)
         left = room - small.take(room - for_bulk - for_large, now, batch)
         left -= large.take(left - for_bulk, now, batch)
         left -= bulk.take(left, now, batch)
@@ -257,7 +273,18 @@ class Batcher:
 
     def batch_size(self) -> int:
         """Return the size of a full batch: small enough to keep waits short, large enough for full throughput."""
-        return min(self.max_batch_size, max(LEAST_BATCH, int(_BATCH_S / max(self._core_s, 1e-9))))
+        return min(self.max_batch_size, max(self.least_batch, int(_BATCH_S / max(self._core_s, 1e-9))))
+
+    @property
+    def least_batch(self) -> int:
+        """How many images are not worth spreading over more cores."""
+        longest_s = _BATCH_S if self.slow else _LEAST_BATCH_S
+        return max(1, min(_LEAST_BATCH, int(longest_s / max(self._core_s, 1e-9))))
+
+    @property
+    def slow(self) -> bool:
+        """Whether batches wait here until a core is free, instead of behind a running one."""
+        return self._core_s > _SLOW_S
 
     def chunk_size(self) -> int:
         """Return how many images of a stream go into one message: one batch, or more if one core makes them in 5 ms.
@@ -270,15 +297,20 @@ class Batcher:
             _CHUNK_BYTES // (self.model.pixel_bytes * self.max_batch_size),
             _CHUNK_BATCHES,
         )
-        return self.max_batch_size * max(1, int(batches))
+        return self.first_chunk_size() * max(1, int(batches))
+
+    def first_chunk_size(self) -> int:
+        """Return how many images of a stream go into its first message: what the cores make in 0.25 s, or one batch."""
+        cores = self._scheduler.cores
+        return min(self.max_batch_size, cores * max(1, int(_FIRST_CHUNK_S / max(self._core_s, 1e-9))))
 
     def least_batch_while_busy(self) -> int:
         """Return how many images justify a batch while all cores are busy and more images may still join."""
-        return min(self.batch_size(), max(LEAST_BATCH, self.model.engine.least_batch))
+        return min(self.batch_size(), max(self.least_batch, self.model.engine.least_batch))
 
     def round_trip_images(self) -> int:
         """Return how many images keep a core busy while answers and the next calls are in flight."""
-        return max(LEAST_BATCH, math.ceil(_ROUND_TRIP_S / max(self._core_s, 1e-9)))
+        return max(self.least_batch, math.ceil(_ROUND_TRIP_S / max(self._core_s, 1e-9)))
 
     def saturated(self) -> None:
         """Record that images wait and no core is free."""
@@ -311,6 +343,7 @@ class Batcher:
         # Small batches are mostly fixed cost, and say little about the time of many images.
         weight = 0.1 * min(1.0, count / self.batch_size())
         self._core_s += weight * (seconds * cores / count - self._core_s)
+        self._take_turns()
         now = time.monotonic()
         if self._saturated_since is not None:
             self._pace_s += weight * ((now - self._saturated_since) / count - self._pace_s)
@@ -367,6 +400,11 @@ class Batcher:
         if waiting != self._published_waiting:
             self._queue_images.inc(waiting - self._published_waiting)  # the gauge adds up all versions of the model
             self._published_waiting = waiting
+
+    def _take_turns(self) -> None:
+        turn = max(1, min(self.max_batch_size, int(_TURN_S / max(self._core_s, 1e-9))))
+        for lane in self._lanes:
+            lane.quantum = turn
 
     def _batch_s(self) -> float:
         return self.batch_size() * self._core_s

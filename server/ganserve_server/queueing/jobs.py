@@ -195,7 +195,7 @@ class Lane:
     """
 
     def __init__(self, quantum: int) -> None:
-        self._quantum = quantum
+        self.quantum = quantum
         self.queues: OrderedDict[Hashable, deque[Job]] = OrderedDict()  # by fairness key; may hold jobs that are over
         self.images = 0
         self.images_of: dict[Hashable, int] = {}  # by fairness key
@@ -241,7 +241,7 @@ class Lane:
             return 0
         own = len(self.queues.get(fairness_key, ()))
         others = len(self.queues) - (own > 0)
-        return (own + (own + 1) * others) * min(self._quantum, self.images / self.jobs)
+        return (own + (own + 1) * others) * min(self.quantum, self.images / self.jobs)
 
     def take(self, room: int, now: float, batch: list[Part]) -> int:
         """Move up to `room` images into a batch, from the first job of each key in turn; return how many."""
@@ -257,7 +257,7 @@ class Lane:
                     job.expire()
                     continue
                 start = job.taken
-                stop = min(job.count, start + left, start - start % self._quantum + self._quantum)
+                stop = min(job.count, start + left, start - start % self.quantum + self.quantum)
                 whole = stop - start == job.count
                 batch.append(Part(job, start, job.draw if whole else job.draw.part(start, stop)))
                 job.taken = stop
@@ -266,7 +266,7 @@ class Lane:
                 if stop == job.count:
                     self.jobs -= 1
                     jobs.popleft()
-                elif stop % self._quantum:
+                elif stop % self.quantum:
                     # Finish the quantum first: if all jobs advanced a little at a time, all would finish late.
                     self.queues[key] = jobs
                     self.queues.move_to_end(key, last=False)

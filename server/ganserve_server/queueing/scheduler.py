@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganserve_server.compute.inputs import Feeds, images_in
-from ganserve_server.queueing.batcher import LEAST_BATCH, Batcher
+from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.queueing.jobs import Part
 from ganserve_server.shared.scoreboard import Scoreboard
 
@@ -125,18 +125,19 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         self._woken = False
-        too_few: list[Batcher] = []  # for a batch that would have to wait
+        left: list[Batcher] = []  # slow, or with too few images for a batch that would have to wait
         # Read again for each batch: the other workers lend and take back their cores at any moment.
         while self._ready and (places := self._places):
             batcher, _ = self._ready.popitem(last=False)
             waiting, engine, free = batcher.waiting, batcher.model.engine, self._free
             if not waiting:
                 continue
-            if not free and waiting < batcher.least_batch_while_busy() and not batcher.overtaken:
-                too_few.append(batcher)
+            unsuited = batcher.slow or waiting < batcher.least_batch_while_busy()
+            if not free and unsuited and not batcher.overtaken:
+                left.append(batcher)
                 continue
             alone = self._idle and not self._ready
-            spread = max(LEAST_BATCH, math.ceil(waiting / (free or 1)))
+            spread = max(batcher.least_batch, math.ceil(waiting / (free or 1)))
             lone = alone and waiting <= spread and self._alone_in_a_row >= _LONE_BATCHES
             wide = lone and engine.wide_is_faster and (self._board is None or not self._board.others_running())
             # Small enough that each core can have another batch ready; otherwise cores would wait for the next calls.
@@ -155,14 +156,14 @@ class Scheduler:
             work = _RunningBatch(batcher, batch, feeds, wide, self._next_place())
             self._count(work, 1)
             batcher.overtaken = False
-            for other in too_few:
-                other.overtaken = True  # only once: its few images are next
+            for other in left:
+                other.overtaken = True  # only once: its images are next
             # Not on a GPU, where the batch may wait for another model's warm-up.
             if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
                 self._done(work, *self._compute(work))
             else:
                 work.threads.work.put(work)
-        for batcher in reversed(too_few):
+        for batcher in reversed(left):
             self._ready[batcher] = None
             self._ready.move_to_end(batcher, last=False)
         if self._ready:

@@ -99,8 +99,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             nonlocal stop
             if stop == request.count:
                 return None
-            # The first chunk is one batch, so that the first images arrive early.
-            size = batcher.max_batch_size
+            # The first chunk is small, so that the first images arrive early.
+            size = batcher.first_chunk_size()
             if stop and request.encoding == pb.ENCODING_RAW and call.unread_bytes < _LITTLE_UNREAD:
                 # At most the caller's burst: after a larger chunk, the next one would wait for the caller's rate.
                 most = batcher.chunk_size() if call.caller is None else min(batcher.chunk_size(), call.caller.burst)
