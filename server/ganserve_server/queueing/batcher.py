@@ -35,7 +35,7 @@ _BATCH_S = 0.02
 _LEAST_BATCH_S = 0.03  # the longest time of these images
 # An image that takes this long is not worth a batch that stands ready: the next call would wait for it.
 _SLOW_S = 0.005
-_TURN_S = 0.1  # of a large request, before another caller's
+_TURN_S = 0.25  # of a large request, before another caller's
 _ROUND_TRIP_S = 0.003  # from answers to the next calls, on busy cores
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
