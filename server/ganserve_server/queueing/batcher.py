@@ -32,10 +32,10 @@ _SMALL_PART = 8  # of a batch: a request up to an eighth of a batch is never cut
 _BULK_PART = 8
 # On two cores, with a model that takes 1 ms an image, batches of 16 to 24 images reach the throughput of larger ones.
 _BATCH_S = 0.02
-_LEAST_BATCH_S = 0.03  # the longest time of these images
+_LEAST_BATCH_S = 0.06  # the longest time of these images
 # An image that takes this long is not worth a batch that stands ready: the next call would wait for it.
-_SLOW_S = 0.005
-_TURN_S = 0.25  # of a large request, before another caller's
+_SLOW_S = 0.008
+_TURN_S = 0.5  # of a large request, before another caller's
 _ROUND_TRIP_S = 0.003  # from answers to the next calls, on busy cores
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
