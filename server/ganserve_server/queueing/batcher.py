@@ -74,6 +74,9 @@ class Batcher:
         # Deadlines are checked by the pace, because it includes the work of the calls and of the other models.
         self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
         self._pace_s = self._core_s / scheduler.cores
+        # Batches of a slow model wait here until a core is free, instead of behind a running one. By the engine's
+        # timing: while all cores are busy, `_core_s` of a fast model is larger.
+        self.slow = model.engine.seconds_for(1) > _SLOW_S
         self._running_images = 0
         self._bulk_credit = 0  # in eighths of an image
         self._large_credit = 0.0  # images
@@ -280,11 +283,6 @@ class Batcher:
         """How many images are not worth spreading over more cores."""
         longest_s = _BATCH_S if self.slow else _LEAST_BATCH_S
         return max(1, min(_LEAST_BATCH, int(longest_s / max(self._core_s, 1e-9))))
-
-    @property
-    def slow(self) -> bool:
-        """Whether batches wait here until a core is free, instead of behind a running one."""
-        return self._core_s > _SLOW_S
 
     def chunk_size(self) -> int:
         """Return how many images of a stream go into one message: one batch, or more if one core makes them in 5 ms.
