@@ -22,7 +22,7 @@ from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.queueing.batcher import Batcher
-from ganserve_server.queueing.jobs import Made
+from ganserve_server.queueing.jobs import CallWork, Made
 from ganserve_server.queueing.scheduler import Scheduler
 from ganserve_server.settings import BUNDLED_MODELS
 from ganserve_server.shared.scoreboard import Scoreboard
@@ -404,11 +404,13 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once(engine
     await engine.wait_for_batch()
     waiting = begin(batcher, 10, 7)
     await settle()
-    batcher._pace_s = 1.0  # an image takes a second, because of the other models' work: 16 are ahead or asked for
-    with pytest.raises(DeadlineTooShort, match="8 images of model held would take about 19 s") as caught:
-        await make(batcher, draw(50, 8), 15.0)
+    batcher._pace_s = 2.0  # an image takes two seconds, because of the other models' work: 16 are ahead or asked for
+    with pytest.raises(DeadlineTooShort, match="8 images of model held would take about 38 s") as caught:
+        await make(batcher, draw(50, 8), 30.0)
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert caught.value.retry_after_s == pytest.approx(1.2 * 16 - 15, abs=0.5)
+    assert caught.value.retry_after_s == pytest.approx(1.2 * 16 * 2 - 30, abs=0.5)
+    with pytest.raises(DeadlineExceeded, match="8 images take about 16 s here"):
+        await make(batcher, draw(50, 8), 10.0)
     fits = begin(batcher, 50, 8, 1000.0)
     await settle()
     for _ in range(3):
@@ -637,6 +639,86 @@ async def test_idle_time_is_not_taken_for_work(engine: HeldEngine, fails: bool) 
         engine.released.release()
     await asyncio.gather(running, waiting)
     await asyncio.to_thread(scheduler.close)
+
+
+async def test_inputs_that_cannot_be_made_fail_their_own_batch(
+    engine: HeldEngine, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine.feeds
+
+    def feeds(draws: list[Draw]) -> Feeds:
+        if any(7 in each.seeds for each in draws if each.seeds is not None):
+            raise RuntimeError("no such input")
+        return made(draws)
+
+    monkeypatch.setattr(engine, "feeds", feeds)
+    with pytest.raises(EngineFailed):
+        await make(batcher, draw(7))
+    engine.released.release()
+    assert (await make(batcher, draw(5))).pixels.ravel().tolist() == [5]
+
+
+async def test_the_number_of_waiting_images_is_a_metric(engine: HeldEngine) -> None:
+    scheduler, metrics = Scheduler(1), Metrics()
+    batcher = queue_of(engine, scheduler, metrics=metrics)
+
+    def waiting() -> float | None:
+        return metrics.registry.get_sample_value("ganserve_queue_images", {"model": "held"})
+
+    tasks = [begin(batcher, 0)]
+    await engine.wait_for_batch()
+    tasks += [begin(batcher, seed) for seed in (10, 20, 30)]
+    await settle()
+    assert waiting() == 3
+    tasks[-1].cancel()
+    await settle()
+    assert waiting() == 2
+    tasks.append(begin(batcher, 40, 4))
+    await settle()
+    assert waiting() == 6
+    engine.released.release(2)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert waiting() == 0
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_the_pace_is_the_time_between_images_while_some_wait(engine: HeldEngine, batcher: Batcher) -> None:
+    batcher._pace_s = 3.0
+    batcher._saturated_since = time.monotonic() - 8.0
+    batcher.deliver([], np.zeros((8, 1, 1, 1), np.uint8), 0.0, 0.008, 1, busy=True)
+    assert batcher._pace_s == pytest.approx(3.0 + 0.1 * (8.0 / 8 - 3.0), abs=0.01)  # a full batch weighs a tenth
+
+
+@pytest.mark.parametrize(("largest", "small"), [(64, 8), (16, 2), (4, 1)])
+async def test_a_request_of_an_eighth_of_a_batch_is_small(engine: HeldEngine, largest: int, small: int) -> None:
+    scheduler = Scheduler(1)
+    assert queue_of(engine, scheduler, max_batch_size=largest).small == small
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_the_work_of_a_call_counts_each_batch_once(engine: HeldEngine, batcher: Batcher) -> None:
+    work = CallWork(3)
+    assert (work.taken, work.queue_s, work.compute_s) == (0, 0.0, 0.0)
+    tasks = [begin(batcher, 0, work=work)]
+    await engine.wait_for_batch()
+    assert work.taken == 1
+    tasks += [begin(batcher, seed, work=work) for seed in (10, 20)]
+    await settle()
+    engine.released.release(2)
+    made = await asyncio.gather(*tasks)
+    assert engine.batches == [[0], [10, 20]]
+    assert made[1].compute_s == made[2].compute_s
+    assert work.compute_s == made[0].compute_s + made[1].compute_s
+    assert work.queue_s == made[0].queue_s
+
+
+async def test_each_worker_owns_its_part_of_the_cores(engine: HeldEngine) -> None:
+    memory = os.memfd_create("board")
+    os.ftruncate(memory, 4096)
+    for cores, workers, own in ((6, 2, 3), (8, 4, 2), (2, 4, 1)):
+        scheduler = Scheduler(cores, Scoreboard(memory, workers=workers, mine=0))
+        assert (scheduler._own.count, scheduler._others.count) == (own, cores - own)
+        await asyncio.to_thread(scheduler.close)
 
 
 async def test_an_answer_that_cannot_be_written_hurts_nobody_else(engine: HeldEngine, batcher: Batcher) -> None:
