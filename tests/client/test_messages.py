@@ -40,6 +40,11 @@ def test_an_answer_becomes_a_batch() -> None:
 def test_an_answer_with_another_number_of_images_is_an_error(wanted: int) -> None:
     with pytest.raises(ServerError, match=f"has 2 images, 2 seeds and 2 labels, but {wanted} images were requested"):
         to_batch(answer(), wanted)
+    made = answer()
+    made.ClearField("seeds")
+    made.ClearField("labels")
+    with pytest.raises(ServerError, match=f"has 2 images, 0 seeds and 0 labels, but {wanted} images were requested"):
+        to_batch(made, wanted)
 
 
 WRONG: dict[str, tuple[Edit, str]] = {
