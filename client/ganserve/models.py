@@ -66,11 +66,16 @@ class Model:
                 return labels[0]
         elif isinstance(name, SupportsIndex) and 0 <= operator.index(name) < len(self.class_names):
             return operator.index(name)
+        raise self.no_class(name)
+
+    def no_class(self, *names: str | int) -> InvalidRequestError:
+        """Return the error for classes that the model does not have."""
         if not self.conditional:
-            raise InvalidRequestError(f"model {self.name} is unconditional: it takes no labels")
-        meant = did_you_mean([name], self.class_names) if isinstance(name, str) else ""
-        raise InvalidRequestError(
-            f"model {self.name} has no class {name!r}; it has {', '.join(self.class_names)}{meant}"
+            return InvalidRequestError(f"model {self.name} is unconditional: it takes no labels")
+        meant = did_you_mean([name for name in names if isinstance(name, str)], self.class_names)
+        unknown = " or ".join(map(repr, names))
+        return InvalidRequestError(
+            f"model {self.name} has no class {unknown}; it has {', '.join(self.class_names)}{meant}"
         )
 
     def __repr__(self) -> str:

@@ -39,7 +39,7 @@ def test_generate_writes_one_picture_of_all(server: RunningServer, client: Clien
     arguments = ("generate", "cdcgan-mnist", "--label", "7", "--count", "16", "--seed", "1", "--out", out)
     done = ganserve(*arguments, "--scale", "1", address=server.address)
     assert done.returncode == 0, done.stderr
-    assert "16 images of cdcgan-mnist version 1, seed 1 to 16" in done.stdout
+    assert "16 images of cdcgan-mnist version 1, label 7, seed 1 to 16" in done.stdout
     wanted = client.generate("cdcgan-mnist", count=16, seed=1, label=7).sheet()
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(wanted))
     assert [path.name for path in out.parent.iterdir()] == ["sevens.png"]
@@ -62,7 +62,7 @@ def test_generate_takes_seeds_that_do_not_follow_one_another(
     arguments = ("generate", "cdcgan-mnist", "--seeds", "17,3,99", "--label", "1", "--label", "2", "--out", out)
     done = ganserve(*arguments, address=server.address)
     assert done.returncode == 0, done.stderr
-    assert "3 images of cdcgan-mnist version 1, seed 17, 3, 99" in done.stdout
+    assert "3 images of cdcgan-mnist version 1, labels 1, 2, seed 17, 3, 99" in done.stdout
     assert (read_provenance(out).seeds, read_provenance(out).labels) == ((17, 3, 99), (1, 2, 1))
     assert ganserve("reproduce", out, address=server.address).returncode == 0
 
@@ -305,7 +305,7 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["health", "nothing"], 1, "no model of this name: it has cdcgan-fashion-mnist, cdcgan-mnist, dcgan-mnist"),
         (["generate", "mlp-mnist", "--version", "7"], 1, "no version 7"),
         (["generate", "cdcgan-mnist", "--label", "eleven"], 2, "no class 'eleven'"),
-        (["generate", "cdcgan-fashion-mnist", "--label", "Bag", "--label", "1"], 2, "mixes indices and names"),
+        (["generate", "cdcgan-fashion-mnist", "--label", "Bag,11"], 2, "has no class '11'"),
         (["generate", "mlp-mnist", "--truncation", "3"], 2, "truncation"),
         (["generate", "mlp-mnist", "--seed", "-1"], 2, "seed is -1"),
         (["generate", "mlp-mnist", "--count", "20000000"], 2, "count"),

@@ -340,18 +340,24 @@ def labels_of(texts: list[str], model: Model) -> list[int]:
         CommandLineError: a label is ambiguous.
         InvalidRequestError: the model has no such class.
     """
-    labels: list[int] = []
+    parts: list[str] = []
     for text in texts:
         one = "," not in text or matching(text, model.class_names) is not None  # a name may contain a comma
-        labels += [_label(part.strip(), model) for part in ([text] if one else text.split(","))]
-    return labels
+        parts += [text.strip()] if one else [part.strip() for part in text.split(",")]
+    unknown = [part for part in parts if matching(part, model.class_names) is None and not _is_index(part, model)]
+    if unknown:
+        raise model.no_class(*dict.fromkeys(unknown))
+    return [_label(part, model) for part in parts]
+
+
+def _is_index(text: str, model: Model) -> bool:
+    return re.fullmatch("0|[1-9][0-9]*", text) is not None and int(text) < len(model.class_names)
 
 
 def _label(text: str, model: Model) -> int:
     """Return the index of the class with this name or, if there is none, this index."""
     names = model.class_names
-    is_index = re.fullmatch("0|[1-9][0-9]*", text) is not None and int(text) < len(names)
-    if not is_index or matching(text, names) is not None:
+    if matching(text, names) is not None:
         return model.label(text)
     if any(name.strip().isdecimal() for name in names):
         raise typer.BadParameter(
