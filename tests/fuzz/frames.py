@@ -124,6 +124,10 @@ class _Zeros:
         card = self.model.card
         return Made(np.zeros((draw.count, card.height, card.width, card.channels), np.uint8), 0.0, 0.0)
 
+    def first_chunk_size(self) -> int:
+        """Return how many images of a stream go into its first message."""
+        return self.max_batch_size
+
     def chunk_size(self) -> int:
         """Return how many images of a stream go into a message."""
         return 64
