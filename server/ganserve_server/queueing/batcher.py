@@ -63,12 +63,8 @@ class Batcher:
         self.small = max(1, max_batch_size // _SMALL_PART)  # a request for this many images is never cut
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
-        self._small, self._large, self._bulk = lanes = (
-            Lane(max_batch_size),
-            Lane(max_batch_size),
-            Lane(max_batch_size),
-        )
-        self._lanes = lanes
+        self._lanes = [Lane(max_batch_size) for _ in range(3)]
+        self._small, self._large, self._bulk = self._lanes
         self._counted_images = 0  # waiting images that count towards max_queue_images
         # `_core_s` is one core's time for an image. `_pace_s` is the time from one image to the next while images wait.
         # Deadlines are checked by the pace, because it includes the work of the calls and of the other models.
