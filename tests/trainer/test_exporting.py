@@ -1,5 +1,7 @@
 """Generators trained elsewhere: what the example publishes is served; what no server could serve it refuses."""
 
+import hashlib
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,13 +13,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf import json_format
+from PIL import Image
 from tests.conftest import RunningServer
+from tests.model_files import model_of_picture
 from torch import Tensor, nn
 
 from ganserve import Client
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.repository.verify import load_version
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export import export_module
+from ganserve_trainer.export.card import golden_images, with_card
+from ganserve_trainer.model_file import load_session
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "bring_a_generator.py"
 
@@ -100,3 +108,33 @@ def test_a_module_that_makes_no_images_as_they_are_served_is_not_published(modul
     ):
         export_module(module, tmp_path / "models", "mine", latent_dim=4)
     assert not (tmp_path / "models").exists()
+
+
+def test_the_card_of_large_images_has_thumbnails_that_a_server_accepts(tmp_path: Path) -> None:
+    picture = np.random.RandomState(0).randint(0, 256, (130, 70, 3), np.uint8)
+    model = model_of_picture(picture)
+    golden = golden_images(load_session(model.SerializeToString()), 4, 0)
+    for image in golden:
+        assert image.digest == f"sha256:{hashlib.sha256(picture.tobytes()).hexdigest()}"
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.png))), picture[::3, ::3])
+        image.digest = ""  # as if this machine computed otherwise
+    card = pb.ModelCard(latent_dim=4, height=130, width=70, channels=3, golden_images=golden)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(with_card(model, card))
+    served = load_version("large", 1, path, max_model_mib=1, provider="cpu", threads=1)
+    assert list(served.card.golden_images) == golden
+
+
+def test_the_golden_images_of_512_pixels_are_small() -> None:
+    model = model_of_picture(np.random.RandomState(0).randint(0, 256, (512, 512, 3), np.uint8))
+    golden = golden_images(load_session(model.SerializeToString()), 4, 0)
+    assert [Image.open(io.BytesIO(image.png)).size for image in golden] == [(57, 57)] * 10
+    assert len(json_format.MessageToJson(pb.ModelCard(golden_images=golden))) < 140_000
+
+
+def test_a_card_that_no_server_accepts_is_not_published() -> None:
+    model = model_of_picture(np.zeros((2, 2, 1), np.uint8))
+    names = [f"{number:014d}" for number in range(1 << 16)]  # 16 bytes each, with protobuf's tag and length
+    assert with_card(model, pb.ModelCard(class_names=names))
+    with pytest.raises(TrainerError, match=r"1,048,578 bytes; servers accept 1,048,576: .* 65536 classes"):
+        with_card(model, pb.ModelCard(class_names=names, latent_dim=1))

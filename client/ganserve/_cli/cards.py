@@ -220,7 +220,8 @@ img {{ width: 112px; image-rendering: pixelated; display: block; margin: auto }}
 <h1>{name}</h1>
 <table>{facts}</table>
 <h2>Golden images</h2>
-<p>A server must get these images from the model before it serves the model.</p>
+<p>A server must get these images from the model before it serves the model. Images of more than 64 pixels on a side are
+shown as thumbnails.</p>
 <div class="images">{images}</div>
 <h2>Quality</h2>
 <table>{metrics}</table>

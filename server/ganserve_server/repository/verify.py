@@ -5,7 +5,7 @@ A file is untrusted input. The rules:
 - its size is limited;
 - onnx's checker accepts it;
 - it has only standard operators, and contains all its weights;
-- it has a model card, and its inputs and its output match the card;
+- it has a model card of limited size, and its inputs and its output match the card;
 - it makes the same images each time, and in a batch images that differ by at most one grey level (`compute.batching`
   then removes the difference);
 - its golden images differ by at most one grey level.
@@ -23,8 +23,9 @@ import onnx
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from numpy.typing import NDArray
-from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
+from ganserve._cards import MAX_CARD_BYTES, MAX_GOLDEN_IMAGES, png, thumbnail
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.batching import batching_of
 from ganserve_server.compute.engine import Engine, Provider, SessionRefused
@@ -77,6 +78,7 @@ def load_version(
         engine = Engine(content, Inputs.of(card), provider, threads, batching=batching, gpu=gpu)
         _check_signature(engine)
         _check_images(engine, card)
+        _check_card_size(card)
     except SessionRefused as error:
         raise ModelRejected(str(error)) from error
     except ModelRejected as error:
@@ -161,6 +163,19 @@ def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
 def _check_card(card: pb.ModelCard) -> None:
     if not (card.latent_dim and card.height and card.width and card.channels in (1, 3)):
         raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1 or 3 channels")
+    if (count := len(card.golden_images)) > MAX_GOLDEN_IMAGES:
+        raise ModelRejected(
+            f"the model card has {count} golden_images; at most {MAX_GOLDEN_IMAGES} are allowed: the server makes each"
+        )
+
+
+def _check_card_size(card: pb.ModelCard) -> None:
+    """Check the size of the card, whose golden images are thumbnails by now."""
+    if (size := card.ByteSize()) > MAX_CARD_BYTES:
+        raise ModelRejected(
+            f"the model card has {size:,} bytes; at most {MAX_CARD_BYTES:,} are allowed, because clients read it in "
+            "one message: shorten class_names, metrics or training.configuration"
+        )
 
 
 def _parts(message: Message) -> Iterator[Message]:
@@ -180,7 +195,10 @@ def _check_signature(engine: Engine) -> None:
 
 
 def _check_images(engine: Engine, card: pb.ModelCard) -> None:
-    """Run the model: its images must be the same each time, and match the golden images. This warms it up, too."""
+    """Run the model: its images must be the same each time, and match the golden images. This warms it up, too.
+
+    Afterwards, each golden image in the card is a thumbnail, also where the file has the whole image.
+    """
     shape = (card.height, card.width, card.channels)
     probes = list(card.golden_images) or [pb.GoldenImage(seed=0)]
     try:
@@ -214,13 +232,15 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
         engine.batching = stricter
         alone, _, among = _made_thrice(engine)
     for golden, pixels in zip(card.golden_images, made, strict=False):
-        if f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}" == golden.digest:
-            continue
-        difference = _difference(pixels, _decoded(golden.png, pixels.shape))
-        if difference > 1:
-            raise ModelRejected(
-                f"the golden image of seed {golden.seed} differs by up to {difference} grey levels; 1 is allowed"
-            )
+        wanted = pixels
+        if f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}" != golden.digest:
+            wanted = _decoded(golden, pixels)
+            difference = _difference(pixels if wanted.shape == pixels.shape else thumbnail(pixels), wanted)
+            if difference > 1:
+                raise ModelRejected(
+                    f"the golden image of seed {golden.seed} differs by up to {difference} grey levels; 1 is allowed"
+                )
+        golden.png = png(thumbnail(wanted))
 
 
 def _made_thrice(engine: Engine) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
@@ -235,9 +255,18 @@ def _difference(pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> int:
     return int(np.abs(pixels.astype(np.int16) - wanted).max())
 
 
-def _decoded(png: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _decoded(golden: pb.GoldenImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the pixels of a golden image: of the whole image or of its thumbnail, for a model that makes `pixels`."""
+    sizes = [f"{each.shape[1]}x{each.shape[0]}" for each in (thumbnail(pixels), pixels)]
     try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ModelRejected(f"a golden image in the card is not a PNG of the model's image size: {error}") from error
+        with PngImageFile(io.BytesIO(golden.png)) as image:
+            # Before it is decoded: a PNG of a few KiB can have the pixels of gigabytes.
+            if (size := f"{image.width}x{image.height}") not in sizes:
+                raise ModelRejected(
+                    f"the golden image of seed {golden.seed} is a PNG of {size} pixels; it must have "
+                    f"{' (a thumbnail) or '.join(dict.fromkeys(sizes))}"
+                )
+            wanted = np.asarray(image.convert("L" if pixels.shape[2] == 1 else "RGB"))
+            return wanted.reshape(*wanted.shape[:2], pixels.shape[2])
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ModelRejected(f"the golden image of seed {golden.seed} is not a PNG: {error}") from error

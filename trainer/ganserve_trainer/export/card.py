@@ -3,15 +3,15 @@
 import dataclasses
 import hashlib
 import importlib.metadata
-import io
 
 import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf import json_format
-from PIL import Image
 
+from ganserve._cards import MAX_CARD_BYTES, png, thumbnail
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.model_file import CARD_KEY, latents, load_session, run_session
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.settings import ExportPrecision
@@ -51,17 +51,28 @@ def golden_images(session: onnxruntime.InferenceSession, latent_dim: int, classe
     for seed in _GOLDEN_SEEDS:
         label = np.array([seed % classes]) if classes else None
         pixels = run_session(session, latents(np.array([seed]), latent_dim), label)[0]
-        file = io.BytesIO()
-        Image.fromarray(pixels.squeeze()).save(file, format="PNG", optimize=True)
-        digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
         golden.append(
-            pb.GoldenImage(seed=seed, label=None if label is None else label[0], digest=digest, png=file.getvalue())
+            pb.GoldenImage(
+                seed=seed,
+                label=None if label is None else label[0],
+                digest=f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}",
+                png=png(thumbnail(pixels)),
+            )
         )
     return golden
 
 
 def with_card(model: onnx.ModelProto, card: pb.ModelCard) -> bytes:
-    """Return the file's content: the checked model, with the card in its metadata."""
+    """Return the file's content: the checked model, with the card in its metadata.
+
+    Raises:
+        TrainerError: no server would accept the card, because it is too large.
+    """
+    if (size := card.ByteSize()) > MAX_CARD_BYTES:
+        raise TrainerError(
+            f"the model card has {size:,} bytes; servers accept {MAX_CARD_BYTES:,}: shorten the names of the "
+            f"{len(card.class_names)} classes, or the card's other texts"
+        )
     entry = model.metadata_props.add()
     entry.key = CARD_KEY
     entry.value = json_format.MessageToJson(card)
