@@ -1,6 +1,7 @@
 """`AsyncClient`: the methods of `Client` for asyncio."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -27,6 +28,7 @@ from ganserve._messages import (
     images_request,
     model_request,
     models_request,
+    next_models_request,
     to_batch,
     to_model,
     to_models,
@@ -244,8 +246,14 @@ class AsyncClient(BaseClient):
 
         >>> names = [model.name for model in await client.models()]
         """
-        response = await self._calls.unary("list_models", models_request(), self._timeout_s(timeout_s))
-        return to_models(response)
+        deadline = time.monotonic() + self._timeout_s(timeout_s)
+        listed: list[Model] = []
+        page: Any = models_request()
+        while page is not None:
+            response = await self._calls.unary("list_models", page, deadline - time.monotonic())
+            listed += to_models(response)
+            page = next_models_request(response)
+        return listed
 
     async def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a model, as Client.model does.

@@ -1,5 +1,6 @@
 """`Client`: images by blocking calls. `AsyncClient` in `_async_client` has the same methods for asyncio."""
 
+import time
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -28,6 +29,7 @@ from ganserve._messages import (
     images_request,
     model_request,
     models_request,
+    next_models_request,
     to_batch,
     to_model,
     to_models,
@@ -355,11 +357,19 @@ class Client(BaseClient):
     def models(self, *, timeout_s: float | None = None) -> list[Model]:
         """List the server's models, in alphabetical order, each in its newest version.
 
+        Their cards lack the golden images and the training configuration, which `model` returns.
+
         >>> [model.name for model in client.models()][:2]
         ['cdcgan-fashion-mnist', 'cdcgan-mnist']
         """
-        response = self._calls.unary("list_models", models_request(), self._timeout_s(timeout_s))
-        return to_models(response)
+        deadline = time.monotonic() + self._timeout_s(timeout_s)
+        listed: list[Model] = []
+        page: Any = models_request()
+        while page is not None:
+            response = self._calls.unary("list_models", page, deadline - time.monotonic())
+            listed += to_models(response)
+            page = next_models_request(response)
+        return listed
 
     def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a version of a model; None takes the newest one.

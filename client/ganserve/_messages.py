@@ -97,8 +97,13 @@ def images_request(
 
 
 def models_request() -> pb.ListModelsRequest:
-    """Build the request of `Client.models`."""
+    """Build the request for the first page of `Client.models`."""
     return pb.ListModelsRequest()
+
+
+def next_models_request(response: pb.ListModelsResponse) -> pb.ListModelsRequest | None:
+    """Build the request for the page after an answer; None if this was the last one."""
+    return pb.ListModelsRequest(page_token=token) if (token := response.next_page_token) else None
 
 
 def model_request(name: str | None, version: int | None) -> pb.GetModelRequest:
@@ -159,7 +164,7 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
 
 
 def to_models(response: pb.ListModelsResponse) -> list[Model]:
-    """Convert the descriptions of all models."""
+    """Convert the descriptions of a page of models."""
     return [_model(model) for model in response.models]
 
 
@@ -360,7 +365,7 @@ def correct(error: GanserveError, request: Any, answer: pb.ListModelsResponse | 
     """
     if isinstance(answer, pb.ListModelsResponse):
         name, known = request.service, [model.name for model in answer.models]
-        if name and known and name not in known:
+        if name and known and name not in known and not answer.next_page_token:
             error.add_text(f": it has {', '.join(known)}{did_you_mean([name], known)}")
             error.advice = ""
         raise error

@@ -24,7 +24,10 @@ class QualityMetric:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Model:
-    """One version of a model, as its card describes it. `card` holds the whole card, with JSON's types.
+    """One version of a model, as its card describes it. `card` holds the card, with JSON's types.
+
+    From `Client.model`, this is the whole card; `Client.models` leaves out the golden images and the training
+    configuration.
 
     >>> model = client.model("cdcgan-fashion-mnist")
     >>> model.label("Sneaker"), model.dataset

@@ -6,6 +6,7 @@ import grpc
 import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 from tests.client.servers import (
     Twin,
     answer,
@@ -16,6 +17,7 @@ from tests.client.servers import (
 )
 
 from ganserve import (
+    DeadlineExceededError,
     InvalidRequestError,
     ModelNotFoundError,
 )
@@ -89,3 +91,27 @@ def test_a_server_that_does_not_know_a_model_leaves_the_error_as_it_is(twin: Twi
         with pytest.raises(ModelNotFoundError, match=r"^what was wrong$"):
             ask(twin, address, method, "any")
         assert len(servicer.requests) == asked
+
+
+@both
+def test_pages_of_models_are_read_until_the_last(twin: Twin) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        if isinstance(request, health_pb2.HealthCheckRequest):
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+        name, after = {"": ("a", "1"), "1": ("b", "2"), "2": ("c", "")}[request.page_token]
+        return pb.ListModelsResponse(models=[pb.Model(name=name)], next_page_token=after)
+
+    with serving(behave) as (address, servicer):
+        assert [model.name for model in ask(twin, address, "models")] == ["a", "b", "c"]
+        assert len(servicer.requests) == 3
+        with pytest.raises(ModelNotFoundError, match=r"^no such model$"):  # the names of one page are not all
+            ask(twin, address, "health", "any")
+
+
+@both
+def test_pages_without_end_are_read_until_the_timeout(twin: Twin) -> None:
+    def behave(number: int, request: Any, context: Any) -> Any:
+        return pb.ListModelsResponse(next_page_token="more")
+
+    with serving(behave) as (address, _), pytest.raises(DeadlineExceededError):
+        ask(twin, address, "models", timeout_s=0.5)

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.conftest import run_server
 from tests.model_files import model_of_picture
 
+from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.compute.model import ModelVersion
@@ -157,6 +158,21 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.address
 
 
+def test_a_clients_default_limit_is_enough_to_list_models(address: str) -> None:
+    """With their golden images, the six cards of `PICTURES` have more than 4 MiB; the ones of `TEXTS` 3.6 MB."""
+    with grpc.insecure_channel(address) as channel:
+        service = pb_grpc.GenerationServiceStub(channel)
+        first = service.ListModels(pb.ListModelsRequest())
+        second = service.ListModels(pb.ListModelsRequest(page_token=first.next_page_token))
+    assert [model.name for model in first.models] == ["old", *PICTURES, *TEXTS[:3]]
+    assert [model.name for model in second.models] == TEXTS[3:]
+    assert second.next_page_token == ""
+    training = pb.Training(images_seen=7)
+    listed = pb.ModelCard(latent_dim=4, height=512, width=512, channels=3, training=training)
+    assert [model.card for model in first.models[:7]] == [listed] * 7
+    assert not first.models[7].card.HasField("training")
+
+
 @pytest.mark.parametrize(("name", "count"), [("old", 10), (PICTURES[0], 64), (TEXTS[0], 0)])
 def test_a_clients_default_limit_is_enough_for_any_model(address: str, name: str, count: int) -> None:
     with grpc.insecure_channel(address) as channel:
@@ -166,3 +182,8 @@ def test_a_clients_default_limit_is_enough_for_any_model(address: str, name: str
     assert len(card.golden_images) == count
     assert all(np.array_equal(pixels_of(golden), NOISE[::9, ::9]) for golden in card.golden_images)
     assert dict(card.training.configuration) == ({"preset": "pggan"} if count else {})
+
+
+def test_the_sdk_reads_all_pages(address: str) -> None:
+    with Client(address) as client:
+        assert [model.name for model in client.models()] == ["old", *PICTURES, *TEXTS]

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cganserve/v1/generation.proto\x12\x0bganserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x03\n\x15GenerateImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05\x63ount\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x0e\n\x04seed\x18\x04 \x01(\rH\x00\x12\'\n\x07latents\x18\x05 \x01(\x0b\x32\x14.ganserve.v1.LatentsH\x00\x12\x0e\n\x06labels\x18\x06 \x03(\r\x12\x13\n\x0blabel_names\x18\x07 \x03(\t\x12\x17\n\ntruncation\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12\'\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x15.ganserve.v1.Encoding\x12#\n\x06layout\x18\n \x01(\x0e\x32\x13.ganserve.v1.Layout\x12\x15\n\romit_identity\x18\x0b \x01(\x08\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.ganserve.v1.PriorityB\x08\n\x06sourceB\n\n\x08_versionB\x08\n\x06_countB\r\n\x0b_truncation\"\x19\n\x07Latents\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\xf5\x02\n\x16GenerateImagesResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08provider\x18\x04 \x01(\t\x12\r\n\x05\x63ount\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\r\n\x05width\x18\x07 \x01(\r\x12\x10\n\x08\x63hannels\x18\x08 \x01(\r\x12\x12\n\ntruncation\x18\t \x01(\x02\x12\r\n\x05seeds\x18\n \x03(\r\x12\x0e\n\x06labels\x18\x0b \x03(\r\x12\'\n\x08\x65ncoding\x18\x0c \x01(\x0e\x32\x15.ganserve.v1.Encoding\x12\x0e\n\x06pixels\x18\r \x01(\x0c\x12\r\n\x05\x66iles\x18\x0e \x03(\x0c\x12-\n\nqueue_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x63ompute_time\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\"K\n\x13StreamImagesRequest\x12\x34\n\x08generate\x18\x01 \x01(\x0b\x32\".ganserve.v1.GenerateImagesRequest\"J\n\x14StreamImagesResponse\x12\x32\n\x05\x63hunk\x18\x01 \x01(\x0b\x32#.ganserve.v1.GenerateImagesResponse\"K\n\x13GenerateEachRequest\x12\x34\n\x08generate\x18\x01 \x01(\x0b\x32\".ganserve.v1.GenerateImagesRequest\"\x7f\n\x14GenerateEachResponse\x12\x37\n\x08response\x18\x01 \x01(\x0b\x32#.ganserve.v1.GenerateImagesResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.ganserve.v1.ErrorH\x00\x42\t\n\x07outcome\"6\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.ganserve.v1.Model\"B\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_version\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.ganserve.v1.Model\"\x80\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x10\n\x08versions\x18\x03 \x03(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12$\n\x04\x63\x61rd\x18\x06 \x01(\x0b\x32\x16.ganserve.v1.ModelCard\"\x8d\x03\n\tModelCard\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x12\n\nlatent_dim\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x10\n\x08\x63hannels\x18\x06 \x01(\r\x12\x13\n\x0b\x63lass_names\x18\x07 \x03(\t\x12\x1c\n\x14generator_parameters\x18\x08 \x01(\x04\x12\'\n\x08training\x18\t \x01(\x0b\x32\x15.ganserve.v1.Training\x12+\n\x07metrics\x18\n \x03(\x0b\x32\x1a.ganserve.v1.QualityMetric\x12/\n\rgolden_images\x18\x0b \x03(\x0b\x32\x18.ganserve.v1.GoldenImage\x12.\n\ncreated_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0ftrainer_version\x18\r \x01(\t\x12\x11\n\tprecision\x18\x0e \x01(\t\"\xd3\x01\n\x08Training\x12\x13\n\x0bimages_seen\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12?\n\rconfiguration\x18\x04 \x03(\x0b\x32(.ganserve.v1.Training.ConfigurationEntry\x1a\x34\n\x12\x43onfigurationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"<\n\rQualityMetric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06method\x18\x03 \x01(\t\"V\n\x0bGoldenImage\x12\x0c\n\x04seed\x18\x01 \x01(\r\x12\x12\n\x05label\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0b\n\x03png\x18\x04 \x01(\x0c\x42\x08\n\x06_label*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*n\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x10\n\x0c\x45NCODING_PNG\x10\x02\x12\x11\n\rENCODING_JPEG\x10\x03\x12\x11\n\rENCODING_WEBP\x10\x04*O\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x13\n\x0fLAYOUT_ONE_EACH\x10\x01\x12\x18\n\x14LAYOUT_CONTACT_SHEET\x10\x02\x32\xb6\x03\n\x11GenerationService\x12Y\n\x0eGenerateImages\x12\".ganserve.v1.GenerateImagesRequest\x1a#.ganserve.v1.GenerateImagesResponse\x12U\n\x0cStreamImages\x12 .ganserve.v1.StreamImagesRequest\x1a!.ganserve.v1.StreamImagesResponse0\x01\x12W\n\x0cGenerateEach\x12 .ganserve.v1.GenerateEachRequest\x1a!.ganserve.v1.GenerateEachResponse(\x01\x30\x01\x12M\n\nListModels\x12\x1e.ganserve.v1.ListModelsRequest\x1a\x1f.ganserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.ganserve.v1.GetModelRequest\x1a\x1d.ganserve.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cganserve/v1/generation.proto\x12\x0bganserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x03\n\x15GenerateImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05\x63ount\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x0e\n\x04seed\x18\x04 \x01(\rH\x00\x12\'\n\x07latents\x18\x05 \x01(\x0b\x32\x14.ganserve.v1.LatentsH\x00\x12\x0e\n\x06labels\x18\x06 \x03(\r\x12\x13\n\x0blabel_names\x18\x07 \x03(\t\x12\x17\n\ntruncation\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12\'\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x15.ganserve.v1.Encoding\x12#\n\x06layout\x18\n \x01(\x0e\x32\x13.ganserve.v1.Layout\x12\x15\n\romit_identity\x18\x0b \x01(\x08\x12\'\n\x08priority\x18\x0c \x01(\x0e\x32\x15.ganserve.v1.PriorityB\x08\n\x06sourceB\n\n\x08_versionB\x08\n\x06_countB\r\n\x0b_truncation\"\x19\n\x07Latents\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\xf5\x02\n\x16GenerateImagesResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08provider\x18\x04 \x01(\t\x12\r\n\x05\x63ount\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\r\n\x05width\x18\x07 \x01(\r\x12\x10\n\x08\x63hannels\x18\x08 \x01(\r\x12\x12\n\ntruncation\x18\t \x01(\x02\x12\r\n\x05seeds\x18\n \x03(\r\x12\x0e\n\x06labels\x18\x0b \x03(\r\x12\'\n\x08\x65ncoding\x18\x0c \x01(\x0e\x32\x15.ganserve.v1.Encoding\x12\x0e\n\x06pixels\x18\r \x01(\x0c\x12\r\n\x05\x66iles\x18\x0e \x03(\x0c\x12-\n\nqueue_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x63ompute_time\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\"K\n\x13StreamImagesRequest\x12\x34\n\x08generate\x18\x01 \x01(\x0b\x32\".ganserve.v1.GenerateImagesRequest\"J\n\x14StreamImagesResponse\x12\x32\n\x05\x63hunk\x18\x01 \x01(\x0b\x32#.ganserve.v1.GenerateImagesResponse\"K\n\x13GenerateEachRequest\x12\x34\n\x08generate\x18\x01 \x01(\x0b\x32\".ganserve.v1.GenerateImagesRequest\"\x7f\n\x14GenerateEachResponse\x12\x37\n\x08response\x18\x01 \x01(\x0b\x32#.ganserve.v1.GenerateImagesResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.ganserve.v1.ErrorH\x00\x42\t\n\x07outcome\"6\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\'\n\x11ListModelsRequest\x12\x12\n\npage_token\x18\x01 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.ganserve.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_version\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.ganserve.v1.Model\"\x80\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x10\n\x08versions\x18\x03 \x03(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08provider\x18\x05 \x01(\t\x12$\n\x04\x63\x61rd\x18\x06 \x01(\x0b\x32\x16.ganserve.v1.ModelCard\"\x8d\x03\n\tModelCard\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x12\n\nlatent_dim\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x10\n\x08\x63hannels\x18\x06 \x01(\r\x12\x13\n\x0b\x63lass_names\x18\x07 \x03(\t\x12\x1c\n\x14generator_parameters\x18\x08 \x01(\x04\x12\'\n\x08training\x18\t \x01(\x0b\x32\x15.ganserve.v1.Training\x12+\n\x07metrics\x18\n \x03(\x0b\x32\x1a.ganserve.v1.QualityMetric\x12/\n\rgolden_images\x18\x0b \x03(\x0b\x32\x18.ganserve.v1.GoldenImage\x12.\n\ncreated_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0ftrainer_version\x18\r \x01(\t\x12\x11\n\tprecision\x18\x0e \x01(\t\"\xd3\x01\n\x08Training\x12\x13\n\x0bimages_seen\x18\x01 \x01(\x04\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12?\n\rconfiguration\x18\x04 \x03(\x0b\x32(.ganserve.v1.Training.ConfigurationEntry\x1a\x34\n\x12\x43onfigurationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"<\n\rQualityMetric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06method\x18\x03 \x01(\t\"V\n\x0bGoldenImage\x12\x0c\n\x04seed\x18\x01 \x01(\r\x12\x12\n\x05label\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0b\n\x03png\x18\x04 \x01(\x0c\x42\x08\n\x06_label*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*n\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x10\n\x0c\x45NCODING_PNG\x10\x02\x12\x11\n\rENCODING_JPEG\x10\x03\x12\x11\n\rENCODING_WEBP\x10\x04*O\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x13\n\x0fLAYOUT_ONE_EACH\x10\x01\x12\x18\n\x14LAYOUT_CONTACT_SHEET\x10\x02\x32\xb6\x03\n\x11GenerationService\x12Y\n\x0eGenerateImages\x12\".ganserve.v1.GenerateImagesRequest\x1a#.ganserve.v1.GenerateImagesResponse\x12U\n\x0cStreamImages\x12 .ganserve.v1.StreamImagesRequest\x1a!.ganserve.v1.StreamImagesResponse0\x01\x12W\n\x0cGenerateEach\x12 .ganserve.v1.GenerateEachRequest\x1a!.ganserve.v1.GenerateEachResponse(\x01\x30\x01\x12M\n\nListModels\x12\x1e.ganserve.v1.ListModelsRequest\x1a\x1f.ganserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.ganserve.v1.GetModelRequest\x1a\x1d.ganserve.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +35,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRAINING_CONFIGURATIONENTRY']._loaded_options = None
   _globals['_TRAINING_CONFIGURATIONENTRY']._serialized_options = b'8\001'
-  _globals['_PRIORITY']._serialized_start=2416
-  _globals['_PRIORITY']._serialized_end=2497
-  _globals['_ENCODING']._serialized_start=2499
-  _globals['_ENCODING']._serialized_end=2609
-  _globals['_LAYOUT']._serialized_start=2611
-  _globals['_LAYOUT']._serialized_end=2690
+  _globals['_PRIORITY']._serialized_start=2461
+  _globals['_PRIORITY']._serialized_end=2542
+  _globals['_ENCODING']._serialized_start=2544
+  _globals['_ENCODING']._serialized_end=2654
+  _globals['_LAYOUT']._serialized_start=2656
+  _globals['_LAYOUT']._serialized_end=2735
   _globals['_GENERATEIMAGESREQUEST']._serialized_start=111
   _globals['_GENERATEIMAGESREQUEST']._serialized_end=499
   _globals['_LATENTS']._serialized_start=501
@@ -58,25 +58,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ERROR']._serialized_start=1263
   _globals['_ERROR']._serialized_end=1317
   _globals['_LISTMODELSREQUEST']._serialized_start=1319
-  _globals['_LISTMODELSREQUEST']._serialized_end=1338
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1340
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1396
-  _globals['_GETMODELREQUEST']._serialized_start=1398
-  _globals['_GETMODELREQUEST']._serialized_end=1464
-  _globals['_GETMODELRESPONSE']._serialized_start=1466
-  _globals['_GETMODELRESPONSE']._serialized_end=1519
-  _globals['_MODEL']._serialized_start=1522
-  _globals['_MODEL']._serialized_end=1650
-  _globals['_MODELCARD']._serialized_start=1653
-  _globals['_MODELCARD']._serialized_end=2050
-  _globals['_TRAINING']._serialized_start=2053
-  _globals['_TRAINING']._serialized_end=2264
-  _globals['_TRAINING_CONFIGURATIONENTRY']._serialized_start=2212
-  _globals['_TRAINING_CONFIGURATIONENTRY']._serialized_end=2264
-  _globals['_QUALITYMETRIC']._serialized_start=2266
-  _globals['_QUALITYMETRIC']._serialized_end=2326
-  _globals['_GOLDENIMAGE']._serialized_start=2328
-  _globals['_GOLDENIMAGE']._serialized_end=2414
-  _globals['_GENERATIONSERVICE']._serialized_start=2693
-  _globals['_GENERATIONSERVICE']._serialized_end=3131
+  _globals['_LISTMODELSREQUEST']._serialized_end=1358
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1360
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1441
+  _globals['_GETMODELREQUEST']._serialized_start=1443
+  _globals['_GETMODELREQUEST']._serialized_end=1509
+  _globals['_GETMODELRESPONSE']._serialized_start=1511
+  _globals['_GETMODELRESPONSE']._serialized_end=1564
+  _globals['_MODEL']._serialized_start=1567
+  _globals['_MODEL']._serialized_end=1695
+  _globals['_MODELCARD']._serialized_start=1698
+  _globals['_MODELCARD']._serialized_end=2095
+  _globals['_TRAINING']._serialized_start=2098
+  _globals['_TRAINING']._serialized_end=2309
+  _globals['_TRAINING_CONFIGURATIONENTRY']._serialized_start=2257
+  _globals['_TRAINING_CONFIGURATIONENTRY']._serialized_end=2309
+  _globals['_QUALITYMETRIC']._serialized_start=2311
+  _globals['_QUALITYMETRIC']._serialized_end=2371
+  _globals['_GOLDENIMAGE']._serialized_start=2373
+  _globals['_GOLDENIMAGE']._serialized_end=2459
+  _globals['_GENERATIONSERVICE']._serialized_start=2738
+  _globals['_GENERATIONSERVICE']._serialized_end=3176
 # @@protoc_insertion_point(module_scope)

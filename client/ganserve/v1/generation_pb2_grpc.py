@@ -89,7 +89,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Every model, in alphabetical order, with all versions served and the newest version's card.
+        """Every model, in alphabetical order, with all versions served and the newest version's card: without
+        golden_images and training.configuration, which GetModel answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

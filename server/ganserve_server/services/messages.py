@@ -237,14 +237,24 @@ def _check_sheet(encoding: pb.Encoding, model: ModelVersion, count: int) -> None
 
 def describe(model: ModelVersion, versions: list[int]) -> pb.Model:
     """Describe a model version; `versions` are all served versions of the model."""
-    return pb.Model(
+    described = pb.Model(
         name=model.name,
         version=model.version,
         versions=versions,
         digest=model.digest,
         provider=model.engine.provider,
-        card=model.card,
     )
+    # As an argument of `pb.Model`, a card of 1 MiB with 100,000 classes would take 5 ms instead of 1 ms.
+    described.card.CopyFrom(model.card)
+    return described
+
+
+def shortened(model: pb.Model) -> pb.Model:
+    """Leave out of a description what ListModels does not answer; return it."""
+    model.card.ClearField("golden_images")
+    if model.card.HasField("training"):
+        model.card.training.ClearField("configuration")
+    return model
 
 
 def times(made: Made) -> bytes:
