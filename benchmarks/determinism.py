@@ -1,5 +1,7 @@
 """Counts the images whose bytes depend on how they were requested: of 10,000 images of each model, none should.
 
+The models are the bundled ones, the reference models, and one for each architecture of `architectures.py`.
+
 Each image is first made alone by a lone caller (with all cores, if that is faster). It is then made again in requests
 of 64, in requests of 1,000 that the server splits, among many concurrent callers, in a stream, in a stream of requests,
 by two workers, and by a server with one computing thread. All results are compared with the first.
@@ -80,11 +82,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         repository = Path(scratch)
         try:
-            from reference_models import publish
+            import architectures
+            import reference_models
 
-            publish(repository)
+            reference_models.publish(repository)
+            architectures.publish(repository)
         except ModuleNotFoundError:
-            print("without the reference models, which need the extra 'trainer'")
+            print("without the models of other architectures, which need the extra 'trainer'")
         for folder in BUNDLED_MODELS.iterdir():
             (repository / folder.name).symlink_to(folder)
         stubs = {}

@@ -32,11 +32,12 @@ from ganserve.errors import (
     UnavailableError,
 )
 from ganserve.images import GeneratedImage, ImageBatch
-from ganserve.models import Model, QualityMetric
+from ganserve.models import Attribute, Model, QualityMetric
 from ganserve.provenance import Interpolation, Provenance, read_provenance
 
 __all__ = [
     "AsyncClient",
+    "Attribute",
     "AuthenticationError",
     "Client",
     "DeadlineExceededError",

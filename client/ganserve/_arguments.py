@@ -2,7 +2,7 @@
 
 import operator
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from ganserve.errors import InvalidRequestError
 
 Label = int | str
+Attributes = Mapping[str, float | Sequence[float]]  # a number for all images, or one for each
 
 UINT32_LIMIT = 1 << 32
 _A_LABEL = "it must be an index, 0 or more, or a name of a class"
@@ -83,6 +84,37 @@ def latent_rows(latents: ArrayLike) -> NDArray[np.float32]:
     if rows.ndim not in (1, 2) or not rows.size:
         raise invalid("latents", f"latents is {list(rows.shape)}; it must be [count, latent_dim]")
     return np.atleast_2d(rows)
+
+
+def attribute_values(name: str, values: Any) -> list[float]:
+    """Return the values of one attribute: one for all images, or one for each.
+
+    Raises:
+        InvalidRequestError: they are not numbers.
+    """
+    try:
+        numbers = np.atleast_1d(np.asarray(values))
+        if numbers.dtype.kind not in "bfiu" or numbers.ndim > 1 or not numbers.size:
+            raise TypeError
+    except (TypeError, ValueError) as error:
+        text = f"attributes[{name!r}] is {reprlib.repr(values)}; it must be a number, or a list with one for each image"
+        raise invalid("attributes", text) from error
+    return numbers.astype(np.float32).tolist()  # type: ignore[no-any-return]
+
+
+def items_of(field: str, values: Any) -> list[tuple[str, Any]]:
+    """Return the items of a mapping from names.
+
+    Raises:
+        InvalidRequestError: it is not a mapping, or a message cannot hold one of its names.
+    """
+    try:
+        items = [] if values is None else list(values.items())
+        for name, _ in items:
+            name.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise invalid(field, f"{field} is {reprlib.repr(values)}; it must be a mapping from names") from error
+    return items
 
 
 def label_value(label: Any) -> Label:

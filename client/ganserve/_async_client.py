@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from numpy.typing import ArrayLike
 
-from ganserve._arguments import Label, seed_iterator
+from ganserve._arguments import Attributes, Label, seed_iterator
 from ganserve._base_client import (
     NOT_READY_YET,
     OF_ONE_REPLICA,
@@ -84,6 +84,8 @@ class AsyncClient(BaseClient):
         label: Label | Sequence[Label] | None = None,
         latents: ArrayLike | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
@@ -92,7 +94,15 @@ class AsyncClient(BaseClient):
         >>> batch = await client.generate("cdcgan-mnist", count=2, seed=1)
         """
         request = images_request(
-            model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
+            model,
+            count=count,
+            seed=seed,
+            latents=latents,
+            label=label,
+            truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
+            version=version,
         )
         images = image_count(request)
         timeout_s = self._timeout_s(timeout_s, images)
@@ -108,6 +118,8 @@ class AsyncClient(BaseClient):
         seed: int | None = None,
         label: Label | Sequence[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[GeneratedImage, None]:
@@ -117,7 +129,15 @@ class AsyncClient(BaseClient):
         ...     print(image.seed)
         """
         batches = self.stream_batches(
-            model, count=count, seed=seed, label=label, truncation=truncation, version=version, timeout_s=timeout_s
+            model,
+            count=count,
+            seed=seed,
+            label=label,
+            truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
+            version=version,
+            timeout_s=timeout_s,
         )
         return one_by_one_async(batches)
 
@@ -129,6 +149,8 @@ class AsyncClient(BaseClient):
         seed: int | None = None,
         label: Label | Sequence[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[ImageBatch, None]:
@@ -138,7 +160,15 @@ class AsyncClient(BaseClient):
         ...     print(len(batch))
         """
         request = images_request(
-            model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
+            model,
+            count=count,
+            seed=seed,
+            latents=None,
+            label=label,
+            truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
+            version=version,
         )
         return stream_async(self._calls, request, self._timeout_s(timeout_s, image_count(request)))
 
@@ -149,6 +179,8 @@ class AsyncClient(BaseClient):
         *,
         label: Label | Iterable[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[GeneratedImage, None]:
@@ -157,7 +189,7 @@ class AsyncClient(BaseClient):
         >>> async for image in client.generate_each("cdcgan-mnist", [3, 99, 17]):
         ...     print(image.seed)
         """
-        progress = self._each_progress(model, label, truncation, version, timeout_s)
+        progress = self._each_progress(model, label, truncation, version, timeout_s, attributes, input_seeds)
         reader = aiter(seeds) if isinstance(seeds, AsyncIterable) else seed_iterator(seeds)
         return each_async(self._calls, progress, reader)
 
@@ -168,9 +200,11 @@ class AsyncClient(BaseClient):
         seed_b: int,
         steps: int = 16,
         *,
-        kind: Literal["slerp", "linear"] = "slerp",
+        kind: Literal["slerp", "linear"] | None = None,
         label: Label | Sequence[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
@@ -178,13 +212,16 @@ class AsyncClient(BaseClient):
 
         >>> batch = await client.interpolate("cdcgan-mnist", 1, 2, 8, label=7)
         """
-        way = self._way(seed_a, seed_b, steps, kind)
+        way = self._way(seed_a, seed_b, steps, kind or "slerp")
         described = await self.model(model, version, timeout_s=timeout_s)
+        way = self._way_through(described, way, kind)
         batch = await self.generate(
             model,
             latents=self._latents_on(way, described),
             label=self._nearer_labels(way, described) if label is None else label,
             truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
             version=described.version,
             timeout_s=timeout_s,
         )
@@ -200,15 +237,22 @@ class AsyncClient(BaseClient):
         how: Any = {
             "label": labels,
             "truncation": provenance.truncation,
+            "input_seeds": provenance.input_seeds,
             "version": provenance.version,
             "timeout_s": timeout_s,
         }
         if (way := provenance.interpolation) is not None:
             described = await self.model(provenance.model, provenance.version, timeout_s=timeout_s)
-            batch = await self.generate(provenance.model, latents=self._latents_on(way, described), **how)
+            latents, attributes = self._latents_on(way, described), provenance.attributes
+            batch = await self.generate(provenance.model, latents=latents, attributes=attributes, **how)
             return replace(batch, interpolation=way)
         if self._consecutive(seeds):
-            return await self.generate(provenance.model, count=len(seeds), seed=seeds[0], **how)
+            return await self.generate(
+                provenance.model, count=len(seeds), seed=seeds[0], attributes=provenance.attributes, **how
+            )
+        if (alone := self._each_alone(seeds, provenance, how)) is not None:
+            return concatenate([await self.generate(provenance.model, **one) for one in alone])
+        how["attributes"] = provenance.attributes
         images = [image async for image in self.generate_each(provenance.model, seeds, **how)]
         return gathered(images)
 
@@ -220,6 +264,8 @@ class AsyncClient(BaseClient):
         label: Label | Sequence[Label] | None = None,
         seed: int | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         scale: int = 2,
         timeout_s: float | None = None,
@@ -236,6 +282,8 @@ class AsyncClient(BaseClient):
             seed=seed,
             label=labels,
             truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
             version=described.version,
             timeout_s=timeout_s,
         )

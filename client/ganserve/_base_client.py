@@ -2,13 +2,15 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve._arguments import UINT32_LIMIT, Label, label_list, uint32
+from ganserve._arguments import UINT32_LIMIT, Attributes, Label, label_list, uint32
+from ganserve._attributes import of_image
 from ganserve._calls import AsyncCalls, Calls
 from ganserve._each import EachProgress
 from ganserve._latents import WAYS, between
@@ -71,9 +73,19 @@ class BaseClient:
         truncation: float,
         version: int | None,
         timeout_s: float | None,
+        attributes: Attributes | None,
+        input_seeds: Mapping[str, int] | None,
     ) -> EachProgress:
         request = images_request(
-            model, count=None, seed=None, latents=None, label=None, truncation=truncation, version=version
+            model,
+            count=1 if attributes else None,
+            seed=None,
+            latents=None,
+            label=None,
+            truncation=truncation,
+            version=version,
+            attributes=attributes,
+            input_seeds=input_seeds,
         )
         return EachProgress(EachRequests(request), label, self._timeout_s(timeout_s), self.address)
 
@@ -100,6 +112,12 @@ class BaseClient:
         return Interpolation(kind, uint32("seed_a", seed_a), uint32("seed_b", seed_b), steps, tuple(range(steps)))
 
     @staticmethod
+    def _way_through(model: Model, way: Interpolation, kind: Literal["slerp", "linear"] | None) -> Interpolation:
+        """Return the way with the kind that suits the model's latents, unless the caller chose one."""
+        straight = kind is None and model.distribution == "uniform"
+        return replace(way, kind="linear") if straight else way
+
+    @staticmethod
     def _nearer_labels(way: Interpolation, model: Model) -> list[Label] | None:
         """Return the label of each image: the class of the seed at its nearer end."""
         if not model.conditional:
@@ -111,7 +129,7 @@ class BaseClient:
     def _latents_on(way: Interpolation, model: Model) -> NDArray[np.float32]:
         """Return the latents [n, latent_dim] of an interpolation's images."""
         places = np.linspace(0, 1, way.steps)[list(way.shown)]
-        return between(way.seed_a, way.seed_b, places, way.kind, model.latent_dim)
+        return between(way.seed_a, way.seed_b, places, way.kind, model.latent_dim, model.distribution)
 
     @staticmethod
     def _sources(provenance: Provenance) -> tuple[tuple[int, ...], list[Label] | None]:
@@ -140,6 +158,28 @@ class BaseClient:
                     "dataclasses.replace(provenance, labels=…)"
                 )
         return seeds, labels
+
+    @staticmethod
+    def _each_alone(seeds: tuple[int, ...], provenance: Provenance, how: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Return how to make each image of scattered seeds alone; None if `generate_each` can make them together.
+
+        Args:
+            seeds: the seeds.
+            provenance: the provenance of the images.
+            how: the arguments for all images.
+        """
+        if provenance.attributes is None or all(isinstance(each, float) for each in provenance.attributes.values()):
+            return None
+        labels = how["label"] or [None]
+        return [
+            {
+                **how,
+                "seed": seed,
+                "label": labels[index % len(labels)],
+                "attributes": of_image(provenance.attributes, index),
+            }
+            for index, seed in enumerate(seeds)
+        ]
 
     @staticmethod
     def _consecutive(seeds: tuple[int, ...]) -> bool:

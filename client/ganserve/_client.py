@@ -1,7 +1,7 @@
 """`Client`: images by blocking calls. `AsyncClient` in `_async_client` has the same methods for asyncio."""
 
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from numpy.typing import ArrayLike
 
-from ganserve._arguments import Label, seed_iterator
+from ganserve._arguments import Attributes, Label, seed_iterator
 from ganserve._base_client import (
     NOT_READY_YET,
     OF_ONE_REPLICA,
@@ -104,6 +104,8 @@ class Client(BaseClient):
         label: Label | Sequence[Label] | None = None,
         latents: ArrayLike | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
@@ -121,7 +123,10 @@ class Client(BaseClient):
             label: for conditional models: an index or a class name for all images, or a list with one for each image.
                 None takes the classes in turn: the image of seed s has class s modulo the number of classes.
             latents: your own latents instead of a seed, float32 [count, latent_dim].
-            truncation: a factor on the latents, 0 to 2; below 1 gives more typical, less varied images.
+            truncation: 0 to 2; below 1 gives more typical, less varied images. `Model.truncation` says how.
+            attributes: for models that have attributes: a number for each name, or a list with one for each image.
+                Attributes that are not given have the default of the model's card.
+            input_seeds: for models with further latents, such as noise: a seed for each name, for all images.
             version: the version of the model; None takes the newest.
             timeout_s: for this call, including its retries.
 
@@ -135,7 +140,15 @@ class Client(BaseClient):
             ServerError: the server failed.
         """
         request = images_request(
-            model, count=count, seed=seed, latents=latents, label=label, truncation=truncation, version=version
+            model,
+            count=count,
+            seed=seed,
+            latents=latents,
+            label=label,
+            truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
+            version=version,
         )
         images = image_count(request)
         timeout_s = self._timeout_s(timeout_s, images)
@@ -151,6 +164,8 @@ class Client(BaseClient):
         seed: int | None = None,
         label: Label | Sequence[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[GeneratedImage, None, None]:
@@ -168,7 +183,15 @@ class Client(BaseClient):
         Arguments and errors are those of `generate`; `timeout_s` is for all images, and includes the reader's time.
         """
         batches = self.stream_batches(
-            model, count=count, seed=seed, label=label, truncation=truncation, version=version, timeout_s=timeout_s
+            model,
+            count=count,
+            seed=seed,
+            label=label,
+            truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
+            version=version,
+            timeout_s=timeout_s,
         )
         return one_by_one(batches)
 
@@ -180,6 +203,8 @@ class Client(BaseClient):
         seed: int | None = None,
         label: Label | Sequence[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[ImageBatch, None, None]:
@@ -189,7 +214,15 @@ class Client(BaseClient):
         1000
         """
         request = images_request(
-            model, count=count, seed=seed, latents=None, label=label, truncation=truncation, version=version
+            model,
+            count=count,
+            seed=seed,
+            latents=None,
+            label=label,
+            truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
+            version=version,
         )
         return stream(self._calls, request, self._timeout_s(timeout_s, image_count(request)))
 
@@ -200,6 +233,8 @@ class Client(BaseClient):
         *,
         label: Label | Iterable[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> Generator[GeneratedImage, None, None]:
@@ -222,6 +257,8 @@ class Client(BaseClient):
             label: for conditional models: an index or a class name for all images, or an iterable with one for each
                 seed. None: the image of seed s has class s modulo the number of classes.
             truncation: as for `generate`.
+            attributes: as for `generate`.
+            input_seeds: as for `generate`.
             version: as for `generate`.
             timeout_s: for the next image, including its retries, from the time when the client waits for it; None:
                 30 s. The time that the reader and the seeds take does not count.
@@ -232,7 +269,7 @@ class Client(BaseClient):
             GanserveError: as `generate` does.
             Exception: any exception that `seeds` or `label` raises, after the images of the earlier seeds.
         """
-        progress = self._each_progress(model, label, truncation, version, timeout_s)
+        progress = self._each_progress(model, label, truncation, version, timeout_s, attributes, input_seeds)
         return each(self._calls, progress, seed_iterator(seeds))
 
     def interpolate(
@@ -242,9 +279,11 @@ class Client(BaseClient):
         seed_b: int,
         steps: int = 16,
         *,
-        kind: Literal["slerp", "linear"] = "slerp",
+        kind: Literal["slerp", "linear"] | None = None,
         label: Label | Sequence[Label] | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
@@ -258,22 +297,28 @@ class Client(BaseClient):
             seed_a: the seed of the first image.
             seed_b: the seed of the last image.
             steps: the number of images including both ends, 2 or more.
-            kind: "slerp", along the great circle, on which all latents are as typical as the ends; or "linear".
+            kind: "slerp", along the great circle, on which all latents are as typical as the ends; or "linear". None:
+                "linear" for models whose latents are uniform, "slerp" for all others.
             label: as for `generate`; None gives each image the class of the nearer seed.
             truncation: as for `generate`.
+            attributes: as for `generate`.
+            input_seeds: as for `generate`.
             version: as for `generate`.
             timeout_s: for each of two calls.
 
         Raises:
             GanserveError: as `generate` does.
         """
-        way = self._way(seed_a, seed_b, steps, kind)
+        way = self._way(seed_a, seed_b, steps, kind or "slerp")
         described = self.model(model, version, timeout_s=timeout_s)
+        way = self._way_through(described, way, kind)
         batch = self.generate(
             model,
             latents=self._latents_on(way, described),
             label=self._nearer_labels(way, described) if label is None else label,
             truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
             version=described.version,
             timeout_s=timeout_s,
         )
@@ -301,15 +346,22 @@ class Client(BaseClient):
         how: Any = {
             "label": labels,
             "truncation": provenance.truncation,
+            "input_seeds": provenance.input_seeds,
             "version": provenance.version,
             "timeout_s": timeout_s,
         }
         if (way := provenance.interpolation) is not None:
             described = self.model(provenance.model, provenance.version, timeout_s=timeout_s)
-            batch = self.generate(provenance.model, latents=self._latents_on(way, described), **how)
+            latents, attributes = self._latents_on(way, described), provenance.attributes
+            batch = self.generate(provenance.model, latents=latents, attributes=attributes, **how)
             return replace(batch, interpolation=way)
         if self._consecutive(seeds):
-            return self.generate(provenance.model, count=len(seeds), seed=seeds[0], **how)
+            return self.generate(
+                provenance.model, count=len(seeds), seed=seeds[0], attributes=provenance.attributes, **how
+            )
+        if (alone := self._each_alone(seeds, provenance, how)) is not None:
+            return concatenate([self.generate(provenance.model, **one) for one in alone])
+        how["attributes"] = provenance.attributes
         return gathered(self.generate_each(provenance.model, seeds, **how))
 
     def contact_sheet(
@@ -320,6 +372,8 @@ class Client(BaseClient):
         label: Label | Sequence[Label] | None = None,
         seed: int | None = None,
         truncation: float = 1.0,
+        attributes: Attributes | None = None,
+        input_seeds: Mapping[str, int] | None = None,
         version: int | None = None,
         scale: int = 2,
         timeout_s: float | None = None,
@@ -334,6 +388,8 @@ class Client(BaseClient):
             label: the label of the rows: an index or a class name, or a list with one for each row. None: all classes.
             seed: the seed of the first image, at the upper left; the next images follow row by row.
             truncation: as for `generate`.
+            attributes: as for `generate`.
+            input_seeds: as for `generate`.
             version: as for `generate`.
             scale: enlarges every pixel to a square of scale x scale.
             timeout_s: for each of two calls.
@@ -349,6 +405,8 @@ class Client(BaseClient):
             seed=seed,
             label=labels,
             truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds,
             version=described.version,
             timeout_s=timeout_s,
         )

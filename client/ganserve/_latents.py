@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ganserve._arguments import uint32
+from ganserve._arguments import invalid, uint32
+from ganserve._distributions import DISTRIBUTIONS
 
 _PARALLEL = 1e-6  # radians: vectors within this angle of parallel or opposite have no unique great circle
 
 
-def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
+def latents(seeds: Iterable[int], latent_dim: int, distribution: str = "normal") -> NDArray[np.float32]:
     """Return the latents of seeds before truncation, float32 [n, latent_dim].
 
     They are the same in every process, permanently, because NumPy froze RandomState's stream (NEP 19).
@@ -18,11 +19,20 @@ def latents(seeds: Iterable[int], latent_dim: int) -> NDArray[np.float32]:
     >>> latents([1, 2], 64).shape
     (2, 64)
 
+    Args:
+        seeds: the seed of each latent.
+        latent_dim: the number of values of a latent.
+        distribution: "normal", "uniform", "sphere" or "truncated_normal", as `Model.distribution` says.
+
     Raises:
-        InvalidRequestError: a seed is not from 0 to 2^32-1, or latent_dim is below 1.
+        InvalidRequestError: a seed is not from 0 to 2^32-1, latent_dim is below 1, or there is no such distribution.
     """
     uint32("latent_dim", latent_dim, least=1)
-    rows = [np.random.RandomState(uint32("seed", seed)).standard_normal(latent_dim) for seed in seeds]
+    if distribution not in DISTRIBUTIONS:
+        known = ", ".join(DISTRIBUTIONS)
+        raise invalid("distribution", f"distribution is {distribution!r}; it must be one of {known}")
+    draw = DISTRIBUTIONS[distribution]
+    rows = [draw(np.random.RandomState(uint32("seed", seed)), (latent_dim,)) for seed in seeds]
     return np.array(rows, np.float32).reshape(len(rows), latent_dim)
 
 
@@ -62,9 +72,11 @@ def linear(a: ArrayLike, b: ArrayLike, t: ArrayLike) -> NDArray[np.float32]:
 WAYS: dict[str, Callable[[ArrayLike, ArrayLike, ArrayLike], NDArray[np.float32]]] = {"slerp": slerp, "linear": linear}
 
 
-def between(seed_a: int, seed_b: int, at: ArrayLike, kind: str, latent_dim: int) -> NDArray[np.float32]:
+def between(
+    seed_a: int, seed_b: int, at: ArrayLike, kind: str, latent_dim: int, distribution: str = "normal"
+) -> NDArray[np.float32]:
     """Return the latents [n, latent_dim] at n positions between those of seed_a (at 0) and seed_b (at 1)."""
-    start, end = latents((seed_a, seed_b), latent_dim)
+    start, end = latents((seed_a, seed_b), latent_dim, distribution)
     return WAYS[kind](start, end, at)
 
 

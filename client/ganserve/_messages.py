@@ -4,7 +4,7 @@ Only this module imports the generated code of ganserve.v1 and of gRPC's health 
 on without reading them. (`_statuses` reads google.rpc's error details.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,15 +12,27 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import ArrayLike, NDArray
 
-from ganserve._arguments import Label, invalid, label_list, label_value, latent_rows, model_name, uint32
+from ganserve._arguments import (
+    Attributes,
+    Label,
+    attribute_values,
+    invalid,
+    items_of,
+    label_list,
+    label_value,
+    latent_rows,
+    model_name,
+    uint32,
+)
 from ganserve._names import did_you_mean, matching
 from ganserve.errors import GanserveError, ModelNotFoundError, ServerError
 from ganserve.images import ImageBatch
-from ganserve.models import Model, QualityMetric
+from ganserve.models import Attribute, Model, QualityMetric, Truncation
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 
 _MOST_VALUES_PER_CALL = 1024  # labels or latents: the default limit of a server
+_TRUNCATIONS: dict[int, Truncation] = {pb.TRUNCATION_EFFECT_INPUT: "input", pb.TRUNCATION_EFFECT_NONE: "none"}
 _GENERATE_EACH = f"/{pb.DESCRIPTOR.services_by_name['GenerationService'].full_name}/GenerateEach"
 
 
@@ -53,6 +65,8 @@ def images_request(
     label: Label | Sequence[Label] | None,
     truncation: float,
     version: int | None,
+    attributes: Attributes | None = None,
+    input_seeds: Mapping[str, int] | None = None,
 ) -> pb.GenerateImagesRequest:
     """Build the request of `Client.generate`.
 
@@ -79,6 +93,7 @@ def images_request(
             raise invalid("count", f"count is {count}, but there are {len(rows)} latents; leave count out")
         request.latents.values.extend(rows.ravel().tolist())
         request.count = len(rows)
+    given = {}  # how many values each argument has
     if label is not None:
         labels = [label_value(item) for item in label_list(label)]
         names = [item for item in labels if isinstance(item, str)]
@@ -87,12 +102,19 @@ def images_request(
             raise invalid("label", f"label is one index or name, or a list with one for each image{mixed}")
         request.label_names.extend(names)
         request.labels.extend(item for item in labels if not isinstance(item, str))
-        if count is None and latents is None:
-            request.count = len(labels)
-        if len(labels) not in (1, request.count):
-            raise invalid(
-                "label", f"label has {len(labels)} values for {request.count} images; give one, or one for each image"
-            )
+        given["label"] = len(labels)
+    for name, values in items_of("attributes", attributes):
+        numbers = attribute_values(name, values)
+        request.inputs.attributes.add(name=name, values=numbers)
+        given[f"attributes[{name!r}]"] = len(numbers)
+    for name, number in items_of("input_seeds", input_seeds):
+        request.inputs.seeds[name] = uint32(f"input_seeds[{name!r}]", number)
+    if given and not request.HasField("count"):
+        request.count = max(given.values())
+    for argument, values in given.items():
+        if values not in (1, request.count):
+            text = f"{argument} has {values} values for {request.count} images; give one, or one for each image"
+            raise invalid(argument.partition("[")[0], text)
     return request
 
 
@@ -148,6 +170,10 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
     if shape[0] != count or (seeds and len(seeds) != count) or (labels and len(labels) != count):
         found = f"{shape[0]} images, {len(seeds or ())} seeds and {len(labels or ())} labels"
         raise ServerError(f"the server's answer has {found}, but {count} images were requested")
+    attributes = input_seeds = None
+    if response.HasField("inputs"):
+        attributes = {each.name: _one_or_each(each.values, count) for each in response.inputs.attributes}
+        input_seeds = dict(response.inputs.seeds)
     queued, computed = response.queue_time, response.compute_time
     return ImageBatch(
         pixels=pixels.reshape(shape),
@@ -160,7 +186,15 @@ def to_batch(response: pb.GenerateImagesResponse, count: int) -> ImageBatch:
         truncation=response.truncation,
         queue_s=queued.seconds + queued.nanos / 1e9,
         compute_s=computed.seconds + computed.nanos / 1e9,
+        attributes=attributes,
+        input_seeds=input_seeds,
     )
+
+
+def _one_or_each(values: Sequence[float], count: int) -> float | tuple[float, ...]:
+    if len(values) not in (1, count):
+        raise ServerError(f"the server's answer has {len(values)} values of an attribute for {count} images")
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def to_models(response: pb.ListModelsResponse) -> list[Model]:
@@ -188,9 +222,36 @@ def _model(message: pb.Model) -> Model:
         width=card.width,
         channels=card.channels,
         class_names=tuple(card.class_names),
+        attributes=_attributes(card),
+        further_latents=tuple(each.name for each in card.inputs[1:] if each.HasField("latent")),
+        distribution=_distribution(card),
+        truncation=_TRUNCATIONS.get(message.truncation, "latent"),
         metrics=tuple(QualityMetric(metric.name, metric.value, metric.method) for metric in card.metrics),
         card=json_format.MessageToDict(card),
     )
+
+
+def _attributes(card: pb.ModelCard) -> tuple[Attribute, ...]:
+    listed = (one for each in card.inputs for one in each.attributes.attributes)
+    return tuple(
+        Attribute(
+            each.name,
+            each.minimum,
+            each.maximum if each.minimum or each.maximum else 1.0,
+            each.default_value,
+            each.binary,
+        )
+        for each in listed
+    )
+
+
+def _distribution(card: pb.ModelCard) -> str:
+    number = card.inputs[0].latent.distribution if card.inputs else pb.DISTRIBUTION_UNSPECIFIED
+    try:
+        name = pb.Distribution.Name(number or pb.DISTRIBUTION_NORMAL)
+    except ValueError:  # a newer server's
+        return f"number {number}"
+    return name.removeprefix("DISTRIBUTION_").lower()
 
 
 def is_serving(answer: health_pb2.HealthCheckResponse) -> bool:
@@ -212,8 +273,8 @@ def first_seed(request: pb.GenerateImagesRequest) -> int | None:
 
 
 def images_per_stream(request: pb.GenerateImagesRequest) -> int:
-    """Return how many images of a request one stream may ask for: fewer than all if each has a label or a latent."""
-    limited = request.HasField("latents") or _labels_per_image(request)
+    """Return how many images of a request one stream may ask for: fewer than all if each has its own values."""
+    limited = request.HasField("latents") or _values_per_image(request)
     return _MOST_VALUES_PER_CALL if limited else image_count(request)
 
 
@@ -241,8 +302,8 @@ def stream_request(
         if part.HasField("latents"):
             dim = len(part.latents.values) // count
             part.latents.values[:] = part.latents.values[start * dim : stop * dim]
-        for labels in _labels_per_image(part):
-            labels[:] = labels[start:stop]
+        for values in _values_per_image(part):
+            values[:] = values[start:stop]
     return pb.StreamImagesRequest(generate=part)
 
 
@@ -258,9 +319,10 @@ def to_chunk(response: pb.StreamImagesResponse, start: int, stop: int) -> ImageB
     return to_batch(chunk, chunk.count)
 
 
-def _labels_per_image(request: pb.GenerateImagesRequest) -> list[Any]:
-    """Return the label fields that have a value for each image."""
-    fields: tuple[Any, ...] = (request.labels, request.label_names)
+def _values_per_image(request: pb.GenerateImagesRequest) -> list[Any]:
+    """Return the fields for labels and attributes that have a value for each image."""
+    attributes = (each.values for each in request.inputs.attributes)
+    fields: tuple[Any, ...] = (request.labels, request.label_names, *attributes)
     return [field for field in fields if len(field) > 1]
 
 

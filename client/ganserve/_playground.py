@@ -27,15 +27,24 @@ from ganserve import Client
 from ganserve._formats import FORMATS
 from ganserve.errors import FLAGS, GanserveError, UnavailableError
 from ganserve.images import ImageBatch
-from ganserve.models import Model
+from ganserve.models import Attribute, Model
 
 _LOOK_EVERY_S = 2.0
 _LARGEST_SEED = (1 << 32) - 1
 _LARGEST_DRAGGED = 9999  # the largest seed of a slider, whose values can still be hit by hand
 _LATENCIES_KEPT = 60
+_SLIDER_STEPS = 100
 
 # For each model: its name, its versions, and the digest of the newest.
 _Seen = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+class _Listed(NamedTuple):
+    """The attributes of the model that the page shows."""
+
+    model: str = ""
+    digest: str = ""
+    attributes: tuple[Attribute, ...] = ()
 
 
 class _Choice(NamedTuple):
@@ -140,6 +149,8 @@ def build(client: Client) -> Any:
         known = gr.State(None)  # the last `_Seen`; None while the server does not answer
         choice = gr.State(_Choice())
         latencies = gr.State([])
+        listed = gr.State(_Listed())
+        attributes = gr.State({})  # the values that were set
         tab = gr.State("picture")
         gr.HTML(f"<h1>ganserve</h1><p>the models of {html.escape(client.address)}</p>", elem_id="title")
         notice = gr.HTML(elem_id="notice")
@@ -157,6 +168,15 @@ def build(client: Client) -> Any:
                     info="below 1: more typical, less varied",
                     elem_id="truncation",
                 )
+
+                @gr.render(inputs=listed)  # type: ignore[untyped-decorator]
+                def controls(shown: _Listed) -> None:
+                    for each in shown.attributes:
+                        control = _control(each)
+                        control.input(
+                            partial(_with_value, each), [attributes, control], attributes, show_progress="hidden"
+                        ).then(**drawn)
+
                 latency = gr.HTML(elem_id="latency")
             with gr.Column(scale=5, min_width=360), gr.Tabs():
                 with gr.Tab("One picture") as one:
@@ -182,7 +202,7 @@ def build(client: Client) -> Any:
             sees = tuple((each.name, each.versions, each.digest) for each in models)
             return gr.skip() if sees == seen else {known: sees, notice: ""}
 
-        def describe(seen: _Seen | None, wanted: _Choice) -> Any:
+        def describe(seen: _Seen | None, wanted: _Choice, before: _Listed) -> Any:
             if not seen:
                 return gr.skip()
             versions_of = {name: versions for name, versions, _ in seen}
@@ -198,9 +218,14 @@ def build(client: Client) -> Any:
                 for index, each in enumerate(described.class_names)
             ]
             index = (wanted.label if (wanted.label or 0) < len(classes) else 0) or 0 if classes else None
+            now = _Listed(name, described.digest, described.attributes)
             choices = [("newest", 0), *((str(each), each) for each in reversed(versions))]
             return {
                 choice: _Choice(name, number, index),
+                **({} if now == before else {listed: now, attributes: {}}),
+                truncation: gr.update(visible=True)
+                if described.truncation != "none"
+                else gr.update(value=1, visible=False),
                 model: gr.update(choices=list(versions_of), value=name),
                 version: gr.update(choices=choices, value=number, visible=len(versions) > 1),
                 label: gr.update(choices=classes, value=index, visible=bool(classes)),
@@ -218,12 +243,14 @@ def build(client: Client) -> Any:
             count: int,
             way: Literal["slerp", "linear"],
             before: list[float],
+            values: dict[str, float],
         ) -> Any:
             if not seen or None in ((first, last) if shown == "film" else (one_seed,)):
                 return gr.skip()  # no server yet, or an empty box
             common: dict[str, Any] = {
                 "label": chosen.label,
                 "truncation": scale,
+                "attributes": values,
                 "version": chosen.version or None,
             }
             started = time.perf_counter()
@@ -243,21 +270,26 @@ def build(client: Client) -> Any:
         looking = {"fn": look, "inputs": known, "outputs": [known, notice], "show_progress": "hidden"}
         page.load(**looking)
         gr.Timer(_LOOK_EVERY_S).tick(**looking)
-        described = {"outputs": [notice, choice, model, version, label, card], "show_progress": "hidden"}
+        described = {
+            "outputs": [notice, choice, model, version, label, card, listed, attributes, truncation],
+            "show_progress": "hidden",
+        }
         drawn = {
             "fn": draw,
-            "inputs": [known, choice, truncation, tab, seed, seed_a, seed_b, steps, kind, latencies],
+            "inputs": [known, choice, truncation, tab, seed, seed_a, seed_b, steps, kind, latencies, attributes],
             "outputs": [known, notice, picture, film, latencies, latency],
             "show_progress": "hidden",
             "trigger_mode": "always_last",
         }
-        known.change(describe, [known, choice], **described).then(**drawn)
+        known.change(describe, [known, choice, listed], **described).then(**drawn)
         model.input(
-            lambda seen, old, name: describe(seen, old._replace(model=name)), [known, choice, model], **described
+            lambda seen, old, name, before: describe(seen, old._replace(model=name), before),
+            [known, choice, model, listed],
+            **described,
         ).then(**drawn)
         version.input(
-            lambda seen, old, number: describe(seen, old._replace(version=number)),
-            [known, choice, version],
+            lambda seen, old, number, before: describe(seen, old._replace(version=number), before),
+            [known, choice, version, listed],
             **described,
         ).then(**drawn)
         label.input(lambda old, index: old._replace(label=index), [choice, label], choice, show_progress="hidden").then(
@@ -298,6 +330,22 @@ def _seed(label: str, value: int, elem_id: str) -> Any:
     return box
 
 
+def _control(attribute: Attribute) -> Any:
+    """Make a slider for an attribute, or a check box if it is binary."""
+    low, high = attribute.minimum, attribute.maximum
+    name: Any = {"label": attribute.name, "elem_classes": "attribute", "interactive": True}
+    if attribute.binary:
+        return gr.Checkbox(attribute.default == high, **name)
+    return gr.Slider(low, high, attribute.default, step=(high - low) / _SLIDER_STEPS, **name)
+
+
+def _with_value(attribute: Attribute, values: dict[str, float], value: float | bool) -> dict[str, float]:
+    """Return the values of the attributes with a new one, from a control."""
+    if attribute.binary:
+        value = attribute.maximum if value else attribute.minimum
+    return {**values, attribute.name: value}
+
+
 def _notice(error: GanserveError) -> str:
     again = " Trying again every two seconds." if isinstance(error, UnavailableError) else ""
     return f'<div class="down" role="alert">{html.escape(error.with_names(FLAGS))}.{again}</div>'
@@ -308,6 +356,7 @@ def _picture(batch: ImageBatch) -> str:
     made = batch[0].provenance
     name = "-".join(str(part) for part in (made.model, made.label, made.seed) if part is not None) + ".png"
     text = f"{made.model} version {made.version}, class {made.label}, seed {made.seed}, truncation {made.truncation:g}"
+    text += "".join(f", {name} {value:g}" for name, value in (batch[0].attributes or {}).items())
     return f"""
         <div class="picture"><img class="large" src="{uri}" alt="{html.escape(text)}">
         <a class="download" href="{uri}" download="{html.escape(name)}">Download {html.escape(name)}</a></div>"""

@@ -28,7 +28,12 @@ _NO_GRPC = "Expected SETTINGS frame as the first frame"  # gRPC's text for HTTP/
 _WRITE_FAILED = "Internal error from Core"
 _SIZES = re.compile(r"(\d+) vs\. (\d+)")
 _CERTIFICATE_SIGNS = ("CERTIFICATE", "in peer certificate", "Verification Check", "verification check", "_ALERT_")
-_ARGUMENT_OF_FIELD = {"labels": "label", "label_names": "label"}
+_ARGUMENT_OF_FIELD = {
+    "labels": "label",
+    "label_names": "label",
+    "inputs.attributes": "attributes",
+    "inputs.seeds": "input_seeds",
+}
 # The parts of gRPC's texts that surround the cause, in the order of removal.
 _NOISE = [
     (re.compile(pattern, re.DOTALL), words)

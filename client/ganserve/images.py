@@ -6,7 +6,7 @@ import html
 import io
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ganserve._attributes import Values, joined, of_image, part
 from ganserve.provenance import Interpolation, Provenance
 
 if TYPE_CHECKING:
@@ -88,8 +89,18 @@ class GeneratedImage:
 
     @property
     def truncation(self) -> float:
-        """The factor on the image's latent."""
+        """The truncation that the image was made with."""
         return self._batch.truncation
+
+    @property
+    def attributes(self) -> dict[str, float] | None:
+        """The image's attributes by name; None for a model without further inputs."""
+        return None if self._batch.attributes is None else of_image(self._batch.attributes, self._index)
+
+    @property
+    def input_seeds(self) -> Mapping[str, int] | None:
+        """The seeds of latents that do not follow from `seed`; None for a model without further inputs."""
+        return self._batch.input_seeds
 
     @property
     def provenance(self) -> Provenance:
@@ -103,6 +114,8 @@ class GeneratedImage:
             self.label,
             self.truncation,
             interpolation=None if way is None else replace(way, shown=way.shown[self._index : self._index + 1]),
+            attributes=self.attributes,
+            input_seeds=self.input_seeds,
         )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -176,8 +189,9 @@ class ImageBatch:
     'walk.gif'
 
     `pixels` is uint8 [count, height, width, channels]. `seeds` is None for images of your own latents and of an
-    `interpolation`. `labels` is None for an unconditional model. `queue_s` and `compute_s` are the seconds that the
-    images waited in the server's queue and took to compute.
+    `interpolation`. `labels` is None for an unconditional model. `attributes` has, by name, a number for all images or
+    a tuple with one for each; it is None for a model without further inputs. `queue_s` and `compute_s` are the seconds
+    that the images waited in the server's queue and took to compute.
     """
 
     pixels: NDArray[np.uint8]
@@ -191,6 +205,8 @@ class ImageBatch:
     queue_s: float
     compute_s: float
     interpolation: Interpolation | None = None
+    attributes: Values | None = None
+    input_seeds: Mapping[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -216,6 +232,7 @@ class ImageBatch:
                 seeds=None if self.seeds is None else self.seeds[index],
                 labels=None if self.labels is None else self.labels[index],
                 interpolation=None if way is None else replace(way, shown=way.shown[index]),
+                attributes=part(self.attributes, index),
             )
         place = operator.index(index)
         if not -len(self) <= place < len(self):
@@ -245,6 +262,8 @@ class ImageBatch:
             seeds=self.seeds,
             labels=self.labels,
             interpolation=self.interpolation,
+            attributes=self.attributes,
+            input_seeds=self.input_seeds,
         )
 
     def pil(self) -> list["Image"]:
@@ -375,6 +394,7 @@ class ImageBatch:
             facts.append("own latents" if self.seeds is None else f"seeds {listed(self.seeds)}")
         if self.labels is not None:
             facts.append(f"labels {listed(self.labels)}")
+        facts += [f"{name} {_value(value)}" for name, value in (self.attributes or {}).items()]
         facts += [
             f"truncation {self.truncation:.4g}",
             f"{self.queue_s * 1e3:.1f} ms queued, {self.compute_s * 1e3:.1f} ms computed by {self.provider}",
@@ -433,6 +453,8 @@ def concatenate(batches: Sequence[ImageBatch]) -> ImageBatch:
         queue_s=first.queue_s,
         compute_s=sum(batch.compute_s for batch in batches),
         interpolation=_joined([batch.interpolation for batch in batches]),
+        attributes=joined([(batch.attributes, len(batch)) for batch in batches]),
+        input_seeds=first.input_seeds,
     )
 
 
@@ -459,6 +481,10 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
+
+
+def _value(value: float | tuple[float, ...]) -> str:
+    return f"{min(value):.4g} to {max(value):.4g}" if isinstance(value, tuple) else f"{value:.4g}"
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -3,10 +3,27 @@
 import html
 import operator
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 from ganserve._names import did_you_mean, matching
 from ganserve.errors import InvalidRequestError
+
+Truncation = Literal["latent", "input", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """A property of a model's images that requests can set: from `minimum` to `maximum`; if `binary`, one of the two.
+
+    >>> Attribute("smiling", 0.0, 1.0, 0.5, False).maximum
+    1.0
+    """
+
+    name: str
+    minimum: float
+    maximum: float
+    default: float
+    binary: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +46,10 @@ class Model:
     From `Client.model`, this is the whole card; `Client.models` leaves out the golden images and the training
     configuration.
 
+    `distribution` is that of the latents, as `latents` takes it. `truncation` says what truncation does: it scales the
+    "latent", it is an "input" of the model, or it does nothing ("none"), and the server refuses any but 1.
+    `further_latents` have seeds of their own in `input_seeds`.
+
     >>> model = client.model("cdcgan-fashion-mnist")
     >>> model.label("Sneaker"), model.dataset
     (7, 'fashion-mnist')
@@ -48,6 +69,10 @@ class Model:
     class_names: tuple[str, ...]  # empty for an unconditional model
     metrics: tuple[QualityMetric, ...]
     card: dict[str, Any]
+    attributes: tuple[Attribute, ...] = ()
+    further_latents: tuple[str, ...] = ()
+    distribution: str = "normal"
+    truncation: Truncation = "latent"
 
     @property
     def conditional(self) -> bool:
@@ -96,6 +121,8 @@ class Model:
             "classes": ", ".join(self.class_names) or "none",
             "latents": f"{self.latent_dim} numbers",
         }
+        if self.attributes:
+            facts["attributes"] = ", ".join(each.name for each in self.attributes)
         rows = [(name, value, "") for name, value in facts.items()]
         rows += [(metric.name, f"{metric.value:.4g}", metric.method) for metric in self.metrics]
         cells = "".join(

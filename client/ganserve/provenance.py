@@ -1,4 +1,4 @@
-"""The provenance of an image, as its file has it: model, version, digest, seed, label, truncation.
+"""The provenance of an image, as its file has it: model, version, digest, seed, label, truncation, and further inputs.
 
 Files of the server and of the SDK contain it as one JSON object: PNG in the text chunk "ganserve"; JPEG, WebP and TIFF
 in EXIF's ImageDescription; GIF in its comment. A picture of several images (a sheet or an animation) also has:
@@ -12,18 +12,22 @@ Images between those of two seeds have `interpolation`, with `kind`, `seed_a`, `
 not show all steps, `shown` lists the shown ones, from 0 on. The `seed` of such images is null, as for images of the
 caller's own latents.
 
-The items of a list are numbers, or runs [first, length, step]: [7, 16, 0] is sixteen times 7, and [5, 3, 1] is 5, 6, 7.
-If the lists are so irregular that the JSON would exceed the size of a JPEG's EXIF, `seed`, `seeds`, `label`, `labels`
-and `interpolation` are null.
+Images of a model with further inputs have `attributes`, an object with a number for each name, or with a list of one
+for each image; and `input_seeds`, an object with the seed of each latent that does not follow from the image's seed.
+
+The items of the other lists are numbers, or runs [first, length, step]: [7, 16, 0] is sixteen times 7, and [5, 3, 1] is
+5, 6, 7. If the lists are so irregular that the JSON would exceed the size of a JPEG's EXIF, `seed`, `seeds`, `label`,
+`labels`, `interpolation` and `attributes` are null.
 """
 
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from ganserve._attributes import Values
 from ganserve._latents import WAYS
 from ganserve.errors import NoProvenanceError
 
@@ -76,6 +80,8 @@ class Provenance:
     seeds: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
     interpolation: Interpolation | None = None
+    attributes: Values | None = field(default=None, hash=False)
+    input_seeds: Mapping[str, int] | None = field(default=None, hash=False)
 
     def __repr__(self) -> str:
         return _shown(self, self.__slots__)
@@ -94,6 +100,10 @@ class Provenance:
             content["interpolation"] = {each: getattr(way, each) for each in ("kind", "seed_a", "seed_b", "steps")}
             if way.shown != tuple(range(way.steps)):
                 content["interpolation"]["shown"] = _to_runs(way.shown)
+        if self.attributes is not None:
+            content["attributes"] = dict(self.attributes)
+        if self.input_seeds is not None:
+            content["input_seeds"] = dict(self.input_seeds)
         if self.count is None:
             return json.dumps(content)
         content["count"] = self.count
@@ -103,7 +113,7 @@ class Provenance:
             content["labels"] = _to_runs(self.labels)
         text = json.dumps(content)
         if len(text) > _MAX_TEXT:
-            lost = ("seed", "seeds", "label", "labels", "interpolation")
+            lost = ("seed", "seeds", "label", "labels", "interpolation", "attributes")
             text = json.dumps({**content, **dict.fromkeys(lost)})
         return text
 
@@ -148,6 +158,8 @@ class Provenance:
             seeds=seeds,
             labels=labels,
             interpolation=_interpolation(fields, 1 if count is None else count),
+            attributes=_attributes(fields, count),
+            input_seeds=_input_seeds(fields),
         )
 
 
@@ -268,6 +280,37 @@ def _interpolation(fields: dict[str, Any], count: int) -> Interpolation | None:
     if shown is None or len(shown) != count or max(shown) >= steps:
         raise NoProvenanceError(f"its 'shown' are not {count} of {steps} steps")
     return Interpolation(kind, seed_a, seed_b, steps, shown)  # type: ignore[arg-type]
+
+
+def _attributes(fields: dict[str, Any], count: int | None) -> Values | None:
+    found = _by_name(fields, "attributes")
+    if found is None:
+        return None
+    for name, value in found.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(map(_is_number, numbers)) or (isinstance(value, list) and len(value) != count):
+            raise NoProvenanceError(f"its attribute {name!r} is neither a number nor a list of {count or 1} numbers")
+    return {
+        name: tuple(map(float, value)) if isinstance(value, list) else float(value) for name, value in found.items()
+    }
+
+
+def _input_seeds(fields: dict[str, Any]) -> dict[str, int] | None:
+    found = _by_name(fields, "input_seeds")
+    if found is not None and not all(map(_is_uint32, found.values())):
+        raise NoProvenanceError(f"its 'input_seeds' are not integers from 0 to {_UINT32_LIMIT - 1}")
+    return found
+
+
+def _by_name(fields: dict[str, Any], key: str) -> dict[str, Any] | None:
+    found = fields.get(key)
+    if found is None or (isinstance(found, dict) and all(name and name.isprintable() for name in found)):
+        return found
+    raise NoProvenanceError(f"its {key!r} is not a JSON object with names")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _is_uint32(value: Any) -> bool:

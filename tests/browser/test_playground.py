@@ -18,7 +18,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, run_server
+from tests.server.test_further_inputs import model_of, save
 
 from ganserve import Client, Interpolation, Provenance, read_provenance
 
@@ -254,3 +255,22 @@ def test_two_programs_cannot_have_one_port(server: RunningServer) -> None:
     assert done.returncode == 4
     assert f"the page at 127.0.0.1:{port}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_each_attribute_of_a_model_has_a_control(browser: Browser, tmp_path: Path) -> None:
+    attributes = [{"name": "age", "minimum": 10, "maximum": 90, "defaultValue": 40}, {"name": "hat", "binary": True}]
+    inputs = [
+        {"name": "latent", "latent": {"shape": [2]}},
+        {"name": "attributes", "attributes": {"attributes": attributes}},
+    ]
+    save(model_of(inputs, [], scale=0), tmp_path / "models", "people")  # scale 0: truncation has no effect
+    with run_server("--workers=1", f"--models={tmp_path / 'models'}") as server, ExitStack() as stack:
+        page = stack.enter_context(opened(browser, stack.enter_context(run_playground(server.address))))
+        image = picture(page)
+        made = "people version 1, class None, seed 1, truncation 1"
+        expect(image).to_have_attribute("alt", f"{made}, age 40, hat 0")
+        expect(page.locator("#truncation")).not_to_be_visible()
+        page.locator(".attribute input[type=range]").fill("74")
+        page.get_by_label("hat").check()
+        expect(image).to_have_attribute("alt", f"{made}, age 74, hat 1")
+        assert pixels_of(file_of(image)).tolist() == [[100, 100, 74, 1]]

@@ -93,7 +93,7 @@ RULES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "no card": (lambda model: model.metadata_props.pop(), "no model card"),
     "card is not JSON": (lambda model: setattr(model.metadata_props[0], "value", "{"), "not the JSON"),
     "card without a size": (change_card(lambda card: setattr(card, "height", 0)), "height"),
-    "other latents": (change_card(lambda card: setattr(card, "latent_dim", 65)), "latents of 65 values"),
+    "other latents": (change_card(lambda card: setattr(card, "latent_dim", 65)), "latent has 65 values"),
     "other size": (change_card(lambda card: setattr(card, "width", 30)), r"\(28, 30, 1\)"),
     "unconditional card": (change_card(lambda card: card.ClearField("class_names")), "inputs must be"),
     "misspelt card": (

@@ -18,8 +18,9 @@ from rich.text import Text
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.output import console_on_stdout, print_json, show, write_file
 from ganserve._cli.terminal_pictures import TerminalPicture
-from ganserve.models import Model
+from ganserve.models import Attribute, Model
 
+_TRUNCATIONS = {"latent": "scales the latent", "input": "is an input of the model", "none": "has no effect"}
 # The metrics that have a column in the table.
 _TABLE_METRICS = {"label_accuracy": "accuracy", "fid": "FID", "precision": "precision", "recall": "recall"}
 # The order in which columns are left out if the terminal is too narrow: truncated figures would be wrong.
@@ -140,7 +141,10 @@ def _facts(model: Model) -> dict[str, str]:
         "data set": model.dataset,
         "classes": ", ".join(model.class_names),
         "architecture": model.architecture,
-        "latents": f"{model.latent_dim} numbers",
+        "latents": f"{model.latent_dim} numbers, {model.distribution.replace('_', ' ')}",
+        "input seeds": ", ".join(model.further_latents),
+        "attributes": ", ".join(map(_attribute, model.attributes)),
+        "truncation": _TRUNCATIONS[model.truncation],
         "parameters": f"{int(card.get('generatorParameters', 0)):,}",
         "precision": card.get("precision") or "fp32",
         "trained on": f"{int(training.get('imagesSeen', 0)):,} images, {_duration(training)} on "
@@ -150,6 +154,11 @@ def _facts(model: Model) -> dict[str, str]:
         "runs on": model.provider,
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _attribute(attribute: Attribute) -> str:
+    values = f"{attribute.minimum:g} {'or' if attribute.binary else 'to'} {attribute.maximum:g}"
+    return f"{attribute.name} ({values}, default {attribute.default:g})"
 
 
 def _methods(model: Model) -> tuple[list[str], str]:

@@ -4,7 +4,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -36,6 +36,8 @@ class Plan:
     height: int
     width: int
     channels: int
+    attributes: dict[str, float] = field(default_factory=dict)
+    input_seeds: dict[str, int] = field(default_factory=dict)
 
     def seed_of(self, index: int) -> int:
         """Return the seed of image `index`."""
@@ -62,6 +64,8 @@ class Plan:
                 seed=self.seed_of(start),
                 label=labels,
                 truncation=self.truncation,
+                attributes=self.attributes,
+                input_seeds=self.input_seeds,
                 version=self.version,
             )
 
@@ -81,12 +85,14 @@ class Plan:
             made = Provenance.from_json(json.dumps({**fields, "labels": None, "class_names": None, "label": None}))
             numbers = ("height", "width", "channels")
             labels, names = fields["labels"], fields["class_names"]
+            attributes = {name: each for name, each in (made.attributes or {}).items() if isinstance(each, float)}
             if (
                 made.seed is None
                 or not all(type(fields[name]) is int and fields[name] > 0 for name in numbers)
                 or not all(isinstance(name, str) and name.isprintable() for name in names)
                 or not all(type(label) is int and 0 <= label < len(names) for label in labels or ())
                 or labels == []
+                or len(attributes) < len(made.attributes or {})
             ):
                 raise NoProvenanceError("its fields are not those of a data set")
             return cls(
@@ -97,7 +103,11 @@ class Plan:
                 None if labels is None else tuple(labels),
                 made.truncation,
                 tuple(names),
-                *(fields[name] for name in numbers),
+                fields["height"],
+                fields["width"],
+                fields["channels"],
+                attributes,
+                dict(made.input_seeds or {}),
             )
         except (ValueError, TypeError, KeyError, RecursionError):
             raise NoProvenanceError("`ganserve stream` did not write it") from None

@@ -3,12 +3,13 @@
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import typer
 
 from ganserve import _formats, _pictures
@@ -40,8 +41,18 @@ Labels = Annotated[
         show_default="all classes in turn",
     ),
 ]
+InputSeeds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-seed",
+        metavar="NAME=SEED",
+        help="Seed of a further latent of the model, such as noise. Can be repeated.",
+        show_default="as in the model's card",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+_Number = TypeVar("_Number", int, float)
 _COUNT = 16  # images by default
 _MOST_LABELS = 10  # in a line
 _MOST_PIXELS = 178_956_970  # of a picture: programs that use Pillow, such as `ganserve inspect`, refuse larger ones
@@ -75,6 +86,15 @@ def generate(
         str | None, typer.Option(metavar="SEED,SEED,...", help="Seeds of all images, if they are not consecutive.")
     ] = None,
     label: Labels = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Value of an attribute of the model; for several values in turn, write NAME=0,0.5,1. Can be repeated.",
+            show_default="as in the model's card",
+        ),
+    ] = None,
+    input_seed: InputSeeds = None,
     truncation: Truncation = 1.0,
     version: Version = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Images per row.", show_default="nearly square")] = None,
@@ -105,8 +125,12 @@ def generate(
         raise typer.BadParameter(
             "--seeds already sets the number of images and their seeds; leave out --count and --seed"
         )
-    how: Any = {"truncation": truncation, "version": version}
     count = len(scattered) if scattered is not None else count or _COUNT
+    attributes = {name: _in_turn(name, values, count) for name, values in attributes_of(attribute).items()}
+    if scattered is not None and any(isinstance(values, list) for values in attributes.values()):
+        raise typer.BadParameter("with --seeds, an --attribute has one value for all images")
+    how: Any = {"truncation": truncation, "version": version, "attributes": attributes}
+    how["input_seeds"] = input_seeds_of(input_seed)
     with connection.client() as client:
         described = client.model(model, version) if label else None
         if described is not None:
@@ -157,15 +181,25 @@ def interpolate(
     ] = "",
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Number of images, including both ends.")] = 16,
     kind: Annotated[
-        Kind,
+        Kind | None,
         typer.Option(
-            help="Path between the latents: along the sphere that they lie near (slerp), or straight (linear)."
+            help="Path between the latents: along the sphere that they lie near (slerp), or straight (linear).",
+            show_default="slerp; linear if the latents are uniform",
         ),
-    ] = Kind.SLERP,
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(help="Class of all images, as an index or a name.", show_default="the class of the nearer seed"),
     ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Value of an attribute of the model; NAME=0,1 goes from 0 to 1. Can be repeated.",
+            show_default="as in the model's card",
+        ),
+    ] = None,
+    input_seed: InputSeeds = None,
     truncation: Truncation = 1.0,
     version: Version = None,
     frame_ms: Annotated[int, typer.Option(min=20, max=10_000, help="Milliseconds to show each image for.")] = 80,
@@ -189,6 +223,7 @@ def interpolate(
     if ending.upper() not in _formats.ANIMATED:
         raise typer.BadParameter(f"an animation is {_formats.ANIMATED_EXTENSIONS}, not {file_format or out!r}")
     check_ending(out, ending)
+    attributes = {name: _from_to(name, values, steps) for name, values in attributes_of(attribute).items()}
     with connection.client() as client:
         described = client.model(model, version) if label else None
         labels = labels_of(label, described) if label and described is not None else []
@@ -199,9 +234,11 @@ def interpolate(
             seed_a,
             seed_b,
             steps,
-            kind=kind.value,
+            kind=None if kind is None else kind.value,
             label=labels[0] if labels else None,
             truncation=truncation,
+            attributes=attributes,
+            input_seeds=input_seeds_of(input_seed),
             version=version if described is None else described.version,
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +246,9 @@ def interpolate(
         batch.gif(path, frame_ms=frame_ms, bounce=bounce, scale=scale)
         write_picture(out, path.read_bytes())
     if as_json:
-        print_json({"files": [out], **facts(batch), "seed_a": seed_a, "seed_b": seed_b, "kind": kind.value})
+        way = batch.interpolation
+        assert way is not None
+        print_json({"files": [out], **facts(batch), "seed_a": seed_a, "seed_b": seed_b, "kind": way.kind})
     elif out != STDOUT:
         print(f"{out}: {summary(batch, described)}, from seed {seed_a} to {seed_b}")
 
@@ -293,6 +332,8 @@ def facts(batch: ImageBatch) -> dict[str, Any]:
         "count": len(batch),
         "seeds": batch.seeds,
         "labels": batch.labels,
+        "attributes": batch.attributes,
+        "input_seeds": batch.input_seeds,
         "queue_s": batch.queue_s,
         "compute_s": batch.compute_s,
     }
@@ -316,6 +357,60 @@ def seeds_of(text: str) -> list[int]:
         raise typer.BadParameter(
             f"--seeds is {text!r}; it must be numbers separated by commas, such as 3,17,99"
         ) from error
+
+
+def attributes_of(texts: list[str] | None) -> dict[str, list[float]]:
+    """Parse `--attribute`: the values of each name.
+
+    Raises:
+        CommandLineError: a text is not NAME=VALUE, with numbers, or a name occurs twice.
+    """
+    return {name: _numbers(f"--attribute {name}", text, float) for name, text in _pairs("--attribute", texts)}
+
+
+def input_seeds_of(texts: list[str] | None) -> dict[str, int]:
+    """Parse `--input-seed`: the seed of each name.
+
+    Raises:
+        CommandLineError: a text is not NAME=SEED, or a name occurs twice.
+    """
+    seeds = {name: _numbers(f"--input-seed {name}", text, int) for name, text in _pairs("--input-seed", texts)}
+    if several := [name for name, each in seeds.items() if len(each) > 1]:
+        raise typer.BadParameter(f"--input-seed {several[0]} has several seeds; give one for all images")
+    return {name: each[0] for name, each in seeds.items()}
+
+
+def _pairs(flag: str, texts: list[str] | None) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise typer.BadParameter(f"{flag} is {text!r}; it must have a name and a value, such as smiling=0.8")
+        if name in dict(pairs):
+            raise typer.BadParameter(f"{flag} {name} occurs twice; write several values as {name}=0,1")
+        pairs.append((name, value))
+    return pairs
+
+
+def _numbers(flag: str, text: str, number: Callable[[str], _Number]) -> list[_Number]:
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{flag} is {text!r}; it must be numbers separated by commas") from error
+
+
+def _in_turn(name: str, values: list[float], count: int) -> float | list[float]:
+    """Return the values of an attribute for `count` images, in turn."""
+    if len(values) > count:
+        raise typer.BadParameter(f"--attribute {name} has {len(values)} values for {count} image{'s' * (count > 1)}")
+    return values[0] if len(values) == 1 else [values[index % len(values)] for index in range(count)]
+
+
+def _from_to(name: str, values: list[float], steps: int) -> float | list[float]:
+    """Return the values of an attribute on the way from its first to its last value."""
+    if len(values) > 2:
+        raise typer.BadParameter(f"--attribute {name} has {len(values)} values; give one, or the first and the last")
+    return values[0] if len(values) == 1 else np.linspace(values[0], values[1], steps).tolist()
 
 
 def labels_in_turn(texts: list[str] | None, count: int, model: Model) -> int | list[int] | None:

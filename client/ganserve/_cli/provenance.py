@@ -250,7 +250,17 @@ def _facts(found: _Contents) -> dict[str, str]:
             facts["seed"] = _NO_SEEDS if seeds is None else _numbers(seeds)
         if made.label is not None:
             facts["label"] = _numbers((made.label,) if made.labels is None else made.labels)
+    if made.attributes:
+        facts["attributes"] = ", ".join(f"{name} {_value(value)}" for name, value in made.attributes.items())
+    if made.input_seeds:
+        facts["input seeds"] = ", ".join(f"{name} {seed}" for name, seed in made.input_seeds.items())
     return {**facts, "truncation": f"{made.truncation:g}"}
+
+
+def _value(value: float | tuple[float, ...]) -> str:
+    """Format an attribute of one image, or of several."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return ", ".join(f"{each:g}" for each in numbers[:_MOST_SHOWN]) + (", …" if len(numbers) > _MOST_SHOWN else "")
 
 
 def _numbers(each: tuple[int, ...]) -> str:

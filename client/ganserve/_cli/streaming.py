@@ -17,7 +17,7 @@ import typer
 from ganserve import Client
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.data_sets import SEED_LIMIT, Archive, Plan
-from ganserve._cli.generating import Labels, ModelName, Version, labels_of
+from ganserve._cli.generating import InputSeeds, Labels, ModelName, Version, attributes_of, input_seeds_of, labels_of
 from ganserve._cli.output import check_is_path, print_json, whole_file, write_file
 from ganserve._cli.waiting import progress
 from ganserve._formats import ENCODED
@@ -148,6 +148,15 @@ def stream(
         int | None, typer.Option(min=0, max=SEED_LIMIT - 1, help="Seed of the first image.", show_default="random")
     ] = None,
     label: Labels = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Value of an attribute of the model, for all images. Can be repeated.",
+            show_default="as in the model's card",
+        ),
+    ] = None,
+    input_seed: InputSeeds = None,
     truncation: Annotated[
         float | None,
         typer.Option(
@@ -174,7 +183,8 @@ def stream(
     folder = to.with_name(to.name + ".partial") if archive else to
     with connection.client() as client, _only_one(folder):
         before, there = _before(to, folder, archive)
-        plan = _plan(client, model, version, seed, label, truncation, before, to)
+        further = (attributes_of(attribute), input_seeds_of(input_seed))
+        plan = _plan(client, model, version, seed, label, truncation, *further, before, to)
         if there:
             if there != count:
                 raise OtherImagesError(f"{to} already has {there} images; for {count} images, give another --to")
@@ -246,6 +256,8 @@ def _plan(
     seed: int | None,
     label: list[str] | None,
     truncation: float | None,
+    attributes: dict[str, list[float]],
+    input_seeds: dict[str, int],
     before: Plan | None,
     to: Path,
 ) -> Plan:
@@ -254,6 +266,8 @@ def _plan(
         version = before.version if version is None else version
         seed = before.seed if seed is None else seed
         truncation = before.truncation if truncation is None else truncation
+    if several := [name for name, values in attributes.items() if len(values) > 1]:
+        raise typer.BadParameter(f"--attribute {several[0]} has several values; give one for all images")
     described = client.model(model, version)
     labels = None if not label else tuple(labels_of(label, described))
     plan = Plan(
@@ -267,6 +281,8 @@ def _plan(
         height=described.height,
         width=described.width,
         channels=described.channels,
+        attributes={name: values[0] for name, values in attributes.items()} or (before.attributes if before else {}),
+        input_seeds=input_seeds or (before.input_seeds if before else {}),
     )
     if before is not None and plan != before:
         now, then = asdict(plan), asdict(before)

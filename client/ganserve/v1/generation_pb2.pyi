@@ -27,6 +27,21 @@ class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAYOUT_UNSPECIFIED: _ClassVar[Layout]
     LAYOUT_ONE_EACH: _ClassVar[Layout]
     LAYOUT_CONTACT_SHEET: _ClassVar[Layout]
+
+class TruncationEffect(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRUNCATION_EFFECT_UNSPECIFIED: _ClassVar[TruncationEffect]
+    TRUNCATION_EFFECT_LATENT: _ClassVar[TruncationEffect]
+    TRUNCATION_EFFECT_INPUT: _ClassVar[TruncationEffect]
+    TRUNCATION_EFFECT_NONE: _ClassVar[TruncationEffect]
+
+class Distribution(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DISTRIBUTION_UNSPECIFIED: _ClassVar[Distribution]
+    DISTRIBUTION_NORMAL: _ClassVar[Distribution]
+    DISTRIBUTION_UNIFORM: _ClassVar[Distribution]
+    DISTRIBUTION_SPHERE: _ClassVar[Distribution]
+    DISTRIBUTION_TRUNCATED_NORMAL: _ClassVar[Distribution]
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_INTERACTIVE: Priority
 PRIORITY_BULK: Priority
@@ -38,9 +53,18 @@ ENCODING_WEBP: Encoding
 LAYOUT_UNSPECIFIED: Layout
 LAYOUT_ONE_EACH: Layout
 LAYOUT_CONTACT_SHEET: Layout
+TRUNCATION_EFFECT_UNSPECIFIED: TruncationEffect
+TRUNCATION_EFFECT_LATENT: TruncationEffect
+TRUNCATION_EFFECT_INPUT: TruncationEffect
+TRUNCATION_EFFECT_NONE: TruncationEffect
+DISTRIBUTION_UNSPECIFIED: Distribution
+DISTRIBUTION_NORMAL: Distribution
+DISTRIBUTION_UNIFORM: Distribution
+DISTRIBUTION_SPHERE: Distribution
+DISTRIBUTION_TRUNCATED_NORMAL: Distribution
 
 class GenerateImagesRequest(_message.Message):
-    __slots__ = ("model", "version", "count", "seed", "latents", "labels", "label_names", "truncation", "encoding", "layout", "omit_identity", "priority")
+    __slots__ = ("model", "version", "count", "seed", "latents", "labels", "label_names", "truncation", "encoding", "layout", "omit_identity", "priority", "inputs")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +77,7 @@ class GenerateImagesRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     OMIT_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     count: int
@@ -65,7 +90,31 @@ class GenerateImagesRequest(_message.Message):
     layout: Layout
     omit_identity: bool
     priority: Priority
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., latents: _Optional[_Union[Latents, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ..., label_names: _Optional[_Iterable[str]] = ..., truncation: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., omit_identity: bool = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    inputs: InputValues
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., latents: _Optional[_Union[Latents, _Mapping]] = ..., labels: _Optional[_Iterable[int]] = ..., label_names: _Optional[_Iterable[str]] = ..., truncation: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., omit_identity: bool = ..., priority: _Optional[_Union[Priority, str]] = ..., inputs: _Optional[_Union[InputValues, _Mapping]] = ...) -> None: ...
+
+class InputValues(_message.Message):
+    __slots__ = ("attributes", "seeds")
+    class SeedsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    attributes: _containers.RepeatedCompositeFieldContainer[AttributeValues]
+    seeds: _containers.ScalarMap[str, int]
+    def __init__(self, attributes: _Optional[_Iterable[_Union[AttributeValues, _Mapping]]] = ..., seeds: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class AttributeValues(_message.Message):
+    __slots__ = ("name", "values")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Latents(_message.Message):
     __slots__ = ("values",)
@@ -74,7 +123,7 @@ class Latents(_message.Message):
     def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateImagesResponse(_message.Message):
-    __slots__ = ("model", "version", "digest", "provider", "count", "height", "width", "channels", "truncation", "seeds", "labels", "encoding", "pixels", "files", "queue_time", "compute_time")
+    __slots__ = ("model", "version", "digest", "provider", "count", "height", "width", "channels", "truncation", "seeds", "labels", "encoding", "pixels", "files", "queue_time", "compute_time", "inputs")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +140,7 @@ class GenerateImagesResponse(_message.Message):
     FILES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TIME_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_TIME_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     digest: str
@@ -107,7 +157,8 @@ class GenerateImagesResponse(_message.Message):
     files: _containers.RepeatedScalarFieldContainer[bytes]
     queue_time: _duration_pb2.Duration
     compute_time: _duration_pb2.Duration
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., provider: _Optional[str] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., truncation: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[int]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., pixels: _Optional[bytes] = ..., files: _Optional[_Iterable[bytes]] = ..., queue_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., compute_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    inputs: InputValues
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., provider: _Optional[str] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., truncation: _Optional[float] = ..., seeds: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[int]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., pixels: _Optional[bytes] = ..., files: _Optional[_Iterable[bytes]] = ..., queue_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., compute_time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., inputs: _Optional[_Union[InputValues, _Mapping]] = ...) -> None: ...
 
 class StreamImagesRequest(_message.Message):
     __slots__ = ("generate",)
@@ -174,23 +225,25 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "versions", "digest", "provider", "card")
+    __slots__ = ("name", "version", "versions", "digest", "provider", "card", "truncation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     versions: _containers.RepeatedScalarFieldContainer[int]
     digest: str
     provider: str
     card: ModelCard
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., provider: _Optional[str] = ..., card: _Optional[_Union[ModelCard, _Mapping]] = ...) -> None: ...
+    truncation: TruncationEffect
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., provider: _Optional[str] = ..., card: _Optional[_Union[ModelCard, _Mapping]] = ..., truncation: _Optional[_Union[TruncationEffect, str]] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("architecture", "dataset", "latent_dim", "height", "width", "channels", "class_names", "generator_parameters", "training", "metrics", "golden_images", "created_at", "trainer_version", "precision")
+    __slots__ = ("architecture", "dataset", "latent_dim", "height", "width", "channels", "class_names", "generator_parameters", "training", "metrics", "golden_images", "created_at", "trainer_version", "precision", "inputs")
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     LATENT_DIM_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +258,7 @@ class ModelCard(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     TRAINER_VERSION_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     architecture: str
     dataset: str
     latent_dim: int
@@ -219,7 +273,64 @@ class ModelCard(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     trainer_version: str
     precision: str
-    def __init__(self, architecture: _Optional[str] = ..., dataset: _Optional[str] = ..., latent_dim: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., generator_parameters: _Optional[int] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[QualityMetric, _Mapping]]] = ..., golden_images: _Optional[_Iterable[_Union[GoldenImage, _Mapping]]] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., trainer_version: _Optional[str] = ..., precision: _Optional[str] = ...) -> None: ...
+    inputs: _containers.RepeatedCompositeFieldContainer[ModelInput]
+    def __init__(self, architecture: _Optional[str] = ..., dataset: _Optional[str] = ..., latent_dim: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., generator_parameters: _Optional[int] = ..., training: _Optional[_Union[Training, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[QualityMetric, _Mapping]]] = ..., golden_images: _Optional[_Iterable[_Union[GoldenImage, _Mapping]]] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., trainer_version: _Optional[str] = ..., precision: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[ModelInput, _Mapping]]] = ...) -> None: ...
+
+class ModelInput(_message.Message):
+    __slots__ = ("name", "latent", "label", "attributes", "truncation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LATENT_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    latent: LatentInput
+    label: LabelInput
+    attributes: AttributesInput
+    truncation: TruncationInput
+    def __init__(self, name: _Optional[str] = ..., latent: _Optional[_Union[LatentInput, _Mapping]] = ..., label: _Optional[_Union[LabelInput, _Mapping]] = ..., attributes: _Optional[_Union[AttributesInput, _Mapping]] = ..., truncation: _Optional[_Union[TruncationInput, _Mapping]] = ...) -> None: ...
+
+class LatentInput(_message.Message):
+    __slots__ = ("shape", "distribution", "default_seed")
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DISTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SEED_FIELD_NUMBER: _ClassVar[int]
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    distribution: Distribution
+    default_seed: int
+    def __init__(self, shape: _Optional[_Iterable[int]] = ..., distribution: _Optional[_Union[Distribution, str]] = ..., default_seed: _Optional[int] = ...) -> None: ...
+
+class LabelInput(_message.Message):
+    __slots__ = ("one_hot",)
+    ONE_HOT_FIELD_NUMBER: _ClassVar[int]
+    one_hot: bool
+    def __init__(self, one_hot: bool = ...) -> None: ...
+
+class AttributesInput(_message.Message):
+    __slots__ = ("attributes",)
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    attributes: _containers.RepeatedCompositeFieldContainer[Attribute]
+    def __init__(self, attributes: _Optional[_Iterable[_Union[Attribute, _Mapping]]] = ...) -> None: ...
+
+class Attribute(_message.Message):
+    __slots__ = ("name", "minimum", "maximum", "default_value", "binary")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_FIELD_NUMBER: _ClassVar[int]
+    MAXIMUM_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_VALUE_FIELD_NUMBER: _ClassVar[int]
+    BINARY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    minimum: float
+    maximum: float
+    default_value: float
+    binary: bool
+    def __init__(self, name: _Optional[str] = ..., minimum: _Optional[float] = ..., maximum: _Optional[float] = ..., default_value: _Optional[float] = ..., binary: bool = ...) -> None: ...
+
+class TruncationInput(_message.Message):
+    __slots__ = ("scalar",)
+    SCALAR_FIELD_NUMBER: _ClassVar[int]
+    scalar: bool
+    def __init__(self, scalar: bool = ...) -> None: ...
 
 class Training(_message.Message):
     __slots__ = ("images_seen", "duration", "device", "configuration")

@@ -95,6 +95,11 @@ class Engine:
             self.on_cpu = self.provider == CPU
             if not self.on_cpu:
                 self.batching = Batching.TOGETHER  # a GPU computes batches of a few fixed sizes
+                if inputs.scalar_truncation:
+                    raise ValueError(
+                        "on a GPU, the input truncation must have the shape [n]: its batches have images of several "
+                        "callers"
+                    )
             several = self.on_cpu and threads > 1
             self._wide_session = _session(model, [CPU], threads) if several else self._session
         except Exception as error:  # onnxruntime's exceptions have no common root
@@ -195,10 +200,16 @@ class Engine:
         """Make the images of a batch; this holds Python's GIL only at the start and at the end."""
         if self._runner is not None:
             return self._runner.run(feeds)
+        if self.inputs.scalar_truncation:
+            parts = [self._compute(part, wide=wide) for part in self.inputs.parts(feeds)]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._compute(feeds, wide=wide)
+
+    def _compute(self, feeds: Feeds, *, wide: bool) -> NDArray[np.uint8]:
         run = (self._wide_session if wide else self._session).run
         if self.batching is not Batching.TOGETHER:
-            return self.batching.run(lambda part: run(["image"], part)[0], feeds)
-        pixels: NDArray[np.uint8] = run(["image"], feeds)[0]
+            return self.batching.run(lambda part: run(["image"], self.inputs.for_file(part))[0], feeds)
+        pixels: NDArray[np.uint8] = run(["image"], self.inputs.for_file(feeds))[0]
         return pixels
 
     def _bind(self, image_shape: tuple[int, int, int], probes: Feeds) -> None:

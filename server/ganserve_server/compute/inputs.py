@@ -4,6 +4,8 @@ The engine, the GPU's buckets, TensorRT's profile, the rules for model files and
 of input is a `ModelInput` more in `Inputs.of`; the queue carries the `Draw` of any model.
 """
 
+import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ganserve._distributions import DISTRIBUTIONS
 from ganserve.v1 import generation_pb2 as pb
 
 Feeds = dict[str, NDArray[Any]]  # by the input's name: [n, ...]
 
-LATENT, LABEL = "latent", "label"
+LATENT, LABEL, ATTRIBUTES, TRUNCATION = "latent", "label", "attributes", "truncation"
+_FLOAT, _INDEX = np.dtype(np.float32), np.dtype(np.int64)
+_MAX_VALUES = (
+    1 << 23
+)  # random numbers for one image: noise for every layer of a generator of 1024 pixels is a third of it
+_MAX_ATTRIBUTES, _MAX_NAME = 256, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +32,32 @@ class ModelInput:
     """One input of a model: [n, *shape] for n images.
 
     Without values from the caller, an image's values follow from its seed. `of_seeds` returns them for some seeds. If
-    it is None, they are drawn: standard normal numbers of NumPy's RandomState (MT19937) with that seed, times
-    truncation.
+    it is None, they are drawn: `draw` returns random numbers of one image from a RandomState (MT19937) with that seed.
+    An input with a default seed has the numbers of that seed instead, for all images.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...] = ()
     of_seeds: Callable[[NDArray[np.uint32]], NDArray[Any]] | None = None
+    draw: Callable[[np.random.RandomState, tuple[int, ...]], NDArray[np.float64]] = DISTRIBUTIONS["normal"]
+    default_seed: int | None = None
+    one_hot: int = 0  # the number of classes, if the file takes a label as [n, classes] float32
 
     @property
     def drawn(self) -> bool:
-        """Whether the values are drawn, and truncation scales them."""
+        """Whether the values are drawn."""
         return self.of_seeds is None
+
+    @property
+    def follows(self) -> bool:
+        """Whether the values are drawn from the image's own seed."""
+        return self.drawn and self.default_seed is None
+
+    @property
+    def in_file(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The type of the values in the file, and their shape for one image."""
+        return (_FLOAT, (self.one_hot,)) if self.one_hot else (self.dtype, self.shape)
 
 
 @dataclass(slots=True)  # not frozen, which would double the time to create one
@@ -47,6 +68,7 @@ class Draw:
     seeds: NDArray[np.uint32] | None  # [count]; None: `inputs` has them all
     inputs: dict[str, NDArray[Any]]  # by name: [count, ...]; latents are already scaled by truncation
     truncation: float
+    input_seeds: Mapping[str, int] | None = None  # by name: of latents that do not follow from `seeds`
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -57,7 +79,7 @@ class Draw:
         """Return the draw for images `start` to `stop` (exclusive)."""
         seeds = None if self.seeds is None else self.seeds[start:stop]
         inputs = {name: rows[start:stop] for name, rows in self.inputs.items()}
-        return Draw(stop - start, seeds, inputs, self.truncation)
+        return Draw(stop - start, seeds, inputs, self.truncation, self.input_seeds)
 
 
 def images_in(feeds: Feeds) -> int:
@@ -66,26 +88,88 @@ def images_in(feeds: Feeds) -> int:
 
 
 class Inputs:
-    """The inputs of one model, in order."""
+    """The inputs of one model, in order.
 
-    def __init__(self, inputs: Iterable[ModelInput], classes: int = 0) -> None:
-        """Take the inputs, and the number of classes; 0: the model takes no labels."""
+    Attributes:
+        attributes: the attributes, in the order of their values in the input `attributes`.
+        truncation: what truncation does.
+        settable: whether a request can set more than seeds, labels and truncation.
+        scalar_truncation: whether the file takes one truncation for a whole batch.
+    """
+
+    def __init__(
+        self,
+        inputs: Iterable[ModelInput],
+        classes: int = 0,
+        *,
+        attributes: Sequence[pb.Attribute] = (),
+        truncation: pb.TruncationInput | None = None,
+    ) -> None:
+        """Take the inputs.
+
+        Args:
+            inputs: all inputs but the truncation.
+            classes: the number of classes; 0: the model takes no labels.
+            attributes: what the input `attributes` has, if there is one.
+            truncation: the truncation, if it is an input.
+        """
         self._inputs, self._classes = {each.name: each for each in inputs}, classes
+        self.attributes = attributes
         self._not_drawn = [(each.name, each.of_seeds) for each in self if each.of_seeds is not None]
+        self._drawn = [each for each in self if each.drawn]
+        self.settable = bool(attributes) or len(self._drawn) > 1
+        self.truncation = pb.TRUNCATION_EFFECT_LATENT if truncation is None else pb.TRUNCATION_EFFECT_INPUT
+        self.scalar_truncation = truncation is not None and truncation.scalar
         self._of_thread = threading.local()
 
     @classmethod
     def of(cls, card: pb.ModelCard) -> "Inputs":
-        """Return the inputs of the model with this card."""
-        inputs = [ModelInput(LATENT, np.dtype(np.float32), (card.latent_dim,))]
-        if classes := len(card.class_names):
-            label = ModelInput(LABEL, np.dtype(np.int64), of_seeds=lambda seeds: (seeds % classes).astype(np.int64))
-            inputs.append(label)
-        return cls(inputs, classes)
+        """Return the inputs of the model with this card.
+
+        Raises:
+            ValueError: the card contradicts itself, or lists inputs that this server does not know.
+        """
+        classes = len(card.class_names)
+        listed = list(card.inputs)
+        if listed:
+            _check(listed, card)
+        else:  # the first edition
+            listed.append(pb.ModelInput(name=LATENT, latent=pb.LatentInput()))
+            if classes:
+                listed.append(pb.ModelInput(name=LABEL, label=pb.LabelInput()))
+        inputs: list[ModelInput] = []
+        attributes: Sequence[pb.Attribute] = ()
+        truncation = None
+        for each in listed:
+            kind = each.WhichOneof("kind")
+            if kind == "latent":
+                inputs.append(_latent(each, card.latent_dim))
+            elif kind == "label":
+                one_hot = classes if each.label.one_hot else 0
+                inputs.append(ModelInput(LABEL, _INDEX, of_seeds=_classes_in_turn(classes), one_hot=one_hot))
+            elif kind == "attributes":
+                attributes = each.attributes.attributes
+                defaults = np.array([one.default_value for one in attributes], np.float32)
+                inputs.append(ModelInput(ATTRIBUTES, _FLOAT, defaults.shape, of_seeds=_always(defaults)))
+            else:
+                truncation = each.truncation
+        made = cls(inputs, classes, attributes=attributes, truncation=truncation)
+        if truncation is None and listed[0].latent.distribution == pb.DISTRIBUTION_SPHERE:
+            made.truncation = pb.TRUNCATION_EFFECT_NONE
+        return made
 
     def __iter__(self) -> Iterator[ModelInput]:
-        """Yield each input."""
+        """Yield each input but the truncation."""
         return iter(self._inputs.values())
+
+    def seeds(self, given: Mapping[str, int] | None) -> dict[str, int]:
+        """Return the seed of each latent that does not follow from the image's seed.
+
+        Args:
+            given: the seeds of the request.
+        """
+        known = {each.name: (given or {}).get(each.name, each.default_seed) for each in self._drawn}
+        return {name: seed for name, seed in known.items() if seed is not None}
 
     def complete(self, inputs: dict[str, NDArray[Any]], seeds: NDArray[np.uint32]) -> None:
         """Add the values that follow from the seeds, of the inputs that are neither drawn nor there."""
@@ -93,11 +177,11 @@ class Inputs:
             if name not in inputs:
                 inputs[name] = of_seeds(seeds)
 
-    def probes(self, seeds: NDArray[np.uint32]) -> Draw:
+    def probes(self, seeds: NDArray[np.uint32], truncation: float = 1.0) -> Draw:
         """Return the draw of these seeds alone."""
         inputs: dict[str, NDArray[Any]] = {}
         self.complete(inputs, seeds)
-        return Draw(len(seeds), seeds, inputs, 1.0)
+        return Draw(len(seeds), seeds, inputs, truncation)
 
     def golden(self, images: Sequence[pb.GoldenImage]) -> Draw:
         """Return the draw of golden images.
@@ -119,19 +203,47 @@ class Inputs:
 
     def feeds(self, draws: list[Draw]) -> Feeds:
         """Return the inputs for one batch of all draws, in order."""
-        feeds: Feeds = {}
-        for name, each in self._inputs.items():
-            if each.drawn:
-                feeds[name] = self._drawn(each, draws)
-            elif len(draws) == 1:
-                feeds[name] = draws[0].inputs[name]
-            else:
-                feeds[name] = np.concatenate([draw.inputs[name] for draw in draws])
+        count = sum(draw.count for draw in draws)
+        feeds: Feeds = {each.name: np.empty((count, *each.shape), each.dtype) for each in self._drawn}
+        first = 0
+        for draw in draws:
+            self._fill(feeds, first, draw)
+            first += draw.count
+        for name, _ in self._not_drawn:
+            rows = [draw.inputs[name] for draw in draws]
+            feeds[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            if one_hot := self._inputs[name].one_hot:
+                feeds[name] = np.eye(one_hot, dtype=np.float32)[feeds[name]]
+        if self.truncation == pb.TRUNCATION_EFFECT_INPUT:
+            feeds[TRUNCATION] = np.repeat(
+                np.array([draw.truncation for draw in draws], np.float32), [draw.count for draw in draws]
+            )
         return feeds
+
+    def parts(self, feeds: Feeds) -> Iterator[Feeds]:
+        """Yield the parts of a batch that the file can compute in one run: those with the same scalar truncation."""
+        rows = feeds[TRUNCATION]
+        edges = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
+        for start, stop in itertools.pairwise(edges):
+            yield {name: rows[start:stop] for name, rows in feeds.items()}
+
+    def for_file(self, feeds: Feeds) -> Feeds:
+        """Return the inputs of one run, with the shapes of the file."""
+        if self.scalar_truncation:
+            return {**feeds, TRUNCATION: feeds[TRUNCATION][0, ...]}
+        return feeds
+
+    def scale(self, truncation: float) -> float:
+        """Return the factor on the latents."""
+        return truncation if self.truncation == pb.TRUNCATION_EFFECT_LATENT else 1.0
 
     def shapes(self, count: int) -> str:
         """Return the shapes of a batch, as TensorRT's profiles take them: "latent:8x100,label:8"."""
-        return ",".join(f"{each.name}:{'x'.join(map(str, (count, *each.shape)))}" for each in self)
+        return ",".join(
+            f"{name}:{'x'.join(map(str, (count, *shape)))}"
+            for name, (_, shape) in self._in_file().items()
+            if shape is not None
+        )
 
     def mismatch(self, found: Mapping[str, tuple[str, list[Any]]]) -> str:
         """Return what is wrong with the inputs of a file, or nothing.
@@ -139,7 +251,11 @@ class Inputs:
         Args:
             found: onnxruntime's type and shape of each input, by name.
         """
-        wanted = {each.name: (_ONNX_TYPES[each.dtype.name], 1 + len(each.shape)) for each in self}
+        in_file = self._in_file()
+        wanted = {
+            name: (_ONNX_TYPES[dtype.name], 0 if shape is None else 1 + len(shape))
+            for name, (dtype, shape) in in_file.items()
+        }
         ranks = {name: (kind, len(shape)) for name, (kind, shape) in found.items()}
         if ranks != wanted:
             return (
@@ -147,38 +263,58 @@ class Inputs:
                 f"are {ranks}"
             )
         for name, (_, shape) in found.items():
+            values = in_file[name][1]
+            if values is None:
+                continue
             if isinstance(shape[0], int):
                 return (
                     f"the first dimension of the input {name} is fixed at {shape[0]}; it is the number of images, "
                     "and must be dynamic: export the model with a dynamic batch dimension"
                 )
-            if (values := self._inputs[name].shape) != tuple(shape[1:]):
+            if values != tuple(shape[1:]):
                 return (
-                    f"according to its card, the model takes {name}s of {_size(values)}; the shape of its input is "
-                    f"{shape}"
+                    f"according to its card, the input {name} has {_size(values)} for an image; the shape of the "
+                    f"file's input is {shape}"
                 )
         return ""
 
-    def _drawn(self, wanted: ModelInput, draws: list[Draw]) -> NDArray[Any]:
-        rows = np.empty((sum(draw.count for draw in draws), *wanted.shape), wanted.dtype)
+    def _in_file(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...] | None]]:
+        """Return the type and the shape for one image of each input of the file; None: it has no dimensions."""
+        wanted: dict[str, tuple[np.dtype[Any], tuple[int, ...] | None]] = {each.name: each.in_file for each in self}
+        if self.truncation == pb.TRUNCATION_EFFECT_INPUT:
+            wanted[TRUNCATION] = (_FLOAT, None if self.scalar_truncation else ())
+        return wanted
+
+    def _fill(self, feeds: Feeds, first: int, draw: Draw) -> None:
+        """Fill the rows of a draw's images, from row `first`, in the inputs that are drawn."""
         # Reseeding a generator takes 5 µs an image, creating one takes 94 µs; the numbers are the same.
         random = getattr(self._of_thread, "random", None)
         if random is None:
             random = self._of_thread.random = np.random.RandomState(0)
-        seed, standard_normal, size = random.seed, random.standard_normal, wanted.shape
-        row = 0
-        for draw in draws:
-            first, row = row, row + draw.count
-            given = draw.inputs.get(wanted.name)
-            if given is not None or draw.seeds is None:
-                rows[first:row] = given
-                continue
-            for index, number in enumerate(draw.seeds.tolist(), first):
-                seed(number)
-                rows[index] = standard_normal(size)
-            if draw.truncation != 1.0:
-                rows[first:row] *= np.float32(draw.truncation)
-        return rows
+        factor = np.float32(self.scale(draw.truncation))
+        following: list[tuple[ModelInput, NDArray[Any]]] = []
+        for each in self._drawn:
+            rows = feeds[each.name][first : first + draw.count]
+            given = draw.inputs.get(each.name)
+            number = (draw.input_seeds or {}).get(each.name, each.default_seed)
+            if given is not None:
+                rows[:] = given
+            elif number is None:
+                following.append((each, rows))
+            else:
+                random.seed(number)
+                rows[:] = each.draw(random, each.shape)
+                if each.follows:
+                    np.multiply(rows, factor, out=rows)
+        if following:
+            assert draw.seeds is not None, "a draw without seeds has all values that follow from them"
+            for index, number in enumerate(draw.seeds.tolist()):
+                random.seed(number)
+                for each, rows in following:
+                    rows[index] = each.draw(random, each.shape)
+            if factor != 1:
+                for _, rows in following:
+                    np.multiply(rows, factor, out=rows)
 
 
 _ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
@@ -186,3 +322,92 @@ _ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{'x'.join(map(str, shape))} values" if shape else "one value"
+
+
+def _latent(listed: pb.ModelInput, latent_dim: int) -> ModelInput:
+    latent = listed.latent
+    seed = latent.default_seed if latent.HasField("default_seed") else None
+    name = pb.Distribution.Name(latent.distribution or pb.DISTRIBUTION_NORMAL).removeprefix("DISTRIBUTION_").lower()
+    return ModelInput(
+        listed.name,
+        _FLOAT,
+        tuple(latent.shape) or (latent_dim,),
+        draw=DISTRIBUTIONS[name],
+        default_seed=seed,
+    )
+
+
+def _classes_in_turn(classes: int) -> Callable[[NDArray[np.uint32]], NDArray[np.int64]]:
+    return lambda seeds: (seeds % classes).astype(np.int64)
+
+
+def _always(values: NDArray[np.float32]) -> Callable[[NDArray[np.uint32]], NDArray[np.float32]]:
+    return lambda seeds: np.tile(values, (len(seeds), 1))
+
+
+def _check(listed: Sequence[pb.ModelInput], card: pb.ModelCard) -> None:
+    """Check the inputs that a card lists.
+
+    Raises:
+        ValueError: they break a rule, which the text names.
+    """
+    names = [each.name for each in listed]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the model card lists an input twice: {', '.join(names)}")
+    values = 0
+    for each in listed:
+        kind = each.WhichOneof("kind")
+        if kind is None:
+            raise ValueError(
+                f"the model card says nothing that this server knows about the input {each.name!r}: give it one of "
+                "latent, label, attributes and truncation, or update the server"
+            )
+        if kind == "latent":
+            shape = tuple(each.latent.shape) or (card.latent_dim,)
+            values += math.prod(shape)
+            if not 0 < math.prod(shape) <= values <= _MAX_VALUES:
+                raise ValueError(
+                    f"the model card gives the input {each.name!r} the shape {list(shape)}; the latents of an image "
+                    f"must have 1 to {_MAX_VALUES} values in total"
+                )
+            if each.latent.distribution not in pb.Distribution.values():
+                raise ValueError(f"this server does not know the distribution of the input {each.name!r}: update it")
+        elif each.name != kind:
+            raise ValueError(f"the model card calls the input of {kind} {each.name!r}; its name must be {kind!r}")
+        elif kind == "attributes":
+            _check_attributes(each.attributes.attributes)
+    if names[0] != LATENT or listed[0].latent.HasField("default_seed"):
+        raise ValueError(
+            f"the first input of the model card is {names[0]!r}; it must be the latent, called 'latent', without a "
+            "default seed"
+        )
+    first = math.prod(listed[0].latent.shape or [card.latent_dim])
+    if first != card.latent_dim:
+        raise ValueError(f"the input latent has {first} values; the model card's latent_dim is {card.latent_dim}")
+    if (LABEL in names) != bool(card.class_names):
+        raise ValueError("a model card has class names if, and only if, it lists the input label")
+
+
+def _check_attributes(attributes: Sequence[pb.Attribute]) -> None:
+    names = [each.name for each in attributes]
+    if not 0 < len(names) <= _MAX_ATTRIBUTES or len(set(names)) < len(names):
+        raise ValueError(f"a model card must list 1 to {_MAX_ATTRIBUTES} attributes with different names: {len(names)}")
+    for each in attributes:
+        if not (each.name.isprintable() and 0 < len(each.name) <= _MAX_NAME) or "=" in each.name:
+            raise ValueError(
+                f"the model card has the attribute {each.name[:_MAX_NAME]!r}; a name must have 1 to {_MAX_NAME} "
+                "printable characters, and no '='"
+            )
+        low, high = attribute_range(each)
+        if not (math.isfinite(low) and math.isfinite(high) and low < high and low <= each.default_value <= high):
+            raise ValueError(
+                f"the attribute {each.name!r} of the model card has the range {low:g} to {high:g} and the default "
+                f"{each.default_value:g}: the minimum must be below the maximum, and the default between them"
+            )
+        if each.binary and each.default_value not in (low, high):
+            raise ValueError(f"the attribute {each.name!r} is binary, but its default is neither {low:g} nor {high:g}")
+
+
+def attribute_range(attribute: pb.Attribute) -> tuple[float, float]:
+    """Return the smallest and the largest value of an attribute."""
+    return attribute.minimum, attribute.maximum if attribute.minimum or attribute.maximum else 1.0

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def load_version(
     try:
         _check_card(card)
         threads = threads if exact_with_threads else 1
-        engine = Engine(content, Inputs.of(card), provider, threads, batching=batching, gpu=gpu)
+        engine = Engine(content, _inputs(card), provider, threads, batching=batching, gpu=gpu)
         _check_signature(engine)
         _check_images(engine, card)
         _check_card_size(card)
@@ -161,6 +162,8 @@ def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
 
 
 def _check_card(card: pb.ModelCard) -> None:
+    if not card.latent_dim and card.inputs and (shape := card.inputs[0].latent.shape):
+        card.latent_dim = min(math.prod(shape), 2**32 - 1)
     if not (card.latent_dim and card.height and card.width and card.channels in (1, 3)):
         raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1 or 3 channels")
     if (count := len(card.golden_images)) > MAX_GOLDEN_IMAGES:
@@ -176,6 +179,13 @@ def _check_card_size(card: pb.ModelCard) -> None:
             f"the model card has {size:,} bytes; at most {MAX_CARD_BYTES:,} are allowed, because clients read it in "
             "one message: shorten class_names, metrics or training.configuration"
         )
+
+
+def _inputs(card: pb.ModelCard) -> Inputs:
+    try:
+        return Inputs.of(card)
+    except ValueError as error:
+        raise ModelRejected(str(error)) from error
 
 
 def _parts(message: Message) -> Iterator[Message]:
@@ -210,6 +220,8 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
         # One at a time: an image may need a gigabyte while it is made.
         made = np.concatenate([engine.run([golden_draw.part(index, index + 1)]) for index in range(len(probes))])
         alone, again, among = _made_thrice(engine)
+        if alone.shape == (_AMONG, *shape) and _truncation_does_nothing(engine, alone):
+            engine.inputs.truncation = pb.TRUNCATION_EFFECT_NONE
         engine.measure()
     except Exception as error:  # onnxruntime's exceptions have no common root
         raise ModelRejected(f"the model fails when it runs: {error}") from error
@@ -248,6 +260,15 @@ def _made_thrice(engine: Engine) -> tuple[NDArray[np.uint8], NDArray[np.uint8], 
     batch = engine.inputs.probes(np.arange(_AMONG, dtype=np.uint32))
     alone = [engine.run([batch.part(index, index + 1)]) for index in range(_AMONG)]
     return np.concatenate(alone), engine.run([batch.part(0, 1)]), engine.run([batch])
+
+
+def _truncation_does_nothing(engine: Engine, alone: NDArray[np.uint8]) -> bool:
+    """Return whether truncated latents give the same images as `alone`, within the error of rounding."""
+    if engine.inputs.truncation != pb.TRUNCATION_EFFECT_LATENT:
+        return False
+    draw = engine.inputs.probes(np.arange(_AMONG, dtype=np.uint32), truncation=0.5)
+    parts = (draw.part(index, index + 1) for index in range(_AMONG))
+    return all(_difference(engine.run([part]), whole) <= 1 for part, whole in zip(parts, alone, strict=True))
 
 
 def _difference(pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> int:

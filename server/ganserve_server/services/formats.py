@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from ganserve.v1 import generation_pb2 as pb
 
 _SHEET_GAP = 2  # pixels
 
-Identity = Mapping[str, str | int | float | list[int] | None]
+Identity = Mapping[str, Any]  # values of JSON
 
 
 def encode(pixels: NDArray[np.uint8], encoding: pb.Encoding, identity: Identity | None) -> bytes:

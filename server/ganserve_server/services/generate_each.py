@@ -119,4 +119,6 @@ class _EachRequest(StreamedRequest):
             and self.batcher is other.batcher
             and one.truncation == another.truncation
             and one.bulk == another.bulk
+            and one.plain
+            and another.plain
         )

@@ -2,6 +2,7 @@
 
 import functools
 import secrets
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,11 @@ from numpy.typing import NDArray
 
 from ganserve._formats import ENCODED, ENCODED_NAMES, in_words
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.inputs import LABEL, LATENT, Draw
+from ganserve_server.compute.inputs import ATTRIBUTES, LABEL, LATENT, Draw, attribute_range
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.queueing.jobs import Made
-from ganserve_server.services.formats import Identity, contact_sheet, encode, sheet_size
+from ganserve_server.services.formats import contact_sheet, encode, sheet_size
 from ganserve_server.services.wire import tag, varint
 
 MAX_TRUNCATION = 2.0
@@ -40,6 +41,13 @@ class GenerationRequest:
     sheet: bool
     omit_identity: bool
     bulk: bool
+    attributes: NDArray[np.float32] | None = None  # [1, attributes] for all images, or [count, …]; None: the defaults
+    input_seeds: dict[str, int] | None = None  # by name: of latents that do not follow from the images' seeds
+
+    @property
+    def plain(self) -> bool:
+        """Whether the request sets no further inputs."""
+        return self.attributes is None and not self.input_seeds
 
     def draw(self, start: int, stop: int) -> Draw:
         """Return the draw for images `start` to `stop` (exclusive)."""
@@ -55,9 +63,11 @@ class GenerationRequest:
             inputs[LABEL] = self.labels.repeat(stop - start) if len(self.labels) == 1 else self.labels[start:stop]
         if self.latents is not None:
             inputs[LATENT] = self.latents[start:stop]
-        if seeds is not None:
-            self.model.inputs.complete(inputs, seeds)
-        return Draw(stop - start, seeds, inputs, self.truncation)
+        if self.attributes is not None:
+            one = len(self.attributes) == 1
+            inputs[ATTRIBUTES] = self.attributes.repeat(stop - start, 0) if one else self.attributes[start:stop]
+        self.model.inputs.complete(inputs, seeds if seeds is not None else np.zeros(stop - start, np.uint32))
+        return Draw(stop - start, seeds, inputs, self.truncation, self.input_seeds)
 
 
 def parse(
@@ -77,7 +87,7 @@ def parse(
     # Adding 0.0 turns -0.0 into 0.0. The two are equal keys of the cache of `_common_piece`, but protobuf serialises
     # them differently: a cached piece would appear in the wrong response.
     truncation = message.truncation + 0.0 if message.HasField("truncation") else 1.0
-    check_truncation(truncation)
+    check_truncation(truncation, model)
     # Each access to a field costs a tenth of the rest of a check, so each is read once.
     labels_given, names_given = len(message.labels), len(message.label_names)
     if labels_given > max_values or names_given > max_values:
@@ -86,18 +96,30 @@ def parse(
     latents = _latents(message, model, truncation, max_values) if message.HasField("latents") else None
     # A stream may have more images than a message may have labels.
     call = "a stream" if max_images > max_values else "a call without a stream"
+    attributes = input_seeds = None
+    if message.HasField("inputs"):
+        attributes, input_seeds = _input_values(message.inputs, model, max_values)
     brought = (0 if latents is None else len(latents)) or labels_given or names_given
+    brought = brought or (0 if attributes is None else len(attributes))
     count = message.count if message.HasField("count") else brought or 1
     if not 1 <= count <= max_images:
         raise InvalidRequest("count", f"count is {count}; {call} may ask for 1 to {max_images} images here")
     if latents is not None and count != len(latents):
         raise InvalidRequest("count", f"count is {count}, but there are {len(latents)} latents; leave count out")
     labels = _labels(message, model, count) if labels_given or names_given else None
+    if attributes is not None and len(attributes) not in (1, count):
+        raise InvalidRequest(
+            "inputs.attributes",
+            f"there are attributes with {len(attributes)} values for {count} images; give one value, or one for each "
+            "image",
+        )
     first_seed = None
     if latents is None:
         first_seed = message.seed if message.HasField("seed") else secrets.randbits(32)
-    elif labels is None and model.classes:
-        raise InvalidRequest("labels", f"model {model.name} is conditional: latents need labels (or label_names)")
+    else:
+        if labels is None and model.classes:
+            raise InvalidRequest("labels", f"model {model.name} is conditional: latents need labels (or label_names)")
+        check_latents_suffice(model, {LATENT, *(input_seeds or ())})
     if message.priority not in _PRIORITIES:
         raise InvalidRequest(
             "priority", f"priority {message.priority} is unknown; this server knows INTERACTIVE and BULK"
@@ -116,11 +138,13 @@ def parse(
         sheet,
         message.omit_identity,
         bulk=message.priority == pb.PRIORITY_BULK,
+        attributes=attributes,
+        input_seeds=input_seeds,
     )
 
 
 def draw_of(requests: list[GenerationRequest]) -> Draw:
-    """Build one Draw from one request, or from several single-image, seeded requests that differ only in label."""
+    """Build one Draw from one request, or from several plain, single-image, seeded ones that differ only in label."""
     first = requests[0]
     if len(requests) == 1:
         return first.draw(0, first.count)
@@ -141,16 +165,39 @@ def images_limit(model: ModelVersion, most: int) -> int:
     return max(1, min(most, _MAX_PIXEL_BYTES // max(1, model.pixel_bytes)))
 
 
-def check_truncation(truncation: float) -> None:
-    """Raise InvalidRequest unless truncation is in range."""
+def check_truncation(truncation: float, model: ModelVersion) -> None:
+    """Raise InvalidRequest unless truncation is in range and does something."""
+    if truncation == 1:
+        return
     if not 0 <= truncation <= MAX_TRUNCATION:
         raise InvalidRequest("truncation", f"truncation is {truncation:g}; it must be from 0 to {MAX_TRUNCATION:g}")
+    if model.inputs.truncation == pb.TRUNCATION_EFFECT_NONE:
+        raise InvalidRequest(
+            "truncation",
+            f"truncation is {truncation:g}, but does nothing with model {model.name}, which normalises its latents: "
+            "leave it out, or export the model with an input for truncation",
+        )
 
 
-def scaled(latents: NDArray[np.float32], truncation: float, field: str) -> NDArray[np.float32]:
-    """Return latents times truncation; raise InvalidRequest if any is not finite."""
+def check_latents_suffice(model: ModelVersion, given: Set[str]) -> None:
+    """Raise InvalidRequest if a request without seeds of its images leaves a latent open.
+
+    Args:
+        model: the model.
+        given: the latents that have values or a seed.
+    """
+    if missing := [each.name for each in model.inputs if each.follows and each.name not in given]:
+        raise InvalidRequest(
+            "inputs.seeds",
+            f"model {model.name} has further latents, which follow from the seed: latents need a seed for the input "
+            f"{' and '.join(missing)}",
+        )
+
+
+def scaled(latents: NDArray[np.float32], truncation: float, field: str, model: ModelVersion) -> NDArray[np.float32]:
+    """Return latents as truncation scales them; raise InvalidRequest if any is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        latents = latents * np.float32(truncation)
+        latents = latents * np.float32(model.inputs.scale(truncation))
     if not np.isfinite(latents).all():
         raise InvalidRequest(
             field, f"{field} has values that are not finite, or not finite after scaling by truncation"
@@ -183,7 +230,68 @@ def _latents(
             "latents",
             f"latents has {values.size} values; model {model.name} takes a multiple of {latent_dim}, 1 or more",
         )
-    return scaled(values, truncation, "latents").reshape(-1, latent_dim)
+    (latent,) = (each for each in model.inputs if each.name == LATENT)
+    return scaled(values, truncation, "latents", model).reshape(-1, *latent.shape)
+
+
+def _input_values(
+    values: pb.InputValues, model: ModelVersion, max_values: int
+) -> tuple[NDArray[np.float32] | None, dict[str, int] | None]:
+    """Return the attributes, [1 or n, attributes], and the seeds of further latents; None where none are given."""
+    if len(values.attributes) > (most := len(model.inputs.attributes)):
+        has = f"model {model.name} has {most or 'no'} attributes"
+        raise InvalidRequest("inputs.attributes", f"the request sets {len(values.attributes)} attributes; {has}")
+    if any(len(each.values) > max_values for each in values.attributes):
+        raise InvalidRequest(
+            "inputs.attributes", f"an attribute has more than {max_values} values, the limit of a request"
+        )
+    known = {each.name: column for column, each in enumerate(model.inputs.attributes)}
+    columns: dict[int, NDArray[np.float32]] = {}
+    for each in values.attributes:
+        if each.name not in known:
+            raise InvalidRequest(
+                "inputs.attributes", f"model {model.name} has no attribute {each.name!r}; it has {', '.join(known)}"
+            )
+        column = known[each.name]
+        if column in columns:
+            raise InvalidRequest("inputs.attributes", f"the request sets the attribute {each.name!r} twice")
+        columns[column] = np.array(each.values, np.float32)
+        check_attribute(columns[column], model.inputs.attributes[column])
+    attributes: NDArray[np.float32] | None = None
+    if columns:
+        counts = {len(column) for column in columns.values()} - {1}
+        if len(counts) > 1:
+            given = ", ".join(f"{each.name} {len(each.values)}" for each in values.attributes)
+            raise InvalidRequest(
+                "inputs.attributes",
+                f"the attributes have different numbers of values: {given}; give one, or one for each image",
+            )
+        defaults = [each.default_value for each in model.inputs.attributes]
+        attributes = np.tile(np.array(defaults, np.float32), (max(counts, default=1), 1))
+        for column, numbers in columns.items():
+            attributes[:, column] = numbers
+    return attributes, _input_seeds(values, model)
+
+
+def check_attribute(values: NDArray[np.float32], attribute: pb.Attribute) -> None:
+    """Raise InvalidRequest unless the attribute may have each of the values."""
+    low, high = attribute_range(attribute)
+    allowed = ((values == low) | (values == high)) if attribute.binary else ((values >= low) & (values <= high))
+    if not allowed.all() or not values.size:
+        wrong = f"{values[~allowed][0]:g}" if values.size else "without values"
+        rule = f"{low:g} or {high:g}" if attribute.binary else f"from {low:g} to {high:g}"
+        raise InvalidRequest("inputs.attributes", f"the attribute {attribute.name!r} is {wrong}; it must be {rule}")
+
+
+def _input_seeds(values: pb.InputValues, model: ModelVersion) -> dict[str, int] | None:
+    known = [each.name for each in model.inputs if each.drawn and each.name != LATENT]
+    for name in values.seeds:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise InvalidRequest(
+                "inputs.seeds", f"model {model.name} has no further latent {name[:64]!r} to take a seed; {has}"
+            )
+    return dict(values.seeds) or None
 
 
 def _labels(message: pb.GenerateImagesRequest, model: ModelVersion, count: int) -> NDArray[np.int64]:
@@ -243,6 +351,7 @@ def describe(model: ModelVersion, versions: list[int]) -> pb.Model:
         versions=versions,
         digest=model.digest,
         provider=model.engine.provider,
+        truncation=model.inputs.truncation,
     )
     # As an argument of `pb.Model`, a card of 1 MiB with 100,000 classes would take 5 ms instead of 1 ms.
     described.card.CopyFrom(model.card)
@@ -282,16 +391,22 @@ def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], t
     response = pb.GenerateImagesResponse(
         seeds=None if draw.seeds is None else draw.seeds.tolist(),
         labels=None if (labels := draw.labels) is None else labels.tolist(),
+        inputs=_values_used(model, draw) if model.inputs.settable else None,
     )
     if request.encoding == pb.ENCODING_RAW:
         raw = pixels.tobytes()
         return b"".join((model.answer, took, common, response.SerializeToString(), _PIXELS_TAG, varint(len(raw)), raw))
     if request.sheet:
-        identity: Identity | None = None
+        identity: dict[str, Any] | None = None
         if not request.omit_identity:
             identity = {**_identity(model, draw, 0), "count": draw.count}
             if labels is not None and draw.count <= _MAX_SHEET_LABELS:
                 identity["labels"] = labels.tolist()
+            if model.inputs.attributes:
+                used = _attributes_used(model, draw)
+                identity["attributes"] = {name: each[0] if len(each) == 1 else each for name, each in used.items()}
+                if sum(map(len, used.values())) > _MAX_SHEET_LABELS:
+                    identity |= {"seed": None, "attributes": None}  # it cannot be made again
         response.files.append(encode(contact_sheet(pixels), request.encoding, identity))
     else:
         for index, pixels_of_one in enumerate(pixels):
@@ -306,7 +421,33 @@ def _common_piece(count: int, truncation: float, encoding: pb.Encoding) -> bytes
     return pb.GenerateImagesResponse(count=count, truncation=truncation, encoding=encoding).SerializeToString()
 
 
-def _identity(model: ModelVersion, draw: Draw, index: int) -> Identity:
+def _values_used(model: ModelVersion, draw: Draw) -> pb.InputValues:
+    """Return the further inputs of a draw."""
+    used = pb.InputValues(seeds=model.inputs.seeds(draw.input_seeds))
+    for name, values in _attributes_used(model, draw).items():
+        used.attributes.add(name=name, values=values)
+    return used
+
+
+def _attributes_used(model: ModelVersion, draw: Draw) -> dict[str, list[float]]:
+    """Return the values of each attribute: one if all images have the same, or one for each image."""
+    columns = draw.inputs[ATTRIBUTES].T if model.inputs.attributes else ()
+    return {
+        attribute.name: (column[:1] if (column == column[0]).all() else column).tolist()
+        for attribute, column in zip(model.inputs.attributes, columns, strict=True)
+    }
+
+
+def _identity(model: ModelVersion, draw: Draw, index: int) -> dict[str, Any]:
+    identity = _plain_identity(model, draw, index)
+    if model.inputs.settable:
+        used = _attributes_used(model, draw.part(index, index + 1))
+        identity["attributes"] = {name: value for name, (value,) in used.items()}
+        identity["input_seeds"] = model.inputs.seeds(draw.input_seeds)
+    return identity
+
+
+def _plain_identity(model: ModelVersion, draw: Draw, index: int) -> dict[str, Any]:
     return {
         "model": model.name,
         "version": model.version,

@@ -17,7 +17,7 @@ import numpy as np
 from google.protobuf import message_factory
 from numpy.typing import NDArray
 
-from ganserve_server.compute.inputs import LABEL, Draw, ModelInput
+from ganserve_server.compute.inputs import ATTRIBUTES, LABEL, Draw, ModelInput
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import (
     InvalidRequest,
@@ -33,7 +33,7 @@ from ganserve_server.queueing.jobs import Made
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.services.administration import refuse_repository_name
 from ganserve_server.services.health import SERVING, HealthServicer
-from ganserve_server.services.messages import check_labels, check_truncation, images_limit, scaled
+from ganserve_server.services.messages import check_attribute, check_labels, check_truncation, images_limit, scaled
 from ganserve_server.services.request_stream import RequestStream, StreamedRequest
 from ganserve_server.services.wire import FIXED32, FIXED64, LENGTH_DELIMITED, VARINT, embedded, tag, varint
 from ganserve_server.settings import ServerSettings
@@ -161,7 +161,7 @@ class InferenceServicer:
         """
         batcher = self._find(request.model_name, request.model_version, call)
         _check_counts(request)
-        options = _options(request)
+        options = _options(request, batcher.model)
         limit = images_limit(batcher.model, self._settings.max_images_per_request)
         draw = _draw(request, batcher.model, limit, options.truncation)
         if call.caller is not None:
@@ -385,7 +385,7 @@ class _Options:
 _NO_OPTIONS = _Options()
 
 
-def _options(request: pb.ModelInferRequest) -> _Options:
+def _options(request: pb.ModelInferRequest, model: ModelVersion) -> _Options:
     """Read the parameters of a request."""
     if not request.parameters:
         return _NO_OPTIONS
@@ -395,7 +395,7 @@ def _options(request: pb.ModelInferRequest) -> _Options:
         )
     numbers = {name: _number(name, one) for name, one in request.parameters.items() if name != _EMPTY_FINAL}
     truncation, timeout_us = numbers.get("truncation", 1.0), numbers.get("timeout", 0.0)
-    check_truncation(truncation)
+    check_truncation(truncation, model)
     if not 0 <= timeout_us < math.inf:
         raise InvalidRequest("timeout", f"timeout is {timeout_us:g}; it must be in microseconds, or 0 for none")
     deadline = time.monotonic() + timeout_us / 1e6 if timeout_us else None
@@ -426,9 +426,10 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
         _check_no_parameters(output.name, output.parameters)
     tensors = _tensors(request, model, limit)
     seeds = tensors.pop(_SEED.name, None)
-    drawn = [each.name for each in model.inputs if each.drawn]
+    drawn = [each.name for each in model.inputs if each.follows]
     if (seeds is None) != all(name in tensors for name in drawn) or (seeds is not None and tensors.keys() & drawn):
         raise InvalidRequest("inputs", f"model {model.name} takes either the input seed or {' and '.join(drawn)}")
+    needed = {each.name for each in model.inputs if each.of_seeds is not None and each.name != ATTRIBUTES}
     first = drawn[0] if seeds is None else _SEED.name
     count = len(tensors[first] if seeds is None else seeds)
     if not count:
@@ -439,18 +440,18 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
         seeds = seeds.astype(np.uint32)
     for each in model.inputs:
         name = each.name
-        if each.drawn:
-            if seeds is None:
-                tensors[name] = scaled(tensors[name], truncation, name)
-        elif name == LABEL and name in tensors:
+        if each.follows and seeds is None:
+            tensors[name] = scaled(tensors[name], truncation, name, model)
+        if name == LABEL and name in tensors:
             check_labels(tensors[name], model, count, name)
             tensors[name] = tensors[name].repeat(count) if len(tensors[name]) == 1 else tensors[name]
-        elif (name in tensors or seeds is None) and (given := len(tensors.get(name, ()))) != count:
+        elif (name in tensors or (seeds is None and name in needed)) and (given := len(tensors.get(name, ()))) != count:
             raise InvalidRequest(
                 name, f"{count} images need a value of the input {name} for each image; it has values for {given}"
             )
-    if seeds is not None:
-        model.inputs.complete(tensors, seeds)
+    for attribute, column in zip(model.inputs.attributes, tensors.get(ATTRIBUTES, np.empty((0, 0))).T, strict=False):
+        check_attribute(column, attribute)
+    model.inputs.complete(tensors, seeds if seeds is not None else np.zeros(count, np.uint32))
     return Draw(count, seeds, tensors, truncation)
 
 

@@ -1,0 +1,33 @@
+"""The attributes of several images: for each name, a number for all images or a tuple with one for each."""
+
+from collections.abc import Mapping, Sequence
+
+Values = Mapping[str, float | tuple[float, ...]]
+
+
+def of_image(values: Values, index: int) -> dict[str, float]:
+    """Return the attributes of one image."""
+    return {name: each[index] if isinstance(each, tuple) else each for name, each in values.items()}
+
+
+def part(values: Values | None, index: slice) -> Values | None:
+    """Return the attributes of some of the images."""
+    if values is None:
+        return None
+    return {name: each[index] if isinstance(each, tuple) else each for name, each in values.items()}
+
+
+def joined(parts: Sequence[tuple[Values | None, int]]) -> Values | None:
+    """Return the attributes of several parts together, each given with its number of images."""
+    first, _ = parts[0]
+    if first is None or (all(values == first for values, _ in parts) and not any(map(_is_tuple, first.values()))):
+        return first
+    return {name: tuple(one for values, count in parts for one in _each((values or {})[name], count)) for name in first}
+
+
+def _is_tuple(value: object) -> bool:
+    return isinstance(value, tuple)
+
+
+def _each(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,) * count
