@@ -101,6 +101,9 @@ def layers() -> Iterator[tuple[str, Case]]:
             yield f"{kind} {axis} {side}", (node(kind, axis=axis), {}, shape)
         for kind in ("Add", "Mul", "Div", "Pow", "Max"):
             yield f"{kind} {side}", (node(kind, "x", "w"), {"w": np.abs(floats(6, 1, 1))}, shape)
+        for exponent, kind in itertools.product((2, 3, 0.5), ("float32", "int64")):
+            power = {"w": np.array(exponent, kind)}
+            yield f"Pow {kind} {exponent} {side}", (node("Pow", "x", "w"), power, shape)
         heads = [helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]), *node("MatMul", "x", "t")]
         yield f"attention {side}", (heads, {}, shape)
         yield f"Einsum {side}", (node("Einsum", "x", "w", equation="nchw,oc->nohw"), {"w": floats(5, 6)}, shape)
@@ -170,10 +173,14 @@ def test_ordinary_operators_are_computed_together_on_all_cores() -> None:
         "Elu (16, 8, 8)",
         "ReduceMean (64, 8, 8) (2, 3)",
         "GlobalAveragePool 7",
+        "Pow float32 2 7",
+        "Pow int64 2 7",
     ]
     ordinary += [name for name, _ in layers() if name.split()[0] in ("Gemm", "Conv", "ConvTranspose", "MatMul")]
     assert {name: batching_of(graph(CASES[name]))[0] for name in ordinary} == dict.fromkeys(ordinary, Batching.TOGETHER)
     assert batching_of(graph(CASES["Conv 16 64 4 3"])) == (Batching.TOGETHER, True)
+    assert batching_of(graph(CASES["Pow float32 2 7"])) == (Batching.TOGETHER, True)
+    assert batching_of(graph(CASES["Pow float32 3 7"])) == (Batching.SINGLES, False)
 
 
 def pixel_norm(path: Path) -> None:

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import onnx
@@ -41,6 +42,7 @@ _FUNCTIONS = {
         "Softplus",
     ),
 }
+_KEPT_TYPES = (onnx.TensorProto.INT64, onnx.TensorProto.FLOAT)
 _MOST_VALUES = 1024  # of a constant that shape inference needs; larger ones are weights
 
 
@@ -89,6 +91,8 @@ def batching_of(model: onnx.ModelProto) -> tuple[Batching, bool]:
     for node, outermost in _nodes(model):
         if node.op_type not in _SUMS | _FUNCTIONS or (outermost and not values.depends(node)):
             continue
+        if node.op_type == "Pow" and values.is_square(node.input[1]):
+            continue  # a product, which is rounded in one way only
         if not outermost:
             return Batching.SINGLES, False
         batching, exact = (_of_sum if node.op_type in _SUMS else _of_function)(values, node)
@@ -134,17 +138,17 @@ class _Values:
         graph.output.extend(model.graph.output)
         graph.value_info.extend(model.graph.value_info)
         given = {value.name for value in graph.input}
-        self._constants: dict[str, NDArray[np.int64]] = {}
+        self._constants: dict[str, NDArray[Any]] = {}
         for tensor in model.graph.initializer:
             if math.prod(tensor.dims) <= _MOST_VALUES:
                 graph.initializer.append(tensor)
-                if tensor.data_type == onnx.TensorProto.INT64:
+                if tensor.data_type in _KEPT_TYPES:
                     self._constants[tensor.name] = numpy_helper.to_array(tensor)
             elif tensor.name not in given:
                 graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-                if node.attribute[0].t.data_type == onnx.TensorProto.INT64:
+                if node.attribute[0].t.data_type in _KEPT_TYPES:
                     self._constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
             elif node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value_ints":
                 self._constants[node.output[0]] = np.array(node.attribute[0].ints, np.int64)
@@ -167,6 +171,11 @@ class _Values:
         kind = self._types[node.input[0]].elem_type if node.input[0] in self._types else 0
         whole = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
         return node.input[0] in self._of_request and kind not in whole
+
+    def is_square(self, exponent: str) -> bool:
+        """Return whether a power with this exponent is a square."""
+        found = self._constants.get(exponent)
+        return found is not None and found.size == 1 and found.item() == 2
 
     def of_images(self, name: str) -> list[int] | None:
         """Return a value's shape without its first dimension, the images; None if it is unknown or has no such one."""
