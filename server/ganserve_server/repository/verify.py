@@ -4,7 +4,7 @@ A file is untrusted input. The rules:
 
 - its size is limited;
 - onnx's checker accepts it;
-- it has only standard operators, and contains all its weights;
+- it has only standard operators, of which none draws random numbers, and contains all its weights;
 - it has a model card of limited size, and its inputs and its output match the card;
 - it makes the same images each time, and in a batch images that differ by at most one grey level (`compute.batching`
   then removes the difference);
@@ -42,6 +42,7 @@ CARD_KEY = "ganserve.model_card"
 _MAX_REPORTED_KEYS = 3
 _AMONG = 3  # images that are made alone and in one batch
 _STANDARD_DOMAINS = {"", "ai.onnx"}
+_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 _NEWLINE = "\n"
 
 
@@ -135,7 +136,44 @@ def _check_graph(content: bytes) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:  # ValidationError, and UnicodeDecodeError on a damaged file's text
         raise ModelRejected(f"onnx's checker rejects the file: {str(error).partition(_NEWLINE)[0]}") from error
+    _check_random(parts)
     return model
+
+
+def _check_random(parts: list[Message]) -> None:
+    """Reject operators that draw random numbers, by name: running the model does not find small noise."""
+    nodes = [part for part in parts if isinstance(part, onnx.NodeProto)]
+    if drawing := [node.op_type for node in nodes if node.op_type in _RANDOM]:
+        raise ModelRejected(
+            f"the operator {drawing[0]} draws random numbers, so no image can be made again: make the noise a constant "
+            "(in torch, a buffer), or take it from further values of the latent"
+        )
+    modes = {node.input[2] for node in nodes if node.op_type == "Dropout" and len(node.input) > 2} - {""}
+    if modes and modes - _always_false(parts):
+        raise ModelRejected(
+            "the operator Dropout is in training mode and draws random numbers, so no image can be made again: export "
+            "the model in evaluation mode; if the dropout stays on by design, multiply by a constant mask instead"
+        )
+
+
+def _always_false(parts: list[Message]) -> set[str]:
+    """Return the names whose value is a constant false in each graph and function that has them."""
+    false, others = set[str](), set[str]()
+    for part in parts:
+        if isinstance(part, onnx.TensorProto):  # a graph's constant, or one in an attribute
+            (false if _is_false(part) else others).add(part.name)
+        elif isinstance(part, onnx.NodeProto):
+            constant = part.op_type == "Constant" and all(_is_false(attribute.t) for attribute in part.attribute)
+            (false if constant else others).update(part.output)
+        elif isinstance(part, onnx.GraphProto):
+            others.update({value.name for value in part.input} - {tensor.name for tensor in part.initializer})
+        elif isinstance(part, onnx.FunctionProto):
+            others.update(part.input)
+    return false - others
+
+
+def _is_false(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_type == onnx.TensorProto.BOOL and not any(tensor.raw_data) and not any(tensor.int32_data)
 
 
 def _card_text(model: onnx.ModelProto) -> str:
