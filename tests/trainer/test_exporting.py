@@ -76,7 +76,7 @@ def test_a_generator_from_elsewhere_is_served_as_torch_makes_it(
 
 class Grey(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
-        return torch.round(latent.clamp(0, 255)).to(torch.uint8).reshape(-1, 2, 2, 1)
+        return torch.round((100 * latent).clamp(0, 255)).to(torch.uint8).reshape(-1, 2, 2, 1)
 
 
 def test_a_published_file_has_no_stack_traces_of_the_exporter(tmp_path: Path) -> None:

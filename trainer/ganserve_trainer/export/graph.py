@@ -1,26 +1,28 @@
-"""Converts a generator to an ONNX graph: folds BatchNorm, traces, removes exporter notes, compares with PyTorch."""
+"""Converts a generator to an ONNX graph: folds BatchNorm, traces, removes the exporter's notes."""
 
+import contextlib
 import copy
+import io
 import logging
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.model_file import MODEL_FILE_NAME, latents, load_session, run_session
+from ganserve_trainer.export.comparing import compare_with_pytorch, open_session
+from ganserve_trainer.export.diagnosis import all_nodes, random_numbers, summary, why_not_exported
+from ganserve_trainer.export.modules import check_finite
+from ganserve_trainer.model_file import MODEL_FILE_NAME
 from ganserve_trainer.networks.generator import UInt8Generator
 from ganserve_trainer.networks.layers import UnflattenPixels
 from ganserve_trainer.train.checkpoints import Checkpoint
 
-_COMPARED_BATCH_SIZES = (1, 3, 64)
 _OPSET = 18
 
 
@@ -54,15 +56,16 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     """Export the EMA generator in fp32, and compare its images with PyTorch's.
 
     Raises:
-        TrainerError: the images differ.
+        TrainerError: the images differ, or weights are not finite.
     """
     generator = checkpoint.ema_generator()
+    check_finite(generator)
     folded = copy.deepcopy(generator)
     folded.layers = fold_batch_norm(generator.layers)
     settings = checkpoint.settings
     classes = len(checkpoint.spec.class_names) if settings.conditional else 0
     model = trace(UInt8Generator(folded).eval(), settings.latent_dim, conditional=settings.conditional)
-    session = load_session(model.SerializeToString())
+    session = open_session(model)
     compare_with_pytorch(session, UInt8Generator(generator).eval(), settings.latent_dim, classes)
     return model
 
@@ -85,63 +88,83 @@ class _To(nn.Module):
 
 
 def trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.ModelProto:
-    """Export a module that returns uint8 images, for batches of any size."""
+    """Export a module that returns uint8 images, for batches of any size.
+
+    Raises:
+        TrainerError: torch cannot export it, or for one batch size only, or it draws random numbers.
+    """
     batch = torch.export.Dim("N", min=1)
     arguments: dict[str, Tensor] = {"latent": torch.zeros(3, latent_dim)}
     if conditional:
         arguments["label"] = torch.zeros(3, dtype=torch.int64)
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        # The exporter warns about its internals, and prints its progress on standard output.
+    dynamic_shapes = {key: {0: batch} for key in arguments}
+    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
+    printed = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        warnings.catch_warnings(),
+    ):
+        # The exporter warns about its internals, and prints its progress and what it failed on.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         path = Path(scratch) / MODEL_FILE_NAME
-        torch.onnx.export(
-            module,
-            kwargs=arguments,
-            f=str(path),
-            dynamo=True,
-            opset_version=_OPSET,
-            input_names=list(arguments),
-            output_names=["image"],
-            dynamic_shapes={key: {0: batch} for key in arguments},
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            if scripted:
+                _write_torchscript(module, arguments, path)
+            else:
+                torch.onnx.export(
+                    module,
+                    kwargs=arguments,
+                    f=str(path),
+                    dynamo=True,
+                    opset_version=_OPSET,
+                    input_names=list(arguments),
+                    output_names=["image"],
+                    dynamic_shapes=dynamic_shapes,
+                    external_data=False,
+                    verbose=False,
+                )
+        except Exception as error:  # torch's exporters have no common root of their exceptions
+            if scripted:
+                raise TrainerError(
+                    f"torch cannot write the TorchScript module as ONNX: {summary(error)}; export the Python module "
+                    "that it was made of"
+                ) from None
+            raise TrainerError(why_not_exported(module, arguments, dynamic_shapes, error)) from None
         model = onnx.load(path)
+        if any(value.type.tensor_type.shape.dim[0].dim_value for value in model.graph.input):
+            raise TrainerError(why_not_exported(module, arguments, dynamic_shapes, None))
+    if reason := random_numbers(model):
+        raise TrainerError(reason)
     _strip_exporter_notes(model)
     return model
+
+
+def _write_torchscript(module: nn.Module, arguments: dict[str, Tensor], path: Path) -> None:
+    """Export a module with TorchScript inside, which the exporter for other modules rejects."""
+    inputs = tuple(arguments.values())
+    with torch.no_grad():
+        traced = torch.jit.trace(module, inputs, check_trace=False)
+    torch.onnx.export(
+        traced,
+        inputs,
+        str(path),
+        dynamo=False,
+        opset_version=_OPSET,
+        input_names=list(arguments),
+        output_names=["image"],
+        dynamic_axes={key: {0: "N"} for key in (*arguments, "image")},
+        verbose=False,
+    )
 
 
 def _strip_exporter_notes(model: onnx.ModelProto) -> None:
     """Remove the exporter's stack traces, which are half the size of a small graph and contain this machine's paths."""
     graph = model.graph
     del graph.metadata_props[:]
-    parts: tuple[Any, ...] = (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    parts: tuple[Any, ...] = (*all_nodes(model), *graph.input, *graph.output, *graph.value_info, *graph.initializer)
     for part in parts:
         del part.metadata_props[:]
         part.doc_string = ""
-
-
-def compare_with_pytorch(
-    session: onnxruntime.InferenceSession, module: nn.Module, latent_dim: int, classes: int
-) -> None:
-    """Compare an exported model's images with the module's, for several batch sizes.
-
-    Raises:
-        TrainerError: the shapes differ, or a pixel differs by more than one grey level.
-    """
-    for batch_size in _COMPARED_BATCH_SIZES:
-        latent = latents(np.arange(batch_size), latent_dim)
-        label = np.arange(batch_size) % classes if classes else None
-        got = run_session(session, latent, label)
-        arguments = {"latent": torch.from_numpy(latent)}
-        if label is not None:  # as at the export: a module without classes takes no label
-            arguments["label"] = torch.from_numpy(label)
-        with torch.no_grad():
-            wanted = module(**arguments).numpy()
-        difference = int(np.abs(got.astype(np.int16) - wanted).max()) if got.shape == wanted.shape else None
-        if difference is None or difference > 1:
-            raise TrainerError(
-                f"the exported model differs from PyTorch at batch size {batch_size}: shapes {got.shape} and "
-                f"{wanted.shape}, largest difference {difference} grey levels (allowed: 1); nothing was published"
-            )

@@ -1,6 +1,5 @@
 """Publishes models: a run's averaged generator, or any torch module, as the next version in a model repository."""
 
-import copy
 import importlib.metadata
 import os
 import re
@@ -16,9 +15,11 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation.kept import read_metrics
 from ganserve_trainer.export.card import card_of, golden_images, with_card
-from ganserve_trainer.export.graph import compare_with_pytorch, to_onnx, trace
+from ganserve_trainer.export.comparing import check_effect_of_latent, compare_with_pytorch, open_session
+from ganserve_trainer.export.graph import to_onnx, trace
+from ganserve_trainer.export.modules import check_output, prepare, run_module
 from ganserve_trainer.files import sync_directory
-from ganserve_trainer.model_file import MODEL_FILE_NAME, load_session
+from ganserve_trainer.model_file import MODEL_FILE_NAME
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.settings import ExportPrecision
 from ganserve_trainer.train.checkpoints import load_checkpoint
@@ -56,8 +57,8 @@ def export_module(
     """Publish a generator of any kind as the next version of model `name`, in evaluation mode; return the file.
 
     Args:
-        module: its forward takes `latent`, float32 [n, latent_dim], and, with class names, `label`, int64 [n]; it
-            returns uint8 [n, height, width, channels], of 1 or 3 channels.
+        module: its forward takes `latent`, float32 [n, latent_dim], and, with class names, `label`, int64 [n], by these
+            names or in this order; it returns uint8 [n, height, width, channels], of 1 or 3 channels.
         repository: the model repository.
         name: the name of the model.
         latent_dim: the number of values in a latent.
@@ -66,23 +67,22 @@ def export_module(
         dataset: the data set that the model was trained on, for the model card.
 
     Raises:
-        TrainerError: the name is not allowed, the images are not as above, or those of the exported model differ.
+        TrainerError: the name is not allowed, the images are not as above, torch cannot export the module, those of
+            the exported model differ, or the server would reject them. The text names the construct, the line of the
+            module's code where it is known, and what to do.
+
+    Warns:
+        UserWarning: the images hardly differ.
     """
     check_name(name)
-    module = copy.deepcopy(module).cpu().eval()
     classes = len(class_names)
-    labels = {"label": torch.zeros(2, dtype=torch.int64)} if classes else {}
-    with torch.no_grad():
-        images = module(latent=torch.zeros(2, latent_dim), **labels)
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != 2 or images.shape[3] not in (1, 3):
-        raise TrainerError(
-            f"from 2 latents the module made {images.dtype} {list(images.shape)}; it must make torch.uint8 [2, "
-            "height, width, 1 or 3]: see examples/bring_a_generator.py"
-        )
-    model = trace(module, latent_dim, conditional=classes > 0)
-    session = load_session(model.SerializeToString())
-    compare_with_pytorch(session, module, latent_dim, classes)
-    _, height, width, channels = images.shape
+    prepared = prepare(module, conditional=classes > 0)
+    label = torch.zeros(2, dtype=torch.int64) if classes else None
+    height, width, channels = check_output(run_module(prepared, torch.zeros(2, latent_dim), label), 2)
+    model = trace(prepared, latent_dim, conditional=classes > 0)
+    session = open_session(model)
+    compare_with_pytorch(session, prepared, latent_dim, classes)
+    check_effect_of_latent(session, latent_dim)
     card = pb.ModelCard(
         architecture=architecture,
         dataset=dataset,
