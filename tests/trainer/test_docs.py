@@ -8,9 +8,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf import json_format
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.repository.verify import CARD_KEY, load_version
 from ganserve_trainer.model_file import latents
@@ -59,6 +61,7 @@ def test_every_snippet_about_models_has_a_test() -> None:
         "bring-a-generator.md",
         "bring-a-generator.md",
         "model-file.md",
+        "model-file.md",
     ]
     assert [page for page, _ in snippets("json", "latentDim")] == ["bring-a-generator.md"]
 
@@ -68,7 +71,7 @@ def test_what_the_documentation_exports_is_served(
     classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ((_, code),) = snippets("python", r"export_module\(")
+    ((_, code),) = snippets("python", r"export_module\(Served")
     ((_, card),) = snippets("json", "latentDim")
     if not classes:  # as the page says: leave out class_names, or classNames
         code, changed = re.subn(r", class_names=\[.*?\]", "", code)
@@ -87,6 +90,36 @@ def test_what_the_documentation_exports_is_served(
     sizes = ("latent_dim", "height", "width", "channels")
     assert [getattr(written, size) for size in sizes] == [getattr(exported, size) for size in sizes]
     assert not written.golden_images
+
+
+class Faces(nn.Module):
+    """A generator of 256 pixels with the inputs of the documentation's example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(512 + 64 + 3, 3)
+
+    def forward(self, latent: Tensor, style: Tensor, noise: Tensor, attributes: Tensor, truncation: Tensor) -> Tensor:
+        colour = self.dense(torch.cat([latent.flatten(1), style, attributes], 1)) * truncation[:, None]
+        images = torch.tanh(colour[:, :, None, None] + 0.1 * noise)
+        return torch.round((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def test_the_documented_inputs_are_those_of_the_documented_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ((_, code),) = snippets("python", r"inputs=inputs")
+    ((_, card),) = snippets("json", '"inputs"')
+    run(code, generator=Faces())
+    exported = served(tmp_path / "models" / "faces" / "1" / "model.onnx").card
+    written = json_format.Parse(card, pb.ModelCard())
+    for each in (*exported.inputs, *written.inputs):  # defaults may be left out
+        for attribute in each.attributes.attributes:
+            attribute.maximum = attribute.maximum or 1
+        if each.HasField("latent"):
+            each.latent.distribution = each.latent.distribution or pb.DISTRIBUTION_NORMAL
+    assert list(exported.inputs) == list(written.inputs)
 
 
 def test_the_documented_modulated_convolution_equals_the_fused_one() -> None:

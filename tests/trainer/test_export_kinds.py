@@ -19,6 +19,7 @@ from torch.nn import functional
 from ganserve_server.repository.verify import load_version
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export import comparing, export_module
+from ganserve_trainer.export.inputs import Inputs
 from ganserve_trainer.model_file import load_session
 
 LATENT_DIM = 8
@@ -391,5 +392,5 @@ def test_batches_that_are_compared_fit_in_bounded_memory(mib: int, sizes: set[in
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
     module = Heavy(mib)
-    comparing.compare_with_pytorch(load_session(model.SerializeToString()), module, LATENT_DIM, 0)
+    comparing.compare_with_pytorch(load_session(model.SerializeToString()), module, Inputs.plain(LATENT_DIM, 0))
     assert set(module.sizes) == sizes

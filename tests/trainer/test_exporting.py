@@ -25,6 +25,7 @@ from ganserve_server.repository.verify import load_version
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export import export_module
 from ganserve_trainer.export.card import golden_images, with_card
+from ganserve_trainer.export.inputs import Inputs
 from ganserve_trainer.model_file import load_session
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "bring_a_generator.py"
@@ -113,7 +114,7 @@ def test_a_module_that_makes_no_images_as_they_are_served_is_not_published(modul
 def test_the_card_of_large_images_has_thumbnails_that_a_server_accepts(tmp_path: Path) -> None:
     picture = np.random.RandomState(0).randint(0, 256, (130, 70, 3), np.uint8)
     model = model_of_picture(picture)
-    golden = golden_images(load_session(model.SerializeToString()), 4, 0)
+    golden = golden_images(load_session(model.SerializeToString()), Inputs.plain(4, 0))
     for image in golden:
         assert image.digest == f"sha256:{hashlib.sha256(picture.tobytes()).hexdigest()}"
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.png))), picture[::3, ::3])
@@ -127,7 +128,7 @@ def test_the_card_of_large_images_has_thumbnails_that_a_server_accepts(tmp_path:
 
 def test_the_golden_images_of_512_pixels_are_small() -> None:
     model = model_of_picture(np.random.RandomState(0).randint(0, 256, (512, 512, 3), np.uint8))
-    golden = golden_images(load_session(model.SerializeToString()), 4, 0)
+    golden = golden_images(load_session(model.SerializeToString()), Inputs.plain(4, 0))
     assert [Image.open(io.BytesIO(image.png)).size for image in golden] == [(57, 57)] * 10
     assert len(json_format.MessageToJson(pb.ModelCard(golden_images=golden))) < 140_000
 

@@ -4,6 +4,7 @@
 trainer, only the command line imports this package. This package may import any other package that it needs.
 """
 
+from ganserve_trainer.export.inputs import Attribute, Attributes, Label, Latent, Truncation
 from ganserve_trainer.export.publish import export_module
 
-__all__ = ["export_module"]
+__all__ = ["Attribute", "Attributes", "Label", "Latent", "Truncation", "export_module"]

@@ -12,7 +12,8 @@ from google.protobuf import json_format
 from ganserve._cards import MAX_CARD_BYTES, png, thumbnail
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.model_file import CARD_KEY, latents, load_session, run_session
+from ganserve_trainer.export.inputs import Inputs, run_session
+from ganserve_trainer.model_file import CARD_KEY, load_session
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.settings import ExportPrecision
 from ganserve_trainer.train.checkpoints import Checkpoint
@@ -36,7 +37,9 @@ def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPre
         class_names=spec.class_names if settings.conditional else (),
         generator_parameters=parameter_count(checkpoint.ema_generator()),
         training=pb.Training(images_seen=checkpoint.images_seen, device=checkpoint.device, configuration=configuration),
-        golden_images=golden_images(session, settings.latent_dim, len(spec.class_names) if settings.conditional else 0),
+        golden_images=golden_images(
+            session, Inputs.plain(settings.latent_dim, len(spec.class_names) if settings.conditional else 0)
+        ),
         trainer_version=importlib.metadata.version("ganserve"),
         precision=precision,
     )
@@ -45,16 +48,15 @@ def card_of(model: onnx.ModelProto, checkpoint: Checkpoint, precision: ExportPre
     return card
 
 
-def golden_images(session: onnxruntime.InferenceSession, latent_dim: int, classes: int) -> list[pb.GoldenImage]:
+def golden_images(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[pb.GoldenImage]:
     """Make the images of a few seeds, which a server compares with its own."""
     golden = []
     for seed in _GOLDEN_SEEDS:
-        label = np.array([seed % classes]) if classes else None
-        pixels = run_session(session, latents(np.array([seed]), latent_dim), label)[0]
+        pixels = run_session(session, inputs.values(np.array([seed])))[0]
         golden.append(
             pb.GoldenImage(
                 seed=seed,
-                label=None if label is None else label[0],
+                label=seed % inputs.classes if inputs.classes else None,
                 digest=f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}",
                 png=png(thumbnail(pixels)),
             )

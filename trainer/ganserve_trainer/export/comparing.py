@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export.diagnosis import NUMBER_OF_IMAGES, line_of, line_of_branch, summary
+from ganserve_trainer.export.inputs import Inputs, Values, part, run_session, tensors
 from ganserve_trainer.export.modules import run_module
-from ganserve_trainer.model_file import latents, load_session, run_session
+from ganserve_trainer.model_file import load_session
 
 _SMALL_BATCHES = (1, 2, 3)
 _LARGEST_BATCH = 64
@@ -85,21 +86,17 @@ def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
         ) from None
 
 
-def compare_with_pytorch(
-    session: onnxruntime.InferenceSession, module: nn.Module, latent_dim: int, classes: int
-) -> None:
+def compare_with_pytorch(session: onnxruntime.InferenceSession, module: nn.Module, inputs: Inputs) -> None:
     """Compare an exported model's images with the module's, for several batch sizes that bounded memory holds.
 
     Raises:
         TrainerError: the shapes differ, a pixel differs by more than one grey level, an image depends on the others in
             its batch, or the module makes another image of the same latent or values that are no grey levels.
     """
-
-    seeds = np.arange(_LARGEST_BATCH)
-    latent, label = latents(seeds, latent_dim), seeds % classes if classes else None
+    values = inputs.values(np.arange(_LARGEST_BATCH), varied=True)
 
     def make(compute: Callable[..., NDArray[np.uint8]], model: Any, end: int, start: int = 0) -> NDArray[np.uint8]:
-        return compute(model, latent[start:end], None if label is None else label[start:end])
+        return compute(model, part(values, start, end))
 
     wrong: dict[int, str] = {}
     sizes = list(_SMALL_BATCHES)
@@ -141,16 +138,15 @@ def compare_with_pytorch(
         )
 
 
-def check_effect_of_latent(session: onnxruntime.InferenceSession, latent_dim: int) -> None:
+def check_effect_of_latent(session: onnxruntime.InferenceSession, inputs: Inputs) -> None:
     """Compare the images of some latents, of class 0 if there are classes; warn if they hardly differ.
 
     Raises:
         TrainerError: they are identical.
     """
-    label = np.zeros(1, np.int64) if len(session.get_inputs()) > 1 else None
     # One at a time: an image may need a gigabyte while it is made.
     images = np.concatenate(
-        [run_session(session, latents(np.array([seed]), latent_dim), label) for seed in range(_LATENTS)]
+        [run_session(session, inputs.values(np.array([seed * max(1, inputs.classes)]))) for seed in range(_LATENTS)]
     )
     spread = float(images.std(axis=0).mean())
     if spread == 0:
@@ -166,9 +162,8 @@ def check_effect_of_latent(session: onnxruntime.InferenceSession, latent_dim: in
         )
 
 
-def _run_torch(module: nn.Module, latent: NDArray[np.float32], label: NDArray[np.int64] | None) -> NDArray[np.uint8]:
-    images = run_module(module, torch.from_numpy(latent), None if label is None else torch.from_numpy(label))
-    pixels: NDArray[np.uint8] = images.numpy()
+def _run_torch(module: nn.Module, values: Values) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = run_module(module, tensors(values)).numpy()
     return pixels
 
 

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export.comparing import compare_with_pytorch, open_session
 from ganserve_trainer.export.diagnosis import all_nodes, random_numbers, summary, why_not_exported
+from ganserve_trainer.export.inputs import Inputs, tensors
 from ganserve_trainer.export.modules import check_finite
 from ganserve_trainer.model_file import MODEL_FILE_NAME
 from ganserve_trainer.networks.generator import UInt8Generator
@@ -24,6 +26,7 @@ from ganserve_trainer.networks.layers import UnflattenPixels
 from ganserve_trainer.train.checkpoints import Checkpoint
 
 _OPSET = 18
+_TRACED = 3  # images
 
 
 def fold_batch_norm(layers: nn.Module) -> nn.Module:
@@ -64,9 +67,9 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     folded.layers = fold_batch_norm(generator.layers)
     settings = checkpoint.settings
     classes = len(checkpoint.spec.class_names) if settings.conditional else 0
-    model = trace(UInt8Generator(folded).eval(), settings.latent_dim, conditional=settings.conditional)
-    session = open_session(model)
-    compare_with_pytorch(session, UInt8Generator(generator).eval(), settings.latent_dim, classes)
+    inputs = Inputs.plain(settings.latent_dim, classes)
+    model = trace(UInt8Generator(folded).eval(), inputs)
+    compare_with_pytorch(open_session(model), UInt8Generator(generator).eval(), inputs)
     return model
 
 
@@ -75,7 +78,8 @@ def to_onnx_in_fp16(checkpoint: Checkpoint) -> onnx.ModelProto:
     folded = checkpoint.ema_generator()
     folded.layers = nn.Sequential(_To(torch.float16), fold_batch_norm(folded.layers).half(), _To(torch.float32))
     settings = checkpoint.settings
-    return trace(UInt8Generator(folded).eval(), settings.latent_dim, conditional=settings.conditional)
+    classes = len(checkpoint.spec.class_names) if settings.conditional else 0
+    return trace(UInt8Generator(folded).eval(), Inputs.plain(settings.latent_dim, classes))
 
 
 class _To(nn.Module):
@@ -87,17 +91,14 @@ class _To(nn.Module):
         return x.to(self.dtype)
 
 
-def trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.ModelProto:
+def trace(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
     """Export a module that returns uint8 images, for batches of any size.
 
     Raises:
         TrainerError: torch cannot export it, or for one batch size only, or it draws random numbers.
     """
-    batch = torch.export.Dim("N", min=1)
-    arguments: dict[str, Tensor] = {"latent": torch.zeros(3, latent_dim)}
-    if conditional:
-        arguments["label"] = torch.zeros(3, dtype=torch.int64)
-    dynamic_shapes = {key: {0: batch} for key in arguments}
+    arguments = tensors(inputs.values(np.arange(_TRACED)))
+    dynamic_shapes = inputs.dynamic(torch.export.Dim("N", min=1))
     scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
     printed = io.StringIO()
     with (
@@ -134,7 +135,7 @@ def trace(module: nn.Module, latent_dim: int, *, conditional: bool) -> onnx.Mode
                 ) from None
             raise TrainerError(why_not_exported(module, arguments, dynamic_shapes, error)) from None
         model = onnx.load(path)
-        if any(value.type.tensor_type.shape.dim[0].dim_value for value in model.graph.input):
+        if any(each.dim_value for value in model.graph.input for each in value.type.tensor_type.shape.dim[:1]):
             raise TrainerError(why_not_exported(module, arguments, dynamic_shapes, None))
     if reason := random_numbers(model):
         raise TrainerError(reason)
@@ -155,7 +156,7 @@ def _write_torchscript(module: nn.Module, arguments: dict[str, Tensor], path: Pa
         opset_version=_OPSET,
         input_names=list(arguments),
         output_names=["image"],
-        dynamic_axes={key: {0: "N"} for key in (*arguments, "image")},
+        dynamic_axes={name: {0: "N"} for name in ("image", *(key for key, each in arguments.items() if each.ndim))},
         verbose=False,
     )
 

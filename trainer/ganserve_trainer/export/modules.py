@@ -10,6 +10,7 @@ from torch._dynamo import OptimizedModule
 
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export.diagnosis import frames_of, line_of, summary
+from ganserve_trainer.export.inputs import Inputs
 
 _ARGUMENTS = "forward must take latent, float32 [n, latent_dim], and, only with class names, label, int64 [n]"
 _LABELS = {
@@ -34,14 +35,16 @@ class Prepared(nn.Module):
         return self.module(**given) if self.by_name else self.module(*given.values())
 
 
-def prepare(module: nn.Module, *, conditional: bool) -> Prepared:
+def prepare(module: nn.Module, inputs: Inputs) -> nn.Module:
     """Copy a module to the CPU, in evaluation mode, without DataParallel and torch.compile.
+
+    The arguments of the result's forward have the names of the inputs.
 
     Raises:
         TrainerError: the module cannot be copied, its forward takes other arguments, or its weights are not finite.
     """
     module = _unwrapped(module)
-    by_name = _called_by_name(module, conditional=conditional)
+    by_name = _called_by_name(module, inputs)
     # What an older spectral_norm or weight_norm computes from the weights is no parameter, which deepcopy refuses.
     computed = [
         value
@@ -60,7 +63,7 @@ def prepare(module: nn.Module, *, conditional: bool) -> Prepared:
                 setattr(part, name, inner)
     module.cpu().eval()
     check_finite(module)
-    return Prepared(module, by_name=by_name)
+    return Prepared(module, by_name=by_name) if inputs.is_plain else module
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -70,13 +73,13 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def _called_by_name(module: nn.Module, *, conditional: bool) -> bool:
-    """Return whether forward has arguments of the names `latent` and `label`; otherwise they are given in this order.
+def _called_by_name(module: nn.Module, inputs: Inputs) -> bool:
+    """Return whether forward has arguments of the inputs' names; otherwise latent and label are given in this order.
 
     Raises:
         TrainerError: forward cannot be called with them.
     """
-    names = ["latent", "label"] if conditional else ["latent"]
+    names = list(inputs)
     try:
         signature = inspect.signature(module.forward)
     except ValueError:  # a traced TorchScript module has none
@@ -90,8 +93,13 @@ def _called_by_name(module: nn.Module, *, conditional: bool) -> bool:
             f"{type(module).__name__}.forward{_bare(signature)} cannot be called with {' and '.join(names)}: {error}. "
             f"{_ARGUMENTS}: wrap the module in one that does"
         ) from None
+    if not by_name and not inputs.is_plain:
+        raise TrainerError(
+            f"{type(module).__name__}.forward{_bare(signature)} lacks arguments of the names {', '.join(names)}: wrap "
+            "the module in one whose forward has them, as the inputs are called"
+        )
     last = signature.parameters[list(bound.arguments)[-1]]
-    if conditional and not by_name and last.default is not last.empty and last.name not in _LABELS:
+    if inputs.classes and not by_name and last.default is not last.empty and last.name not in _LABELS:
         raise TrainerError(
             f"{type(module).__name__}.forward{_bare(signature)} takes no label, but there are class names: leave them "
             f"out, or call the argument label. {_ARGUMENTS}"
@@ -122,13 +130,12 @@ def check_finite(module: nn.Module) -> None:
             )
 
 
-def run_module(module: nn.Module, latent: Tensor, label: Tensor | None) -> Any:
+def run_module(module: nn.Module, given: dict[str, Tensor]) -> Any:
     """Return what a module makes, without gradients.
 
     Raises:
         TrainerError: it fails.
     """
-    given = {"latent": latent} if label is None else {"latent": latent, "label": label}
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return module(**given)
@@ -137,9 +144,8 @@ def run_module(module: nn.Module, latent: Tensor, label: Tensor | None) -> Any:
     except Exception as error:  # what a user's code raises
         kinds = {parameter.dtype for parameter in module.parameters()} - {torch.float32}
         remedy = f"; it has weights of {kinds.pop()}, and latents are float32: call .float() on it" if kinds else ""
-        raise TrainerError(
-            f"the module fails on {len(latent)} latents on the CPU{line_of(frames_of(error))}: {summary(error)}{remedy}"
-        ) from None
+        where = f"on {len(given['latent'])} latents on the CPU{line_of(frames_of(error))}"
+        raise TrainerError(f"the module fails {where}: {summary(error)}{remedy}") from None
 
 
 def check_output(images: Any, count: int) -> tuple[int, int, int]:

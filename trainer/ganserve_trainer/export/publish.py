@@ -5,10 +5,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from torch import nn
 
 from ganserve.v1 import generation_pb2 as pb
@@ -17,6 +17,7 @@ from ganserve_trainer.evaluation.kept import read_metrics
 from ganserve_trainer.export.card import card_of, golden_images, with_card
 from ganserve_trainer.export.comparing import check_effect_of_latent, compare_with_pytorch, open_session
 from ganserve_trainer.export.graph import to_onnx, trace
+from ganserve_trainer.export.inputs import Input, Inputs, tensors
 from ganserve_trainer.export.modules import check_output, prepare, run_module
 from ganserve_trainer.files import sync_directory
 from ganserve_trainer.model_file import MODEL_FILE_NAME
@@ -49,8 +50,9 @@ def export_module(
     repository: Path,
     name: str,
     *,
-    latent_dim: int,
+    latent_dim: int | None = None,
     class_names: Sequence[str] = (),
+    inputs: Mapping[str, Input] | None = None,
     architecture: str = "",
     dataset: str = "",
 ) -> Path:
@@ -61,8 +63,10 @@ def export_module(
             names or in this order; it returns uint8 [n, height, width, channels], of 1 or 3 channels.
         repository: the model repository.
         name: the name of the model.
-        latent_dim: the number of values in a latent.
+        latent_dim: the number of values in a latent; None if `inputs` has the latent.
         class_names: the names of the labels 0, 1, …; if empty, the model takes no labels.
+        inputs: all inputs by the names of forward's arguments, if there are others than `latent`, normal, [n,
+            latent_dim], and `label`: see `ganserve_trainer.export.inputs`.
         architecture: the architecture, for the model card.
         dataset: the data set that the model was trained on, for the model card.
 
@@ -75,24 +79,27 @@ def export_module(
         UserWarning: the images hardly differ.
     """
     check_name(name)
+    if (latent_dim is None) == (inputs is None):
+        raise TrainerError("give latent_dim, or all inputs, of which one is the latent")
     classes = len(class_names)
-    prepared = prepare(module, conditional=classes > 0)
-    label = torch.zeros(2, dtype=torch.int64) if classes else None
-    height, width, channels = check_output(run_module(prepared, torch.zeros(2, latent_dim), label), 2)
-    model = trace(prepared, latent_dim, conditional=classes > 0)
+    known = Inputs.plain(latent_dim or 0, classes) if inputs is None else Inputs(inputs, classes)
+    prepared = prepare(module, known)
+    height, width, channels = check_output(run_module(prepared, tensors(known.values(np.arange(2)))), 2)
+    model = trace(prepared, known)
     session = open_session(model)
-    compare_with_pytorch(session, prepared, latent_dim, classes)
-    check_effect_of_latent(session, latent_dim)
+    compare_with_pytorch(session, prepared, known)
+    check_effect_of_latent(session, known)
     card = pb.ModelCard(
         architecture=architecture,
         dataset=dataset,
-        latent_dim=latent_dim,
+        latent_dim=known.latent_dim,
         height=height,
         width=width,
         channels=channels,
         class_names=class_names,
         generator_parameters=parameter_count(module),
-        golden_images=golden_images(session, latent_dim, classes),
+        golden_images=golden_images(session, known),
+        inputs=known.of_card(),
         trainer_version=importlib.metadata.version("ganserve"),
     )
     card.created_at.GetCurrentTime()
