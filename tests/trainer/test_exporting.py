@@ -1,8 +1,9 @@
 """Generators trained elsewhere: what the example publishes is served; what no server could serve it refuses."""
 
+import errno
 import hashlib
 import io
-import subprocess
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
@@ -25,7 +26,10 @@ from ganserve_server.repository.verify import load_version
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export import export_module
 from ganserve_trainer.export.card import golden_images, with_card
+from ganserve_trainer.export.comparing import compare_with_pytorch
+from ganserve_trainer.export.graph import trace
 from ganserve_trainer.export.inputs import Inputs
+from ganserve_trainer.export.publish import publish
 from ganserve_trainer.model_file import load_session
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "bring_a_generator.py"
@@ -40,13 +44,11 @@ def load_example() -> Any:
     return module
 
 
-def bring(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, EXAMPLE, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=120)
-
-
 def test_a_generator_from_elsewhere_is_served_as_torch_makes_it(
-    tmp_path: Path, start_server: Callable[..., RunningServer]
+    tmp_path: Path,
+    start_server: Callable[..., RunningServer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     example, models = load_example(), tmp_path / "models"
     torch.manual_seed(1)
@@ -55,9 +57,10 @@ def test_a_generator_from_elsewhere_is_served_as_torch_makes_it(
         for parameter in generator.parameters():
             parameter.mul_(3)  # random weights of the usual size make all grey levels alike
     torch.save(generator.state_dict(), tmp_path / "weights.pt")
-    done = bring("--repository", models, "--name", "blobs", "--weights", tmp_path / "weights.pt")
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == models / "blobs" / "1" / "model.onnx"
+    command = [EXAMPLE, "--repository", models, "--name", "blobs", "--weights", tmp_path / "weights.pt"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    example.main()
+    assert Path(capsys.readouterr().out.strip()) == models / "blobs" / "1" / "model.onnx"
     assert [path.name for path in models.rglob("*")] == ["blobs", "1", "model.onnx"]
 
     seeds, labels = range(50, 80), [seed % 3 for seed in range(50, 80)]
@@ -82,8 +85,11 @@ class Grey(nn.Module):
 
 def test_a_published_file_has_no_stack_traces_of_the_exporter(tmp_path: Path) -> None:
     file = export_module(Grey(), tmp_path / "models", "mine", latent_dim=4)
-    graph = onnx.load(file).graph
+    model = onnx.load(file)
+    graph = model.graph
     assert len(graph.node) >= 4
+    # Runtimes that are older than the exporter read it.
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         assert not part.metadata_props
         assert not part.doc_string
@@ -102,11 +108,23 @@ class ChannelsFirst(nn.Module):
         return latent.to(torch.uint8).reshape(-1, 1, 2, 2)
 
 
-@pytest.mark.parametrize("module", [Floats(), ChannelsFirst()])
-def test_a_module_that_makes_no_images_as_they_are_served_is_not_published(module: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainerError, match=r"from 2 latents the module made torch\.\w+ \[2, .*it must make torch\.uint8"
-    ):
+class OneImage(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return latent[:1].to(torch.uint8).reshape(-1, 2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "made"),
+    [
+        (Floats(), "float32 [2, 2, 2, 1]"),
+        (ChannelsFirst(), "uint8 [2, 1, 2, 2]"),
+        (OneImage(), "uint8 [1, 2, 2, 1]"),
+    ],
+)
+def test_a_module_that_makes_no_images_as_they_are_served_is_not_published(
+    module: nn.Module, made: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainerError, match=rf"made torch\.{re.escape(made)}.*it must make torch\.uint8 \[2, "):
         export_module(module, tmp_path / "models", "mine", latent_dim=4)
     assert not (tmp_path / "models").exists()
 
@@ -139,3 +157,72 @@ def test_a_card_that_no_server_accepts_is_not_published() -> None:
     assert with_card(model, pb.ModelCard(class_names=names))
     with pytest.raises(TrainerError, match=r"1,048,578 bytes; servers accept 1,048,576: .* 65536 classes"):
         with_card(model, pb.ModelCard(class_names=names, latent_dim=1))
+
+
+class Tens(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return (latent * 0 + 10).to(torch.uint8).reshape(-1, 2, 2, 1)
+
+
+class OffInOneBatch(Tens):
+    """Makes grey levels of 10 plus `by` in batches of one size."""
+
+    def __init__(self, batch_size: int, by: int) -> None:
+        super().__init__()
+        self.batch_size, self.by = batch_size, by
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return super().forward(latent) + self.by * (len(latent) == self.batch_size)
+
+
+def test_an_export_that_differs_from_pytorch_by_two_grey_levels_is_refused() -> None:
+    inputs = Inputs.plain(4, 0)
+    session = load_session(trace(Tens(), inputs).SerializeToString())
+    for batch_size in (1, 2, 3, 64):
+        for by in (-1, 1):
+            compare_with_pytorch(session, OffInOneBatch(batch_size, by), inputs)
+        for by in (-2, 2):
+            with pytest.raises(TrainerError, match=f"at batch size {batch_size}: .*differ by up to 2 grey levels"):
+                compare_with_pytorch(session, OffInOneBatch(batch_size, by), inputs)
+
+
+def test_versions_count_from_one_and_hold_what_was_published(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        file = publish(b"model %d" % version, tmp_path, "mine")
+        assert file == tmp_path / "mine" / str(version) / "model.onnx"
+        assert file.read_bytes() == b"model %d" % version
+    (tmp_path / "mine" / "2").rename(tmp_path / "mine" / "old")
+    (tmp_path / "mine" / "7").mkdir()
+    assert publish(b"", tmp_path, "mine") == tmp_path / "mine" / "8" / "model.onnx"
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"1", "3", "7", "8", "old"}
+
+
+def test_after_the_highest_version_nothing_is_published(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "999999998").mkdir(parents=True)
+    publish(b"", tmp_path, "mine")
+    with pytest.raises(TrainerError, match=r"mine has version 999999999, .*choose another name"):
+        publish(b"", tmp_path, "mine")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"999999998", "999999999"}
+
+
+def test_a_number_that_another_export_has_just_taken_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def after_another(path: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        publish(b"another", tmp_path, "mine")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", after_another)
+    assert publish(b"mine", tmp_path, "mine") == tmp_path / "mine" / "2" / "model.onnx"
+    assert [(tmp_path / "mine" / version / "model.onnx").read_bytes() for version in "12"] == [b"another", b"mine"]
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space"):
+        publish(b"", tmp_path, "mine")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"1", "2"}
