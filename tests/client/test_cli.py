@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tests.client.program import TIMEOUT_S, command, environment, ganserve, read_terminal
+from tests.client.program import TIMEOUT_S, command, environment, ganserve, ganserve_here, read_terminal
 from tests.client.servers import abort_overloaded, serving
 from tests.conftest import RunningServer
 from tests.programs import Program, ended
@@ -93,7 +93,8 @@ def test_every_other_picture_says_how_it_was_made(server: RunningServer, tmp_pat
     for ending in (*_formats.EXTENSIONS, ".jfif", ".apng"):
         for name in ("digits", "{seed}"):
             out = tmp_path / f"{name}{ending}"
-            done = ganserve("generate", "mlp-mnist", "--count", "1", "--seed", "5", "-o", out, address=server.address)
+            arguments = ("generate", "mlp-mnist", "--count", "1", "--seed", "5", "-o", out)
+            done = ganserve_here(*arguments, address=server.address)
             assert (done.returncode, done.stderr) == (0, "")
             assert read_provenance(str(out).format(seed=5)).seed == 5
 
@@ -345,7 +346,7 @@ def test_errors_are_one_line_and_have_their_exit_status(server: RunningServer, t
         (["generate", "cdcgan-mnist", "--label", "3,17"], 2, "has no class '17'"),
     ]
     for arguments, status, text in attempts:
-        done = ganserve(*arguments, address=None if arguments[0] in ("inspect", "modles") else server.address)
+        done = ganserve_here(*arguments, address=None if arguments[0] in ("inspect", "modles") else server.address)
         assert (done.returncode, done.stdout) == (status, ""), arguments
         assert done.stderr.startswith("ganserve: ")
         assert text in done.stderr

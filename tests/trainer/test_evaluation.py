@@ -3,7 +3,9 @@ import io
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_trainer.cli import main
 from ganserve_trainer.data.datasets import Dataset, load_dataset
 from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
@@ -35,10 +38,21 @@ ALL_METRICS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_training() -> Iterator[None]:
+@contextmanager
+def steps(count: int) -> Iterator[None]:
+    """Train networks in so many steps: 60 teach them the digits, 2 cost next to nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge_module, "_LEAST_STEPS", 60)
+        patch.setattr(judge_module, "_LEAST_STEPS", count)
+        patch.setattr(judge_module, "_EPOCHS", 0)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_training(train_part: Dataset, data_root: Path) -> Iterator[None]:
+    """Train the judge of the digits, and whatever else hardly at all."""
+    with steps(60):
+        judge_of(train_part, data_root)
+    with steps(2):
         yield
 
 
@@ -129,11 +143,13 @@ def test_a_quick_look_leaves_the_random_state_alone(quick: QuickEvaluation, trai
 def test_the_classification_accuracy_score_of_real_images_is_high_and_of_one_image_is_chance(
     train_part: Dataset, test_part: Dataset
 ) -> None:
-    assert classification_accuracy_score(real_images(train_part), 1, train_part, test_part) > 0.9
-    assert classification_accuracy_score(one_image(train_part.images[0]), 1, train_part, test_part) < 0.3
-    # Right labels on all but half of the classes: the classifier never learns the other half.
-    half = classification_accuracy_score(real_images(train_part, wrong_from=5), 1, train_part, test_part)
-    assert half == pytest.approx(0.5, abs=0.15)
+    with steps(60):
+        assert classification_accuracy_score(real_images(train_part), 1, train_part, test_part) > 0.9
+        # Right labels on all but half of the classes: the classifier never learns the other half.
+        half = classification_accuracy_score(real_images(train_part, wrong_from=5), 1, train_part, test_part)
+        assert half == pytest.approx(0.5, abs=0.15)
+    with steps(10):
+        assert classification_accuracy_score(one_image(train_part.images[0]), 1, train_part, test_part) < 0.3
 
 
 def test_a_generator_that_copies_training_images_is_found_out(
@@ -193,7 +209,6 @@ def test_a_damaged_judge_is_trained_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(judge_module, "_LEAST_STEPS", 2)
     said: list[str] = []
     digest = judge_of(few(train_part), data_root, said.append).digest()
     (file,) = tmp_path.rglob("*.pt")
@@ -212,7 +227,6 @@ def test_without_a_place_for_the_judge_it_is_trained_and_that_is_said(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(judge_module, "_LEAST_STEPS", 2)
     assert judge_of(few(train_part), data_root)
     assert "cannot be written" in capsys.readouterr().err
 
@@ -227,7 +241,6 @@ def few(dataset: Dataset) -> Dataset:
 def test_images_of_any_size_have_features_of_mean_square_one(
     channels: int, height: int, width: int, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge_module, "_LEAST_STEPS", 2)
     images = torch.randint(256, (30, channels, height, width), generator=torch.Generator().manual_seed(0)).byte()
     spec = ImageSpec(channels, height, width, ("a", "b"))
     judge = judge_of(Dataset("noise", images, torch.arange(30) % 2, spec), data_root)
@@ -245,7 +258,8 @@ def test_without_classes_the_judge_learns_which_way_up_an_image_is(
         spec = ImageSpec(1, 28, width, ())
         return Dataset("folder", part.images[..., :width].contiguous(), torch.zeros_like(part.labels), spec)
 
-    judge = judge_of(classless(train_part), data_root)
+    with steps(40):
+        judge = judge_of(classless(train_part), data_root)
     assert judge.task == f"which of {ways} ways up an image is"
     assert judge.accuracy(classless(test_part)) > 0.65
     generate = one_image(classless(train_part).images[0])
@@ -315,8 +329,22 @@ def test_an_exported_model_carries_the_figures_and_gets_the_same_ones(
     assert [path.name for path in model.parent.iterdir()] == ["model.onnx"]
 
 
-def test_two_evaluations_give_the_same_figures(evaluated: Path, data_root: Path, tmp_path: Path) -> None:
-    evaluate(evaluated, None, data_root, 50, tmp_path / "again")
+def test_two_evaluations_give_the_same_figures_which_are_printed(
+    evaluated: Path,
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--data-root", str(data_root), "--images", "50", "--out", str(tmp_path / "again")]
+    monkeypatch.setattr(sys, "argv", ["ganserve-trainer", "evaluate", str(evaluated), *flags])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    for metric in json.loads((evaluated / "evaluation.json").read_text())["metrics"]:
+        assert f"{metric['name']} {metric['value']:.4f}  (" in printed
+    assert printed.endswith(f"next: ganserve-trainer export {evaluated} --repository DIR --name NAME\n")
     for name in ("evaluation.json", "neighbours.png"):
         assert (tmp_path / "again" / name).read_bytes() == (evaluated / name).read_bytes()
 

@@ -6,6 +6,7 @@ import pytest
 
 from ganserve_trainer.cli import main
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.evaluation import judge
 from ganserve_trainer.report.history import Alarm, History, Point
 from ganserve_trainer.train.checkpoints import load_checkpoint
 from ganserve_trainer.train.monitoring import MODE_COLLAPSE
@@ -57,6 +58,8 @@ def test_a_sweep_trains_measures_and_goes_on_where_it_was(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(judge, "_LEAST_STEPS", 2)
+    monkeypatch.setattr(judge, "_EPOCHS", 0)
     small = ["--width", "4", "--batch-size", "16", "--images", "64", "--measured-images", "50"]
     command = ["ganserve-trainer", "sweep", "--out", str(tmp_path / "sweep"), "--data-root", str(data_root), *small]
     axes = ["--preset", "cdcgan", "--vary", "loss=hinge,minimax", "--vary", "label_smoothing=0,0.1"]
