@@ -4,14 +4,19 @@ VENV ?= .venv
 TEST_PROCESSES ?= 5
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint docs stubs locks sbom clean
+.PHONY: demo test test-slow check lint docs stubs locks sbom clean
 
 demo: $(VENV)/.server
 	$(BIN)/python examples/demo.py
 
 # By several processes: many tests wait for programs that they start.
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(PYTEST) -m 'not slow'
+
+# What `make test` leaves out.
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow
 
 # The fast loop: lint, and tests of each package that take seconds.
 FAST := tests/test_house.py tests/fuzz tests/transport/test_turns.py tests/transport/test_output.py \
@@ -19,7 +24,7 @@ FAST := tests/test_house.py tests/fuzz tests/transport/test_turns.py tests/trans
 	tests/client/test_provenance.py tests/trainer/test_losses.py tests/trainer/test_networks.py \
 	tests/trainer/test_objectives.py
 check: lint
-	$(BIN)/python -m pytest --quiet -n $(TEST_PROCESSES) --dist loadfile $(FAST)
+	$(PYTEST) --quiet -m 'not slow' $(FAST)
 
 # What a change must pass besides the tests. The wire is compared with the last release; without one, with an older commit.
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --quiet --verify HEAD~100 \

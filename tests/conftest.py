@@ -71,6 +71,16 @@ NOT_OVER_GRPCIO = {
     "test_an_image_has_the_same_bytes_however_it_was_made": _LONG,
     "test_answers_that_were_sent_fill_no_memory": _LONG,
 }
+# Over grpcio in `make test-slow` only: what they are about costs much, and is not the transport's.
+SLOW_OVER_GRPCIO = (
+    "test_for_a_reader_that_does_not_read_few_images_are_made",
+    "test_thousands_of_wrong_requests_in_a_row_are_answered",
+    "test_only_tokens_of_the_file_may_call_and_only_in_their_roles",
+    "test_tokens_come_and_go_without_a_restart",
+    "test_sigterm_under_load_ends_no_call_but_with_an_answer_or_unavailable",
+)
+# A second worker costs a start as much as the first; test_workers.py is about workers.
+WORKERS = ["1", pytest.param("2", marks=pytest.mark.slow)]
 DATA_ROOT = Path(__file__).parent / "data"
 
 
@@ -214,6 +224,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "transport" in metafunc.fixturenames and (names is None or name in names):
         reason = NOT_OVER_GRPCIO.get(name)
         marks = [pytest.mark.skip(reason=reason)] if reason else []
+        marks += [pytest.mark.slow] if name in SLOW_OVER_GRPCIO else []
         metafunc.parametrize("transport", ["own", pytest.param("grpcio", marks=marks)], indirect=True)
 
 

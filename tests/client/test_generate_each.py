@@ -25,10 +25,10 @@ SCATTERED = [seed * 2654435761 % 2**32 for seed in range(1000)]
     ("model", "labels"),
     [
         ("mlp-mnist", None),
-        ("cdcgan-mnist", None),
+        pytest.param("cdcgan-mnist", None, marks=pytest.mark.slow),
         ("cdcgan-mnist", np.int64(7)),
         ("cdcgan-mnist", [place % 7 for place in range(1000)]),
-        ("cdcgan-fashion-mnist", "sneaker"),
+        pytest.param("cdcgan-fashion-mnist", "sneaker", marks=pytest.mark.slow),
         ("cdcgan-fashion-mnist", [("Bag", "coat", 3)[place % 3] for place in range(1000)]),
     ],
 )
@@ -55,7 +55,7 @@ def test_where_there_are_no_seeds_no_call_is_made(twin: Twin, given: Way) -> Non
 
 
 @ways
-@pytest.mark.parametrize("how", ["kill", "terminate"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("terminate", marks=pytest.mark.slow)])
 def test_a_server_may_restart_meanwhile(
     start_server: Callable[..., RunningServer], client: Client, twin: Twin, given: Way, how: str
 ) -> None:

@@ -14,7 +14,7 @@ import grpc
 import pytest
 import tritonclient.grpc as triton
 import trustme
-from tests.conftest import RunningServer
+from tests.conftest import WORKERS, RunningServer
 from tests.programs import installed, run
 from tests.server.test_security import CA, write_certificate, write_tokens
 from tests.server.test_start_and_drain import http_get
@@ -274,7 +274,7 @@ def test_the_command_line_says_in_one_line_whom_it_cannot_ask(server: RunningSer
     assert "both --certificate-file and --key-file" in admin(*by_name, GANSERVE_KEY_FILE="tls.key")[1]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_the_command_line_has_a_token_and_takes_the_servers_own_certificate(
     workers: str, start_server: Start, repository: Path, tmp_path: Path
 ) -> None:

@@ -942,6 +942,7 @@ def test_a_connection_keeps_no_more_than_the_page_says(start_server: Start) -> N
         assert (memory_kib(running) - before) / 200 <= CONNECTION_BYTES >> 10
 
 
+@pytest.mark.slow
 def test_tls_keeps_no_more_of_a_connection_than_the_page_says(start_server: Start, tmp_path: Path) -> None:
     flags, context = tls(tmp_path)
 

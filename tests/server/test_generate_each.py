@@ -186,6 +186,23 @@ async def test_a_stream_that_is_left_leaves_nothing_in_the_queue(start_server: S
     assert code == 0
 
 
+async def test_for_a_reader_that_does_not_read_few_images_are_made(start_server: Start) -> None:
+    running = start_server("--max-queue-images", "100000")
+    images = 'ganserve_images_total{model="mlp-mnist",version="1"}'
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        call = pb_grpc.GenerationServiceStub(channel).GenerateEach()
+        writing = asyncio.create_task(write_all(call))
+        await call.read()
+        made = 0.0
+        while made < (now := running.scrape()[images]):
+            made = now
+            await asyncio.wait({writing}, timeout=0.5)
+        assert 0 < made < 100_000  # of 200,000
+        call.cancel()
+        await asyncio.wait({writing})
+
+
+@pytest.mark.slow
 async def test_a_reader_that_does_not_read_fills_no_memory(start_server: Start) -> None:
     running = start_server("--max-queue-images", "100000")
     async with grpc.aio.insecure_channel(running.address) as channel:
@@ -204,6 +221,7 @@ async def test_a_reader_that_does_not_read_fills_no_memory(start_server: Start) 
         await writing
 
 
+@pytest.mark.slow
 async def test_answers_that_were_sent_fill_no_memory(start_server: Start) -> None:
     """Of 16 MB each: what only the collection of garbage would free was one of each, 190 MB."""
     running = start_server("--max-images-per-request", "20000")

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.conftest import RunningServer
+from tests.conftest import WORKERS, RunningServer
 from tests.server.test_lifecycle import publish
 from tests.server.test_security import write_tokens
 from tests.server.test_start_and_drain import wait_for_sample
@@ -92,7 +92,7 @@ def test_a_watcher_that_reads_nothing_keeps_no_news_from_others_and_no_model_fro
         assert (next(other), next(whole)) == (NOT_SERVING, NOT_SERVING)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_watchers_that_read_nothing_do_not_hold_up_the_drain(workers: str, start_server: Start) -> None:
     flags = ("--drain-delay-s", "0", "--drain-timeout-s", "0.5")
     server = start_server("--workers", workers, *flags)

@@ -13,9 +13,10 @@ from tests.conftest import RunningServer
 from tests.wire import Peer, request
 
 
-def test_hostile_peers_neither_stop_the_server_nor_leave_anything_behind() -> None:
+@pytest.mark.parametrize("connections", [300, pytest.param(1500, marks=pytest.mark.slow)])
+def test_hostile_peers_neither_stop_the_server_nor_leave_anything_behind(connections: int) -> None:
     seed = random.SystemRandom().randrange(2**32)
-    seen = hostile.run(1500, seed)
+    seen = hostile.run(connections, seed)
     assert seen["ok"], f"seed {seed}: {seen}"
 
 

@@ -589,6 +589,7 @@ def test_a_stream_that_is_cancelled_or_whose_peer_leaves_ends(start_server: Star
     assert running.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_does_not_read_stops_no_other_and_costs_bounded_memory(start_server: Start, pixels: bytes) -> None:
     running = start_server("--max-images-per-request", "1000000", "--max-queue-images", "10000000")
     before = memory_kib(running)

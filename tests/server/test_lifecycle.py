@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.conftest import RunningServer
+from tests.conftest import WORKERS, RunningServer
 
 from ganserve import Client, ModelNotFoundError
 from ganserve_server.settings import BUNDLED_MODELS
@@ -121,7 +121,7 @@ def test_a_bad_file_stays_out_and_what_was_served_goes_on(start_server: Start, t
     assert loads(server.metrics_address) == {"loaded": 2.0, "rejected": 2.0}
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_misnamed_version_is_told_of_once_each_time_it_comes(
     workers: str, start_server: Start, tmp_path: Path
 ) -> None:

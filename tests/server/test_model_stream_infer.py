@@ -270,6 +270,7 @@ def test_small_requests_are_begun_until_a_mebibyte_of_answers_is_unread(
 IMAGES = 'ganserve_images_total{model="mlp-mnist",version="1"}'
 
 
+@pytest.mark.slow
 async def test_a_reader_that_does_not_read_fills_no_memory(start_server: Start) -> None:
     server = start_server("--max-queue-images", "100000")
     async with grpc.aio.insecure_channel(server.address) as channel:

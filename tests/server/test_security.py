@@ -20,7 +20,7 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tests.conftest import RunningServer
+from tests.conftest import WORKERS, RunningServer
 from tests.programs import run
 from tests.server.test_start_and_drain import calls_logged, failing_start, wait_for_sample
 from tests.wire import (
@@ -95,7 +95,7 @@ def write_tokens(file: Path, *entries: dict[str, Any]) -> list[str]:
 # TLS.
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_calls_by_tls_are_answered(workers: str, start_server: Start, with_tls: tuple[str, ...], ca_file: str) -> None:
     running = start_server(*with_tls, "--workers", workers)
     with Client(running.address, ca_file=ca_file) as client:
@@ -212,7 +212,7 @@ def serial_of(address: str, ca_file: str) -> str:
         return str(peer.getpeercert()["serialNumber"])  # type: ignore[index]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_new_certificate_is_taken_without_a_restart_and_a_bad_one_is_not(
     workers: str, start_server: Start, with_tls: tuple[str, ...], ca_file: str, tmp_path: Path
 ) -> None:
@@ -283,7 +283,7 @@ def reflects(address: str, metadata: tuple[tuple[str, str], ...] = ()) -> grpc.S
     return grpc.StatusCode.OK
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_only_tokens_of_the_file_may_call_and_only_in_their_roles(
     workers: str, start_server: Start, tmp_path: Path
 ) -> None:
@@ -406,7 +406,7 @@ def a_field_of(size: int) -> bytes:
     return b"\xfa\x7f" + varint(size) + bytes(size)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_rate_is_kept_on_all_connections_and_workers_together(
     workers: str, start_server: Start, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client import CollectorRegistry
-from tests.conftest import START_TIMEOUT_S, RunningServer, ordinary_user
+from tests.conftest import START_TIMEOUT_S, WORKERS, RunningServer, ordinary_user
 from tests.programs import run
 
 from ganserve import AsyncClient, Client, GanserveError, ImageBatch, UnavailableError
@@ -168,7 +168,7 @@ def test_callers_that_leave_are_counted_by_what_was_being_done(start_server: Sta
     }
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_connections_and_running_calls_are_told(workers: str, start_server: Start) -> None:
     running = start_server("--workers", workers)
     with Client(running.address) as client, grpc.insecure_channel(running.address) as channel:
@@ -631,8 +631,15 @@ def check_told(*flags: str | Path, code: int) -> list[str]:
     return (done.stderr + done.stdout).splitlines()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("kind", ["path", "abstract"])
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [
+        ("path", "1"),
+        ("abstract", "2"),
+        pytest.param("path", "2", marks=pytest.mark.slow),
+        pytest.param("abstract", "1", marks=pytest.mark.slow),
+    ],
+)
 def test_systemd_is_told_when_the_server_is_ready_reloads_and_stops(
     kind: str, workers: str, start_server: Start, monkeypatch: pytest.MonkeyPatch, open_folder: Path
 ) -> None:
@@ -682,7 +689,7 @@ def http_get(address: str, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_probes_are_answered_by_http_too(workers: str, start_server: Start) -> None:
     running = start_server("--workers", workers, "--drain-delay-s", "5")
     assert http_get(running.metrics_address, "/livez") == (200, "ok\n")
@@ -755,7 +762,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_server_is_ready_before_it_reports_that_it_serves(workers: str) -> None:
     flags = ("--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--workers", workers)
     command = [sys.executable, "-c", READY_WHEN_REPORTED, *flags]
@@ -888,7 +895,7 @@ async def test_failed_calls_do_not_flood_the_log(start_server: Start) -> None:
     assert seen["INVALID_ARGUMENT"] == 1  # of another kind
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_calls_that_failed_just_before_the_end_are_counted_in_the_log(workers: str, start_server: Start) -> None:
     running, failed = start_server("--workers", workers), 500
     with grpc.insecure_channel(running.address) as channel:
