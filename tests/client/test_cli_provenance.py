@@ -239,6 +239,7 @@ def test_a_data_set_in_an_npz_can_be_inspected_and_made_again(
     assert other.read_bytes() == compressed
 
 
+@pytest.mark.slow
 def test_a_large_npz_is_made_again_without_reading_it_whole(server: RunningServer, tmp_path: Path) -> None:
     files = {count: tmp_path / f"{count}.npz" for count in (100, 60_000)}
     for count, out in files.items():
