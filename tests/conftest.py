@@ -73,6 +73,7 @@ NOT_OVER_GRPCIO = {
 }
 # Over grpcio in `make test-slow` only: what they are about costs much, and is not the transport's.
 SLOW_OVER_GRPCIO = (
+    "test_a_worker_that_is_killed_is_replaced_on_the_same_port",
     "test_for_a_reader_that_does_not_read_few_images_are_made",
     "test_thousands_of_wrong_requests_in_a_row_are_answered",
     "test_only_tokens_of_the_file_may_call_and_only_in_their_roles",

@@ -524,7 +524,7 @@ os._exit(0)
 
 # Not of AsyncClient, whose child gRPC may crash by itself, before a line of it has run.
 @pytest.mark.parametrize(("then", "said"), [("read", ["forked"]), ("close", []), ("forget", [])])
-@pytest.mark.parametrize("method", ["stream", "stream_batches", "generate_each"])
+@pytest.mark.parametrize("method", ["stream", pytest.param("stream_batches", marks=pytest.mark.slow), "generate_each"])
 def test_an_iterator_goes_on_where_it_was_opened_and_not_in_a_forked_child(
     server: RunningServer, method: str, then: str, said: list[str]
 ) -> None:

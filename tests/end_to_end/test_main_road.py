@@ -24,8 +24,8 @@ def ganserve_trainer(*arguments: str | Path) -> str:
 @pytest.mark.parametrize(
     ("preset", "evaluated"),
     [
-        ("mlp", False),
         ("cdcgan", False),
+        pytest.param("mlp", False, marks=pytest.mark.slow),
         pytest.param("dcgan", False, marks=pytest.mark.slow),
         pytest.param("cdcgan", True, marks=pytest.mark.slow),
     ],

@@ -660,7 +660,7 @@ def test_systemd_is_told_when_the_server_is_ready_reloads_and_stops(
     assert [state.partition(b"\n")[0] for state in told] == [b"READY=1", b"RELOADING=1", b"READY=1", b"STOPPING=1"]
 
 
-@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("columns", ["120", pytest.param("80", marks=pytest.mark.slow)])
 def test_a_paragraph_of_help_is_as_wide_as_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     for command in (

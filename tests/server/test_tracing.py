@@ -190,7 +190,11 @@ COLLECTOR = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, COLLECTOR | {"OTEL_SDK_DISABLED": "true"}, COLLECTOR | {"OTEL_TRACES_EXPORTER": "none"}],
+    [
+        {},
+        COLLECTOR | {"OTEL_SDK_DISABLED": "true"},
+        pytest.param(COLLECTOR | {"OTEL_TRACES_EXPORTER": "none"}, marks=pytest.mark.slow),
+    ],
 )
 def test_where_nobody_asks_for_traces_nothing_of_opentelemetry_is_loaded(environment: dict[str, str]) -> None:
     assert served(environment) == ([], [])

@@ -85,10 +85,19 @@ STATEFUL = {
 }
 
 
+# Their networks have no state but that of cdcgan's.
+ALIKE = ("dcgan", "sagan")
+
+
 @pytest.mark.parametrize(
     ("preset", "changes"),
-    [*((preset, {}) for preset in PRESETS), *(("cdcgan", changes) for changes in STATEFUL.values())],
-    ids=[*PRESETS, *STATEFUL],
+    [
+        *(
+            pytest.param(preset, {}, marks=[pytest.mark.slow] if preset in ALIKE else [], id=preset)
+            for preset in PRESETS
+        ),
+        *(pytest.param("cdcgan", changes, id=name) for name, changes in STATEFUL.items()),
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_weights(
     preset: str, changes: dict[str, object], data_root: Path, tmp_path: Path
@@ -337,8 +346,11 @@ def test_folding_batch_norm_leaves_the_function_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"architecture": "progressive", "image_size": 32}, {"attention": True}, {"conditional": False, "clusters": 3}],
-    ids=["progressive", "attention", "clusters"],
+    [
+        pytest.param({"architecture": "progressive", "image_size": 32}, id="progressive"),
+        pytest.param({"conditional": False, "clusters": 3}, id="clusters"),
+        pytest.param({"attention": True}, id="attention", marks=pytest.mark.slow),
+    ],
 )
 def test_every_architecture_is_exported_with_its_card(
     changes: dict[str, object], data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

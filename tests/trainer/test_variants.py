@@ -93,7 +93,12 @@ def images_of(file: Path, card: pb.ModelCard, count: int, batch_size: int) -> ND
 
 @pytest.mark.parametrize(
     ("preset", "precision"),
-    [("mlp", INT8), ("cdcgan", INT8), ("cdcgan", FP16), pytest.param("mlp", FP16, marks=pytest.mark.slow)],
+    [
+        ("cdcgan", INT8),
+        ("cdcgan", FP16),
+        pytest.param("mlp", INT8, marks=pytest.mark.slow),
+        pytest.param("mlp", FP16, marks=pytest.mark.slow),
+    ],
 )
 def test_what_passes_the_gate_is_served_and_says_what_it_is(
     preset: str, precision: ExportPrecision, published: Published
@@ -129,7 +134,7 @@ def test_int8_is_in_the_file(published: Published) -> None:
     assert [entry.domain for entry in model.opset_import] == [""]
 
 
-@pytest.mark.parametrize("preset", ["mlp", "cdcgan"])
+@pytest.mark.parametrize("preset", ["cdcgan", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_in_int8_an_image_does_not_depend_on_its_batch(preset: str, published: Published) -> None:
     _, file = published(preset, INT8)
     card = card_of(file)
@@ -199,7 +204,11 @@ def test_without_the_data_it_was_trained_on_nothing_is_published(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attention": True}, {"conditional": False, "clusters": 3}], ids=["attention", "clusters"]
+    "changes",
+    [
+        pytest.param({"attention": True}, id="attention"),
+        pytest.param({"conditional": False, "clusters": 3}, id="clusters", marks=pytest.mark.slow),
+    ],
 )
 def test_int8_makes_nearly_the_same_images(changes: dict[str, object], data_root: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(run("cdcgan", data_root, tmp_path, images=64, **changes))
@@ -212,10 +221,20 @@ def test_int8_makes_nearly_the_same_images(changes: dict[str, object], data_root
     assert 0 < np.abs(made.astype(int) - wanted).mean() < 0.05 * wanted.std()
 
 
-def test_a_progressive_generator_is_refused_in_int8_and_exported_in_fp16(data_root: Path, tmp_path: Path) -> None:
-    out = run("pggan", data_root, tmp_path / "run", images=64, image_size=16, growth_images=40)
+@pytest.fixture(scope="module")
+def grown(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a progressive generator."""
+    out = tmp_path_factory.mktemp("grown")
+    return run("pggan", data_root, out, images=64, image_size=16, growth_images=40)
+
+
+def test_a_progressive_generator_is_refused_in_int8(grown: Path, data_root: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"int8.*--precision fp16"):
-        variants.export(out, tmp_path / "models", "grown", INT8, data_root, IMAGES)
-    file = variants.export(out, tmp_path / "models", "grown", FP16, data_root, IMAGES)
+        variants.export(grown, tmp_path / "models", "grown", INT8, data_root, IMAGES)
+
+
+@pytest.mark.slow
+def test_a_progressive_generator_is_exported_in_fp16(grown: Path, data_root: Path, tmp_path: Path) -> None:
+    file = variants.export(grown, tmp_path / "models", "grown", FP16, data_root, IMAGES)
     types = {tensor.data_type for tensor in onnx.load(file).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in types
