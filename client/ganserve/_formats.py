@@ -8,6 +8,10 @@ from PIL.Image import Exif, Image
 from PIL.PngImagePlugin import PngInfo
 
 PNG_KEYWORD = "ganserve"
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the pixels, by the number of channels that a model may make
+# Pixels on each side of a model's image. With four channels, it then has at most 64 MiB: an answer may have four such
+# images, and the answers that a connection leaves unread two.
+LARGEST_SIDE = 4096
 _EXIF_IMAGE_DESCRIPTION = 0x010E
 _LARGEST = 2**31 - 1  # Pillow's limit where the format has none
 
@@ -31,7 +35,7 @@ def _comment(text: str) -> dict[str, Any]:
 def in_words(names: Iterable[str], last: str = "or") -> str:
     """Return names as words: "PNG, JPEG or WEBP"."""
     *most, end = names
-    return f"{', '.join(most)} {last} {end}"
+    return f"{', '.join(most)} {last} {end}" if most else end
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class ImageFormat:
     media_type: str
     metadata: Callable[[str], dict[str, Any]]
     lossless: bool = True  # with `options`, in grey and in colour
+    alpha: bool = True  # it keeps four channels
     longest_side: int = _LARGEST  # pixels that Pillow writes and reads
     options: Mapping[str, Any] = field(default_factory=dict)  # of Pillow's writer
     animated: bool = False  # the SDK writes animations in it
@@ -67,6 +72,7 @@ FORMATS = {
             "image/jpeg",
             metadata=_exif,
             lossless=False,
+            alpha=False,
             longest_side=65_500,
             options={"quality": 95},
             encoding=3,
@@ -77,12 +83,19 @@ FORMATS = {
             "image/webp",
             metadata=_exif,
             longest_side=16_383,
-            options={"lossless": True},
+            options={"lossless": True, "exact": True},  # exact: transparent pixels keep their colour
             animated=True,
             encoding=4,
         ),
         ImageFormat(
-            "GIF", (".gif",), "image/gif", metadata=_comment, lossless=False, longest_side=65_535, animated=True
+            "GIF",
+            (".gif",),
+            "image/gif",
+            metadata=_comment,
+            lossless=False,
+            alpha=False,  # a pixel is transparent or not
+            longest_side=65_535,
+            animated=True,
         ),
         ImageFormat("TIFF", (".tif", ".tiff"), "image/tiff", metadata=_exif),
     )
@@ -94,10 +107,25 @@ ENCODED_NAMES = tuple(each.name for each in ENCODED.values())
 ANIMATED_EXTENSIONS = in_words(each.extensions[0] for each in ANIMATED.values())
 
 
-def arguments(name: str, text: str | None) -> dict[str, Any]:
-    """Return the arguments for Pillow's writer of any format; one that is not in the table has no metadata."""
-    known = FORMATS.get(name.upper())
-    return {} if known is None else known.arguments(text)
+def without_alpha(name: str, channels: int, known: Mapping[Any, ImageFormat] = FORMATS) -> str:
+    """Return why a format cannot hold images of so many channels, and which of the known ones can; "" if it can."""
+    image_format = FORMATS.get(name.upper())
+    if channels != 4 or image_format is None or image_format.alpha:
+        return ""
+    able = in_words(each.name for each in known.values() if each.alpha)
+    return f"a {image_format.name} file has no alpha channel, and these images have one; use {able}"
+
+
+def arguments(name: str, image: Image, text: str | None, known: Mapping[Any, ImageFormat] = FORMATS) -> dict[str, Any]:
+    """Return the arguments for Pillow's writer of any format; one that is not in the table has no metadata.
+
+    Raises:
+        ValueError: the image has alpha, and the format has not; the text names those of `known` that have.
+    """
+    if why := without_alpha(name, len(image.getbands()), known):
+        raise ValueError(why)
+    image_format = FORMATS.get(name.upper())
+    return {} if image_format is None else image_format.arguments(text)
 
 
 def read_metadata(image: Image) -> tuple[str, str] | None:

@@ -44,12 +44,12 @@ class Sheet(Image.Image):
             params: parameters of Pillow's writer of the format. Your own metadata replaces the provenance.
 
         Raises:
-            ValueError: no format with this extension can be written.
+            ValueError: no format with this extension can be written, or it has no alpha and the sheet has.
             OSError: the file can't be written.
         """
         if isinstance(fp, str | bytes | os.PathLike):
             format = format or format_of(os.fsdecode(fp))
-        arguments = _formats.arguments(format or "", self.info[_formats.PNG_KEYWORD] if provenance else None)
+        arguments = _formats.arguments(format or "", self, self.info[_formats.PNG_KEYWORD] if provenance else None)
         super().save(fp, format, **{**arguments, **params})
 
 
@@ -73,15 +73,15 @@ def write(image: Image.Image, target: Path | IO[bytes], provenance: Provenance |
     """Write one image in the format `kind`, or in the format of the path's extension. Creates missing folders.
 
     Raises:
-        ValueError: the format cannot be written.
+        ValueError: the format cannot be written, or has no alpha and the image has.
     """
     pillow_format = _format(target, kind)
-    arguments = _formats.arguments(pillow_format, None if provenance is None else provenance.to_json())
+    arguments = _formats.arguments(pillow_format, image, None if provenance is None else provenance.to_json())
     image.save(_opened(target), pillow_format, **arguments)
 
 
 def lay_out(images: Sequence[Image.Image], columns: int, row_names: Sequence[str], scale: int) -> Image.Image:
-    """Arrange images of the same size and mode in one image, row by row, on black; see ImageBatch.sheet."""
+    """Arrange images of the same size and mode in one image, row by row; see ImageBatch.sheet."""
     width, height, columns = images[0].width * scale, images[0].height * scale, min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(max(10, min(height // 2, 24)))
@@ -114,7 +114,7 @@ def animate(
     """Write an animation that loops forever; see ImageBatch.gif.
 
     Raises:
-        ValueError: the format is neither GIF nor WebP, or the frames are too short.
+        ValueError: the format is neither GIF nor WebP, or lacks the alpha of the frames, or the frames are too short.
     """
     if kind is None and isinstance(target, Path):
         pillow_format, wrong = (
@@ -130,10 +130,11 @@ def animate(
         raise ValueError(wrong)
     if frame_ms < _SHORTEST_FRAME_MS:
         raise ValueError(f"frame_ms is {frame_ms}; browsers do not show an image for less than {_SHORTEST_FRAME_MS} ms")
+    text = None if provenance is None else provenance.to_json()
+    arguments = _formats.arguments(pillow_format, frames[0], text, _formats.ANIMATED)
     if pillow_format == "GIF":
         frames = [_to_palette(frame) for frame in frames]
     first, *rest = (enlarge(frame, scale) for frame in frames)
-    arguments = _formats.arguments(pillow_format, None if provenance is None else provenance.to_json())
     file = _opened(target)
     first.save(file, pillow_format, save_all=True, append_images=rest, duration=frame_ms, loop=0, **arguments)
 

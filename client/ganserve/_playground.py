@@ -34,6 +34,7 @@ _LARGEST_SEED = (1 << 32) - 1
 _LARGEST_DRAGGED = 9999  # the largest seed of a slider, whose values can still be hit by hand
 _LATENCIES_KEPT = 60
 _SLIDER_STEPS = 100
+_FILM_PIXELS = 8 << 20  # of all pictures of an animation: 32 of 512x512, 8 of 1024x1024
 
 # For each model: its name, its versions, and the digest of the newest.
 _Seen = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -53,6 +54,7 @@ class _Choice(NamedTuple):
     model: str = ""
     version: int = 0  # 0: the newest
     label: int | None = None
+    most_pictures: int = 2  # of an animation
 
 
 _CSS = """
@@ -73,7 +75,8 @@ footer { display: none !important; }
 .seed-slider .head { display: none !important; }
 #classes .wrap { max-height: 15rem; overflow-y: auto; }
 .picture { display: flex; flex-direction: column; gap: .75rem; align-items: center; }
-.picture img { image-rendering: pixelated; border-radius: var(--radius-lg); background: #000;
+.picture img { image-rendering: pixelated; border-radius: var(--radius-lg);
+  background: repeating-conic-gradient(#777 0 25%, #999 0 50%) 0 0 / 16px 16px; /* behind alpha */
   border: 1px solid var(--border-color-primary); }
 .picture img.large { width: min(100%, 448px); }
 .picture img.strip { width: 100%; border-radius: var(--radius-sm); }
@@ -221,7 +224,7 @@ def build(client: Client) -> Any:
             now = _Listed(name, described.digest, described.attributes)
             choices = [("newest", 0), *((str(each), each) for each in reversed(versions))]
             return {
-                choice: _Choice(name, number, index),
+                choice: _Choice(name, number, index, max(2, _FILM_PIXELS // (described.height * described.width))),
                 **({} if now == before else {listed: now, attributes: {}}),
                 truncation: gr.update(visible=True)
                 if described.truncation != "none"
@@ -256,7 +259,8 @@ def build(client: Client) -> Any:
             started = time.perf_counter()
             try:
                 if shown == "film":
-                    walk = client.interpolate(chosen.model, first or 0, last or 0, int(count), kind=way, **common)
+                    most = min(int(count), chosen.most_pictures)
+                    walk = client.interpolate(chosen.model, first or 0, last or 0, most, kind=way, **common)
                     return {notice: "", film: _film(walk, time.perf_counter() - started)}
                 batch = client.generate(chosen.model, seed=one_seed, **common)
             except UnavailableError as error:
@@ -364,13 +368,16 @@ def _picture(batch: ImageBatch) -> str:
 
 def _film(walk: ImageBatch, seconds: float) -> str:
     first, last = (_data_uri("PNG", partial(walk[end].save, format="PNG")) for end in (0, -1))
-    film = _data_uri("GIF", lambda file: walk.gif(file, scale=max(1, 280 // walk.pixels.shape[2])))
+    width, channels = walk.pixels.shape[2:]
+    # Colours take a GIF 1.7 s for a frame of 1024x1024, ten times as long as a WebP, and GIF has no alpha.
+    moving = FORMATS["GIF" if channels == 1 else "WEBP"]
+    film = _data_uri(moving.name, lambda file: walk.gif(file, moving.name, scale=max(1, 280 // width)))
     strip = _data_uri("PNG", lambda file: walk.sheet(columns=min(len(walk), 8)).save(file, "PNG"))
     way = walk.interpolation
     assert way is not None
     ends = (way.seed_a, way.seed_b)
     label = () if walk.labels is None else walk.labels[:1]
-    name = html.escape("-".join(map(str, (walk.model, *label, *ends))))
+    name = html.escape("-".join(map(str, (walk.model, *label, *ends))) + moving.extensions[0])
     return f"""
         <div class="picture">
         <div class="ends">
@@ -380,7 +387,7 @@ def _film(walk: ImageBatch, seconds: float) -> str:
         </div>
         <img class="strip" src="{strip}" alt="all {len(walk)} pictures">
         <div class="caption">{len(walk)} pictures in {seconds * 1000:.1f} ms</div>
-        <a class="download" href="{film}" download="{name}.gif">Download {name}.gif</a></div>"""
+        <a class="download" href="{film}" download="{name}">Download {name}</a></div>"""
 
 
 def _data_uri(name: str, save: Callable[[IO[bytes]], object]) -> str:

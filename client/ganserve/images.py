@@ -134,7 +134,7 @@ class GeneratedImage:
         return GeneratedImage, (self._batch[self._index : self._index + 1], 0)
 
     def pil(self) -> "Image":
-        """Return the image as a PIL image, grey ("L") or colour ("RGB")."""
+        """Return the image as a PIL image: grey ("L"), colour ("RGB"), or colour and alpha ("RGBA")."""
         return _to_pil(self.pixels)
 
     @overload
@@ -159,8 +159,8 @@ class GeneratedImage:
             provenance: whether to write how to make the image again, into PNG, JPEG, WebP, GIF and TIFF.
 
         Raises:
-            ValueError: the extension or the format cannot be written, or the path asks for a seed or label that the
-                image lacks.
+            ValueError: the extension or the format cannot be written, the image has alpha and the format has not, or
+                the path asks for a seed or label that the image lacks.
             OSError: the file can't be written.
         """
         from ganserve._pictures import write
@@ -267,7 +267,7 @@ class ImageBatch:
         )
 
     def pil(self) -> list["Image"]:
-        """Return the images as PIL images, grey ("L") or colour ("RGB")."""
+        """Return the images as PIL images: grey ("L"), colour ("RGB"), or colour and alpha ("RGBA")."""
         return [_to_pil(pixels) for pixels in self.pixels]
 
     def save(self, pattern: str | PathLike[str], *, provenance: bool = True) -> list[Path]:
@@ -280,7 +280,7 @@ class ImageBatch:
 
         Raises:
             ValueError: the pattern gives two images the same name, asks for a seed or label that the images lack, or
-                has an extension of no format that can be written.
+                has an extension of no format that can be written, or of one without alpha for images that have it.
             TypeError: the pattern is an open file.
             OSError: a file can't be written.
         """
@@ -301,6 +301,8 @@ class ImageBatch:
 
     def sheet(self, columns: int | None = None, *, row_names: Sequence[str] = (), scale: int = 1) -> "Sheet":
         """Arrange the images in one picture, row by row: a PIL image, whose `save` writes how to make them again.
+
+        The background is black; behind images with alpha, it is transparent.
 
         Args:
             columns: the number of images in a row; None makes the picture nearly square.
@@ -355,7 +357,8 @@ class ImageBatch:
 
         Args:
             path: the path of the file, which is returned, or a file that is open for writing bytes. A path ends in .gif
-                or .webp. GIF shows grey exactly, and colour in 256 colours a frame; WebP shows both exactly.
+                or .webp. GIF shows grey exactly, and colour in 256 colours a frame; WebP shows both exactly. Images
+                with alpha need WebP.
             format: GIF or WebP; None takes the format of the path's extension, or GIF for an open file.
             frame_ms: the duration of each frame in ms, 20 or more; a GIF has steps of 10 ms.
             bounce: whether to go back through the images after the last one, rather than jump to the first one.
@@ -363,7 +366,8 @@ class ImageBatch:
             provenance: whether to write how to make the images again.
 
         Raises:
-            ValueError: there are no images, the extension is another one, frame_ms is below 20, or scale is below 1.
+            ValueError: there are no images, the extension is another one, the images have alpha and the format has
+                not, frame_ms is below 20, or scale is below 1.
             OSError: the file can't be written.
         """
         from ganserve._pictures import animate

@@ -10,9 +10,9 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
-from ganserve import Client, GeneratedImage, ImageBatch, Interpolation
+from ganserve import Client, GeneratedImage, ImageBatch, Interpolation, read_provenance
 from ganserve.images import concatenate
 
 KNOWN_ENDINGS = r"the known extensions are \.png, \.jpg, \.jpeg, \.webp, \.gif, \.tif, \.tiff"
@@ -34,7 +34,7 @@ def batch(count: int = 3, channels: int = 1, *, labels: bool = True, model: str 
     )
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_pil_images_have_the_same_pixels(channels: int, mode: str) -> None:
     images = batch(channels=channels)
     pictures = images.pil()
@@ -52,6 +52,48 @@ def test_saved_files_say_how_to_make_them_again(tmp_path: Path, ending: str) -> 
             assert np.array_equal(np.asarray(image.convert("L")), batch().pixels[1, :, :, 0])
     identity = json.loads(text)
     assert (identity["model"], identity["version"], identity["seed"], identity["label"]) == ("digits", 2, 8, 1)
+
+
+def with_alpha(count: int = 3) -> ImageBatch:
+    """Images whose first pixel is transparent, with a colour, and whose second is opaque."""
+    images = batch(count, channels=4)
+    images.pixels[:, 0, 0], images.pixels[:, 0, 1] = (9, 8, 7, 0), (6, 5, 4, 255)
+    return images
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+def test_files_keep_alpha_and_the_colour_of_transparent_pixels(tmp_path: Path, ending: str) -> None:
+    path = with_alpha()[1].save(tmp_path / f"one.{ending}")
+    assert np.array_equal(np.asarray(Image.open(path)), with_alpha().pixels[1])
+    assert read_provenance(path).seed == 8
+
+
+def test_a_sheet_of_images_with_alpha_is_transparent_between_them(tmp_path: Path) -> None:
+    with_alpha().sheet(columns=2, scale=2).save(tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    wanted = with_alpha().pixels.repeat(2, 1).repeat(2, 2)  # images of 8x10 pixels
+    assert np.array_equal(sheet[:8, :10], wanted[0])
+    assert np.array_equal(sheet[10:, :10], wanted[2])
+    assert not sheet[8:10].any()
+    assert not sheet[:, 10:12].any()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "gif"])
+def test_a_format_without_alpha_is_refused_for_images_that_have_it(tmp_path: Path, ending: str) -> None:
+    with pytest.raises(ValueError, match="PNG, WEBP or TIFF"):
+        with_alpha()[0].save(tmp_path / f"one.{ending}")
+    with pytest.raises(ValueError, match="PNG, WEBP or TIFF"):
+        with_alpha().sheet().save(tmp_path / f"sheet.{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_animation_of_images_with_alpha_is_a_webp(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"use WEBP$"):
+        with_alpha().gif(tmp_path / "walk.gif")
+    path = with_alpha().gif(tmp_path / "walk.webp", bounce=False)
+    with Image.open(path) as animation:
+        frames = [np.asarray(frame.convert("RGBA")) for frame in ImageSequence.Iterator(animation)]
+    assert np.array_equal(np.stack(frames)[..., 3], with_alpha().pixels[..., 3])
 
 
 @pytest.mark.parametrize("pattern", ["same.png", "{label}.png", "{nonsense}.png", "{seed.png"])

@@ -108,6 +108,11 @@ class ChannelsFirst(nn.Module):
         return latent.to(torch.uint8).reshape(-1, 1, 2, 2)
 
 
+class Large(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return latent.to(torch.uint8).reshape(-1, 1, 4, 1).expand(-1, 4097, -1, -1)
+
+
 class OneImage(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         return latent[:1].to(torch.uint8).reshape(-1, 2, 2, 1)
@@ -226,3 +231,24 @@ def test_a_number_that_another_export_has_just_taken_is_left_to_it(
     with pytest.raises(OSError, match="no space"):
         publish(b"", tmp_path, "mine")
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"1", "2"}
+
+
+def test_a_module_of_larger_images_than_a_server_takes_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match=r"4097x4 .* 4096"):
+        export_module(Large(), tmp_path / "models", "mine", latent_dim=4)
+    assert not (tmp_path / "models").exists()
+
+
+class Translucent(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return torch.round(latent.clamp(0, 2) * 100).to(torch.uint8).reshape(-1, 1, 3, 4)
+
+
+def test_golden_images_have_alpha(tmp_path: Path) -> None:
+    file = export_module(Translucent(), tmp_path / "models", "mine", latent_dim=12)
+    card = load_version("mine", 1, file, max_model_mib=1, provider="cpu", threads=1).card
+    assert (card.height, card.width, card.channels) == (1, 3, 4)
+    latent = np.random.RandomState(4).standard_normal(12).astype(np.float32)
+    with Image.open(io.BytesIO(card.golden_images[4].png)) as image:
+        assert image.mode == "RGBA"
+        assert np.array_equal(np.asarray(image).ravel(), np.round(latent.clip(0, 2) * 100).astype(np.uint8))

@@ -114,7 +114,7 @@ def _plain(text: str) -> Text:
 
 
 def _size(model: Model) -> str:
-    return f"{model.width}x{model.height} {'grey' if model.channels == 1 else 'colour'}"
+    return f"{model.width}x{model.height} { {1: 'grey', 4: 'colour and alpha'}.get(model.channels, 'colour') }"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +199,14 @@ def _card(model: Model) -> Group:
 def _drawn(png: bytes) -> TerminalPicture | Text:
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            picture = image.convert("L" if image.mode == "L" else "RGB")
+            picture = image.convert("L" if image.mode == "L" else "RGBA")
     except (OSError, ValueError, Image.DecompressionBombError):
         return Text("(not readable)")
     if picture.width > _WIDEST_PICTURE:
         height = max(1, round(picture.height * _WIDEST_PICTURE / picture.width))
         picture = picture.resize((_WIDEST_PICTURE, height), Image.Resampling.BOX)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")
     return TerminalPicture(np.asarray(picture))
 
 

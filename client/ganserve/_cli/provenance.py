@@ -25,6 +25,7 @@ from ganserve._cli.data_sets import Archive, Plan
 from ganserve._cli.outcome import ExitStatus, outcome
 from ganserve._cli.output import STDOUT, encoded, print_json, show
 from ganserve._cli.waiting import progress
+from ganserve._formats import MODES
 from ganserve.errors import InvalidRequestError, ModelNotFoundError, NoProvenanceError
 from ganserve.images import ImageBatch
 from ganserve.provenance import Provenance, read_provenance
@@ -388,8 +389,7 @@ def _pictures(
 
 def _frames(content: bytes, channels: int) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(content)) as image:
-        mode = "L" if channels == 1 else "RGB"
-        frames = [np.asarray(frame.convert(mode)) for frame in ImageSequence.Iterator(image)]
+        frames = [np.asarray(frame.convert(MODES[channels])) for frame in ImageSequence.Iterator(image)]
     return np.stack(frames).reshape(len(frames), *frames[0].shape[:2], channels)
 
 

@@ -20,7 +20,7 @@ from ganserve._cli.data_sets import SEED_LIMIT, Archive, Plan
 from ganserve._cli.generating import InputSeeds, Labels, ModelName, Version, attributes_of, input_seeds_of, labels_of
 from ganserve._cli.output import check_is_path, print_json, whole_file, write_file
 from ganserve._cli.waiting import progress
-from ganserve._formats import ENCODED
+from ganserve._formats import ENCODED, without_alpha
 from ganserve.errors import GanserveError, InvalidRequestError, NoProvenanceError
 from ganserve.images import ImageBatch
 
@@ -185,6 +185,8 @@ def stream(
         before, there = _before(to, folder, archive)
         further = (attributes_of(attribute), input_seeds_of(input_seed))
         plan = _plan(client, model, version, seed, label, truncation, *further, before, to)
+        if not archive and (why := without_alpha(_FORMATS[file_format].name, plan.channels, ENCODED)):
+            raise typer.BadParameter(f"--format is {file_format!r}: {why}")
         if there:
             if there != count:
                 raise OtherImagesError(f"{to} already has {there} images; for {count} images, give another --to")

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
 from ganserve._cards import MAX_CARD_BYTES, MAX_GOLDEN_IMAGES, png, thumbnail
+from ganserve._formats import LARGEST_SIDE, MODES
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.batching import batching_of
 from ganserve_server.compute.engine import Engine, Provider, SessionRefused
@@ -202,8 +203,13 @@ def _parse_card(text: str) -> tuple[pb.ModelCard, str]:
 def _check_card(card: pb.ModelCard) -> None:
     if not card.latent_dim and card.inputs and (shape := card.inputs[0].latent.shape):
         card.latent_dim = min(math.prod(shape), 2**32 - 1)
-    if not (card.latent_dim and card.height and card.width and card.channels in (1, 3)):
-        raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1 or 3 channels")
+    if not (card.latent_dim and card.height and card.width and card.channels in MODES):
+        raise ModelRejected("the model card must give latent_dim, height and width above 0, and 1, 3 or 4 channels")
+    if max(card.height, card.width) > LARGEST_SIDE:
+        raise ModelRejected(
+            f"according to its card, the model makes images of {card.height}x{card.width} pixels; at most "
+            f"{LARGEST_SIDE} on each side are allowed: export the model with smaller images"
+        )
     if (count := len(card.golden_images)) > MAX_GOLDEN_IMAGES:
         raise ModelRejected(
             f"the model card has {count} golden_images; at most {MAX_GOLDEN_IMAGES} are allowed: the server makes each"
@@ -239,7 +245,10 @@ def _check_signature(engine: Engine) -> None:
     if wrong := engine.inputs.mismatch(engine.input_types):
         raise ModelRejected(wrong)
     if list(engine.output_types) != ["image"] or engine.output_types["image"][0] != "tensor(uint8)":
-        raise ModelRejected(f"the model must have one output, image, tensor(uint8); it has {engine.output_types}")
+        raise ModelRejected(
+            f"the model must have one output, image, tensor(uint8); it has {engine.output_types}: export it with this "
+            "output only; several pictures of a latent may be side by side in one image"
+        )
 
 
 def _check_images(engine: Engine, card: pb.ModelCard) -> None:
@@ -325,7 +334,7 @@ def _decoded(golden: pb.GoldenImage, pixels: NDArray[np.uint8]) -> NDArray[np.ui
                     f"the golden image of seed {golden.seed} is a PNG of {size} pixels; it must have "
                     f"{' (a thumbnail) or '.join(dict.fromkeys(sizes))}"
                 )
-            wanted = np.asarray(image.convert("L" if pixels.shape[2] == 1 else "RGB"))
+            wanted = np.asarray(image.convert(MODES[pixels.shape[2]]))
             return wanted.reshape(*wanted.shape[:2], pixels.shape[2])
     except (OSError, ValueError, SyntaxError) as error:
         raise ModelRejected(f"the golden image of seed {golden.seed} is not a PNG: {error}") from error

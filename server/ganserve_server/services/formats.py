@@ -35,7 +35,10 @@ def sheet_size(count: int, height: int, width: int) -> tuple[int, int]:
 
 
 def contact_sheet(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Arrange images, [n, height, width, channels], row by row in one nearly square image with a black background."""
+    """Arrange images, [n, height, width, channels], row by row in one nearly square image.
+
+    The background is black; with four channels, it is transparent.
+    """
     count, height, width, channels = pixels.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

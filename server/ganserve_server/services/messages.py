@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve._formats import ENCODED, ENCODED_NAMES, in_words
+from ganserve._formats import ENCODED, ENCODED_NAMES, in_words, without_alpha
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.inputs import ATTRIBUTES, LABEL, LATENT, Draw, attribute_range
 from ganserve_server.compute.model import ModelVersion
@@ -125,6 +125,8 @@ def parse(
             "priority", f"priority {message.priority} is unknown; this server knows INTERACTIVE and BULK"
         )
     encoding, sheet = _encoding(message)
+    if encoding != pb.ENCODING_RAW and (why := without_alpha(ENCODED[encoding].name, model.card.channels, ENCODED)):
+        raise InvalidRequest("encoding", why)
     if sheet:
         _check_sheet(encoding, model, count)
     return GenerationRequest(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from ganserve._formats import LARGEST_SIDE, MODES
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export.diagnosis import frames_of, line_of, summary
 from ganserve_trainer.export.inputs import Inputs
@@ -166,11 +167,16 @@ def check_output(images: Any, count: int) -> tuple[int, int, int]:
         remedies.append(
             "convert images from -1 to 1 by torch.round((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)"
         )
-    if len(shape) == 4 and shape[3] not in (1, 3):
+    if len(shape) == 4 and shape[3] not in MODES:
         remedies.append("move the channels to the end by .permute(0, 2, 3, 1)")
     if remedies:
         raise TrainerError(
             f"from {count} latents the module made {images.dtype} {shape}; it must make torch.uint8 [{count}, height, "
-            f"width, 1 or 3]: {', and '.join(remedies)}; see examples/bring_a_generator.py"
+            f"width, 1, 3 or 4]: {', and '.join(remedies)}; see examples/bring_a_generator.py"
         )
-    return shape[1], shape[2], shape[3]
+    height, width, channels = shape[1:]
+    if max(height, width) > LARGEST_SIDE:
+        raise TrainerError(
+            f"the module makes images of {height}x{width} pixels; a server takes at most {LARGEST_SIDE} on each side"
+        )
+    return height, width, channels

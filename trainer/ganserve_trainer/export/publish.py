@@ -60,7 +60,8 @@ def export_module(
 
     Args:
         module: its forward takes `latent`, float32 [n, latent_dim], and, with class names, `label`, int64 [n], by these
-            names or in this order; it returns uint8 [n, height, width, channels], of 1 or 3 channels.
+            names or in this order; it returns uint8 [n, height, width, channels], of 1 (grey), 3
+            (colour) or 4 (colour and alpha) channels, with height and width up to 4096.
         repository: the model repository.
         name: the name of the model.
         latent_dim: the number of values in a latent; None if `inputs` has the latent.
