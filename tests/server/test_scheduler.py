@@ -939,6 +939,32 @@ async def test_a_message_of_a_stream_has_several_batches_of_a_fast_model_up_to_a
     await asyncio.to_thread(scheduler.close)
 
 
+@pytest.mark.parametrize(
+    ("side", "channels", "batch_size", "first", "chunk"),
+    [
+        (64, 3, 64, 64, 64),
+        (128, 3, 64, 64, 64),
+        (256, 3, 64, 20, 20),  # 3984 KiB / (192 KiB + 256 + 1 KiB) = 20.6
+        (512, 3, 64, 5, 5),  # / (768 KiB + 512 + 1 KiB) = 5.2
+        (512, 4, 64, 3, 3),  # / (1 MiB + 512 + 1 KiB) = 3.9
+        (1024, 3, 64, 1, 1),  # / (3 MiB + 1 KiB + 1 KiB) = 1.3
+        (1024, 4, 64, 1, 1),
+        (4096, 4, 64, 1, 1),
+        (1, 1, 1000, 1000, 3976),  # not 4 batches: / (1 + 1 + 1 KiB) = 3976.2
+    ],
+)
+async def test_a_message_of_a_stream_has_less_than_4_mebibytes_or_one_image(
+    engine: HeldEngine, side: int, channels: int, batch_size: int, first: int, chunk: int
+) -> None:
+    engine.image_s = 1e-7
+    card = pb.ModelCard(height=side, width=side, channels=channels)
+    model = ModelVersion("held", 1, "sha256:0", card, engine, b"")  # type: ignore[arg-type]
+    scheduler = Scheduler(1)
+    batcher = Batcher(model, batch_size, max_queue_images=20, metrics=Metrics(), scheduler=scheduler)
+    assert (batcher.first_chunk_size(), batcher.chunk_size()) == (first, chunk)
+    await asyncio.to_thread(scheduler.close)
+
+
 @pytest.mark.parametrize(("one_s", "wide_s", "faster"), [(0.0003, 0.00005, True), (0.00009, 0.00005, False)])
 def test_an_image_of_a_tenth_of_a_millisecond_is_made_by_one_core(
     one_s: float, wide_s: float, faster: bool, monkeypatch: pytest.MonkeyPatch

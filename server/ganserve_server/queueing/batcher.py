@@ -40,6 +40,10 @@ _ROUND_TRIP_S = 0.003  # from answers to the next calls, on busy cores
 _DEADLINE_MARGIN = 1.2
 _CHUNK_BATCHES, _CHUNK_S, _CHUNK_BYTES = 4, 0.005, 1 << 20
 _FIRST_CHUNK_S = 0.25
+# gRPC's clients accept messages of 4 MiB unless they are set up otherwise. The rest is for the fields that all images
+# share, and for pixels that no encoder makes smaller.
+_MESSAGE_BYTES = 3984 << 10
+_FIELDS_BYTES = 1 << 10  # of an image: seed, label, metadata, and a file's own headers
 _batch_numbers = itertools.count()  # across all models, because one call may use several
 
 
@@ -61,6 +65,8 @@ class Batcher:
         self.model = model
         self.max_batch_size = max_batch_size
         self.small = max(1, max_batch_size // _SMALL_PART)  # a request for this many images is never cut
+        # A PNG has a byte more for each row.
+        self._most_a_message = max(1, _MESSAGE_BYTES // (model.pixel_bytes + model.card.height + _FIELDS_BYTES))
         self._max_queue_images = max_queue_images
         self._scheduler = scheduler
         self._lanes = [Lane(max_batch_size) for _ in range(3)]
@@ -283,20 +289,23 @@ class Batcher:
     def chunk_size(self) -> int:
         """Return how many images of a stream go into one message: one batch, or more if one core makes them in 5 ms.
 
-        A message has at most 4 batches and 1 MiB of pixels, unless one batch has more. A message costs its reader about
-        100 µs, the time to make 6 images of a small model.
+        A message has at most 4 batches and 1 MiB of pixels, unless one batch has more, and at most 4 MiB, unless one
+        image has more. A message costs its reader about 100 µs, the time to make 6 images of a small model.
         """
         batches = min(
             _CHUNK_S / max(self._core_s, 1e-9) // self.max_batch_size,
             _CHUNK_BYTES // (self.model.pixel_bytes * self.max_batch_size),
             _CHUNK_BATCHES,
         )
-        return self.first_chunk_size() * max(1, int(batches))
+        return min(self._most_a_message, self.first_chunk_size() * max(1, int(batches)))
 
     def first_chunk_size(self) -> int:
-        """Return how many images of a stream go into its first message: what the cores make in 0.25 s, or one batch."""
-        cores = self._scheduler.cores
-        return min(self.max_batch_size, cores * max(1, int(_FIRST_CHUNK_S / max(self._core_s, 1e-9))))
+        """Return how many images of a stream go into its first message: what the cores make in 0.25 s, or one batch.
+
+        They have at most 4 MiB, unless one image has more.
+        """
+        in_time = self._scheduler.cores * max(1, int(_FIRST_CHUNK_S / max(self._core_s, 1e-9)))
+        return min(self.max_batch_size, in_time, self._most_a_message)
 
     def least_batch_while_busy(self) -> int:
         """Return how many images justify a batch while all cores are busy and more images may still join."""
