@@ -111,7 +111,9 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "repository": {
         *("errors", "start_errors", "spelling", "machine", "shared", "settings", "compute", "observe", "queueing"),
     },
-    "services": {"errors", "inference", "transport", "settings", "compute", "observe", "queueing", "repository"},
+    "services": {
+        *("errors", "machine", "inference", "transport", "settings", "compute", "observe", "queueing", "repository"),
+    },
     "processes": {
         *("errors", "start_errors", "machine", "inference", "shared", "transport", "settings", "compute", "observe"),
         *("auth", "repository", "services"),

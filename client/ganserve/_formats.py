@@ -13,6 +13,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the pixels, by the num
 # images, and the answers that a connection leaves unread two.
 LARGEST_SIDE = 4096
 _EXIF_IMAGE_DESCRIPTION = 0x010E
+_Z_RLE = 3  # of zlib
 _LARGEST = 2**31 - 1  # Pillow's limit where the format has none
 
 
@@ -65,7 +66,15 @@ class ImageFormat:
 FORMATS = {
     each.name: each
     for each in (
-        ImageFormat("PNG", (".png",), "image/png", metadata=_png_text, encoding=2),
+        ImageFormat(
+            "PNG",
+            (".png",),
+            "image/png",
+            metadata=_png_text,
+            # A third to a seventh of the time of Pillow's default, in files of about the same size.
+            options={"compress_level": 1, "compress_type": _Z_RLE},
+            encoding=2,
+        ),
         ImageFormat(
             "JPEG",
             (".jpg", ".jpeg"),
@@ -83,7 +92,9 @@ FORMATS = {
             "image/webp",
             metadata=_exif,
             longest_side=16_383,
-            options={"lossless": True, "exact": True},  # exact: transparent pixels keep their colour
+            # `exact` keeps the colour of transparent pixels. `quality` is effort here: a third to a seventh of the time
+            # of Pillow's default, in files that are up to a fifth larger.
+            options={"lossless": True, "exact": True, "method": 1, "quality": 20},
             animated=True,
             encoding=4,
         ),

@@ -1,11 +1,14 @@
-"""Images with alpha, and large ones."""
+"""Images of the sizes and channels that models of photographs have: alpha, and messages of a bounded size."""
 
+import asyncio
 import contextlib
 import hashlib
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,7 +25,12 @@ from tests.picture_models import picture, save_picture_model
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.compute.model import ModelVersion
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.repository.table import ModelTable
 from ganserve_server.repository.verify import CARD_KEY, ModelRejected, load_version
+from ganserve_server.services.generation import GenerationServicer
+from ganserve_server.services.messages import parse
+from ganserve_server.settings import ServerSettings
 
 SIZES = {"alpha": (6, 5, 4), "photo": (256, 256, 3), "icon": (64, 64, 4)}
 
@@ -156,3 +164,44 @@ def test_images_of_two_channels_or_more_than_4096_pixels_on_a_side_are_rejected(
 @pytest.mark.parametrize("size", [(4096, 1, 1), (1, 4096, 4)])
 def test_images_of_4096_pixels_on_a_side_are_served(size: tuple[int, int, int], tmp_path: Path) -> None:
     assert load(save_picture_model(tmp_path, "large", *size)).pixel_bytes == 4096 * size[2]
+
+
+@pytest.mark.parametrize("encoding", ["RAW", "PNG"])
+def test_a_stream_of_large_images_fits_the_messages_of_any_client(
+    encoding: str, stub: pb_grpc.GenerationServiceStub
+) -> None:
+    """64 images, a batch, would have 12 MiB; gRPC's clients accept 4 MiB."""
+    generate = pb.GenerateImagesRequest(model="photo", count=64, seed=1, encoding=f"ENCODING_{encoding}")
+    chunks = [message.chunk for message in stub.StreamImages(pb.StreamImagesRequest(generate=generate))]
+    assert [seed for chunk in chunks for seed in chunk.seeds] == list(range(1, 65))
+    assert all(chunk.count <= 20 for chunk in chunks)
+
+
+@pytest.mark.parametrize("encoding", ["PNG", "WEBP"])
+def test_files_that_several_threads_encode_are_in_order(encoding: str, stub: pb_grpc.GenerationServiceStub) -> None:
+    """An icon has 16 KiB: a thread encodes four at once."""
+    request = pb.GenerateImagesRequest(model="icon", count=18, seed=1, encoding=f"ENCODING_{encoding}")
+    files = stub.GenerateImages(request).files
+    assert np.array_equal([opened(file) for file in files], pictures("icon", range(1, 19)))
+    assert [identity(file)["seed"] for file in files] == list(range(1, 19))
+
+
+async def test_a_call_with_one_image_is_encoded_among_those_of_a_large_call(tmp_path: Path) -> None:
+    """With one thread: the large call has at most two pieces in its queue, of nine."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    model = load(save_picture_model(tmp_path, "icon", 64, 64, 4))
+    servicer = GenerationServicer(ModelTable(), ServerSettings(threads=2), Metrics())
+    ended: list[int] = []
+
+    async def encode(count: int) -> None:
+        message = pb.GenerateImagesRequest(model="icon", count=count, seed=1, encoding="ENCODING_PNG")
+        request = parse(message, model, max_images=100, max_values=100)
+        call: Any = SimpleNamespace(encode_s=0.0)
+        answer = await servicer.encoded(
+            request, request.draw(0, count), pictures("icon", range(1, 1 + count)), b"", call
+        )
+        assert len(pb.GenerateImagesResponse.FromString(answer).files) == count
+        ended.append(count)
+
+    await asyncio.gather(encode(36), encode(1))
+    assert ended == [1, 36]

@@ -1,8 +1,9 @@
 """GenerationService's messages: from a message to a checked request, and from pixels back to a response."""
 
 import functools
+import itertools
 import secrets
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ganserve_server.services.wire import tag, varint
 MAX_TRUNCATION = 2.0
 _MAX_PIXEL_BYTES = 256 << 20
 _PIXELS_TAG = tag(pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER)
+_FILES_TAG = tag(pb.GenerateImagesResponse.FILES_FIELD_NUMBER)
 _SEEDS = 2**32
 _MAX_SHEET_LABELS = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
 # Reading these from protobuf costs more than the rest of a check.
@@ -376,16 +378,36 @@ def times(made: Made) -> bytes:
     return response.SerializeToString()
 
 
-def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], took: bytes) -> bytes:
-    """Return a serialised GenerateImagesResponse with the images, as pixels or as files.
+def files_of(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8]) -> list[bytes]:
+    """Encode images, [count, height, width, channels], as the request asks: one file each, or one of all."""
+    if not request.sheet:
+        return [
+            encode(each, request.encoding, None if request.omit_identity else _identity(request.model, draw, index))
+            for index, each in enumerate(pixels)
+        ]
+    identity: dict[str, Any] | None = None
+    if not request.omit_identity:
+        identity = {**_identity(request.model, draw, 0), "count": draw.count}
+        if (labels := draw.labels) is not None and draw.count <= _MAX_SHEET_LABELS:
+            identity["labels"] = labels.tolist()
+        if request.model.inputs.attributes:
+            used = _attributes_used(request.model, draw)
+            identity["attributes"] = {name: each[0] if len(each) == 1 else each for name, each in used.items()}
+            if sum(map(len, used.values())) > _MAX_SHEET_LABELS:
+                identity |= {"seed": None, "attributes": None}  # it cannot be made again
+    return [encode(contact_sheet(pixels), request.encoding, identity)]
+
+
+def respond(request: GenerationRequest, draw: Draw, content: NDArray[np.uint8] | list[bytes], took: bytes) -> bytes:
+    """Return a serialised GenerateImagesResponse with the images.
 
     The response is concatenated from pieces, which protobuf reads as one message. The piece that all responses of a
-    version share is serialised once, and the pixels are copied once.
+    version share is serialised once, and pixels and files are copied once.
 
     Args:
         request: the request.
         draw: the draw of the images.
-        pixels: the images, [count, height, width, channels].
+        content: the images as pixels, [count, height, width, channels], or the files of `files_of`.
         took: the result of `times`.
     """
     model = request.model
@@ -395,26 +417,13 @@ def respond(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8], t
         labels=None if (labels := draw.labels) is None else labels.tolist(),
         inputs=_values_used(model, draw) if model.inputs.settable else None,
     )
-    if request.encoding == pb.ENCODING_RAW:
-        raw = pixels.tobytes()
-        return b"".join((model.answer, took, common, response.SerializeToString(), _PIXELS_TAG, varint(len(raw)), raw))
-    if request.sheet:
-        identity: dict[str, Any] | None = None
-        if not request.omit_identity:
-            identity = {**_identity(model, draw, 0), "count": draw.count}
-            if labels is not None and draw.count <= _MAX_SHEET_LABELS:
-                identity["labels"] = labels.tolist()
-            if model.inputs.attributes:
-                used = _attributes_used(model, draw)
-                identity["attributes"] = {name: each[0] if len(each) == 1 else each for name, each in used.items()}
-                if sum(map(len, used.values())) > _MAX_SHEET_LABELS:
-                    identity |= {"seed": None, "attributes": None}  # it cannot be made again
-        response.files.append(encode(contact_sheet(pixels), request.encoding, identity))
+    images: Iterable[bytes]
+    if isinstance(content, list):
+        images = itertools.chain.from_iterable((_FILES_TAG, varint(len(file)), file) for file in content)
     else:
-        for index, pixels_of_one in enumerate(pixels):
-            identity = None if request.omit_identity else _identity(model, draw, index)
-            response.files.append(encode(pixels_of_one, request.encoding, identity))
-    return model.answer + took + common + response.SerializeToString()
+        raw = content.tobytes()
+        images = (_PIXELS_TAG, varint(len(raw)), raw)
+    return b"".join((model.answer, took, common, response.SerializeToString(), *images))
 
 
 @functools.lru_cache(256)
