@@ -21,6 +21,8 @@ from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 from tests.conftest import RunningServer, run_server
 from tests.picture_models import picture, save_picture_model
+from tests.server.test_http2 import memory_kib
+from tests.wire import INITIAL_WINDOW_SIZE, STREAM, Peer, granted, head, request
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
@@ -123,6 +125,31 @@ def test_the_open_inference_protocol_has_alpha(server: RunningServer) -> None:
         (output,) = client.get_model_metadata("alpha").outputs
     assert np.array_equal(made, pictures("alpha", range(5, 7)))
     assert list(output.shape) == [-1, 6, 5, 4]
+
+
+def test_what_streams_make_before_it_is_read_is_bounded(tmp_path: Path) -> None:
+    """100 streams of 128 icons, in messages of 64 of them, 1 MiB.
+
+    All first messages wait in a pool. Until they have 16 MiB, a stream also makes its second message: 16 streams do.
+    """
+    save_picture_model(tmp_path, "icon", 64, 64, 4)
+    made = 'ganserve_images_total{model="icon",version="1"}'
+    generate = pb.GenerateImagesRequest(model="icon", count=128, seed=1)
+    asked = pb.StreamImagesRequest(generate=generate).SerializeToString()
+    with run_server("--models", tmp_path, "--workers", "1", "--max-queue-images", "100000") as server:
+        with Peer(server.address, {INITIAL_WINDOW_SIZE: 1 << 24}) as peer:
+            granted(peer, 0, 1 << 24)
+            assert peer.call(request(64, "icon")).status == 0
+            before = memory_kib(server)
+        with Peer(server.address, {INITIAL_WINDOW_SIZE: 0}) as deaf, Peer(server.address) as other:
+            for _ in range(100):
+                deaf.start(asked, head(STREAM))
+            while (images := server.scrape()[made]) < 64 + 100 * 64 + 16 * 64:
+                assert server.process.poll() is None
+            for _ in range(3):  # turns of the queue, in which more would be made
+                assert other.call(request(1, "icon")).status == 0
+            assert (images, server.scrape()[made] - images) == (64 + 100 * 64 + 16 * 64, 3)
+            assert memory_kib(server) - before < 200_000  # 116 MiB, and 30 for everything else
 
 
 def load(path: Path) -> ModelVersion:

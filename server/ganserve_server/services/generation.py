@@ -98,7 +98,7 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         return batcher, checked
 
     def _stream_images(self, call: Call, content: bytes) -> None:
-        """Make only one chunk while the chunk before it is sent, so that a slow reader costs little memory."""
+        """Make at most one chunk while the chunk before it is sent, so that a slow reader costs little memory."""
         request = read_message(pb.StreamImagesRequest.FromString, content).generate
         batcher, limit = self._find(request, call), self._settings.max_images_per_request
         checked = parse(request, batcher.model, self._settings.max_images_per_stream, limit)
@@ -127,9 +127,15 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
             chunk = begin(accepted=False)
             try:
                 while chunk is not None:
-                    response = await chunk
-                    chunk = begin(accepted=True)
-                    await call.write(embedded(_CHUNK_TAG, response))
+                    message = embedded(_CHUNK_TAG, await chunk)
+                    # What is made before it can be sent is in no pool, so only a little of it may wait.
+                    ahead = call.unread_bytes < _LITTLE_UNREAD
+                    chunk = begin(accepted=True) if ahead else None
+                    writing = call.write(message)
+                    del message  # which the connection keeps
+                    await writing
+                    if not ahead:
+                        chunk = begin(accepted=True)
             finally:
                 if chunk is not None:
                     chunk.cancel()

@@ -431,6 +431,7 @@ class Http2Call(Stream):
     async def write(self, message: Any) -> None:
         """Send one of many messages, and wait until none is pending."""
         self.send(message if isinstance(message, bytes) else message.SerializeToString())
+        del message  # otherwise a second copy of it waits
         await self.drained()
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
