@@ -36,7 +36,7 @@ from ganserve._messages import (
 from ganserve._readiness import Readiness
 from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
 from ganserve._streams import one_by_one_async, stream_async
-from ganserve.errors import GanserveError, UnavailableError
+from ganserve.errors import GanserveError, InvalidRequestError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
 from ganserve.provenance import Provenance
@@ -106,9 +106,13 @@ class AsyncClient(BaseClient):
         )
         images = image_count(request)
         timeout_s = self._timeout_s(timeout_s, images)
-        if images > STREAM_ABOVE:
-            return concatenate([batch async for batch in stream_async(self._calls, request, timeout_s)])
-        return to_batch(await self._calls.unary("generate_images", request, timeout_s), images)
+        if images <= STREAM_ABOVE:
+            try:
+                return to_batch(await self._calls.unary("generate_images", request, timeout_s), images)
+            except InvalidRequestError as error:
+                if error.field != "count" or images == 1:  # otherwise so many large images do not fit in one answer
+                    raise
+        return concatenate([batch async for batch in stream_async(self._calls, request, timeout_s)])
 
     def stream(
         self,

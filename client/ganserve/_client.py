@@ -37,7 +37,7 @@ from ganserve._messages import (
 from ganserve._readiness import Readiness
 from ganserve._replicas import Replica, awaited, not_everywhere, refusal, targets
 from ganserve._streams import one_by_one, stream
-from ganserve.errors import GanserveError, UnavailableError
+from ganserve.errors import GanserveError, InvalidRequestError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
 from ganserve.provenance import Provenance
@@ -117,7 +117,7 @@ class Client(BaseClient):
         Args:
             model: the model's name, as `models()` lists it.
             count: the number of images; None makes 1, or one for each of several labels or latents. More than 256 come
-                as a stream.
+                as a stream, and so do more than fit in one answer, 256 MiB.
             seed: the seed of the first image; image i has seed + i, modulo 2^32. None lets the server draw a seed,
                 which the batch reports. A retry of the call then gets other images, but nobody saw the first ones.
             label: for conditional models: an index or a class name for all images, or a list with one for each image.
@@ -152,9 +152,13 @@ class Client(BaseClient):
         )
         images = image_count(request)
         timeout_s = self._timeout_s(timeout_s, images)
-        if images > STREAM_ABOVE:
-            return concatenate(list(stream(self._calls, request, timeout_s)))
-        return to_batch(self._calls.unary("generate_images", request, timeout_s), images)
+        if images <= STREAM_ABOVE:
+            try:
+                return to_batch(self._calls.unary("generate_images", request, timeout_s), images)
+            except InvalidRequestError as error:
+                if error.field != "count" or images == 1:  # otherwise so many large images do not fit in one answer
+                    raise
+        return concatenate(list(stream(self._calls, request, timeout_s)))
 
     def stream(
         self,

@@ -6,7 +6,7 @@ import inspect
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal
 
 import grpc
@@ -472,6 +472,18 @@ def test_the_limits_of_an_answer_and_of_a_stream_are_told_apart(client: Client) 
     with pytest.raises(grpc.RpcError) as caught:
         client._calls.connected().generate_images(pb.GenerateImagesRequest(model="mlp-mnist", count=1025))
     assert caught.value.details() == "count is 1025; a call without a stream may ask for 1 to 1024 images here"  # type: ignore[attr-defined]
+
+
+@both
+def test_more_images_than_fit_in_an_answer_come_as_a_stream(
+    twin: Twin, start_server: Callable[..., RunningServer]
+) -> None:
+    """As 86 images of 1024x1024 pixels do, which have more than 256 MiB."""
+    running = start_server("--max-images-per-request", "3", "--max-images-per-stream", "5")
+    batch = ask(twin, running.address, "generate", "mlp-mnist", count=5, seed=1)
+    assert (batch.seeds, len(batch.pixels)) == ((1, 2, 3, 4, 5), 5)
+    with pytest.raises(InvalidRequestError, match="a stream may ask for 1 to 5 images"):
+        ask(twin, running.address, "generate", "mlp-mnist", count=6, seed=1)
 
 
 def test_labels_are_all_names_or_all_indices(client: Client) -> None:

@@ -409,18 +409,18 @@ def test_every_setting_that_is_no_free_text_says_what_it_may_be() -> None:
 
 
 def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch, start_server: Start) -> None:
-    monkeypatch.setenv("GANSERVE_SERVER_MAX_IMAGES_PER_REQUEST", "5")
+    monkeypatch.setenv("GANSERVE_SERVER_MAX_IMAGES_PER_STREAM", "5")
     with Client(start_server().address) as client, pytest.raises(GanserveError, match="1 to 5"):
-        client.generate("mlp-mnist", count=6)
-    with Client(start_server("--max-images-per-request", "7").address) as client:
-        assert len(client.generate("mlp-mnist", count=7)) == 7
+        list(client.stream("mlp-mnist", count=6))
+    with Client(start_server("--max-images-per-stream", "7").address) as client:
+        assert len(list(client.stream("mlp-mnist", count=7))) == 7
 
 
 def test_a_flag_goes_before_the_environment_and_that_before_the_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start_server: Start
 ) -> None:
     (file := tmp_path / "server.toml").write_text(
-        "max_images_per_request = 5\nmax_batch_size = 6\nmax_queue_images = 7\naccess_log = 'all'\nworkers = 1"
+        "max_images_per_stream = 5\nmax_batch_size = 6\nmax_queue_images = 7\naccess_log = 'all'\nworkers = 1"
     )
     monkeypatch.setenv("GANSERVE_SERVER_CONFIG", str(file))
     monkeypatch.setenv("GANSERVE_SERVER_MAX_BATCH_SIZE", "8")
@@ -432,7 +432,7 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(
         f'workers = "1"  # {file}',
         "max_batch_size = 8  # GANSERVE_SERVER_MAX_BATCH_SIZE",
         "max_queue_images = 10  # --max-queue-images",
-        f"max_images_per_request = 5  # {file}",
+        f"max_images_per_stream = 5  # {file}",
         f'access_log = "all"  # {file}',
     ]
     # What it prints, it reads.
@@ -443,7 +443,7 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(
     assert [line.partition("  #")[0] for line in settings_told("--config", again).splitlines()] == values
     assert len(values) == len(ServerSettings.model_fields)
     with Client(start_server().address) as client, pytest.raises(GanserveError, match="1 to 5"):
-        client.generate("mlp-mnist", count=6)
+        list(client.stream("mlp-mnist", count=6))
 
 
 @pytest.mark.parametrize("name", ["\N{GRINNING FACE}", "a\nb", "\x7f", 'a"b\\c'])
