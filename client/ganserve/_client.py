@@ -117,7 +117,7 @@ class Client(BaseClient):
         Args:
             model: the model's name, as `models()` lists it.
             count: the number of images; None makes 1, or one for each of several labels or latents. More than 256 come
-                as a stream, and so do more than fit in one answer, 256 MiB.
+                as a stream, and so do more than fit in one answer, 64 MiB.
             seed: the seed of the first image; image i has seed + i, modulo 2^32. None lets the server draw a seed,
                 which the batch reports. A retry of the call then gets other images, but nobody saw the first ones.
             label: for conditional models: an index or a class name for all images, or a list with one for each image.

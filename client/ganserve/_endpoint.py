@@ -18,8 +18,8 @@ import grpc
 from ganserve.errors import InvalidRequestError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-# The server's largest answer has 256 MiB of pixels; the rest is for seeds and labels.
-MAX_ANSWER_BYTES = (256 + 16) << 20
+# The server's largest answer has 64 MiB of pixels; the rest is for seeds and labels.
+MAX_ANSWER_BYTES = (64 + 16) << 20
 KEEPALIVE_S = 60.0  # below the idle timeouts of load balancers (AWS 350 s, Azure 240 s)
 # Also the longest time that TCP may leave sent bytes without an acknowledgement: gRPC then gives the connection up, and
 # the client retries its calls elsewhere. With gRPC's default, a replica on a dead host delayed each call by 20 s.

@@ -9,8 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 PNG_KEYWORD = "ganserve"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the pixels, by the number of channels that a model may make
-# Pixels on each side of a model's image. With four channels, it then has at most 64 MiB: an answer may have four such
-# images, and the answers that a connection leaves unread two.
+# Pixels on each side of a model's image. With four channels, it then has at most 64 MiB, as much as an answer may have.
 LARGEST_SIDE = 4096
 _EXIF_IMAGE_DESCRIPTION = 0x010E
 _Z_RLE = 3  # of zlib

@@ -478,7 +478,7 @@ def test_the_limits_of_an_answer_and_of_a_stream_are_told_apart(client: Client) 
 def test_more_images_than_fit_in_an_answer_come_as_a_stream(
     twin: Twin, start_server: Callable[..., RunningServer]
 ) -> None:
-    """As 86 images of 1024x1024 pixels do, which have more than 256 MiB."""
+    """As 22 images of 1024x1024 pixels do, which have more than 64 MiB."""
     running = start_server("--max-images-per-request", "3", "--max-images-per-stream", "5")
     batch = ask(twin, running.address, "generate", "mlp-mnist", count=5, seed=1)
     assert (batch.seeds, len(batch.pixels)) == ((1, 2, 3, 4, 5), 5)

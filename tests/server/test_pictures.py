@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -31,7 +31,7 @@ from ganserve_server.observe.metrics import Metrics
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.repository.verify import CARD_KEY, ModelRejected, load_version
 from ganserve_server.services.generation import GenerationServicer
-from ganserve_server.services.messages import parse
+from ganserve_server.services.messages import images_limit, parse
 from ganserve_server.settings import ServerSettings
 
 SIZES = {"alpha": (6, 5, 4), "photo": (256, 256, 3), "icon": (64, 64, 4)}
@@ -191,6 +191,21 @@ def test_images_of_two_channels_or_more_than_4096_pixels_on_a_side_are_rejected(
 @pytest.mark.parametrize("size", [(4096, 1, 1), (1, 4096, 4)])
 def test_images_of_4096_pixels_on_a_side_are_served(size: tuple[int, int, int], tmp_path: Path) -> None:
     assert load(save_picture_model(tmp_path, "large", *size)).pixel_bytes == 4096 * size[2]
+
+
+@pytest.mark.parametrize(
+    ("pixel_bytes", "images"),
+    [
+        (28 * 28, 1024),
+        (256 * 256 * 3, 341),  # 64 MiB / 192 KiB = 341.3
+        (1024 * 1024 * 3, 21),
+        (1024 * 1024 * 4, 16),
+        (4096 * 4096 * 4, 1),
+        (4097 * 4096 * 4, 1),
+    ],
+)
+def test_an_answer_has_at_most_64_mebibytes_of_pixels_or_one_image(pixel_bytes: int, images: int) -> None:
+    assert images_limit(cast(ModelVersion, SimpleNamespace(pixel_bytes=pixel_bytes)), 1024) == images
 
 
 @pytest.mark.parametrize("encoding", ["RAW", "PNG"])

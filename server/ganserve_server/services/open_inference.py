@@ -563,5 +563,5 @@ def _respond(
         parameters=parameters,
         outputs=[{"name": _OUTPUT, "datatype": "UINT8", "shape": made.pixels.shape}],
     )
-    pixels = made.pixels.tobytes()
-    return b"".join((response.SerializeToString(), _RAW_TAG, varint(len(pixels)), pixels))
+    pixels: Any = np.ascontiguousarray(made.pixels)  # a buffer: `tobytes` would copy the pixels a second time
+    return b"".join((response.SerializeToString(), _RAW_TAG, varint(pixels.nbytes), pixels))

@@ -20,7 +20,7 @@ class Limits:
     unguarded_bytes: int = 8 << 20
     unguarded_bytes_each: int = 1 << 20
     unguarded_request_bytes: int = 4096  # in one message
-    # Unread answers; a single answer may have 256 MiB.
+    # Unread answers; a single answer may have 64 MiB.
     answer_bytes: int = 320 << 20
     answer_bytes_each: int = 128 << 20
     # Times; 0: no bound.
