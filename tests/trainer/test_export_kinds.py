@@ -14,12 +14,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn import functional
 
 from ganserve_server.repository.verify import load_version
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export import comparing, export_module
 from ganserve_trainer.export.inputs import Inputs
+from ganserve_trainer.export.modules import prepare
 from ganserve_trainer.model_file import load_session
 
 LATENT_DIM = 8
@@ -111,13 +113,22 @@ PUBLISHED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_what_can_be_exported_is_served(kind: str, tmp_path: Path) -> None:
     build, class_names = PUBLISHED[kind]
-    module = build()
-    before = {name: type(child) for name, child in module.named_modules()}
-    file = export_module(module, tmp_path, "mine", latent_dim=LATENT_DIM, class_names=class_names)
-    assert {name: type(child) for name, child in module.named_modules()} == before
+    file = export_module(build(), tmp_path, "mine", latent_dim=LATENT_DIM, class_names=class_names)
     model = load_version("mine", 1, file, max_model_mib=1, provider="cpu", threads=1)
     assert list(model.card.class_names) == list(class_names)
     assert (model.card.height, model.card.width, model.card.channels) == (4, 4, 3)
+
+
+def test_the_export_runs_without_gpus_and_compilers_and_changes_nothing_of_the_module() -> None:
+    module = torch.compile(nn.DataParallel(ByOtherNames()))
+    before = [type(part) for part in module.modules()]
+    wrappers = {nn.DataParallel, OptimizedModule}
+    assert wrappers < set(before)
+    prepared = prepare(module, Inputs.plain(LATENT_DIM, 0))
+    assert not wrappers & {type(part) for part in prepared.modules()}
+    assert not any(part.training for part in prepared.modules())
+    assert [type(part) for part in module.modules()] == before
+    assert module.training
 
 
 class BranchOnShape(Net):
@@ -151,14 +162,6 @@ class GroupedByImage(Net):
         images = self.body(latent).reshape(1, -1, 4, 4)
         weight = (self.convolution.weight[None] * latent[:, :1, None, None, None]).flatten(0, 1)
         images = functional.conv2d(images, weight, padding=1, groups=latent.shape[0])  # here
-        return self.grey_levels(images.view(-1, 3, 4, 4))
-
-
-class TransposedByImage(Net):
-    def forward(self, latent: Tensor) -> Any:
-        images = self.body(latent).reshape(1, -1, 4, 4)
-        weight = (self.convolution.weight[None] * latent[:, :1, None, None, None]).flatten(0, 1)
-        images = functional.conv_transpose2d(images, weight, padding=1, groups=latent.shape[0])  # here
         return self.grey_levels(images.view(-1, 3, 4, 4))
 
 
@@ -227,7 +230,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "int() in a reshape": (IntInAReshape, "the number of images", "reshape with -1"),
     "an if on values": (DependsOnValues, "depends on values of a tensor", "torch.where"),
     "a convolution with groups=batch": (GroupedByImage, "groups", "its input by the styles"),
-    "a transposed convolution with groups=batch": (TransposedByImage, "groups", "its input by the styles"),
     "noise": (LittleNoise, "random numbers by RandomNormalLike", "register_buffer"),
     "noise that ONNX lacks": (PoissonNoise, "random numbers by aten.poisson", "register_buffer"),
     "noise in TorchScript": (

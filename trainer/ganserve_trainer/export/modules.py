@@ -62,9 +62,9 @@ def prepare(module: nn.Module, inputs: Inputs) -> nn.Module:
         for name, child in part.named_children():
             if (inner := _unwrapped(child)) is not child:
                 setattr(part, name, inner)
-    module.cpu().eval()
+    module.cpu()
     check_finite(module)
-    return Prepared(module, by_name=by_name) if inputs.is_plain else module
+    return Prepared(module, by_name=by_name).eval() if inputs.is_plain else module
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
