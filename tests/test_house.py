@@ -104,7 +104,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "shared": set(),
     "transport": {"errors", "start_errors", "machine", "shared"},
     "settings": {"start_errors", "spelling", "transport"},
-    "compute": {"settings"},
+    "compute": {"machine", "settings"},
     "observe": {"errors", "settings", "transport"},
     "auth": {"errors", "start_errors", "spelling", "shared", "transport", "settings", "observe"},
     "queueing": {"errors", "shared", "compute", "observe"},

@@ -216,6 +216,12 @@ ROWS = {
             "And by how many replicas.",
             width=16,
         ),
+        Panel(
+            "Memory of an image",
+            "bytes",
+            {"{{model}} {{version}}": f"max by (model, version) (ganserve_model_image_bytes{{{MODELS}}})"},
+            "While it is made on the CPU; --batch-memory-mib bounds that of a batch.",
+        ),
         Panel("Images by version", "none", {"{{model}} {{version}}": rate("ganserve_images_total", "model, version")}),
         Panel(
             "Files loaded and rejected, versions unloaded",

@@ -118,6 +118,14 @@ class ServerSettings(BaseModel):
     max_batch_size: Annotated[
         int, Field(ge=1, le=4096, description="Maximum number of images that an engine makes at once.")
     ] = 64
+    batch_memory_mib: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1 << 24,
+            description="Memory that the images which one core makes at once may take; a single image may take more.",
+        ),
+    ] = 256
     max_queue_images: Annotated[
         int,
         Field(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from ganserve_server.auth.security import certificates_of, tokens_of
+from ganserve_server.compute.batching import batch_limits
 from ganserve_server.repository.scan import find_misplaced, find_versions, require_models
 from ganserve_server.repository.verify import ModelRejected, load_version
 from ganserve_server.settings import ServerSettings
@@ -66,7 +67,15 @@ def _rejected(settings: ServerSettings) -> Iterator[str]:
             if served == settings.most_versions:
                 break
             try:
-                load_version(name, number, path, max_model_mib=settings.max_model_mib, provider="cpu", threads=1)
+                load_version(
+                    name,
+                    number,
+                    path,
+                    max_model_mib=settings.max_model_mib,
+                    provider="cpu",
+                    threads=1,
+                    limits=batch_limits(settings),
+                )
                 served += 1
             except ModelRejected as error:
                 yield f"{path} would be rejected: {error}"

@@ -7,6 +7,7 @@ import onnxruntime
 
 from ganserve_server import machine
 from ganserve_server.compute import cuda
+from ganserve_server.compute.batching import batch_limits
 from ganserve_server.compute.engine import Engine, ProviderUnavailable
 from ganserve_server.compute.gpu import gpu_options
 from ganserve_server.repository.scan import MODEL_FILE_NAME
@@ -56,5 +57,6 @@ def _engine_of_a_bundled_model(settings: ServerSettings) -> Engine:
         max_model_mib=512,
         provider=settings.provider,
         threads=settings.threads,
+        limits=batch_limits(settings),
         gpu=gpu_options(settings),
     ).engine

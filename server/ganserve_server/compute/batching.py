@@ -12,6 +12,7 @@ value lies in memory. `tests/server/test_batching.py` compares the operators tha
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from ganserve_server.compute.inputs import Feeds, images_in
+from ganserve_server.settings import ServerSettings
 
 Compute = Callable[[Feeds], NDArray[np.uint8]]
 
@@ -44,6 +46,19 @@ _FUNCTIONS = {
 }
 _KEPT_TYPES = (onnx.TensorProto.INT64, onnx.TensorProto.FLOAT)
 _MOST_VALUES = 1024  # of a constant that shape inference needs; larger ones are weights
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What a batch on the CPU may have and take."""
+
+    images: int = 64
+    memory_bytes: int = 256 << 20  # of one batch; one image may take more
+
+
+def batch_limits(settings: ServerSettings) -> BatchLimits:
+    """Return the limits' part of the settings."""
+    return BatchLimits(settings.max_batch_size, settings.batch_memory_mib << 20)
 
 
 class Batching(Enum):

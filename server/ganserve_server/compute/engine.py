@@ -1,16 +1,19 @@
-"""Runs one model: feeds its inputs to an onnxruntime session, and times it."""
+"""Runs one model: feeds its inputs to an onnxruntime session, times it, and measures its memory."""
 
+import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ganserve_server.compute.batching import Batching
+from ganserve_server.compute.batching import Batching, BatchLimits
 from ganserve_server.compute.cuda import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
 from ganserve_server.compute.gpu import (
     CPU,
@@ -24,6 +27,7 @@ from ganserve_server.compute.gpu import (
     tensorrt_providers,
 )
 from ganserve_server.compute.inputs import Draw, Feeds, Inputs
+from ganserve_server.machine import trim_memory
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +41,9 @@ _SLOW_TRIES_S = 0.2  # enough, even if there were fewer tries
 _SLOW_S = 0.02  # an image that takes longer than this is not timed in a batch
 # For shorter batches, one core is faster: the other cores' threads sleep between calls, which the timing does not show.
 _SHORT_S = 0.0002
+# An image that needs more memory than this is computed without onnxruntime's arena, which keeps what it allocated: for
+# three images of 128 MiB, 553 MiB instead of 384.
+_ARENA_BYTES = 1 << 20
 
 
 class ProviderUnavailable(Exception):  # noqa: N818
@@ -61,6 +68,7 @@ class Engine:
         threads: int,
         *,
         batching: Batching = Batching.TOGETHER,
+        limits: BatchLimits = BatchLimits(),  # noqa: B008
         gpu: GpuOptions = GpuOptions(),  # noqa: B008
     ) -> None:
         """Open the sessions.
@@ -71,6 +79,7 @@ class Engine:
             provider: where to run it.
             threads: the threads of the session for all cores.
             batching: how the CPU computes a batch.
+            limits: what a batch may have and take on the CPU.
             gpu: the settings of the GPU.
 
         Raises:
@@ -100,8 +109,6 @@ class Engine:
                         "on a GPU, the input truncation must have the shape [n]: its batches have images of several "
                         "callers"
                     )
-            several = self.on_cpu and threads > 1
-            self._wide_session = _session(model, [CPU], threads) if several else self._session
         except Exception as error:  # onnxruntime's exceptions have no common root
             raise SessionRefused(f"onnxruntime refuses the model: {error}") from error
         if provider == "cuda" and self.provider != CUDA:
@@ -114,7 +121,11 @@ class Engine:
             )
         elif failure:
             _log.warning("no CUDA graphs: each kernel is launched separately", extra={"reason": failure})
-        self._gpu = gpu
+        self._limits, self._gpu = limits, gpu
+        self.image_bytes = 0  # of memory, while it is made; 0: unknown, or on a GPU
+        self._threads = threads if self.on_cpu else 1
+        self._model = model if self.on_cpu else b""  # until the sessions are chosen
+        self._wide_session = self._session
         self._runner: BucketRunner | None = None
         self._reopen: Callable[[], onnxruntime.InferenceSession] | None = None
         if self.provider == CUDA and not failure:
@@ -123,8 +134,12 @@ class Engine:
         self.wide_is_faster = False
 
     def warm_up(self, image_shape: tuple[int, int, int]) -> None:
-        """Prepare the GPU. The inputs and outputs of the model must have been checked against its card."""
+        """Measure an image's memory on the CPU, or prepare the GPU.
+
+        The inputs and outputs of the model must have been checked against its card.
+        """
         if self.on_cpu:
+            self._measure_memory()
             return
         probes, reopen, failure = self.feeds([self.inputs.probes(np.arange(PROBES, dtype=np.uint32))]), self._reopen, ""
         self._reopen = None  # frees the file's bytes
@@ -148,6 +163,12 @@ class Engine:
         """Return how many images are made and discarded in a batch of `count`."""
         return self._runner.padding(count) if self._runner else self.batching.padding(count)
 
+    @property
+    def largest_batch(self) -> int:
+        """The most images of a batch: as many as its memory is enough for, and at least one."""
+        fitting = self._limits.memory_bytes // self.image_bytes if self.image_bytes else self._limits.images
+        return max(1, min(fitting, self._limits.images))
+
     def measure(self) -> None:
         """Warm up, and time both sessions on one image, and one session on several."""
 
@@ -165,16 +186,18 @@ class Engine:
             return min(took)
 
         one_s = least_s(1)
-        several = self.buckets[-1] if self.buckets else _TIMED_IMAGES
+        several = self.buckets[-1] if self.buckets else min(_TIMED_IMAGES, self.largest_batch)
         if self.on_cpu and one_s > _SLOW_S:
-            several = 1  # their time is `several` times as long; their memory may be more than there is
+            several = 1  # their time is `several` times as long
         several_s = least_s(several) if several > 1 else one_s
-        if self._wide_session is not self._session and one_s > _SHORT_S:
+        if self._threads > 1 and one_s > _SHORT_S:
+            self._wide_session = _session(self._model, [CPU], self._threads, arena=self._arena)
             wide_s = least_s(1, wide=True, until_s=one_s, longest_s=_WIDE_TIMED_S)
             one_s = min(one_s, least_s(1))  # again: the first timing may have been disturbed
             self.wide_is_faster = max(wide_s, _SHORT_S) < one_s
         if not self.wide_is_faster:
             self._wide_session = self._session  # frees its weights
+        self._model = b""
         self._image_s = max(0.0, several_s - one_s) / (several - 1) if several > 1 else one_s
         self._call_s = max(0.0, one_s - self._image_s)
 
@@ -212,6 +235,23 @@ class Engine:
         pixels: NDArray[np.uint8] = run(["image"], self.inputs.for_file(feeds))[0]
         return pixels
 
+    @property
+    def _arena(self) -> bool:
+        return self.image_bytes <= _ARENA_BYTES
+
+    def _measure_memory(self) -> None:
+        """Measure an image in a new session, and decide how batches are computed with that memory."""
+        del self._session, self._wide_session  # free their weights
+        self._session, self.image_bytes = _measured(
+            self._model, self.inputs.for_file(self.feeds([self.inputs.timed(1)]))
+        )
+        if not self._arena:
+            del self._session
+            self._session = _session(self._model, [CPU], 1, arena=False)
+        self._wide_session = self._session
+        if self.batching is Batching.PAIRS and self.largest_batch == 1:
+            self.batching = Batching.SINGLES  # all images are computed alone, so none needs a second one
+
     def _bind(self, image_shape: tuple[int, int, int], probes: Feeds) -> None:
         gpu = self._gpu
         self._runner = BucketRunner(self._session, image_shape, probes, gpu.max_batch_size, device_id=gpu.device)
@@ -244,11 +284,50 @@ def _reason(reason: str, failure: str) -> str:
     return f"{reason} ({failure})" if failure else reason
 
 
-def _session(model: bytes, providers: Providers, threads: int) -> onnxruntime.InferenceSession:
+def _measured(model: bytes, feeds: Feeds) -> tuple[onnxruntime.InferenceSession, int]:
+    """Open a session on the CPU, and run it once; also return how much memory that took, or 0 if it is unknown.
+
+    The profile of a run has the statistics of the session's own arena, with the buffers that an operator needs for
+    itself, so nothing else in the process disturbs them. Older versions of onnxruntime than 1.28 may not write them.
+    """
+    events, reason = [], "onnxruntime does not report it"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            session = _session(model, [CPU], 1, profile=f"{folder}/profile")
+            session.run(["image"], feeds)
+            events = json.loads(Path(session.end_profiling()).read_bytes())
+    except (OSError, ValueError) as error:  # there is no temporary folder, or it is full
+        session, reason = _session(model, [CPU], 1), f"no profile can be written: {error}"
+    nodes = [event["args"] for event in events if "mem_in_use_peak" in event.get("args", ())]
+    if not nodes:
+        _log.warning("the memory of an image is unknown and does not limit batches", extra={"reason": reason})
+        return session, 0
+    before = min(int(node["mem_bytes_in_use"]) - int(node["mem_in_use_delta"]) for node in nodes)
+    return session, max(int(node["mem_in_use_peak"]) for node in nodes) - before
+
+
+def _session(
+    model: bytes, providers: Providers, threads: int, *, arena: bool = True, profile: str = ""
+) -> onnxruntime.InferenceSession:
+    """Open a session.
+
+    Args:
+        model: the ONNX file.
+        providers: where to run it, the best first.
+        threads: the threads of a run.
+        arena: whether memory on the CPU comes from an arena, which keeps it.
+        profile: how the path of the profile begins; if empty, none is written.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = arena
+    options.enable_profiling = bool(profile)
+    options.profile_file_prefix = profile
     # Threads that spin between batches take the cores that answer the calls.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     # onnxruntime's own fallback is silent and forgets the options.
-    return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    session._model_bytes = None  # the whole file, kept for that fallback
+    trim_memory()  # opening it left free memory of one and a half times the file's size, which a run does not reuse
+    return session

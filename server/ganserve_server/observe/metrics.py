@@ -197,6 +197,13 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
+        self.model_image_bytes = Gauge(
+            "ganserve_model_image_bytes",
+            "Memory that one image of a served version takes on the CPU while it is made; 0: unknown, or on a GPU.",
+            ["model", "version"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         import onnxruntime  # late, because a supervisor, which has no metrics of its own, does not need it
 
         Gauge(

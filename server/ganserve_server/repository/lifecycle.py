@@ -13,6 +13,7 @@ from pathlib import Path
 
 from watchfiles import awatch
 
+from ganserve_server.compute.batching import batch_limits
 from ganserve_server.compute.engine import ProviderUnavailable
 from ganserve_server.compute.gpu import gpu_options
 from ganserve_server.compute.model import ModelVersion
@@ -185,15 +186,20 @@ class Lifecycle:
             self._stamps[key] = found[key]
             if changed and (model := await self._load(name, number, starting=starting)):
                 settings = self._settings
-                batcher = Batcher(
-                    model, settings.max_batch_size, settings.max_queue_images, self._metrics, self._scheduler(model)
-                )
+                engine, scheduler = model.engine, self._scheduler(model)
+                batcher = Batcher(model, engine.largest_batch, settings.max_queue_images, self._metrics, scheduler)
                 if before := self._table.put(batcher):
                     self._retire(before)
-                labels = (name, str(number), model.digest, model.engine.provider)
+                labels = (name, str(number), model.digest, engine.provider)
                 self._metrics.model_info.labels(*labels).set(1)
+                self._metrics.model_image_bytes.labels(name, str(number)).set(engine.image_bytes)
                 if not starting:
-                    how = {"digest": model.digest, "batching": model.engine.batching.value}
+                    how = {
+                        "digest": model.digest,
+                        "batching": engine.batching.value,
+                        "image_mib": round(engine.image_bytes / (1 << 20), 3),
+                        "largest_batch": engine.largest_batch,
+                    }
                     _log.info("model loaded", extra={"model": name, "version": number, **how})
             # If a file was replaced by a bad one, rather than removed, the version that is loaded stays.
             if found[key] is not None and key in self._table.batchers():
@@ -211,6 +217,7 @@ class Lifecycle:
                 max_model_mib=settings.max_model_mib,
                 provider=settings.provider,
                 threads=self._threads,
+                limits=batch_limits(settings),
                 gpu=gpu_options(settings),
             )
         except (ModelRejected, ProviderUnavailable) as error:
@@ -235,8 +242,10 @@ class Lifecycle:
         labels = (model.name, str(model.version), model.digest, model.engine.provider)
         if self._board:
             self._metrics.model_info.labels(*labels).set(0)  # prometheus-client's multiprocess mode has no removal
+            self._metrics.model_image_bytes.labels(*labels[:2]).set(0)
         else:
             self._metrics.model_info.remove(*labels)
+            self._metrics.model_image_bytes.remove(*labels[:2])
         task = asyncio.create_task(_let_go(batcher))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

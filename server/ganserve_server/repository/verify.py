@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 from ganserve._cards import MAX_CARD_BYTES, MAX_GOLDEN_IMAGES, png, thumbnail
 from ganserve._formats import LARGEST_SIDE, MODES
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.batching import batching_of
+from ganserve_server.compute.batching import BatchLimits, batching_of
 from ganserve_server.compute.engine import Engine, Provider, SessionRefused
 from ganserve_server.compute.gpu import GpuOptions
 from ganserve_server.compute.inputs import Inputs
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 CARD_KEY = "ganserve.model_card"
 _MAX_REPORTED_KEYS = 3
-_AMONG = 3  # images that are made alone and in one batch
+_AMONG = 3  # images that are made alone and in one batch, or fewer if a batch may not have so many
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 _NEWLINE = "\n"
@@ -62,6 +62,7 @@ def load_version(
     max_model_mib: int,
     provider: Provider,
     threads: int,
+    limits: BatchLimits = BatchLimits(),  # noqa: B008
     gpu: GpuOptions = GpuOptions(),  # noqa: B008
 ) -> ModelVersion:
     """Read one version, check it against the rules, and warm it up.
@@ -78,7 +79,7 @@ def load_version(
     try:
         _check_card(card)
         threads = threads if exact_with_threads else 1
-        engine = Engine(content, _inputs(card), provider, threads, batching=batching, gpu=gpu)
+        engine = Engine(content, _inputs(card), provider, threads, batching=batching, limits=limits, gpu=gpu)
         _check_signature(engine)
         _check_images(engine, card)
         _check_card_size(card)
@@ -134,7 +135,7 @@ def _check_graph(content: bytes) -> onnx.ModelProto:
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
         raise ModelRejected("the weights must be inside the file; this model refers to other files (external data)")
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(content)  # not the model, which would be serialised again
     except Exception as error:  # ValidationError, and UnicodeDecodeError on a damaged file's text
         raise ModelRejected(f"onnx's checker rejects the file: {str(error).partition(_NEWLINE)[0]}") from error
     _check_random(parts)
@@ -266,16 +267,17 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
         engine.warm_up(shape)
         # One at a time: an image may need a gigabyte while it is made.
         made = np.concatenate([engine.run([golden_draw.part(index, index + 1)]) for index in range(len(probes))])
-        alone, again, among = _made_thrice(engine)
-        if alone.shape == (_AMONG, *shape) and _truncation_does_nothing(engine, alone):
+        count = min(_AMONG, engine.largest_batch)
+        alone, again, among = _made_thrice(engine, count)
+        if alone.shape == (count, *shape) and _truncation_does_nothing(engine, alone):
             engine.inputs.truncation = pb.TRUNCATION_EFFECT_NONE
         engine.measure()
     except Exception as error:  # onnxruntime's exceptions have no common root
         raise ModelRejected(f"the model fails when it runs: {error}") from error
-    for images, count in ((made, len(probes)), (alone, _AMONG), (again, 1), (among, _AMONG)):
-        if images.shape != (count, *shape):
+    for images, number in ((made, len(probes)), (alone, count), (again, 1), (among, count)):
+        if images.shape != (number, *shape):
             raise ModelRejected(
-                f"according to its card, the model makes {count} images of {shape} in a batch of {count}; it made "
+                f"according to its card, the model makes {number} images of {shape} in a batch of {number}; it made "
                 f"{images.shape}"
             )
     if not np.array_equal(alone[:1], again):
@@ -289,7 +291,7 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
     # Rounding errors that `batching_of` does not know.
     while engine.on_cpu and not np.array_equal(alone, among) and (stricter := engine.batching.stricter) is not None:
         engine.batching = stricter
-        alone, _, among = _made_thrice(engine)
+        alone, _, among = _made_thrice(engine, count)
     for golden, pixels in zip(card.golden_images, made, strict=False):
         wanted = pixels
         if f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}" != golden.digest:
@@ -302,10 +304,10 @@ def _check_images(engine: Engine, card: pb.ModelCard) -> None:
         golden.png = png(thumbnail(wanted))
 
 
-def _made_thrice(engine: Engine) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+def _made_thrice(engine: Engine, count: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
     """Make some images alone, the first of them again, and all in one batch: [n, height, width, channels] each."""
-    batch = engine.inputs.probes(np.arange(_AMONG, dtype=np.uint32))
-    alone = [engine.run([batch.part(index, index + 1)]) for index in range(_AMONG)]
+    batch = engine.inputs.probes(np.arange(count, dtype=np.uint32))
+    alone = [engine.run([batch.part(index, index + 1)]) for index in range(count)]
     return np.concatenate(alone), engine.run([batch.part(0, 1)]), engine.run([batch])
 
 
@@ -313,8 +315,8 @@ def _truncation_does_nothing(engine: Engine, alone: NDArray[np.uint8]) -> bool:
     """Return whether truncated latents give the same images as `alone`, within the error of rounding."""
     if engine.inputs.truncation != pb.TRUNCATION_EFFECT_LATENT:
         return False
-    draw = engine.inputs.probes(np.arange(_AMONG, dtype=np.uint32), truncation=0.5)
-    parts = (draw.part(index, index + 1) for index in range(_AMONG))
+    draw = engine.inputs.probes(np.arange(len(alone), dtype=np.uint32), truncation=0.5)
+    parts = (draw.part(index, index + 1) for index in range(len(alone)))
     return all(_difference(engine.run([part]), whole) <= 1 for part, whole in zip(parts, alone, strict=True))
 
 
