@@ -1,0 +1,189 @@
+"""Measures the memory of a server with a large model: StyleGAN2 for 256x256 pixels, of 33 M random weights.
+
+`alone` is what onnxruntime needs without a server to open the file and make one image. The program then adds the model
+to a running server, requests images, and compares the peaks of the server's resident memory with their limits:
+
+load       1.3 times the sum of `alone` and the file's size
+request    what stays resident after loading, and --batch-memory-mib, or one image if it takes more, for each core
+
+    python -m benchmarks.memory [--side 256] [--images 64] [--batch-memory-mib 256] [--check]
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from benchmarks.running import Running, metrics, serving
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ganserve import Client
+from ganserve.v1 import generation_pb2 as pb
+from ganserve_server.settings import BUNDLED_MODELS
+from ganserve_trainer.export.card import with_card
+from ganserve_trainer.export.graph import trace
+from ganserve_trainer.model_file import MODEL_FILE_NAME
+
+LATENT = 512
+NAME = "style"
+ALONE = """
+import json, pathlib, sys
+import numpy, onnxruntime
+
+def resident():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith("Vm") and "kB" in line}
+
+before = resident()["VmRSS"]
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session.run(None, {"latent": numpy.zeros((1, int(sys.argv[2])), numpy.float32)})
+print(json.dumps(resident()["VmHWM"] - before))
+"""
+
+
+class Modulated(nn.Module):
+    """A convolution whose input channels the style scales; its outputs have unit variance again.
+
+    The image's style scales its input, not the weights, so that one convolution computes a whole batch.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, demodulated: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel) / math.sqrt(inputs * kernel * kernel))
+        self.style = nn.Linear(LATENT, inputs)
+        self.demodulated = demodulated
+        nn.init.ones_(self.style.bias)
+
+    def forward(self, pixels: Tensor, style: Tensor) -> Tensor:
+        scale = self.style(style)
+        made = functional.conv2d(pixels * scale[:, :, None, None], self.weight, padding=self.weight.shape[-1] // 2)
+        if not self.demodulated:
+            return made
+        variance = scale.square() @ self.weight.square().sum((2, 3)).T
+        return made * torch.rsqrt(variance + 1e-8)[:, :, None, None]
+
+
+class Layer(nn.Module):
+    def __init__(self, inputs: int, outputs: int, side: int) -> None:
+        super().__init__()
+        self.convolution = Modulated(inputs, outputs, 3)
+        self.bias = nn.Parameter(torch.zeros(outputs, 1, 1))
+        self.register_buffer("noise", 0.1 * torch.randn(1, 1, side, side))
+
+    def forward(self, pixels: Tensor, style: Tensor) -> Tensor:
+        made = self.convolution(pixels, style) + self.noise + self.bias
+        return functional.leaky_relu(made, 0.2) * math.sqrt(2)
+
+
+class StyleGan2(nn.Module):
+    """StyleGAN2's synthesis network with skips (Karras et al., 2020), and its mapping network; random weights."""
+
+    def __init__(self, side: int, channels: int, most_channels: int = 512) -> None:
+        super().__init__()
+        sides = [1 << power for power in range(2, side.bit_length())]
+        widths = [min(most_channels, channels * side // each) for each in sides]
+        self.mapping = nn.Sequential(*(nn.Sequential(nn.Linear(LATENT, LATENT), nn.LeakyReLU(0.2)) for _ in range(8)))
+        self.start = nn.Parameter(torch.randn(1, widths[0], 4, 4))
+        self.first, self.second, self.to_rgb = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for before, width, each in zip([widths[0], *widths], widths, sides, strict=False):
+            self.first.append(Layer(before, width, each))
+            self.second.append(Layer(width, width, each))
+            self.to_rgb.append(Modulated(width, 3, 1, demodulated=False))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        style = self.mapping(latent)
+        pixels, picture = self.start * torch.ones_like(style[:, :1, None, None]), None
+        for number, (first, second, to_rgb) in enumerate(zip(self.first, self.second, self.to_rgb, strict=True)):
+            if number:
+                pixels = functional.interpolate(pixels, scale_factor=2.0, mode="bilinear")
+                picture = functional.interpolate(picture, scale_factor=2.0, mode="bilinear")
+                pixels = second(first(pixels, style), style)
+            else:
+                pixels = second(pixels, style)
+            made = to_rgb(pixels, style)
+            picture = made if picture is None else picture + made
+        levels = (picture * 40 + 128).round().clamp(0, 255)
+        return levels.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def write_model(path: Path, side: int) -> None:
+    """Write the model file, without `export_module`'s comparison with PyTorch, which makes 68 images twice."""
+    torch.manual_seed(0)
+    model = trace(StyleGan2(side, channels=128).eval(), LATENT, conditional=False)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(with_card(model, pb.ModelCard(latent_dim=LATENT, height=side, width=side, channels=3)))
+
+
+def alone_mib(path: Path) -> float:
+    """Return how much memory onnxruntime needs to open a model and make one image."""
+    command = [sys.executable, "-c", ALONE, str(path), str(LATENT)]
+    return float(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+class Peak:
+    """The highest resident memory of a server of one process since the last look, in MiB."""
+
+    def __init__(self, running: Running) -> None:
+        self._folder = Path(f"/proc/{running.process.pid}")
+        self.take()
+
+    def take(self) -> float:
+        peak = int((self._folder / "status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        (self._folder / "clear_refs").write_text("5")  # resets it
+        return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=256, help="of an image, in pixels")
+    parser.add_argument("--images", type=int, default=64, help="of the request")
+    parser.add_argument("--batch-memory-mib", type=int, default=256)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a peak is above its limit")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        made, models = Path(scratch, "made", NAME), Path(scratch, "models")
+        write_model(made / "1" / MODEL_FILE_NAME, options.side)
+        alone = alone_mib(made / "1" / MODEL_FILE_NAME)
+        file = (made / "1" / MODEL_FILE_NAME).stat().st_size / (1 << 20)
+        shutil.copytree(BUNDLED_MODELS / "mlp-mnist", models / "mlp-mnist")
+        flags = ("--workers=1", f"--models={models}", f"--batch-memory-mib={options.batch_memory_mib}")
+        with serving(*flags) as running, Client(running.address, timeout_s=3600) as client:
+            client.generate("mlp-mnist")
+            base, peak = running.resident_mib(), Peak(running)
+            made.rename(models / NAME)
+            loaded = 'ganserve_model_loads_total{outcome="loaded"}'
+            while metrics(running)[loaded] < 2:
+                if metrics(running).get('ganserve_model_loads_total{outcome="rejected"}'):
+                    sys.exit("the server rejects the model")
+                time.sleep(0.5)
+            client.generate(NAME)
+            load, resident = peak.take() - base, running.resident_mib() - base
+            image = metrics(running)[f'ganserve_model_image_bytes{{model="{NAME}",version="1"}}'] / (1 << 20)
+            client.generate(NAME, count=options.images)
+            request, after = peak.take() - base, running.resident_mib() - base
+    cores = len(os.sched_getaffinity(0))
+    load_limit = 1.3 * (alone + file)
+    request_limit = resident + cores * max(options.batch_memory_mib, image)
+    print(
+        f"the file {file:.0f} MiB, alone {alone:.0f} MiB, an image {image:.0f} MiB; beside the server's {base:.0f} MiB:"
+    )
+    print("| | MiB | limit, MiB |\n|---|---|---|")
+    print(f"| peak while loading | {load:.0f} | {load_limit:.0f} |")
+    print(f"| after one image | {resident:.0f} | |")
+    print(f"| peak while {options.images} images are made | {request:.0f} | {request_limit:.0f} |")
+    print(f"| after them | {after:.0f} | |")
+    sys.exit(int(options.check and (load > load_limit or request > request_limit)))
+
+
+if __name__ == "__main__":
+    main()
