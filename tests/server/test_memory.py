@@ -142,6 +142,34 @@ def test_without_a_folder_for_the_profile_memory_limits_nothing(
     assert str(wide / "missing") in record.__dict__["reason"]
 
 
+def test_a_model_with_loops_is_not_measured(wide: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its profile would have an entry for each round of each loop."""
+    model = onnx.load(wide)
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["more"], ["go_on"]), helper.make_node("Identity", ["before"], ["after"])],
+        "round",
+        [
+            helper.make_tensor_value_info("number", TensorProto.INT64, []),
+            helper.make_tensor_value_info("more", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
+        ],
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2, np.int64), "rounds"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "true"))
+    place = next(index for index, node in enumerate(model.graph.node) if node.op_type == "Add")
+    model.graph.node[place].input[0] = "turned"
+    model.graph.node.insert(place, helper.make_node("Loop", ["rounds", "true", "scaled"], ["turned"], body=body))
+    onnx.save(model, wide)
+    engine = load(wide, BatchLimits(64, MIB))
+    assert (engine.image_bytes, engine.largest_batch) == (0, 64)
+    (record,) = caplog.records
+    assert "loops" in record.__dict__["reason"]
+
+
 # 10 images: 3 + 3 + 3 + 1, and 10 times one.
 @pytest.mark.parametrize(("memory_mib", "largest", "count"), [(4, 3, 4), (1, 1, 10)])
 def test_a_server_makes_as_many_images_at_once_as_fit_into_the_memory(

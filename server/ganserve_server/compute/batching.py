@@ -44,6 +44,7 @@ _FUNCTIONS = {
         "Softplus",
     ),
 }
+_LOOPS = {"Loop", "Scan", "SequenceMap"}
 _KEPT_TYPES = (onnx.TensorProto.INT64, onnx.TensorProto.FLOAT)
 _MOST_VALUES = 1024  # of a constant that shape inference needs; larger ones are weights
 
@@ -115,6 +116,11 @@ def batching_of(model: onnx.ModelProto) -> tuple[Batching, bool]:
         if batching is not Batching.TOGETHER and chosen is not Batching.SINGLES:
             chosen = batching
     return chosen, threads
+
+
+def has_loops(model: onnx.ModelProto) -> bool:
+    """Return whether a model may run a node any number of times."""
+    return any(node.op_type in _LOOPS for node, _ in _nodes(model))
 
 
 def _of_function(values: "_Values", node: onnx.NodeProto) -> tuple[Batching, bool]:

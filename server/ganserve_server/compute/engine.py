@@ -68,6 +68,7 @@ class Engine:
         threads: int,
         *,
         batching: Batching = Batching.TOGETHER,
+        loops: bool = False,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
         gpu: GpuOptions = GpuOptions(),  # noqa: B008
     ) -> None:
@@ -79,6 +80,7 @@ class Engine:
             provider: where to run it.
             threads: the threads of the session for all cores.
             batching: how the CPU computes a batch.
+            loops: whether the model has loops; the memory of such a model is not measured.
             limits: what a batch may have and take on the CPU.
             gpu: the settings of the GPU.
 
@@ -121,7 +123,7 @@ class Engine:
             )
         elif failure:
             _log.warning("no CUDA graphs: each kernel is launched separately", extra={"reason": failure})
-        self._limits, self._gpu = limits, gpu
+        self._loops, self._limits, self._gpu = loops, limits, gpu
         self.image_bytes = 0  # of memory, while it is made; 0: unknown, or on a GPU
         self._threads = threads if self.on_cpu else 1
         self._model = model if self.on_cpu else b""  # until the sessions are chosen
@@ -241,14 +243,18 @@ class Engine:
 
     def _measure_memory(self) -> None:
         """Measure an image in a new session, and decide how batches are computed with that memory."""
-        del self._session, self._wide_session  # free their weights
-        self._session, self.image_bytes = _measured(
-            self._model, self.inputs.for_file(self.feeds([self.inputs.timed(1)]))
-        )
-        if not self._arena:
-            del self._session
-            self._session = _session(self._model, [CPU], 1, arena=False)
-        self._wide_session = self._session
+        if self._loops:
+            # A profile has an entry for each run of a node: 200,000 rounds that take 1.4 s took 44 s, and 2 GB.
+            _memory_unknown("the model has loops, whose profile has no bound")
+        else:
+            del self._session, self._wide_session  # free their weights
+            self._session, self.image_bytes = _measured(
+                self._model, self.inputs.for_file(self.feeds([self.inputs.timed(1)]))
+            )
+            if not self._arena:
+                del self._session
+                self._session = _session(self._model, [CPU], 1, arena=False)
+            self._wide_session = self._session
         if self.batching is Batching.PAIRS and self.largest_batch == 1:
             self.batching = Batching.SINGLES  # all images are computed alone, so none needs a second one
 
@@ -300,10 +306,14 @@ def _measured(model: bytes, feeds: Feeds) -> tuple[onnxruntime.InferenceSession,
         session, reason = _session(model, [CPU], 1), f"no profile can be written: {error}"
     nodes = [event["args"] for event in events if "mem_in_use_peak" in event.get("args", ())]
     if not nodes:
-        _log.warning("the memory of an image is unknown and does not limit batches", extra={"reason": reason})
+        _memory_unknown(reason)
         return session, 0
     before = min(int(node["mem_bytes_in_use"]) - int(node["mem_in_use_delta"]) for node in nodes)
     return session, max(int(node["mem_in_use_peak"]) for node in nodes) - before
+
+
+def _memory_unknown(reason: str) -> None:
+    _log.warning("the memory of an image is unknown and does not limit batches", extra={"reason": reason})
 
 
 def _session(

@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 from ganserve._cards import MAX_CARD_BYTES, MAX_GOLDEN_IMAGES, png, thumbnail
 from ganserve._formats import LARGEST_SIDE, MODES
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.batching import BatchLimits, batching_of
+from ganserve_server.compute.batching import BatchLimits, batching_of, has_loops
 from ganserve_server.compute.engine import Engine, Provider, SessionRefused
 from ganserve_server.compute.gpu import GpuOptions
 from ganserve_server.compute.inputs import Inputs
@@ -75,11 +75,14 @@ def load_version(
     model = _check_graph(content)
     card, unknown_keys = _parse_card(_card_text(model))
     batching, exact_with_threads = batching_of(model)
+    loops = has_loops(model)
     del model  # its weights
     try:
         _check_card(card)
         threads = threads if exact_with_threads else 1
-        engine = Engine(content, _inputs(card), provider, threads, batching=batching, limits=limits, gpu=gpu)
+        engine = Engine(
+            content, _inputs(card), provider, threads, batching=batching, loops=loops, limits=limits, gpu=gpu
+        )
         _check_signature(engine)
         _check_images(engine, card)
         _check_card_size(card)
