@@ -163,7 +163,7 @@ def test_each_operator_gives_the_same_bytes_alone_and_in_batches(kind: str) -> N
 def test_operators_that_differ_need_it(name: str, batching: Batching) -> None:
     """If this fails after an update of onnxruntime, its kernels have changed: compare all operators again."""
     assert batching_of(graph(CASES[name]))[0] is batching
-    assert differing(CASES[name], Batching.TOGETHER)
+    assert any(differing(CASES[name], Batching.TOGETHER) for _ in range(30))  # each with other images
 
 
 def test_ordinary_operators_are_computed_together_on_all_cores() -> None:
