@@ -1,7 +1,7 @@
 """The common part of an architecture's two networks: classes, sizes and widths."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
@@ -45,11 +45,6 @@ def start_and_doublings(spec: ImageSpec) -> tuple[tuple[int, int], int]:
 def channel_widths(width: int, count: int) -> list[int]:
     """Return the channels of `count` layers, from the image inwards: each has twice as many as the one before it."""
     return [width * min(2**layer, _MOST_WIDTHS) for layer in range(count)]
-
-
-def one_hot(label: Tensor, classes: int, like: Tensor) -> Tensor:
-    """Return the labels as one-hot rows, [n, classes], with the type and the device of `like`."""
-    return torch.eye(classes, dtype=like.dtype, device=like.device)[label]
 
 
 def product(shape: tuple[int, ...]) -> int:

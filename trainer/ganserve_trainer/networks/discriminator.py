@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ganserve_trainer.data.spec import ImageSpec
-from ganserve_trainer.networks.architecture import channel_widths, class_count, one_hot, product, start_and_doublings
+from ganserve_trainer.networks.architecture import channel_widths, class_count, product, start_and_doublings
 from ganserve_trainer.networks.layers import (
     LEAK,
     FlattenPixels,
@@ -19,6 +19,7 @@ from ganserve_trainer.networks.layers import (
     SelfAttention,
 )
 from ganserve_trainer.settings import MINIBATCH_GROUPS, Settings
+from ganserve_trainer.wrap import one_hot
 
 
 class Discriminator(nn.Module):
@@ -39,7 +40,7 @@ class Discriminator(nn.Module):
         """Return the features of images, [n, f]: the last layer before the logit."""
         if self.label_channels:
             assert label is not None
-            planes = one_hot(label, self.label_channels, image)[:, :, None, None].expand(-1, -1, *image.shape[2:])
+            planes = one_hot(label, self.label_channels, image.dtype)[:, :, None, None].expand(-1, -1, *image.shape[2:])
             image = torch.cat([image, planes], dim=1).contiguous(memory_format=torch.channels_last)
         features: Tensor = self.trunk(image)
         return features

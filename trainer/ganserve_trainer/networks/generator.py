@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ganserve_trainer.data.spec import ImageSpec
-from ganserve_trainer.networks.architecture import channel_widths, class_count, one_hot, product, start_and_doublings
+from ganserve_trainer.networks.architecture import channel_widths, class_count, product, start_and_doublings
 from ganserve_trainer.networks.layers import LEAK, ProgressiveGenerator, SelfAttention, ToImage, UnflattenPixels
 from ganserve_trainer.settings import Settings
+from ganserve_trainer.wrap import one_hot, to_image
 
 
 class Generator(nn.Module):
@@ -39,7 +40,7 @@ class Generator(nn.Module):
         if self.clustered:
             label = self.cluster(latent)
         if label is not None:
-            latent = torch.cat([latent, one_hot(label, self.classes, latent)], dim=1)
+            latent = torch.cat([latent, one_hot(label, self.classes, latent.dtype)], dim=1)
         image: Tensor = self.layers(latent)
         return image
 
@@ -58,9 +59,7 @@ class UInt8Generator(nn.Module):
 
     def forward(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
         """Map tanh's -1…1 to 0…255, rounded half to even."""
-        image = self.generator(latent, label)
-        grey = torch.round((image + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-        return grey.permute(0, 2, 3, 1).contiguous()
+        return to_image(self.generator(latent, label))
 
 
 def build_generator(settings: Settings, spec: ImageSpec) -> Generator:
