@@ -1,4 +1,4 @@
-"""The `ganserve-trainer` program: train, evaluate, export, sweep, presets."""
+"""The `ganserve-trainer` program: train, evaluate, export, import, sweep, presets."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -32,8 +32,10 @@ from ganserve_trainer.settings import (
 )
 
 if TYPE_CHECKING:
+    from ganserve_trainer.importing.source import Layout
     from ganserve_trainer.report.history import Point
     from ganserve_trainer.train.loop import Report
+    from ganserve_trainer.wrap import ValueRange
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -67,6 +69,19 @@ _PRESET = typer.Option(
     help=f"Settings to start from: {', '.join(PRESETS)}; see `presets`. Required, except to resume or with a "
     "--config that has a preset.",
 )
+
+
+class _ValueRange(StrEnum):
+    TANH = "tanh"
+    SIGMOID = "sigmoid"
+    BYTE = "byte"
+
+
+class _Layout(StrEnum):
+    NCHW = "NCHW"
+    NHWC = "NHWC"
+
+
 _CONFIG = typer.Option(help="TOML file of settings, such as a run's run.toml; flags take precedence over it.")
 
 
@@ -342,6 +357,88 @@ def export(
     print(f"next: ganserve-server --models {repository}", file=sys.stderr)
 
 
+@app.command("import")
+def import_file(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="An ONNX file; of torch: a checkpoint, a TorchScript module or a .pt2 file; a .safetensors file."
+        ),
+    ],
+    models: Annotated[
+        Path,
+        typer.Option(
+            "--models",
+            "--repository",
+            callback=_check_is_path,
+            help="Model repository: REPOSITORY/NAME/VERSION/model.onnx.",
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="The model's name: lower-case letters, digits, '-', '_' and '.'.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Publish without asking.")] = False,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(callback=_check_is_path, help="PNG to show images in.", show_default="NAME-import.png"),
+    ] = None,
+    latent_dim: Annotated[int | None, typer.Option(min=1, help="Number of values in a latent.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names of the classes, such as cat,dog, or their number, in a generator's order.")
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(callback=_check_is_path, help="File with the name of a class on each line.")
+    ] = None,
+    value_range: Annotated[
+        _ValueRange | None,
+        typer.Option("--range", help="What the images' values mean: tanh is -1 to 1, sigmoid 0 to 1, byte 0 to 255."),
+    ] = None,
+    layout: Annotated[_Layout | None, typer.Option(help="Order of the images' axes.")] = None,
+    latent_input: Annotated[str | None, typer.Option(help="Name of the latent's input in the file.")] = None,
+    label_input: Annotated[str | None, typer.Option(help="Name of the label's input in the file.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Name of the images' output in the file, or its key in what a module returns.")
+    ] = None,
+    module: Annotated[
+        str | None,
+        typer.Option(help="Class of a checkpoint's network: package.module:Class, or path/to/file.py:Class."),
+    ] = None,
+    arguments: Annotated[str, typer.Option(help="""JSON of the class's arguments, such as '{"nz": 100}'.""")] = "{}",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run code in FILE: needed for a pickled network; only if you trust it.")
+    ] = False,
+) -> None:
+    """Publish a generator that was trained elsewhere as the model's next version.
+
+    The command reports what it understood, writes a picture with some images, and asks. What it cannot guess, or
+    guesses wrongly, is set by an option.
+    """
+    from ganserve_trainer.export.publish import check_name
+    from ganserve_trainer.importing.command import prepare
+    from ganserve_trainer.importing.reading import read
+    from ganserve_trainer.importing.source import Wishes, parse_arguments, parse_classes
+
+    check_name(name)
+    wishes = Wishes(
+        latent_dim=latent_dim,
+        latent_input=latent_input,
+        label_input=label_input,
+        output=output,
+        values=cast("ValueRange | None", value_range),
+        layout=cast("Layout | None", layout),
+        class_names=parse_classes(classes, class_names),
+    )
+    found = prepare(read(file, wishes, module=module, arguments=parse_arguments(arguments), trusted=trust))
+    for line in found.lines():
+        print(line, file=sys.stderr)
+    sheet = sheet or Path(f"{name}-import.png")
+    found.save_sheet(sheet)
+    print(f"images of seeds 0 to {len(found.pixels) - 1}: {sheet}", file=sys.stderr)
+    if not yes and not typer.confirm("publish?", err=True):
+        print("nothing is published", file=sys.stderr)
+        raise typer.Exit(1)
+    print(found.publish(models, name))
+    print(f"next: ganserve-server --models {models}", file=sys.stderr)
+
+
 # Names of settings in other programs, with the equivalent here.
 OTHER_NAMES = {
     "--epochs": "--images, the total number seen: an epoch of MNIST is 60000 images",
@@ -366,7 +463,7 @@ def main() -> None:
     """Run the program; errors that the user can fix end it with one message and exit status 2."""
     try:
         for word in sys.argv[2:]:
-            if (name := word.partition("=")[0]) in OTHER_NAMES:
+            if (name := word.partition("=")[0]) in OTHER_NAMES and sys.argv[1:2] != ["import"]:
                 raise TrainerError(f"there is no {name}; use {OTHER_NAMES[name]}")
         app()
     except TrainerError as error:

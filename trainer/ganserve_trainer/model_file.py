@@ -19,9 +19,12 @@ def latents(seeds: NDArray[np.int64], latent_dim: int) -> NDArray[np.float32]:
     return np.stack(rows).astype(np.float32)
 
 
-def load_session(model: bytes | str) -> onnxruntime.InferenceSession:
-    """Open a model on the CPU."""
-    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+def load_session(model: bytes | str, *, quiet: bool = False) -> onnxruntime.InferenceSession:
+    """Open a model on the CPU; `quiet`: onnxruntime raises errors without printing them, too."""
+    options = onnxruntime.SessionOptions()
+    if quiet:
+        options.log_severity_level = 4  # fatal
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def run_session(

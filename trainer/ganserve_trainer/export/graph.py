@@ -139,7 +139,7 @@ def trace(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
             raise TrainerError(why_not_exported(module, arguments, dynamic_shapes, None))
     if reason := random_numbers(model):
         raise TrainerError(reason)
-    _strip_exporter_notes(model)
+    strip_exporter_notes(model)
     return model
 
 
@@ -161,7 +161,7 @@ def _write_torchscript(module: nn.Module, arguments: dict[str, Tensor], path: Pa
     )
 
 
-def _strip_exporter_notes(model: onnx.ModelProto) -> None:
+def strip_exporter_notes(model: onnx.ModelProto) -> None:
     """Remove the exporter's stack traces, which are half the size of a small graph and contain this machine's paths."""
     graph = model.graph
     del graph.metadata_props[:]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 from torch import nn
 
 from ganserve.v1 import generation_pb2 as pb
@@ -87,20 +88,65 @@ def export_module(
     prepared = prepare(module, known)
     height, width, channels = check_output(run_module(prepared, tensors(known.values(np.arange(2)))), 2)
     model = trace(prepared, known)
+    compare_with_pytorch(open_session(model), prepared, known)
+    return publish_with_card(
+        model,
+        repository,
+        name,
+        inputs=known,
+        shape=(height, width, channels),
+        class_names=class_names,
+        architecture=architecture,
+        dataset=dataset,
+        parameters=parameter_count(module),
+    )
+
+
+def publish_with_card(
+    model: onnx.ModelProto,
+    repository: Path,
+    name: str,
+    *,
+    inputs: Inputs,
+    shape: Sequence[int],
+    class_names: Sequence[str],
+    architecture: str,
+    dataset: str,
+    parameters: int,
+) -> Path:
+    """Publish a graph without a card, which was not trained here, as the model's next version; return the file.
+
+    Args:
+        model: the graph.
+        repository: the model repository.
+        name: the name of the model.
+        inputs: the inputs of the graph.
+        shape: height, width and channels of an image.
+        class_names: the names of the labels 0, 1, …; if empty, the model takes no labels.
+        architecture: the architecture, for the card.
+        dataset: the data set that it was trained on, for the card.
+        parameters: the number of its parameters, for the card.
+
+    Raises:
+        TrainerError: the latent has no effect on the images.
+
+    Warns:
+        UserWarning: the images hardly differ.
+    """
     session = open_session(model)
-    compare_with_pytorch(session, prepared, known)
-    check_effect_of_latent(session, known)
+    check_effect_of_latent(session, inputs)
+    height, width, channels = shape
     card = pb.ModelCard(
         architecture=architecture,
         dataset=dataset,
-        latent_dim=known.latent_dim,
+        latent_dim=inputs.latent_dim,
         height=height,
         width=width,
         channels=channels,
         class_names=class_names,
-        generator_parameters=parameter_count(module),
-        golden_images=golden_images(session, known),
-        inputs=known.of_card(),
+        generator_parameters=parameters,
+        golden_images=golden_images(session, inputs),
+        inputs=inputs.of_card(),
         trainer_version=importlib.metadata.version("ganserve"),
     )
     card.created_at.GetCurrentTime()
