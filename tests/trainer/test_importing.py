@@ -411,7 +411,8 @@ class Network(nn.Module):
 
     def __init__(self, nz: int = 4, pixels: int = 12) -> None:
         super().__init__()
-        self.register_buffer("first", torch.eye(nz)[:, :1], persistent=False)
+        self.nz = nz
+        self.register_buffer("first", torch.eye(nz)[:, :1].clone(), persistent=False)
         self.level = nn.Parameter(torch.zeros(pixels))
         self.register_buffer("step", torch.zeros(pixels))
 

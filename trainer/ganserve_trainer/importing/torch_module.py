@@ -15,7 +15,6 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ganserve_trainer import wrap
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export.graph import trace
 from ganserve_trainer.export.inputs import Inputs
@@ -24,6 +23,7 @@ from ganserve_trainer.importing.onnx_file import source_of
 from ganserve_trainer.importing.source import Arrays, Source, Wishes, one_line
 from ganserve_trainer.model_file import MODEL_FILE_NAME
 from ganserve_trainer.networks.architecture import parameter_count
+from ganserve_trainer.wrap import Served, one_hot
 
 _TRIED = 3  # images
 _OPSET = 18
@@ -40,7 +40,7 @@ class _Call:
     def __call__(self, module: nn.Module, latent: Tensor, label: Tensor | None = None) -> Any:
         latent = latent.reshape(-1, *self.shape)
         if label is not None and self.label == "one-hot":
-            label = wrap.one_hot(label, self.classes)
+            label = one_hot(label, self.classes)
         return module(latent, label) if self.label else module(latent)
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ def source_of_module(module: nn.Module, wishes: Wishes, arguments: Mapping[str, 
     def make(module: nn.Module, latent: Tensor, label: Tensor | None = None) -> Tensor:
         return _named(call(module, latent, label))[output]
 
-    served = wrap.Served(module, make)
+    served = Served(module, make)
     if isinstance(module, torch.jit.ScriptModule):
         model = _trace_as_it_runs(served, latent, label, fixed=False)
     else:
@@ -191,9 +191,7 @@ def _named(made: Any) -> dict[str, Tensor]:
     return dict(tensors(made, ""))
 
 
-def _trace_for_one_image(
-    served: wrap.Served, latent: Tensor, label: Tensor | None, failure: Exception
-) -> onnx.ModelProto:
+def _trace_for_one_image(served: Served, latent: Tensor, label: Tensor | None, failure: Exception) -> onnx.ModelProto:
     """Export a module that cannot be exported for any number of images, because of `failure`.
 
     Raises:
@@ -209,7 +207,7 @@ def _trace_for_one_image(
         ) from failure
 
 
-def _trace_as_it_runs(served: wrap.Served, latent: Tensor, label: Tensor | None, *, fixed: bool) -> onnx.ModelProto:
+def _trace_as_it_runs(served: Served, latent: Tensor, label: Tensor | None, *, fixed: bool) -> onnx.ModelProto:
     """Export by the operators that a run uses, as TorchScript does; `fixed`: for this number of images only."""
     inputs = {"latent": latent} | ({} if label is None else {"label": label})
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
