@@ -394,6 +394,10 @@ def test_files_of_other_kinds_are_refused_with_the_command_that_converts_them(
     Path("saved").mkdir()
     for name in ("saved/saved_model.pb", "generator.keras", "damaged.onnx", "damaged.pt", "damaged.safetensors"):
         Path(name).write_text("x")
+    Path("names").write_bytes(b"\xff\xfe")
+    arguments = (saved(Foreign().model(), tmp_path), "--class-names", "names", "--name", "faces", "--models", "models")
+    assert run(monkeypatch, *arguments) == 2
+    assert "names is not a text file" in capsys.readouterr().err
     for name, text in (
         ("saved", "tf2onnx.convert --saved-model saved"),
         ("generator.keras", 'load_model("generator.keras").export('),

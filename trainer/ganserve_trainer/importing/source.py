@@ -60,7 +60,7 @@ def parse_classes(text: str | None, file: Path | None) -> tuple[str, ...]:
     """Return the names of the classes that the user gave as names or as a number, or in a file; empty for none.
 
     Raises:
-        TrainerError: both are given, or a name is missing or there twice.
+        TrainerError: both are given, the file is no text, or a name is missing or there twice.
     """
     if text is not None and file is not None:
         raise TrainerError("--classes and --class-names are both set; use one of them")
@@ -68,7 +68,10 @@ def parse_classes(text: str | None, file: Path | None) -> tuple[str, ...]:
         return ()
     if text is not None and text.isdecimal():
         return tuple(map(str, range(int(text))))
-    given = file.read_text().splitlines() if file is not None else (text or "").split(",")
+    try:
+        given = file.read_text("utf-8").splitlines() if file is not None else (text or "").split(",")
+    except UnicodeDecodeError as error:
+        raise TrainerError(f"{file} is not a text file in UTF-8, with the name of a class on each line") from error
     names = tuple(name.strip() for name in given)
     if not all(names) or len(set(names)) != len(names):
         raise TrainerError(f"of {len(names)} classes, one has no name or the name of another: {', '.join(names)[:200]}")
