@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.trainer.families import FAMILIES, Acgan
 from torch import nn
 
+from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.repository.verify import load_version
 from ganserve_trainer.cli import main
 
@@ -49,7 +50,8 @@ def made() -> tuple[Any, int, "np.ndarray[Any, np.dtype[np.uint8]]"]:
     """Make images of the model that a recipe has published in this folder, as a server does."""
     (file,) = Path("models").glob("*/1/model.onnx")
     model = load_version("name", 1, file.resolve(), max_model_mib=8, provider="cpu", threads=1)
-    pixels = model.engine.run([model.engine.inputs.probes(np.array(SEEDS, np.uint32))])
+    truncation = 0.7 if model.inputs.truncation == pb.TRUNCATION_EFFECT_INPUT else 1.0
+    pixels = model.engine.run([model.inputs.probes(np.array(SEEDS, np.uint32), truncation)])
     return model.card, model.card.latent_dim, pixels
 
 

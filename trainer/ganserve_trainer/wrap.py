@@ -30,16 +30,17 @@ class Served(nn.Module):
 
         Args:
             generator: any module; its weights become part of the file.
-            make: called as `make(generator, latent)`, or `make(generator, latent, label)` for a conditional model;
-                returns the images, uint8 [n, height, width, channels].
+            make: called as `make(generator, latent)`, or `make(generator, latent, label)` for a conditional model, and
+                with further inputs by their names; returns the images, uint8 [n, height, width, channels].
         """
         super().__init__()
         self.generator = generator
         self.make = make
 
-    def forward(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
-        """Make images, uint8 [n, height, width, channels], from latents [n, latent_dim] and labels [n]."""
-        return self.make(self.generator, latent) if label is None else self.make(self.generator, latent, label)
+    def forward(self, latent: Tensor, label: Tensor | None = None, **others: Tensor) -> Tensor:
+        """Make images, uint8 [n, height, width, channels], from latents [n, latent_dim], labels [n] and others."""
+        given = (latent,) if label is None else (latent, label)
+        return self.make(self.generator, *given, **others)
 
 
 def as_map(latent: Tensor) -> Tensor:
@@ -57,15 +58,17 @@ def one_hot(label: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> 
     return torch.eye(classes, dtype=dtype, device=label.device)[label]
 
 
-def truncate(w: Tensor, mean: Tensor, psi: float) -> Tensor:
+def truncate(w: Tensor, mean: Tensor, psi: float | Tensor) -> Tensor:
     """Move the outputs of a mapping network towards their mean (Karras et al., 2019).
 
     Args:
         w: [n, w_dim], or [n, layers, w_dim].
         mean: [w_dim], such as StyleGAN's `mapping.w_avg`.
-        psi: 1 changes nothing, 0 gives the mean.
+        psi: 1 changes nothing, 0 gives the mean; for all images, or [n], as the input `truncation` has it.
     """
-    return torch.lerp(mean, w, psi)
+    if isinstance(psi, Tensor):
+        psi = psi.reshape(-1, *(1 for _ in w.shape[1:]))
+    return mean + (w - mean) * psi
 
 
 def to_bytes(images: Tensor, values: ValueRange = "tanh") -> Tensor:

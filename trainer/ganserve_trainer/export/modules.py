@@ -86,7 +86,9 @@ def _called_by_name(module: nn.Module, inputs: Inputs) -> bool:
     except ValueError:  # a traced TorchScript module has none
         return False
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    by_name = set(names) <= {each.name for each in signature.parameters.values() if each.kind not in several}
+    named = {each.name for each in signature.parameters.values() if each.kind not in several}
+    others = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+    by_name = set(names) <= named or (others and not inputs.is_plain)
     try:
         bound = signature.bind(**dict.fromkeys(names)) if by_name else signature.bind(*names)
     except TypeError as error:
