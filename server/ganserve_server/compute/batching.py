@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -96,26 +96,30 @@ class Batching(Enum):
         return int(self is Batching.PAIRS and count == 1)
 
 
-def batching_of(model: onnx.ModelProto) -> tuple[Batching, bool]:
-    """Decide by the operators of a model and the shapes of their inputs.
+class Decision(NamedTuple):
+    """How to compute a batch, and why."""
 
-    Returns:
-        How to compute a batch, and whether the bytes are the same with several threads.
-    """
+    batching: Batching
+    batching_operator: str  # the first operator that needs this; empty: none needs anything
+    one_thread_operator: str  # the first operator whose bytes differ with several threads; empty: none
+
+
+def batching_of(model: onnx.ModelProto) -> Decision:
+    """Decide by the operators of a model and the shapes of their inputs."""
     values = _Values(model)
-    chosen, threads = Batching.TOGETHER, True
+    chosen, operator, one_thread = Batching.TOGETHER, "", ""
     for node, outermost in _nodes(model):
         if node.op_type not in _SUMS | _FUNCTIONS or (outermost and not values.depends(node)):
             continue
         if node.op_type == "Pow" and values.is_square(node.input[1]):
             continue  # a product, which is rounded in one way only
         if not outermost:
-            return Batching.SINGLES, False
+            return Decision(Batching.SINGLES, f"{node.op_type} in a function or a branch", node.op_type)
         batching, exact = (_of_sum if node.op_type in _SUMS else _of_function)(values, node)
-        threads = threads and exact
-        if batching is not Batching.TOGETHER and chosen is not Batching.SINGLES:
-            chosen = batching
-    return chosen, threads
+        one_thread = one_thread or ("" if exact else node.op_type)
+        if batching is not Batching.TOGETHER and chosen is not batching and chosen is not Batching.SINGLES:
+            chosen, operator = batching, node.op_type
+    return Decision(chosen, operator, one_thread)
 
 
 def has_loops(model: onnx.ModelProto) -> bool:

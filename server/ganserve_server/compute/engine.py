@@ -76,7 +76,7 @@ class Engine:
 
         Args:
             model: the ONNX file.
-            inputs: the inputs that the model should have; `input_types` says which it has.
+            inputs: the inputs of the model; the file must have them.
             provider: where to run it.
             threads: the threads of the session for all cores.
             batching: how the CPU computes a batch.
@@ -101,8 +101,6 @@ class Engine:
         try:
             self._session, failure = _first_that_opens(model, [*wanted, [CPU]])
             self.provider: str = self._session.get_providers()[0]
-            self.input_types = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_inputs()}
-            self.output_types = {tensor.name: (tensor.type, tensor.shape) for tensor in self._session.get_outputs()}
             self.on_cpu = self.provider == CPU
             if not self.on_cpu:
                 self.batching = Batching.TOGETHER  # a GPU computes batches of a few fixed sizes

@@ -82,6 +82,18 @@ class Draw:
         return Draw(stop - start, seeds, inputs, self.truncation, self.input_seeds)
 
 
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """The type of an input or an output of a file."""
+
+    dtype: str  # as NumPy calls it
+    shape: tuple[int | str, ...]  # with the name of each dynamic dimension
+
+    def __str__(self) -> str:
+        """Return, for example, "float32 [N, 16]"."""
+        return f"{self.dtype} [{', '.join(map(str, self.shape))}]" if self.shape else f"{self.dtype} without dimensions"
+
+
 def images_in(feeds: Feeds) -> int:
     """Return the number of images in a batch."""
     return len(next(iter(feeds.values())))
@@ -124,16 +136,10 @@ class Inputs:
 
     @classmethod
     def of(cls, card: pb.ModelCard) -> "Inputs":
-        """Return the inputs of the model with this card.
-
-        Raises:
-            ValueError: the card contradicts itself, or lists inputs that this server does not know.
-        """
+        """Return the inputs of the model with this card, which must have no `input_problems`."""
         classes = len(card.class_names)
         listed = list(card.inputs)
-        if listed:
-            _check(listed, card)
-        else:  # the first edition
+        if not listed:  # the first edition
             listed.append(pb.ModelInput(name=LATENT, latent=pb.LatentInput()))
             if classes:
                 listed.append(pb.ModelInput(name=LABEL, label=pb.LabelInput()))
@@ -184,17 +190,10 @@ class Inputs:
         return Draw(len(seeds), seeds, inputs, truncation)
 
     def golden(self, images: Sequence[pb.GoldenImage]) -> Draw:
-        """Return the draw of golden images.
-
-        Raises:
-            ValueError: the model has no such class.
-        """
+        """Return the draw of golden images; the model must have their classes."""
         draw = self.probes(np.array([each.seed for each in images], np.uint32))
         if self._classes:
-            labels = np.array([each.label for each in images], np.int64)
-            if labels.max() >= self._classes:
-                raise ValueError(f"a golden image has label {labels.max()}; the card names {self._classes} classes")
-            draw.inputs[LABEL] = labels
+            draw.inputs[LABEL] = np.array([each.label for each in images], np.int64)
         return draw
 
     def timed(self, count: int) -> Draw:
@@ -245,38 +244,59 @@ class Inputs:
             if shape is not None
         )
 
-    def mismatch(self, found: Mapping[str, tuple[str, list[Any]]]) -> str:
-        """Return what is wrong with the inputs of a file, or nothing.
+    def mismatches(self, found: Mapping[str, TensorType]) -> list[str]:
+        """Return what is wrong with the inputs of a file.
 
         Args:
-            found: onnxruntime's type and shape of each input, by name.
+            found: the type of each input, by name.
         """
-        in_file = self._in_file()
         wanted = {
-            name: (_ONNX_TYPES[dtype.name], 0 if shape is None else 1 + len(shape))
-            for name, (dtype, shape) in in_file.items()
+            name: TensorType(dtype.name, () if shape is None else ("N", *shape))
+            for name, (dtype, shape) in self._in_file().items()
         }
-        ranks = {name: (kind, len(shape)) for name, (kind, shape) in found.items()}
-        if ranks != wanted:
-            return (
-                f"according to its card, the model's inputs must be {wanted} (name: type, number of dimensions); they "
-                f"are {ranks}"
+        wrong = [
+            f"the file has no input {name}; according to the model card it must have it, {kind}: rename or add the "
+            "input, or change the card" + (" (only models with labels have class_names)" if name == LABEL else "")
+            for name, kind in wanted.items()
+            if name not in found
+        ]
+        for name, kind in found.items():
+            if name not in wanted:
+                todo = (
+                    "name the classes in class_names of the model card"
+                    if name == LABEL
+                    else f"make it a constant of the graph, or list all inputs in the card{_listing(name, kind)}"
+                )
+                wrong.append(f"the file has the input {name}, {kind}, which the model card does not describe: {todo}")
+            elif hints := self._hints(name, kind, wanted[name]):
+                wrong.append(
+                    f"the input {name} is {kind}; according to the model card it must be {wanted[name]}: "
+                    f"{'; '.join(hints)}"
+                )
+        return wrong
+
+    def _hints(self, name: str, found: TensorType, wanted: TensorType) -> list[str]:
+        """Return what to do so that an input of a file has the wanted type; nothing if it has."""
+        one_hot = TensorType("float32", (*found.shape[:1], self._classes))
+        if name == LABEL and found == one_hot and wanted.dtype == "int64":
+            return ['for a one-hot label, list the inputs in the model card, with `"label": {"oneHot": true}`']
+        hints = []
+        if found.dtype != wanted.dtype:
+            hints.append(f"make the input {wanted.dtype}, and cast it inside the model")
+        if found.shape and wanted.shape and isinstance(found.shape[0], int):
+            hints.append(
+                f"the first dimension is fixed at {found.shape[0]}, but it is the number of images, and must be "
+                "dynamic: export the model with a dynamic batch dimension"
             )
-        for name, (_, shape) in found.items():
-            values = in_file[name][1]
-            if values is None:
-                continue
-            if isinstance(shape[0], int):
-                return (
-                    f"the first dimension of the input {name} is fixed at {shape[0]}; it is the number of images, "
-                    "and must be dynamic: export the model with a dynamic batch dimension"
-                )
-            if values != tuple(shape[1:]):
-                return (
-                    f"according to its card, the input {name} has {_size(values)} for an image; the shape of the "
-                    f"file's input is {shape}"
-                )
-        return ""
+        if any(isinstance(size, str) for size in found.shape[1:]):
+            hints.append("only the first dimension may be dynamic: export the model with fixed sizes for the others")
+        elif bool(found.shape) != bool(wanted.shape) or found.shape[1:] != wanted.shape[1:]:
+            if name == LATENT and len(found.shape) == 2:
+                hints.append(f"change the model, or latent_dim in its card ({found.shape[1]} for this file)")
+            else:
+                listing = _listing(name, found) if name in (each.name for each in self._drawn) else ""
+                hints.append(f"change the model, or list its inputs in the card{listing}")
+        return hints
 
     def _in_file(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...] | None]]:
         """Return the type and the shape for one image of each input of the file; None: it has no dimensions."""
@@ -317,11 +337,12 @@ class Inputs:
                     np.multiply(rows, factor, out=rows)
 
 
-_ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{'x'.join(map(str, shape))} values" if shape else "one value"
+def _listing(name: str, found: TensorType) -> str:
+    """Return how a card lists an input of a file that takes random numbers; nothing if it cannot take them."""
+    if found.dtype != "float32" or not found.shape or not all(isinstance(size, int) for size in found.shape[1:]):
+        return ""
+    shape = ", ".join(map(str, found.shape[1:]))
+    return f' (`inputs`), random numbers as {{"name": "{name}", "latent": {{"shape": [{shape}]}}}}'
 
 
 def _latent(listed: pb.ModelInput, latent_dim: int) -> ModelInput:
@@ -345,67 +366,66 @@ def _always(values: NDArray[np.float32]) -> Callable[[NDArray[np.uint32]], NDArr
     return lambda seeds: np.tile(values, (len(seeds), 1))
 
 
-def _check(listed: Sequence[pb.ModelInput], card: pb.ModelCard) -> None:
-    """Check the inputs that a card lists.
-
-    Raises:
-        ValueError: they break a rule, which the text names.
-    """
+def input_problems(card: pb.ModelCard) -> Iterator[str]:
+    """Yield the rules that the inputs which a card lists break: it contradicts itself, or this server knows no such."""
+    listed = card.inputs
+    if not listed:
+        return
     names = [each.name for each in listed]
     if len(set(names)) < len(names):
-        raise ValueError(f"the model card lists an input twice: {', '.join(names)}")
+        yield f"the model card lists an input twice: {', '.join(names)}"
     values = 0
     for each in listed:
         kind = each.WhichOneof("kind")
         if kind is None:
-            raise ValueError(
+            yield (
                 f"the model card says nothing that this server knows about the input {each.name!r}: give it one of "
                 "latent, label, attributes and truncation, or update the server"
             )
-        if kind == "latent":
+        elif kind == "latent":
             shape = tuple(each.latent.shape) or (card.latent_dim,)
             values += math.prod(shape)
             if not 0 < math.prod(shape) <= values <= _MAX_VALUES:
-                raise ValueError(
+                yield (
                     f"the model card gives the input {each.name!r} the shape {list(shape)}; the latents of an image "
                     f"must have 1 to {_MAX_VALUES} values in total"
                 )
             if each.latent.distribution not in pb.Distribution.values():
-                raise ValueError(f"this server does not know the distribution of the input {each.name!r}: update it")
+                yield f"this server does not know the distribution of the input {each.name!r}: update it"
         elif each.name != kind:
-            raise ValueError(f"the model card calls the input of {kind} {each.name!r}; its name must be {kind!r}")
+            yield f"the model card calls the input of {kind} {each.name!r}; its name must be {kind!r}"
         elif kind == "attributes":
-            _check_attributes(each.attributes.attributes)
+            yield from _attribute_problems(each.attributes.attributes)
     if names[0] != LATENT or listed[0].latent.HasField("default_seed"):
-        raise ValueError(
+        yield (
             f"the first input of the model card is {names[0]!r}; it must be the latent, called 'latent', without a "
             "default seed"
         )
     first = math.prod(listed[0].latent.shape or [card.latent_dim])
     if first != card.latent_dim:
-        raise ValueError(f"the input latent has {first} values; the model card's latent_dim is {card.latent_dim}")
+        yield f"the input latent has {first} values; the model card's latent_dim is {card.latent_dim}"
     if (LABEL in names) != bool(card.class_names):
-        raise ValueError("a model card has class names if, and only if, it lists the input label")
+        yield "a model card has class names if, and only if, it lists the input label"
 
 
-def _check_attributes(attributes: Sequence[pb.Attribute]) -> None:
+def _attribute_problems(attributes: Sequence[pb.Attribute]) -> Iterator[str]:
     names = [each.name for each in attributes]
     if not 0 < len(names) <= _MAX_ATTRIBUTES or len(set(names)) < len(names):
-        raise ValueError(f"a model card must list 1 to {_MAX_ATTRIBUTES} attributes with different names: {len(names)}")
+        yield f"a model card must list 1 to {_MAX_ATTRIBUTES} attributes with different names: {len(names)}"
     for each in attributes:
         if not (each.name.isprintable() and 0 < len(each.name) <= _MAX_NAME) or "=" in each.name:
-            raise ValueError(
+            yield (
                 f"the model card has the attribute {each.name[:_MAX_NAME]!r}; a name must have 1 to {_MAX_NAME} "
                 "printable characters, and no '='"
             )
         low, high = attribute_range(each)
         if not (math.isfinite(low) and math.isfinite(high) and low < high and low <= each.default_value <= high):
-            raise ValueError(
+            yield (
                 f"the attribute {each.name!r} of the model card has the range {low:g} to {high:g} and the default "
                 f"{each.default_value:g}: the minimum must be below the maximum, and the default between them"
             )
-        if each.binary and each.default_value not in (low, high):
-            raise ValueError(f"the attribute {each.name!r} is binary, but its default is neither {low:g} nor {high:g}")
+        elif each.binary and each.default_value not in (low, high):
+            yield f"the attribute {each.name!r} is binary, but its default is neither {low:g} nor {high:g}"
 
 
 def attribute_range(attribute: pb.Attribute) -> tuple[float, float]:
