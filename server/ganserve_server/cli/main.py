@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated, Any
 
 import structlog
@@ -183,6 +184,40 @@ def _config(
         print(f"{name} = {_toml(value)}  # {origin}")
 
 
+def _check(
+    context: typer.Context,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="A model file, the folder of a version, or the folder of a model, which means all of its versions.",
+        ),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON array of objects, one for each model file.")
+    ] = False,
+) -> None:
+    """Check model files, without a server and without a repository; report all that is wrong with each.
+
+    A file is checked as by a server with the same settings: --max-model-mib, --provider, --threads and the others stand
+    before the word `check`. Of a file that would be served, the command also prints how the model runs.
+
+    The exit status is 1 if a file would be rejected.
+    """
+    from ganserve_server.cli.check_file import lines_of, report_on
+    from ganserve_server.repository.scan import files_of
+
+    reports = []
+    for file in (each for path in files for each in files_of(path)):
+        reports.append(report := report_on(file, context.obj))
+        if not as_json:
+            print("\n".join(lines_of(report)), flush=True)
+    if as_json:
+        print(json.dumps(reports, indent=2))
+    if not all(report["served"] for report in reports):
+        raise typer.Exit(1)
+
+
 def _bounds(context: typer.Context) -> None:
     """Print the limits of what clients can make a server with these settings keep and do, and its worst-case memory."""
     from ganserve_server.cli.bounds import page
@@ -287,6 +322,7 @@ def main() -> None:
     app.callback(invoke_without_command=True, help=_help(_serve))(_serve)
     commands: dict[str, Callable[..., None]] = {
         "config": _config,
+        "check": _check,
         "bounds": _bounds,
         "health": _health,
         "doctor": _doctor,

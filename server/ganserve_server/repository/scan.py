@@ -37,13 +37,25 @@ def look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str,
 def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
     """Yield (model, version, file) of every version in the repository, in order; skip other files."""
     for folder in sorted(repository.iterdir()):
-        names: list[str] = []
         if _NAME.fullmatch(folder.name) and not folder.name.endswith(".tmp") and os.path.isdir(folder):
-            with contextlib.suppress(OSError):  # `find_misplaced` yields it
-                names = os.listdir(folder)
-        versions = (folder / name for name in names if _VERSION.fullmatch(name))
-        for path in sorted(versions, key=lambda path: int(path.name)):
-            yield folder.name, int(path.name), path / MODEL_FILE_NAME
+            for path in _versions_in(folder):
+                yield folder.name, int(path.name), path / MODEL_FILE_NAME
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the model files that a path means: itself, the one of a version's folder, or all of a model's folder."""
+    if not os.path.isdir(path):
+        return [path]
+    inside = [version / MODEL_FILE_NAME for version in _versions_in(path)]
+    return inside if inside and not os.path.lexists(path / MODEL_FILE_NAME) else [path / MODEL_FILE_NAME]
+
+
+def _versions_in(folder: Path) -> list[Path]:
+    """Return the versions' folders of a model, in order; none if its folder cannot be read."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # `find_misplaced` yields it
+        names = os.listdir(folder)
+    return sorted((folder / name for name in names if _VERSION.fullmatch(name)), key=lambda path: int(path.name))
 
 
 def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
