@@ -106,7 +106,7 @@ def test_the_documented_inputs_are_those_of_the_documented_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ((_, code),) = snippets("python", r"inputs=inputs")
+    ((_, code),) = snippets("python", '"style": Latent')
     ((_, card),) = snippets("json", '"inputs"')
     run(code, generator=Faces())
     exported = served(tmp_path / "models" / "faces" / "1" / "model.onnx").card

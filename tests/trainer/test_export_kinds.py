@@ -327,7 +327,7 @@ def with_weight(value: float) -> nn.Module:
             Returns(torch.zeros(2, 4, 4, 3)),
             r"float32 \[2, 4, 4, 3\]; .*images \+ 1\) \* 127\.5\).*\.to\(torch\.uint8\)",
         ),
-        (Returns(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), r"uint8 \[2, 3, 4, 4\]; .*\.permute\(0, 2, 3, 1\)"),
+        (Returns(torch.zeros(2, 3, 4, 5, dtype=torch.uint8)), r"uint8 \[2, 3, 4, 5\]; .*\.permute\(0, 2, 3, 1\)"),
         (TakesNoise(), r"TakesNoise\.forward\(latent, noise\) .*'noise'.*wrap"),
         (Fails(), rf"fails on 2 latents .*{line_of_here(Fails())}.*\[-1, 3, 5, 5\]"),
         (Net().half(), r"weights of torch\.float16.*call \.float\(\)"),
@@ -349,6 +349,10 @@ def test_what_fails_before_the_export_is_refused_with_a_remedy(module: nn.Module
 )
 def test_class_names_need_a_module_that_takes_labels(module: nn.Module, pattern: str, tmp_path: Path) -> None:
     refusal(module, tmp_path, pattern, class_names=CLASS_NAMES)
+
+
+def test_a_module_that_makes_two_images_of_any_latents_is_refused(tmp_path: Path) -> None:
+    refusal(Returns(torch.zeros(2, 4, 4, 3, dtype=torch.uint8)), tmp_path, "from 1 latents the module makes 2 images")
 
 
 def test_images_that_hardly_differ_are_published_with_a_warning(tmp_path: Path) -> None:

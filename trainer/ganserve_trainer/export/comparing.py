@@ -105,6 +105,10 @@ def compare_with_pytorch(session: onnxruntime.InferenceSession, module: nn.Modul
             wanted = make(_run_torch, module, size)
         if watch.problem:
             raise TrainerError(watch.problem)
+        if len(wanted) != size:
+            raise TrainerError(
+                f"from {size} latents the module makes {len(wanted)} images; it must make one image for each latent"
+            )
         if size == 1:
             fitting = min(_LARGEST_BATCH, _COMPARED_BYTES // max(1, watch.computed_bytes))
             sizes += [fitting] if fitting > _SMALL_BATCHES[-1] else []

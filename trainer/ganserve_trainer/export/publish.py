@@ -88,7 +88,9 @@ def export_module(
     prepared = prepare(module, known)
     height, width, channels = check_output(run_module(prepared, tensors(known.values(np.arange(2)))), 2)
     model = trace(prepared, known)
-    compare_with_pytorch(open_session(model), prepared, known)
+    session = open_session(model)
+    compare_with_pytorch(session, prepared, known)
+    check_effect_of_latent(session, known)
     return publish_with_card(
         model,
         repository,
@@ -126,15 +128,7 @@ def publish_with_card(
         architecture: the architecture, for the card.
         dataset: the data set that it was trained on, for the card.
         parameters: the number of its parameters, for the card.
-
-    Raises:
-        TrainerError: the latent has no effect on the images.
-
-    Warns:
-        UserWarning: the images hardly differ.
     """
-    session = open_session(model)
-    check_effect_of_latent(session, inputs)
     height, width, channels = shape
     card = pb.ModelCard(
         architecture=architecture,
@@ -145,7 +139,7 @@ def publish_with_card(
         channels=channels,
         class_names=class_names,
         generator_parameters=parameters,
-        golden_images=golden_images(session, inputs),
+        golden_images=golden_images(open_session(model), inputs),
         inputs=inputs.of_card(),
         trainer_version=importlib.metadata.version("ganserve"),
     )

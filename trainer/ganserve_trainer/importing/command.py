@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.export import inputs as export_inputs
+from ganserve_trainer.export.comparing import check_effect_of_latent, open_session
 from ganserve_trainer.export.publish import publish_with_card
 from ganserve_trainer.importing.looking import Images, Inputs, class_names, look_at_images, look_at_inputs, sample
 from ganserve_trainer.importing.rewriting import Way, served
@@ -62,11 +63,13 @@ class Import:
 
     def publish(self, repository: Path, name: str) -> Path:
         """Publish the model as the next version of model `name`; return the file."""
+        inputs = export_inputs.Inputs.plain(self.inputs.latent_dim, len(self.class_names))
+        check_effect_of_latent(open_session(self.model), inputs)
         return publish_with_card(
             self.model,
             repository,
             name,
-            inputs=export_inputs.Inputs.plain(self.inputs.latent_dim, len(self.class_names)),
+            inputs=inputs,
             shape=self.pixels.shape[1:],
             class_names=self.class_names,
             architecture=self.source.architecture,
