@@ -22,6 +22,7 @@ The items of the other lists are numbers, or runs [first, length, step]: [7, 16,
 
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from ganserve.errors import NoProvenanceError
 _MAX_TEXT = 60_000  # characters; a JPEG holds 65,533 bytes of EXIF
 _MAX_IMAGES = 1_000_000  # a file of a few bytes must not expand to more seeds
 _MOST_SHOWN = 16  # numbers of a list
+_LONGEST_SHOWN = 64  # characters of a name
 _UINT32_LIMIT = 1 << 32
 
 
@@ -289,7 +291,9 @@ def _attributes(fields: dict[str, Any], count: int | None) -> Values | None:
     for name, value in found.items():
         numbers = value if isinstance(value, list) else [value]
         if not all(map(_is_number, numbers)) or (isinstance(value, list) and len(value) != count):
-            raise NoProvenanceError(f"its attribute {name!r} is neither a number nor a list of {count or 1} numbers")
+            raise NoProvenanceError(
+                f"its attribute {name[:_LONGEST_SHOWN]!r} is neither a number nor a list of {count or 1} numbers"
+            )
     return {
         name: tuple(map(float, value)) if isinstance(value, list) else float(value) for name, value in found.items()
     }
@@ -310,7 +314,8 @@ def _by_name(fields: dict[str, Any], key: str) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    # An integer of JSON can be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_uint32(value: Any) -> bool:

@@ -222,6 +222,17 @@ WAY: dict[str, object] = {"kind": "slerp", "seed_a": 1, "seed_b": 2, "steps": 3}
             for value in values
         ),
         *(
+            (json.dumps({**fields, "attributes": {"age": value}}), "attribute 'age'")
+            for fields, values in [
+                (FIELDS, (None, "1", True, [1], float("nan"), float("inf"), 10**400)),
+                (SHEET, ([1, 2], [1, 2, 10**400], [1, 2, None])),
+            ]
+            for value in values
+        ),
+        (json.dumps({**FIELDS, "attributes": {"x" * 50_000: None}}), "attribute 'x"),
+        (json.dumps({**FIELDS, "attributes": {"a\nb": 1}}), "'attributes'"),
+        (json.dumps({**FIELDS, "input_seeds": {"noise": 2**32}}), "'input_seeds'"),
+        *(
             (json.dumps({**fields, "interpolation": {**WAY, **change}}), reason)
             for fields, change, reason in [
                 (SHEET, {"kind": "round"}, "'kind'"),
