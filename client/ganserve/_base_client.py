@@ -78,7 +78,7 @@ class BaseClient:
     ) -> EachProgress:
         request = images_request(
             model,
-            count=1 if attributes else None,
+            count=None if attributes is None else 1,
             seed=None,
             latents=None,
             label=None,

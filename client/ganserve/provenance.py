@@ -8,6 +8,9 @@ in EXIF's ImageDescription; GIF in its comment. A picture of several images (a s
   server.
 - `labels`: the label of each image. A server's contact sheet of more than 4,096 images has only the first label.
 
+In a server's contact sheet with more than 4,096 values of attributes, or too many characters, `seed` and `attributes`
+are null.
+
 Images between those of two seeds have `interpolation`, with `kind`, `seed_a`, `seed_b` and `steps`. If the picture does
 not show all steps, `shown` lists the shown ones, from 0 on. The `seed` of such images is null, as for images of the
 caller's own latents.

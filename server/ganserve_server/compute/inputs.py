@@ -5,6 +5,7 @@ of input is a `ModelInput` more in `Inputs.of`; the queue carries the `Draw` of 
 """
 
 import itertools
+import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ _MAX_VALUES = (
     1 << 23
 )  # random numbers for one image: noise for every layer of a generator of 1024 pixels is a third of it
 _MAX_ATTRIBUTES, _MAX_NAME = 256, 64
+_MAX_NAMES = 32 << 10  # bytes of all names as JSON: a JPEG's metadata, which has them, holds 64 KiB
+# Names of other kinds of inputs, and the Open Inference Protocol's seed.
+_NOT_OF_LATENTS = {LABEL, ATTRIBUTES, TRUNCATION, "seed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ class Inputs:
     """The inputs of one model, in order.
 
     Attributes:
-        attributes: the attributes, in the order of their values in the input `attributes`.
+        attributes: the attributes by name, in the order of their values in the input `attributes`.
         truncation: what truncation does.
         settable: whether a request can set more than seeds, labels and truncation.
         scalar_truncation: whether the file takes one truncation for a whole batch.
@@ -126,7 +130,8 @@ class Inputs:
             truncation: the truncation, if it is an input.
         """
         self._inputs, self._classes = {each.name: each for each in inputs}, classes
-        self.attributes = attributes
+        # By name: reading the names from protobuf for each image would take most of the time of an answer.
+        self.attributes = {each.name: each for each in attributes}
         self._not_drawn = [(each.name, each.of_seeds) for each in self if each.of_seeds is not None]
         self._drawn = [each for each in self if each.drawn]
         self.settable = bool(attributes) or len(self._drawn) > 1
@@ -155,7 +160,8 @@ class Inputs:
                 inputs.append(ModelInput(LABEL, _INDEX, of_seeds=_classes_in_turn(classes), one_hot=one_hot))
             elif kind == "attributes":
                 attributes = each.attributes.attributes
-                defaults = np.array([one.default_value for one in attributes], np.float32)
+                # Adding 0 turns -0.0 into 0.0, as in a request's values: they are equal, but not the same to a model.
+                defaults = np.array([one.default_value for one in attributes], np.float32) + np.float32(0)
                 inputs.append(ModelInput(ATTRIBUTES, _FLOAT, defaults.shape, of_seeds=_always(defaults)))
             else:
                 truncation = each.truncation
@@ -182,6 +188,11 @@ class Inputs:
         for name, of_seeds in self._not_drawn:
             if name not in inputs:
                 inputs[name] = of_seeds(seeds)
+
+    def default_attributes(self, count: int) -> NDArray[np.float32]:
+        """Return the attributes of images whose request sets none, [count, attributes]."""
+        values: NDArray[np.float32] = dict(self._not_drawn)[ATTRIBUTES](np.zeros(count, np.uint32))
+        return values
 
     def probes(self, seeds: NDArray[np.uint32], truncation: float = 1.0) -> Draw:
         """Return the draw of these seeds alone."""
@@ -383,6 +394,9 @@ def input_problems(card: pb.ModelCard) -> Iterator[str]:
                 "latent, label, attributes and truncation, or update the server"
             )
         elif kind == "latent":
+            yield from _name_problems("latent", each.name)
+            if each.name in _NOT_OF_LATENTS:
+                yield f"the model card calls a latent {each.name!r}: give it another name"
             shape = tuple(each.latent.shape) or (card.latent_dim,)
             values += math.prod(shape)
             if not 0 < math.prod(shape) <= values <= _MAX_VALUES:
@@ -396,6 +410,12 @@ def input_problems(card: pb.ModelCard) -> Iterator[str]:
             yield f"the model card calls the input of {kind} {each.name!r}; its name must be {kind!r}"
         elif kind == "attributes":
             yield from _attribute_problems(each.attributes.attributes)
+    names_of_attributes = [one.name for each in listed for one in each.attributes.attributes]
+    if (size := len(json.dumps(names + names_of_attributes))) > _MAX_NAMES:
+        yield (
+            f"the names of the model card's inputs and attributes have {size} bytes as JSON; at most {_MAX_NAMES} are "
+            "allowed, because the metadata of image files has them: shorten them"
+        )
     if names[0] != LATENT or listed[0].latent.HasField("default_seed"):
         yield (
             f"the first input of the model card is {names[0]!r}; it must be the latent, called 'latent', without a "
@@ -413,11 +433,7 @@ def _attribute_problems(attributes: Sequence[pb.Attribute]) -> Iterator[str]:
     if not 0 < len(names) <= _MAX_ATTRIBUTES or len(set(names)) < len(names):
         yield f"a model card must list 1 to {_MAX_ATTRIBUTES} attributes with different names: {len(names)}"
     for each in attributes:
-        if not (each.name.isprintable() and 0 < len(each.name) <= _MAX_NAME) or "=" in each.name:
-            yield (
-                f"the model card has the attribute {each.name[:_MAX_NAME]!r}; a name must have 1 to {_MAX_NAME} "
-                "printable characters, and no '='"
-            )
+        yield from _name_problems("attribute", each.name)
         low, high = attribute_range(each)
         if not (math.isfinite(low) and math.isfinite(high) and low < high and low <= each.default_value <= high):
             yield (
@@ -426,6 +442,15 @@ def _attribute_problems(attributes: Sequence[pb.Attribute]) -> Iterator[str]:
             )
         elif each.binary and each.default_value not in (low, high):
             yield f"the attribute {each.name!r} is binary, but its default is neither {low:g} nor {high:g}"
+
+
+def _name_problems(kind: str, name: str) -> Iterator[str]:
+    """Yield what is wrong with a name that requests, flags of the command line and the metadata of files have."""
+    if not (name.isprintable() and 0 < len(name) <= _MAX_NAME) or "=" in name:
+        yield (
+            f"the model card has the {kind} {name[:_MAX_NAME]!r}; a name must have 1 to {_MAX_NAME} printable "
+            "characters, and no '='"
+        )
 
 
 def attribute_range(attribute: pb.Attribute) -> tuple[float, float]:

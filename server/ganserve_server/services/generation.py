@@ -33,9 +33,10 @@ from ganserve_server.transport.interface import Call, Method, RequestSink, Serve
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 # Bytes of pixels to encode in the event loop. For fewer, a thread costs more than the encoding; more would delay other
-# calls.
+# calls. The metadata takes time for each image and each attribute, too.
 _ENCODE_HERE_AT_MOST = 4096
 _ENCODE_AT_ONCE = 64 << 10  # bytes of pixels that a thread encodes before another call's: 10 ms as WebP, 5 ms as PNG
+_DESCRIBE_HERE_AT_MOST = 64
 _CHUNK_TAG = tag(pb.StreamImagesResponse.CHUNK_FIELD_NUMBER)
 _MODEL_TAG = tag(pb.ListModelsResponse.MODELS_FIELD_NUMBER)
 _PAGE_BYTES = 2 << 20  # of ListModels: with one more card, it is below 4 MiB, the default limit of gRPC clients
@@ -212,7 +213,8 @@ class GenerationServicer(pb_grpc.GenerationServiceServicer):
         if request.encoding == pb.ENCODING_RAW:
             return respond(request, draw, pixels, took)
         started = time.perf_counter()
-        if pixels.nbytes <= _ENCODE_HERE_AT_MOST:
+        described = len(pixels) * (1 + len(request.model.inputs.attributes))
+        if pixels.nbytes <= _ENCODE_HERE_AT_MOST and described <= _DESCRIBE_HERE_AT_MOST:
             response = respond(request, draw, files_of(request, draw, pixels), took)
         else:
             files = await self._files(request, draw, pixels)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import secrets
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -17,14 +18,18 @@ from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import InvalidRequest
 from ganserve_server.queueing.jobs import Made
 from ganserve_server.services.formats import contact_sheet, encode, sheet_size
-from ganserve_server.services.wire import tag, varint
+from ganserve_server.services.wire import embedded, tag, varint
 
 MAX_TRUNCATION = 2.0
 _MAX_PIXEL_BYTES = 64 << 20
 _PIXELS_TAG = tag(pb.GenerateImagesResponse.PIXELS_FIELD_NUMBER)
 _FILES_TAG = tag(pb.GenerateImagesResponse.FILES_FIELD_NUMBER)
+_INPUTS_TAG = tag(pb.GenerateImagesResponse.INPUTS_FIELD_NUMBER)
+_ATTRIBUTES_TAG = tag(pb.InputValues.ATTRIBUTES_FIELD_NUMBER)
+_VALUES_TAG = tag(pb.AttributeValues.VALUES_FIELD_NUMBER)
 _SEEDS = 2**32
 _MAX_SHEET_LABELS = 4096  # in a contact sheet's metadata: a JPEG holds 64 KiB
+_MAX_IDENTITY = 60_000  # characters of JSON, for the same reason
 # Reading these from protobuf costs more than the rest of a check.
 _LAYOUTS, _PRIORITIES = (frozenset(kind.values()) for kind in (pb.Layout, pb.Priority))
 
@@ -101,8 +106,8 @@ def parse(
     attributes = input_seeds = None
     if message.HasField("inputs"):
         attributes, input_seeds = _input_values(message.inputs, model, max_values)
-    brought = (0 if latents is None else len(latents)) or labels_given or names_given
-    brought = brought or (0 if attributes is None else len(attributes))
+    brought = 0 if latents is None else len(latents)
+    brought = brought or max(labels_given, names_given, 0 if attributes is None else len(attributes))
     count = message.count if message.HasField("count") else brought or 1
     if not 1 <= count <= max_images:
         raise InvalidRequest("count", f"count is {count}; {call} may ask for 1 to {max_images} images here")
@@ -249,7 +254,7 @@ def _input_values(
         raise InvalidRequest(
             "inputs.attributes", f"an attribute has more than {max_values} values, the limit of a request"
         )
-    known = {each.name: column for column, each in enumerate(model.inputs.attributes)}
+    known = {name: column for column, name in enumerate(model.inputs.attributes)}
     columns: dict[int, NDArray[np.float32]] = {}
     for each in values.attributes:
         if each.name not in known:
@@ -259,8 +264,8 @@ def _input_values(
         column = known[each.name]
         if column in columns:
             raise InvalidRequest("inputs.attributes", f"the request sets the attribute {each.name!r} twice")
-        columns[column] = np.array(each.values, np.float32)
-        check_attribute(columns[column], model.inputs.attributes[column])
+        columns[column] = _floats(each)
+        check_attribute(columns[column], model.inputs.attributes[each.name])
     attributes: NDArray[np.float32] | None = None
     if columns:
         counts = {len(column) for column in columns.values()} - {1}
@@ -270,11 +275,22 @@ def _input_values(
                 "inputs.attributes",
                 f"the attributes have different numbers of values: {given}; give one, or one for each image",
             )
-        defaults = [each.default_value for each in model.inputs.attributes]
-        attributes = np.tile(np.array(defaults, np.float32), (max(counts, default=1), 1))
+        attributes = model.inputs.default_attributes(max(counts, default=1))
         for column, numbers in columns.items():
             attributes[:, column] = numbers
     return attributes, _input_seeds(values, model)
+
+
+def _floats(values: pb.AttributeValues) -> NDArray[np.float32]:
+    """Return the values of an attribute; -0.0 is 0.0, because an answer has one value for images with equal ones.
+
+    NumPy would convert 1,024 values of 256 attributes one by one, in 40 ms. Serialised, a message without unknown
+    fields ends with the packed values.
+    """
+    count = len(values.values)
+    values.DiscardUnknownFields()  # type: ignore[attr-defined]
+    packed = values.SerializeToString()
+    return np.frombuffer(packed, "<f4", count, len(packed) - 4 * count) + np.float32(0)
 
 
 def check_attribute(values: NDArray[np.float32], attribute: pb.Attribute) -> None:
@@ -391,9 +407,13 @@ def files_of(request: GenerationRequest, draw: Draw, pixels: NDArray[np.uint8]) 
         if (labels := draw.labels) is not None and draw.count <= _MAX_SHEET_LABELS:
             identity["labels"] = labels.tolist()
         if request.model.inputs.attributes:
-            used = _attributes_used(request.model, draw)
-            identity["attributes"] = {name: each[0] if len(each) == 1 else each for name, each in used.items()}
-            if sum(map(len, used.values())) > _MAX_SHEET_LABELS:
+            values = _attributes_used(request.model, draw)
+            few = sum(each.size for each in values.values()) <= _MAX_SHEET_LABELS
+            if few:
+                identity["attributes"] = {
+                    name: each.item() if each.size == 1 else each.tolist() for name, each in values.items()
+                }
+            if not few or len(json.dumps(identity)) > _MAX_IDENTITY:
                 identity |= {"seed": None, "attributes": None}  # it cannot be made again
     return [encode(contact_sheet(pixels), request.encoding, identity)]
 
@@ -415,15 +435,15 @@ def respond(request: GenerationRequest, draw: Draw, content: NDArray[np.uint8] |
     response = pb.GenerateImagesResponse(
         seeds=None if draw.seeds is None else draw.seeds.tolist(),
         labels=None if (labels := draw.labels) is None else labels.tolist(),
-        inputs=_values_used(model, draw) if model.inputs.settable else None,
     )
+    used = embedded(_INPUTS_TAG, _values_used(model, draw)) if model.inputs.settable else b""
     images: Iterable[bytes]
     if isinstance(content, list):
         images = itertools.chain.from_iterable((_FILES_TAG, varint(len(file)), file) for file in content)
     else:
         raw: Any = np.ascontiguousarray(content)  # a buffer: `tobytes` would copy the pixels a second time
         images = (_PIXELS_TAG, varint(raw.nbytes), raw)
-    return b"".join((model.answer, took, common, response.SerializeToString(), *images))
+    return b"".join((model.answer, took, common, response.SerializeToString(), used, *images))
 
 
 @functools.lru_cache(256)
@@ -432,28 +452,32 @@ def _common_piece(count: int, truncation: float, encoding: pb.Encoding) -> bytes
     return pb.GenerateImagesResponse(count=count, truncation=truncation, encoding=encoding).SerializeToString()
 
 
-def _values_used(model: ModelVersion, draw: Draw) -> pb.InputValues:
-    """Return the further inputs of a draw."""
-    used = pb.InputValues(seeds=model.inputs.seeds(draw.input_seeds))
+def _values_used(model: ModelVersion, draw: Draw) -> bytes:
+    """Return the further inputs of a draw, as a serialised InputValues.
+
+    Through protobuf's objects, 1,024 values of 256 attributes would take 170 ms, this way 10 ms.
+    """
+    pieces = [pb.InputValues(seeds=model.inputs.seeds(draw.input_seeds)).SerializeToString()]
     for name, values in _attributes_used(model, draw).items():
-        used.attributes.add(name=name, values=values)
-    return used
+        used = pb.AttributeValues(name=name).SerializeToString()
+        pieces.append(embedded(_ATTRIBUTES_TAG, used + embedded(_VALUES_TAG, values.astype("<f4").tobytes())))
+    return b"".join(pieces)
 
 
-def _attributes_used(model: ModelVersion, draw: Draw) -> dict[str, list[float]]:
+def _attributes_used(model: ModelVersion, draw: Draw) -> dict[str, NDArray[np.float32]]:
     """Return the values of each attribute: one if all images have the same, or one for each image."""
-    columns = draw.inputs[ATTRIBUTES].T if model.inputs.attributes else ()
-    return {
-        attribute.name: (column[:1] if (column == column[0]).all() else column).tolist()
-        for attribute, column in zip(model.inputs.attributes, columns, strict=True)
-    }
+    if not model.inputs.attributes:
+        return {}
+    rows = draw.inputs[ATTRIBUTES]
+    same = (rows == rows[0]).all(axis=0).tolist()
+    return {name: rows[: 1 if same[column] else None, column] for column, name in enumerate(model.inputs.attributes)}
 
 
 def _identity(model: ModelVersion, draw: Draw, index: int) -> dict[str, Any]:
     identity = _plain_identity(model, draw, index)
     if model.inputs.settable:
-        used = _attributes_used(model, draw.part(index, index + 1))
-        identity["attributes"] = {name: value for name, (value,) in used.items()}
+        values = draw.inputs[ATTRIBUTES][index].tolist() if model.inputs.attributes else ()
+        identity["attributes"] = dict(zip(model.inputs.attributes, values, strict=True))
         identity["input_seeds"] = model.inputs.seeds(draw.input_seeds)
     return identity
 

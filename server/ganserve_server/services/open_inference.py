@@ -440,8 +440,8 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
         seeds = seeds.astype(np.uint32)
     for each in model.inputs:
         name = each.name
-        if each.follows and seeds is None:
-            tensors[name] = scaled(tensors[name], truncation, name, model)
+        if each.drawn and name in tensors:
+            tensors[name] = scaled(tensors[name], truncation if each.follows else 1.0, name, model)
         if name == LABEL and name in tensors:
             check_labels(tensors[name], model, count, name)
             tensors[name] = tensors[name].repeat(count) if len(tensors[name]) == 1 else tensors[name]
@@ -449,7 +449,8 @@ def _draw(request: pb.ModelInferRequest, model: ModelVersion, limit: int, trunca
             raise InvalidRequest(
                 name, f"{count} images need a value of the input {name} for each image; it has values for {given}"
             )
-    for attribute, column in zip(model.inputs.attributes, tensors.get(ATTRIBUTES, np.empty((0, 0))).T, strict=False):
+    columns = tensors.get(ATTRIBUTES, np.empty((0, 0))).T
+    for attribute, column in zip(model.inputs.attributes.values(), columns, strict=False):
         check_attribute(column, attribute)
     model.inputs.complete(tensors, seeds if seeds is not None else np.zeros(count, np.uint32))
     return Draw(count, seeds, tensors, truncation)

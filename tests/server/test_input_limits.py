@@ -1,0 +1,157 @@
+"""Inputs of requests and cards at their limits: they are answered, or refused with the field and the limit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from tests.conftest import RunningServer, run_server
+from tests.server.test_further_inputs import ALL, CLASSES, Inputs, load, model_of, pixels, save
+
+from ganserve import Client, InvalidRequestError, read_provenance
+from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
+from ganserve_server.inference import grpc_service_pb2
+from ganserve_server.repository.verify import ModelRejected
+
+LATENT: dict[str, Any] = {"name": "latent", "latent": {"shape": [2]}}
+NAMES = [f"attribute {number:03}".ljust(64, "+") for number in range(256)]
+
+
+def with_attributes(*attributes: dict[str, Any]) -> Inputs:
+    return [LATENT, {"name": "attributes", "attributes": {"attributes": list(attributes)}}]
+
+
+def signs() -> onnx.ModelProto:
+    """Return a model whose attribute x is a pixel of 1 / x, at least 0 and at most 255."""
+    model = model_of(with_attributes({"name": "tilt", "minimum": -1, "maximum": 1}), [])
+    nodes = model.graph.node
+    place = next(index for index, node in enumerate(nodes) if node.op_type == "Identity")
+    shown = nodes[place].output[0]
+    nodes[place].CopyFrom(helper.make_node("Reciprocal", ["attributes"], ["reciprocal"]))
+    nodes.insert(place + 1, helper.make_node("Clip", ["reciprocal", "nothing", "most"], [shown]))
+    model.graph.initializer.append(helper.make_tensor("most", onnx.TensorProto.FLOAT, [], [255]))
+    return model
+
+
+@pytest.fixture(scope="module")
+def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    repository = tmp_path_factory.mktemp("models")
+    save(model_of(with_attributes(*({"name": name} for name in NAMES)), []), repository, "many")
+    save(model_of(ALL, CLASSES), repository, "all")
+    save(signs(), repository, "signs")
+    with run_server("--workers=1", f"--models={repository}") as server:
+        yield server
+
+
+@pytest.fixture
+def client_of_limits(limits: RunningServer) -> Iterator[Client]:
+    with Client(limits.address) as client:
+        yield client
+
+
+@pytest.fixture
+def stub(limits: RunningServer) -> Iterator[pb_grpc.GenerationServiceStub]:
+    with grpc.insecure_channel(limits.address) as channel:
+        yield pb_grpc.GenerationServiceStub(channel)
+
+
+def test_a_call_may_set_256_attributes_of_1024_images(client_of_limits: Client) -> None:
+    values = np.random.RandomState(0).randint(0, 2, (256, 1024))
+    batch = client_of_limits.generate("many", seed=1, attributes=dict(zip(NAMES, values, strict=True)))
+    assert np.array_equal(batch.pixels[:, 0, 2:, 0].T, values)
+    assert batch.attributes == {name: tuple(each) for name, each in zip(NAMES, values.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("encoding", [pb.ENCODING_PNG, pb.ENCODING_JPEG, pb.ENCODING_WEBP])
+def test_the_metadata_of_files_holds_the_most_and_longest_attributes(
+    encoding: pb.Encoding, stub: pb_grpc.GenerationServiceStub
+) -> None:
+    request = pb.GenerateImagesRequest(model="many", count=2, seed=1, encoding=encoding)
+    for number, name in enumerate(NAMES):
+        request.inputs.attributes.add(name=name, values=[number / 256, 0.1])
+    made = [read_provenance(file) for file in stub.GenerateImages(request).files]
+    assert made[0].attributes == {name: number / 256 for number, name in enumerate(NAMES)}
+    assert made[1].attributes == dict.fromkeys(NAMES, float(np.float32(0.1)))
+
+
+@pytest.mark.parametrize("encoding", [pb.ENCODING_PNG, pb.ENCODING_JPEG, pb.ENCODING_WEBP])
+@pytest.mark.parametrize("count", [12, 17])  # 17 x 256 values are too many; 12 x 256 of 20 digits are too long
+def test_a_sheet_with_too_many_attributes_for_its_metadata_says_that_it_lacks_them(
+    encoding: pb.Encoding, count: int, stub: pb_grpc.GenerationServiceStub
+) -> None:
+    request = pb.GenerateImagesRequest(model="many", count=count, seed=1, encoding=encoding)
+    request.layout = pb.LAYOUT_CONTACT_SHEET
+    values = np.random.RandomState(0).uniform(0, 1, count)
+    for name in NAMES:
+        request.inputs.attributes.add(name=name, values=values)
+    made = read_provenance(stub.GenerateImages(request).files[0])
+    assert (made.count, made.seed, made.seeds, made.attributes) == (count, None, None, None)
+
+
+def test_minus_zero_is_zero(client_of_limits: Client) -> None:
+    batch = client_of_limits.generate("signs", seed=1, attributes={"tilt": [0.5, -0.5, 0.0, -0.0]})
+    assert [row[2] for row in pixels(batch)] == [2, 0, 255, 255]
+    batch = client_of_limits.generate("signs", seed=1, attributes={"tilt": [0.0, -0.0]})
+    assert [row[2] for row in pixels(batch)] == [255, 255]
+    assert batch.attributes == {"tilt": 0.0}
+
+
+def test_the_number_of_images_is_that_of_the_longest_list(stub: pb_grpc.GenerationServiceStub) -> None:
+    request = pb.GenerateImagesRequest(model="all", seed=1, labels=[2])
+    request.inputs.attributes.add(name="age", values=[20, 30, 40])
+    answer = stub.GenerateImages(request)
+    assert (answer.count, list(answer.labels)) == (3, [2, 2, 2])
+    request.labels[:] = [2, 1]
+    with pytest.raises(grpc.RpcError, match="labels has 2 values for 3 images"):
+        stub.GenerateImages(request)
+
+
+def test_attributes_of_scattered_seeds_must_be_a_mapping(client_of_limits: Client) -> None:
+    wrong: Any = np.array([20.0, 30.0])
+    with pytest.raises(InvalidRequestError, match="mapping from names") as caught:
+        next(client_of_limits.generate_each("all", [1], attributes=wrong))
+    assert caught.value.field == "attributes"
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_the_open_inference_protocol_refuses_noise_that_is_not_finite(number: float, limits: RunningServer) -> None:
+    request = grpc_service_pb2.ModelInferRequest(model_name="all")
+    request.inputs.add(name="seed", datatype="UINT32", shape=[1]).contents.uint_contents.append(1)
+    request.inputs.add(name="noise", datatype="FP32", shape=[1, 1]).contents.fp32_contents.append(number)
+    with grpc.insecure_channel(limits.address) as channel:
+        infer = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=grpc_service_pb2.ModelInferRequest.SerializeToString,
+        )
+        with pytest.raises(grpc.RpcError, match="noise has values that are not finite") as caught:
+            infer(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "classes", "text"),
+    [
+        ([LATENT, {"name": "label", "latent": {"shape": [1]}}], CLASSES, "'label': give it another name"),
+        ([LATENT, {"name": "seed", "latent": {"shape": [1]}}], [], "'seed': give it another name"),
+        ([LATENT, {"name": "no\nise", "latent": {"shape": [1]}}], [], "printable"),
+        ([LATENT, {"name": "no=ise", "latent": {"shape": [1]}}], [], "no '='"),
+        ([LATENT, {"name": "n" * 65, "latent": {"shape": [1]}}], [], "1 to 64"),
+        (with_attributes(*({"name": chr(0x1F600 + number) * 64} for number in range(60))), [], "at most 32768"),
+    ],
+)
+def test_names_that_files_and_flags_cannot_have_are_rejected(
+    inputs: Inputs, classes: list[str], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelRejected, match=text):
+        load(save(model_of(inputs, classes), tmp_path, "m"))
+
+
+def test_the_longest_names_are_accepted(tmp_path: Path) -> None:
+    assert len(json.dumps(["latent", "attributes", *NAMES])) < 32768
+    assert list(load(save(model_of(with_attributes(*({"name": name} for name in NAMES)), []), tmp_path, "m")).inputs)
