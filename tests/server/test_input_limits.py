@@ -1,5 +1,6 @@
 """Inputs of requests and cards at their limits: they are answered, or refused with the field and the limit."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from onnx import helper
 from tests.conftest import RunningServer, run_server
 from tests.server.test_further_inputs import ALL, CLASSES, Inputs, load, model_of, pixels, save
 
-from ganserve import Client, InvalidRequestError, read_provenance
+from ganserve import AsyncClient, Client, InvalidRequestError, read_provenance
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.inference import grpc_service_pb2
@@ -45,8 +46,16 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     save(model_of(with_attributes(*({"name": name} for name in NAMES)), []), repository, "many")
     save(model_of(ALL, CLASSES), repository, "all")
     save(signs(), repository, "signs")
+    noisy: Inputs = [LATENT, {"name": "noise", "latent": {"shape": [70_000], "defaultSeed": 3}}]
+    save(model_of(noisy, [], scale=20), repository, "noisy")
     with run_server("--workers=1", f"--models={repository}") as server:
         yield server
+
+
+def noise(seed: int) -> list[int]:
+    """Return the pixels of the noise of the model "noisy"."""
+    values = np.random.RandomState(seed).standard_normal(70_000).astype(np.float32)
+    return np.rint(100 + 20 * values).astype(np.uint8).tolist()
 
 
 @pytest.fixture
@@ -92,6 +101,21 @@ def test_a_sheet_with_too_many_attributes_for_its_metadata_says_that_it_lacks_th
         request.inputs.attributes.add(name=name, values=values)
     made = read_provenance(stub.GenerateImages(request).files[0])
     assert (made.count, made.seed, made.seeds, made.attributes) == (count, None, None, None)
+
+
+def test_a_batch_of_much_noise_has_that_of_each_call(client_of_limits: Client) -> None:
+    """The server draws it outside the event loop."""
+    calls = [(1, None), (2, {"noise": 5}), (3, None), (4, {"noise": 6}), (2**32 - 1, {"noise": 3})]
+
+    async def together() -> list[list[int]]:
+        async with AsyncClient(client_of_limits.address) as client:
+            made = [client.generate("noisy", seed=seed, input_seeds=seeds) for seed, seeds in calls]
+            return [pixels(batch)[0] for batch in await asyncio.gather(*made)]
+
+    made = asyncio.run(together())
+    assert [row[2:] for row in made] == [noise(3), noise(5), noise(3), noise(6), noise(3)]
+    latents = [np.random.RandomState(seed).standard_normal(2).astype(np.float32) for seed, _ in calls]
+    assert [row[:2] for row in made] == [np.rint(100 + 20 * each).tolist() for each in latents]
 
 
 def test_minus_zero_is_zero(client_of_limits: Client) -> None:

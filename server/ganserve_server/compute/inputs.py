@@ -109,6 +109,7 @@ class Inputs:
     Attributes:
         attributes: the attributes by name, in the order of their values in the input `attributes`.
         truncation: what truncation does.
+        random_values: how many random numbers an image needs.
         settable: whether a request can set more than seeds, labels and truncation.
         scalar_truncation: whether the file takes one truncation for a whole batch.
     """
@@ -134,6 +135,8 @@ class Inputs:
         self.attributes = {each.name: each for each in attributes}
         self._not_drawn = [(each.name, each.of_seeds) for each in self if each.of_seeds is not None]
         self._drawn = [each for each in self if each.drawn]
+        self._default_values: dict[str, NDArray[np.float32]] = {}  # of the latents with a default seed
+        self.random_values = sum(math.prod(each.shape) for each in self._drawn)
         self.settable = bool(attributes) or len(self._drawn) > 1
         self.truncation = pb.TRUNCATION_EFFECT_LATENT if truncation is None else pb.TRUNCATION_EFFECT_INPUT
         self.scalar_truncation = truncation is not None and truncation.scalar
@@ -327,9 +330,14 @@ class Inputs:
         for each in self._drawn:
             rows = feeds[each.name][first : first + draw.count]
             given = draw.inputs.get(each.name)
-            number = (draw.input_seeds or {}).get(each.name, each.default_seed)
+            number = (draw.input_seeds or {}).get(each.name)
             if given is not None:
                 rows[:] = given
+            elif number is None and each.default_seed is not None:
+                if each.name not in self._default_values:
+                    random.seed(each.default_seed)
+                    self._default_values[each.name] = each.draw(random, each.shape).astype(np.float32)
+                rows[:] = self._default_values[each.name]
             elif number is None:
                 following.append((each, rows))
             else:

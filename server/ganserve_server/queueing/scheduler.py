@@ -19,6 +19,7 @@ from ganserve_server.shared.scoreboard import Scoreboard
 
 # A shorter batch runs in the event loop: handing it to a thread and back costs 50 to 100 µs.
 _INLINE_S = 0.0003
+_DRAW_HERE_AT_MOST = 1 << 16  # random numbers in the event loop, which take 2 ms
 # A batch on all cores delays the next call. So it runs only for a caller that seems to be alone: this many batches in a
 # row ran without another call.
 _LONE_BATCHES = 8
@@ -39,7 +40,7 @@ class _RunningBatch:
 
     batcher: Batcher
     parts: list[Part]
-    feeds: Feeds
+    feeds: Feeds | None  # None: the thread draws the latents
     wide: bool
     threads: _Threads
 
@@ -50,7 +51,7 @@ class Scheduler:
     The cores are used in two ways: one batch on each core gives the highest throughput, and one batch on all cores
     gives a lone caller the lowest latency. A second batch may be ready behind each running one, so that no core waits
     for the event loop. Latents are drawn in the event loop, because the computing threads would wait for Python's GIL
-    each time.
+    each time; but not the millions of random numbers of some models' noise.
 
     Args:
         cores: the number of cores.
@@ -147,8 +148,10 @@ class Scheduler:
                 self._ready[batcher] = None  # behind the others
             if not batch:
                 continue
+            draws, feeds = [part.draw for part in batch], None
             try:
-                feeds = engine.feeds([part.draw for part in batch])
+                if engine.inputs.random_values * sum(draw.count for draw in draws) <= _DRAW_HERE_AT_MOST:
+                    feeds = engine.feeds(draws)
             except Exception as error:
                 batcher.returned(batch)
                 batcher.failed(batch, error)
@@ -159,7 +162,8 @@ class Scheduler:
             for other in left:
                 other.overtaken = True  # only once: its images are next
             # Not on a GPU, where the batch may wait for another model's warm-up.
-            if alone and not batcher.waiting and engine.seconds_for(waiting) < _INLINE_S and engine.on_cpu:
+            here = feeds is not None and engine.on_cpu and engine.seconds_for(waiting) < _INLINE_S
+            if alone and not batcher.waiting and here:
                 self._done(work, *self._compute(work))
             else:
                 work.threads.work.put(work)
@@ -199,6 +203,8 @@ class Scheduler:
                 parts = [part for part in parts if part.job.wanted(started)]
                 if not parts:
                     return None, parts, started, 0.0
+                feeds = None
+            if feeds is None:
                 feeds = engine.feeds([part.draw for part in parts])
             pixels = engine.compute(feeds, wide=work.wide)
             if len(pixels) != (wanted := images_in(feeds)):
