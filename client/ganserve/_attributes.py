@@ -20,14 +20,13 @@ def part(values: Values | None, index: slice) -> Values | None:
 def joined(parts: Sequence[tuple[Values | None, int]]) -> Values | None:
     """Return the attributes of several parts together, each given with its number of images."""
     first, _ = parts[0]
-    if first is None or (all(values == first for values, _ in parts) and not any(map(_is_tuple, first.values()))):
+    if first is None:
+        return None
+    return {name: _joined([((values or {})[name], count) for values, count in parts]) for name in first}
+
+
+def _joined(parts: Sequence[tuple[float | tuple[float, ...], int]]) -> float | tuple[float, ...]:
+    first, _ = parts[0]
+    if not isinstance(first, tuple) and all(value == first for value, _ in parts):
         return first
-    return {name: tuple(one for values, count in parts for one in _each((values or {})[name], count)) for name in first}
-
-
-def _is_tuple(value: object) -> bool:
-    return isinstance(value, tuple)
-
-
-def _each(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else (value,) * count
+    return tuple(one for value, count in parts for one in (value if isinstance(value, tuple) else (value,) * count))

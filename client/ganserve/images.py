@@ -398,7 +398,7 @@ class ImageBatch:
             facts.append("own latents" if self.seeds is None else f"seeds {listed(self.seeds)}")
         if self.labels is not None:
             facts.append(f"labels {listed(self.labels)}")
-        facts += [f"{name} {_value(value)}" for name, value in (self.attributes or {}).items()]
+        facts += [f"{name} {_value(value)}" for name, value in (self.attributes or {}).items() if value != ()]
         facts += [
             f"truncation {self.truncation:.4g}",
             f"{self.queue_s * 1e3:.1f} ms queued, {self.compute_s * 1e3:.1f} ms computed by {self.provider}",

@@ -1,6 +1,7 @@
 """Inputs of requests and cards at their limits: they are answered, or refused with the field and the limit."""
 
 import asyncio
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_a_batch_of_much_noise_has_that_of_each_call(client_of_limits: Client) -
     assert [row[2:] for row in made] == [noise(3), noise(5), noise(3), noise(6), noise(3)]
     latents = [np.random.RandomState(seed).standard_normal(2).astype(np.float32) for seed, _ in calls]
     assert [row[:2] for row in made] == [np.rint(100 + 20 * each).tolist() for each in latents]
+
+
+def test_an_attribute_of_all_images_of_a_stream_is_one_number(client_of_limits: Client) -> None:
+    """Otherwise the provenance of a picture of many images would be too long for a file."""
+    values = [number % 2 for number in range(1100)]
+    batch = client_of_limits.generate("many", seed=1, attributes={NAMES[0]: values, NAMES[1]: 1})
+    assert batch.attributes == {**dict.fromkeys(NAMES, 0.0), NAMES[0]: tuple(values), NAMES[1]: 1.0}
+    picture = io.BytesIO()
+    batch.sheet().save(picture, "PNG")
+    assert read_provenance(picture.getvalue()).attributes == batch.attributes
+
+
+def test_a_notebook_shows_a_batch_without_images(client_of_limits: Client) -> None:
+    batch = client_of_limits.generate("all", seed=1, attributes={"age": [20, 30]})
+    assert "age 20 to 30" in batch._repr_html_()
+    assert "0 images" in batch[:0]._repr_html_()
 
 
 def test_minus_zero_is_zero(client_of_limits: Client) -> None:
