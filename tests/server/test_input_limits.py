@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,14 +184,37 @@ def test_the_open_inference_protocol_refuses_noise_that_is_not_finite(number: fl
         ([LATENT, {"name": "no\nise", "latent": {"shape": [1]}}], [], "printable"),
         ([LATENT, {"name": "no=ise", "latent": {"shape": [1]}}], [], "no '='"),
         ([LATENT, {"name": "n" * 65, "latent": {"shape": [1]}}], [], "1 to 64"),
+        (
+            [{"name": "latent", "latent": {"shape": [2], "distribution": "DISTRIBUTION_CAUCHY"}}],
+            [],
+            "DISTRIBUTION_CAUCHY",
+        ),
+        ([{"name": "latent", "latent": {"shape": [2], "distributoin": "DISTRIBUTION_UNIFORM"}}], [], "distributoin"),
         (with_attributes(*({"name": chr(0x1F600 + number) * 64} for number in range(60))), [], "at most 32768"),
     ],
 )
-def test_names_that_files_and_flags_cannot_have_are_rejected(
+def test_a_card_with_impossible_names_or_unknown_keys_of_inputs_is_rejected(
     inputs: Inputs, classes: list[str], text: str, tmp_path: Path
 ) -> None:
+    model = model_of([{"name": each["name"], "latent": {"shape": [2]}} for each in inputs], [])
+    (entry,) = model.metadata_props
+    entry.value = json.dumps({**json.loads(entry.value), "inputs": inputs, "classNames": classes})
     with pytest.raises(ModelRejected, match=text):
-        load(save(model_of(inputs, classes), tmp_path, "m"))
+        load(save(model, tmp_path, "m"))
+
+
+def test_a_model_may_have_many_classes_one_hot(tmp_path: Path) -> None:
+    classes = [f"class {number}" for number in range(20_000)]  # a square matrix of them would have 1.6 GB
+    tracemalloc.start()
+    try:
+        model = load(save(model_of([LATENT, {"name": "label", "label": {"oneHot": True}}], classes), tmp_path, "m"))
+        draw = model.inputs.probes(np.array([7, 20_001], np.uint32))
+        labels = model.engine.run([draw])[:, 0, 2:, 0]
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [np.flatnonzero(row).tolist() for row in labels] == [[7], [1]]
+    assert most_bytes < 100 << 20
 
 
 def test_the_longest_names_are_accepted(tmp_path: Path) -> None:

@@ -225,8 +225,9 @@ class Inputs:
         for name, _ in self._not_drawn:
             rows = [draw.inputs[name] for draw in draws]
             feeds[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
-            if one_hot := self._inputs[name].one_hot:
-                feeds[name] = np.eye(one_hot, dtype=np.float32)[feeds[name]]
+            if classes := self._inputs[name].one_hot:
+                labels, feeds[name] = feeds[name], np.zeros((count, classes), np.float32)
+                feeds[name][np.arange(count), labels] = 1
         if self.truncation == pb.TRUNCATION_EFFECT_INPUT:
             feeds[TRUNCATION] = np.repeat(
                 np.array([draw.truncation for draw in draws], np.float32), [draw.count for draw in draws]

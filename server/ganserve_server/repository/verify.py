@@ -309,7 +309,10 @@ def _examine_card(model: onnx.ModelProto, found: Examination) -> Inputs | None:
     text = properties[CARD_KEY]
     try:
         card = json_format.Parse(text, pb.ModelCard(), ignore_unknown_fields=True)
-        found.unknown_keys = list(_unknown_keys(json.loads(text), pb.ModelCard.DESCRIPTOR))
+        fields = json.loads(text)
+        found.unknown_keys = list(_unknown_keys(fields, pb.ModelCard.DESCRIPTOR))
+        for each in fields.get("inputs") or ():  # images depend on them, so here nothing may be unknown
+            json_format.ParseDict(each, pb.ModelInput())
     except Exception as error:  # ParseError, and others for the text of a damaged file
         reasons = list(_wrong_values(text)) or [str(error)]
         found.problems += [f"the model card is not the JSON of a ganserve.v1.ModelCard: {each}" for each in reasons]

@@ -153,7 +153,7 @@ class Inputs:
         for name, each in self._listed.items():
             if isinstance(each, Label):
                 labels = np.asarray(seeds % self.classes, np.int64)
-                made[name] = np.eye(self.classes, dtype=np.float32)[labels] if each.one_hot else labels
+                made[name] = (labels[:, None] == np.arange(self.classes)).astype(np.float32) if each.one_hot else labels
             elif isinstance(each, Attributes):
                 columns = [_attribute(one, seeds, varied=varied) for one in each.attributes]
                 made[name] = np.stack(columns, 1).astype(np.float32)
