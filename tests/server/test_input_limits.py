@@ -203,6 +203,27 @@ def test_a_card_with_impossible_names_or_unknown_keys_of_inputs_is_rejected(
         load(save(model, tmp_path, "m"))
 
 
+@pytest.mark.parametrize("kind", ["attributes", "truncation"])
+def test_a_model_that_mixes_images_of_a_batch_by_an_input_is_rejected(kind: str, tmp_path: Path) -> None:
+    """By the mean of the batch's attributes, of which the default is 0; or of its latents, by 1 - truncation."""
+    model = model_of([*with_attributes({"name": "tilt", "maximum": 100}), {"name": "truncation", "truncation": {}}], [])
+    node = next(node for node in model.graph.node if node.op_type == "Concat")
+    mixed = {"attributes": "attributes", "truncation": "off"}[kind]
+    model.graph.initializer.append(helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1]))
+    mixing = [
+        helper.make_node("Sub", ["one", "truncation column"], ["less"]),
+        helper.make_node("Mul", ["less", "latent shown"], ["off"]),
+        helper.make_node("ReduceMean", [mixed], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Add", [node.input[0], "mean"], ["leaking"]),
+    ]
+    node.input[0] = "leaking"
+    place = list(model.graph.node).index(node)
+    for each in reversed(mixing):
+        model.graph.node.insert(place, each)
+    with pytest.raises(ModelRejected, match="in a batch with others"):
+        load(save(model, tmp_path, "m"))
+
+
 def test_a_model_may_have_many_classes_one_hot(tmp_path: Path) -> None:
     classes = [f"class {number}" for number in range(20_000)]  # a square matrix of them would have 1.6 GB
     tracemalloc.start()

@@ -203,6 +203,14 @@ class Inputs:
         self.complete(inputs, seeds)
         return Draw(len(seeds), seeds, inputs, truncation)
 
+    def varied(self, count: int, truncation: float) -> Draw:
+        """Return the draw of seeds from 0 on, with the default, the smallest and the largest attributes in turn."""
+        draw = self.probes(np.arange(count, dtype=np.uint32), truncation)
+        if self.attributes:
+            ranges = np.array([attribute_range(each) for each in self.attributes.values()], np.float32)
+            draw.inputs[ATTRIBUTES][1::3], draw.inputs[ATTRIBUTES][2::3] = ranges.T
+        return draw
+
     def golden(self, images: Sequence[pb.GoldenImage]) -> Draw:
         """Return the draw of golden images; the model must have their classes."""
         draw = self.probes(np.array([each.seed for each in images], np.uint32))

@@ -506,7 +506,9 @@ def _image_problems(
         )
         found.unchecked += [_SAME, _GOLDEN]
         return
-    batch = engine.inputs.probes(np.arange(min(_AMONG, engine.largest_batch), dtype=np.uint32))
+    # With other attributes for each, and truncation if it is an input: these could make an image depend on others, too.
+    truncation = 0.5 if engine.inputs.truncation == pb.TRUNCATION_EFFECT_INPUT else 1.0
+    batch = engine.inputs.varied(min(_AMONG, engine.largest_batch), truncation)
     alone, again = _alone(engine, batch), engine.run([batch.part(0, 1)])
     if not np.array_equal(alone[:1], again):
         yield "the same latent gives a different image each time: the model must not draw random numbers"
@@ -574,7 +576,7 @@ def _truncation_does_nothing(engine: Engine, alone: NDArray[np.uint8]) -> bool:
     """Return whether truncated latents give the same images as `alone`, within the error of rounding."""
     if engine.inputs.truncation != pb.TRUNCATION_EFFECT_LATENT:
         return False
-    draw = engine.inputs.probes(np.arange(len(alone), dtype=np.uint32), truncation=0.5)
+    draw = engine.inputs.varied(len(alone), truncation=0.1)
     parts = (draw.part(index, index + 1) for index in range(len(alone)))
     return all(_difference(engine.run([part]), whole) <= 1 for part, whole in zip(parts, alone, strict=True))
 

@@ -183,8 +183,8 @@ def check_truncation(truncation: float, model: ModelVersion) -> None:
     if model.inputs.truncation == pb.TRUNCATION_EFFECT_NONE:
         raise InvalidRequest(
             "truncation",
-            f"truncation is {truncation:g}, but does nothing with model {model.name}, which normalises its latents: "
-            "leave it out, or export the model with an input for truncation",
+            f"truncation is {truncation:g}, but changes no image of model {model.name}, as in models that normalise "
+            "their latents: leave it out, or export the model with an input for truncation",
         )
 
 
