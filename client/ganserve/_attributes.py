@@ -6,8 +6,8 @@ Values = Mapping[str, float | tuple[float, ...]]
 
 
 def of_image(values: Values, index: int) -> dict[str, float]:
-    """Return the attributes of one image."""
-    return {name: each[index] if isinstance(each, tuple) else each for name, each in values.items()}
+    """Return the attributes of one image. The values may be a caller's own, in a list."""
+    return {name: each[index] if isinstance(each, Sequence) else each for name, each in values.items()}
 
 
 def part(values: Values | None, index: slice) -> Values | None:

@@ -3,8 +3,10 @@
 import asyncio
 import io
 import json
+import struct
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,23 @@ def test_a_notebook_shows_a_batch_without_images(client_of_limits: Client) -> No
     batch = client_of_limits.generate("all", seed=1, attributes={"age": [20, 30]})
     assert "age 20 to 30" in batch._repr_html_()
     assert "0 images" in batch[:0]._repr_html_()
+
+
+def test_scattered_seeds_are_made_again_with_attributes_in_a_list(client_of_limits: Client) -> None:
+    made: Any = {"attributes": {"age": [20, 40]}, "seeds": (7, 3), "labels": (0, 0), "count": 2, "input_seeds": None}
+    batch = client_of_limits.reproduce(replace(client_of_limits.generate("all", seed=7).provenance, **made))
+    assert (batch.seeds, [row[8] for row in pixels(batch)]) == ((7, 3), [20, 40])
+
+
+def test_attributes_are_read_in_any_encoding_of_protobuf(stub: pb_grpc.GenerationServiceStub) -> None:
+    name, unknown = b"\x0a\x03age", b"\x78\x05"  # field 1, and a field 15 of a newer client
+    unpacked = b"".join(b"\x15" + struct.pack("<f", value) for value in (20, 30))
+    packed = b"\x12\x04" + struct.pack("<f", 40)
+    request = pb.GenerateImagesRequest(model="all", seed=1)
+    request.inputs.attributes.append(pb.AttributeValues.FromString(unknown + unpacked + packed + name + unknown))
+    answer = stub.GenerateImages(request)
+    assert list(answer.pixels[8::11]) == [20, 30, 40]
+    assert next(list(each.values) for each in answer.inputs.attributes if each.name == "age") == [20, 30, 40]
 
 
 def test_minus_zero_is_zero(client_of_limits: Client) -> None:
