@@ -76,8 +76,9 @@ def latent_rows(latents: ArrayLike) -> NDArray[np.float32]:
     try:
         if np.asarray(latents).dtype.kind not in "fiu":
             raise TypeError
-        rows = np.asarray(latents, np.float32)
-    except (TypeError, ValueError) as error:
+        with np.errstate(over="ignore"):  # the server refuses infinities
+            rows = np.asarray(latents, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: of torch's tensors with gradients
         raise invalid(
             "latents", "latents is not an array of numbers; it must be an array [count, latent_dim]"
         ) from error
@@ -96,10 +97,11 @@ def attribute_values(name: str, values: Any) -> list[float]:
         numbers = np.atleast_1d(np.asarray(values))
         if numbers.dtype.kind not in "bfiu" or numbers.ndim > 1 or not numbers.size:
             raise TypeError
-    except (TypeError, ValueError) as error:
+        with np.errstate(over="ignore"):
+            return numbers.astype(np.float32).tolist()  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RuntimeError) as error:
         text = f"attributes[{name!r}] is {reprlib.repr(values)}; it must be a number, or a list with one for each image"
         raise invalid("attributes", text) from error
-    return numbers.astype(np.float32).tolist()  # type: ignore[no-any-return]
 
 
 def items_of(field: str, values: Any) -> list[tuple[str, Any]]:

@@ -180,6 +180,24 @@ def test_attributes_of_scattered_seeds_must_be_a_mapping(client_of_limits: Clien
     assert caught.value.field == "attributes"
 
 
+class WithGradient:
+    """An array that refuses to be read, as torch's tensors with gradients do."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [WithGradient(), 1e300, [20, 1e300]])
+def test_values_that_no_message_can_hold_are_invalid_arguments(value: Any, client_of_limits: Client) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        client_of_limits.generate("all", attributes={"age": value})
+    assert caught.value.field == "attributes"
+    with pytest.raises(InvalidRequestError) as caught:
+        client_of_limits.generate("all", latents=value if isinstance(value, WithGradient) else [0, 1e300], label=0)
+    assert caught.value.field == "latents"
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_the_open_inference_protocol_refuses_noise_that_is_not_finite(number: float, limits: RunningServer) -> None:
     request = grpc_service_pb2.ModelInferRequest(model_name="all")
