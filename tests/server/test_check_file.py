@@ -250,15 +250,14 @@ def test_checks_that_a_problem_prevents_are_named(reports: dict[str, dict[str, A
 
 
 def test_unknown_keys_of_a_card_are_reported_at_any_depth(tmp_path: Path) -> None:
-    inputs = [{"name": "latent", "latent": {"shape": [6], "distributoin": 1}}]
-    training = {"configuration": {"any": "key"}}
-    edit = of_card(hieght=2, inputs=inputs, training=training, createdAt="2026-01-02T03:04:05Z")
+    training = {"configuration": {"any": "key"}, "imagesSen": 5}
+    edit = of_card(hieght=2, training=training, createdAt="2026-01-02T03:04:05Z")
     (report,) = check("check", model_file(tmp_path / "m.onnx", edit), code=0)
     first, second = report["unknown_keys"]
     assert "'hieght' is not a key" in first
     assert "'height'" in first
-    assert "'inputs[0].latent.distributoin' is not a key" in second
-    assert "'distribution'" in second
+    assert "'training.imagesSen' is not a key" in second
+    assert "'imagesSeen'" in second
 
 
 def test_a_file_that_would_be_served_is_reported_with_how_it_runs(tmp_path: Path) -> None:
