@@ -247,8 +247,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 }
 
 
+QUICK = {"an if on the shape", "a convolution with groups=batch", "noise", "batch statistics", "no clamp"}
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else [pytest.mark.slow]) for kind in REFUSED]
+)
 def test_what_cannot_be_served_is_refused_with_its_line_and_a_remedy(
     kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

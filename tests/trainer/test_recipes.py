@@ -78,7 +78,12 @@ def test_a_module_is_wrapped_as_the_page_says(tmp_path: Path, monkeypatch: pytes
     check("ACGAN", generator)
 
 
-@pytest.mark.parametrize("family", CODE)
+QUICK = {"cGAN", "StyleGAN2 and StyleGAN3"}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in QUICK else [pytest.mark.slow]) for family in CODE]
+)
 def test_a_recipe_publishes_the_images_of_its_generator(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
