@@ -44,7 +44,11 @@ def generator(side: int) -> nn.Module:
         after = max(8, width // 2) if size >= 32 else width
         layers += [nn.Upsample(scale_factor=2.0), nn.Conv2d(width, after, 3, padding=1), nn.LeakyReLU(0.2)]
         width, size = after, 2 * size
-    return nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+    layers.append(nn.Conv2d(width, 3, 3, padding=1))
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, a=0.2)  # keeps the spread of the values
+    return nn.Sequential(*layers)
 
 
 def rate(work: Callable[[], int], threads: int, seconds: float) -> float:
