@@ -66,7 +66,7 @@ _ONE_AT_A_TIME = "grpcio hands over one message of a stream at a time: those tha
 _LONG = "it takes long, and is about the engine"
 NOT_OVER_GRPCIO = {
     "test_the_log_counts_each_batch_once_however_many_requests_were_in_it": _ONE_AT_A_TIME,
-    "test_alike_requests_that_came_together_wait_as_one": _ONE_AT_A_TIME,
+    "test_compatible_requests_that_came_together_wait_as_one": _ONE_AT_A_TIME,
     "test_a_group_has_no_more_requests_than_are_never_cut": _ONE_AT_A_TIME,
     "test_an_image_has_the_same_bytes_however_it_was_made": _LONG,
     "test_answers_that_were_sent_fill_no_memory": _LONG,

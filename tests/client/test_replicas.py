@@ -163,7 +163,7 @@ def test_a_replica_that_refuses_the_token_is_told_among_the_others(twin: Twin) -
         found = ask(twin, f"{first},{second}", "replicas", "any", 1)
         assert [(replica.address, replica.serving) for replica in found] == [(first, False), (second, True)]
         assert isinstance(found[0].error, AuthenticationError)
-        with pytest.raises(AuthenticationError):  # no waiting mends it
+        with pytest.raises(AuthenticationError):  # no waiting fixes it
             ask(twin, f"{first},{second}", "wait_for_version", "any", 1)
         advice = "set the token with --token or GANSERVE_TOKEN"
         for flags in ((), ("--wait", "60")):

@@ -37,7 +37,7 @@ def request(**fields: object) -> pb.GenerateEachRequest:
 
 async def test_requests_are_answered_in_order_with_what_single_calls_get(stub: pb_grpc.GenerationServiceStub) -> None:
     models = ("mlp-mnist", "cdcgan-mnist", "dcgan-mnist")
-    # Many alike in a row, which go through the queue together, and some that are not.
+    # Many compatible ones in a row, which go through the queue together, and some that are not.
     wanted: list[dict[str, object]] = [
         {
             "model": models[seed // 20 % 3],
@@ -72,14 +72,14 @@ async def test_thousands_of_wrong_requests_in_a_row_are_answered(stub: pb_grpc.G
     assert answers[5000].response.seeds == [7]
 
 
-@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("compatible", [True, False])
 async def test_the_log_counts_each_batch_once_however_many_requests_were_in_it(
-    alike: bool, start_server: Start
+    compatible: bool, start_server: Start
 ) -> None:
     running = start_server("--access-log", "all", "--threads", "1")
     async with grpc.aio.insecure_channel(running.address) as channel:
         requests = [
-            request(model="mlp-mnist", seed=seed, truncation=1 - (seed % 2) * (not alike)) for seed in range(500)
+            request(model="mlp-mnist", seed=seed, truncation=1 - (seed % 2) * (not compatible)) for seed in range(500)
         ]
         call = pb_grpc.GenerationServiceStub(channel).GenerateEach(requests)
         answers = [answer.response async for answer in call]
@@ -120,7 +120,7 @@ async def test_files_are_answered_too(stub: pb_grpc.GenerationServiceStub) -> No
     assert [len(answer.response.files) for answer in answers] == [20] * 5
 
 
-def test_alike_requests_that_came_together_wait_as_one(start_server: Start) -> None:
+def test_compatible_requests_that_came_together_wait_as_one(start_server: Start) -> None:
     running = start_server()
     contents = (request(model="mlp-mnist", truncation=0.5 + seed // 4 / 4, seed=seed) for seed in range(8))
     with Peer(running.address) as peer:

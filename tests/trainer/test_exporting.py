@@ -55,7 +55,7 @@ def test_a_generator_from_elsewhere_is_served_as_torch_makes_it(
     generator = example.Generator().eval()
     with torch.no_grad():
         for parameter in generator.parameters():
-            parameter.mul_(3)  # random weights of the usual size make all grey levels alike
+            parameter.mul_(3)  # random weights of the usual size make all grey levels equal
     torch.save(generator.state_dict(), tmp_path / "weights.pt")
     command = [EXAMPLE, "--repository", models, "--name", "blobs", "--weights", tmp_path / "weights.pt"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])

@@ -86,14 +86,14 @@ STATEFUL = {
 
 
 # Their networks have no state but that of cdcgan's.
-ALIKE = ("dcgan", "sagan")
+WITHOUT_STATE = ("dcgan", "sagan")
 
 
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
         *(
-            pytest.param(preset, {}, marks=[pytest.mark.slow] if preset in ALIKE else [], id=preset)
+            pytest.param(preset, {}, marks=[pytest.mark.slow] if preset in WITHOUT_STATE else [], id=preset)
             for preset in PRESETS
         ),
         *(pytest.param("cdcgan", changes, id=name) for name, changes in STATEFUL.items()),

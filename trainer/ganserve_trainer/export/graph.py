@@ -113,7 +113,7 @@ def trace(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
         path = Path(scratch) / MODEL_FILE_NAME
         try:
             if scripted:
-                _write_torchscript(module, arguments, path)
+                write_torchscript(module, arguments, path)
             else:
                 torch.onnx.export(
                     module,
@@ -143,9 +143,10 @@ def trace(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
     return model
 
 
-def _write_torchscript(module: nn.Module, arguments: dict[str, Tensor], path: Path) -> None:
-    """Export a module with TorchScript inside, which the exporter for other modules rejects."""
+def write_torchscript(module: nn.Module, arguments: dict[str, Tensor], path: Path, *, fixed: bool = False) -> None:
+    """Export by the operators that a run uses, as TorchScript does; `fixed`: for this number of images only."""
     inputs = tuple(arguments.values())
+    dynamic = ["image", *(name for name, each in arguments.items() if each.ndim)]
     with torch.no_grad():
         traced = torch.jit.trace(module, inputs, check_trace=False)
     torch.onnx.export(
@@ -156,7 +157,7 @@ def _write_torchscript(module: nn.Module, arguments: dict[str, Tensor], path: Pa
         opset_version=_OPSET,
         input_names=list(arguments),
         output_names=["image"],
-        dynamic_axes={name: {0: "N"} for name in ("image", *(key for key, each in arguments.items() if each.ndim))},
+        dynamic_axes={} if fixed else {name: {0: "N"} for name in dynamic},
         verbose=False,
     )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.export.graph import trace
+from ganserve_trainer.export.graph import trace, write_torchscript
 from ganserve_trainer.export.inputs import Inputs
 from ganserve_trainer.importing.looking import LARGEST_LATENT, WRAPPER_ADVICE, as_images, choose_output
 from ganserve_trainer.importing.onnx_file import source_of
@@ -69,14 +69,11 @@ def source_of_module(module: nn.Module, wishes: Wishes, arguments: Mapping[str, 
         return _named(call(module, latent, label))[output]
 
     served = Served(module, make)
-    if isinstance(module, torch.jit.ScriptModule):
-        model = _trace_as_it_runs(served, latent, label, fixed=False)
-    else:
-        try:
-            model = trace(served, Inputs.plain(latent.shape[1], 0 if label is None else call.classes))
-        except TrainerError as error:
-            # Code that needs the number of images, as grouped convolutions do, may be traced for one.
-            model = _trace_for_one_image(served, latent, label, error)
+    try:
+        model = trace(served, Inputs.plain(latent.shape[1], 0 if label is None else call.classes))
+    except TrainerError as error:
+        # Code that needs the number of images, as grouped convolutions do, may be traced for one.
+        model = _trace_for_one_image(served, latent, label, error)
 
     def run(feeds: Arrays) -> Arrays:
         with torch.no_grad():
@@ -191,38 +188,20 @@ def _named(made: Any) -> dict[str, Tensor]:
     return dict(tensors(made, ""))
 
 
-def _trace_for_one_image(served: Served, latent: Tensor, label: Tensor | None, failure: Exception) -> onnx.ModelProto:
+def _trace_for_one_image(
+    served: Served, latent: Tensor, label: Tensor | None, failure: TrainerError
+) -> onnx.ModelProto:
     """Export a module that cannot be exported for any number of images, because of `failure`.
 
     Raises:
         TrainerError: neither can it be exported for one.
     """
     try:
-        return _trace_as_it_runs(served, latent[:1], None if label is None else label[:1], fixed=True)
-    except Exception:
-        if isinstance(failure, TrainerError):
-            raise failure from None
-        raise TrainerError(
-            f"torch cannot export {type(served.generator).__name__} to ONNX: {one_line(failure)}; {WRAPPER_ADVICE}"
-        ) from failure
-
-
-def _trace_as_it_runs(served: Served, latent: Tensor, label: Tensor | None, *, fixed: bool) -> onnx.ModelProto:
-    """Export by the operators that a run uses, as TorchScript does; `fixed`: for this number of images only."""
-    inputs = {"latent": latent} | ({} if label is None else {"label": label})
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = Path(scratch) / MODEL_FILE_NAME
-        with torch.no_grad():
-            traced = torch.jit.trace(served, tuple(inputs.values()), check_trace=False)
-        torch.onnx.export(
-            traced,
-            tuple(inputs.values()),
-            str(path),
-            dynamo=False,
-            opset_version=_OPSET,
-            input_names=list(inputs),
-            output_names=["image"],
-            dynamic_axes={} if fixed else {name: {0: "N"} for name in (*inputs, "image")},
-        )
-        return onnx.load(path)
+        inputs = {"latent": latent[:1]} | ({} if label is None else {"label": label[:1]})
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = Path(scratch) / MODEL_FILE_NAME
+            write_torchscript(served, inputs, path, fixed=True)
+            return onnx.load(path)
+    except Exception:  # torch's exporters have no common root of their exceptions
+        raise failure from None
