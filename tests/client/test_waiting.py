@@ -129,7 +129,7 @@ def test_who_waits_for_a_model_of_another_name_is_told_so_meanwhile(
 ) -> None:
     meant = "it has cdcgan-fashion-mnist, cdcgan-mnist, dcgan-mnist, mlp-mnist; did you mean 'mlp-mnist'?"
     with caplog.at_level("INFO", "ganserve"), pytest.raises(DeadlineExceededError) as caught:
-        ask(twin, server.address, "wait_until_ready", 0.5, model="mpl-mnist")
+        ask(twin, server.address, "wait_until_ready", 2.5, model="mpl-mnist")
     assert meant in waits(caplog)[0][0]
     assert str(caught.value).endswith(meant)
 
