@@ -115,7 +115,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "machine", "inference", "transport", "settings", "compute", "observe", "queueing", "repository"),
     },
     "processes": {
-        *("errors", "start_errors", "machine", "inference", "shared", "transport", "settings", "compute", "observe"),
+        *("start_errors", "machine", "inference", "shared", "transport", "settings", "compute", "observe"),
         *("auth", "repository", "services"),
     },
     "cli": {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NO_LIMIT = 1 << 60  # cgroups of version 1 report this or more if there is no limit
+# In memory.stat: what the kernel frees before it refuses memory. Version 1 has sums of all groups below, total_….
+_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,27 @@ def memory_limit() -> int | None:
             with contextlib.suppress(OSError, ValueError):
                 limits.append(int((group / name).read_text()))
     return None if (limit := min(limits)) == _NO_LIMIT else limit
+
+
+def memory_left() -> int:
+    """Return how many more bytes this process can take: of the machine's memory, and of the limit of each cgroup."""
+    left = [_NO_LIMIT]
+    with contextlib.suppress(OSError, ValueError):
+        left += [kib << 10 for name, kib in _fields(Path("/proc/meminfo")) if name == "MemAvailable:"]
+    for group in _cgroups("memory"):
+        for most, taken in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((group / most).read_text())  # "max" is no limit, and raises ValueError
+                used = int((group / taken).read_text())
+                cache = dict(_fields(group / "memory.stat"))
+                used -= sum(cache.get(f"total_{kind}", cache.get(kind, 0)) for kind in _RECLAIMABLE)
+                left.append(limit - max(used, 0))
+    return max(0, min(left))
+
+
+def _fields(file: Path) -> list[tuple[str, int]]:
+    """Return the names and numbers of a file that has a pair in each line."""
+    return [(row[0], int(row[1])) for row in map(str.split, file.read_text().splitlines())]
 
 
 def _cgroups(controller: str) -> Iterator[Path]:

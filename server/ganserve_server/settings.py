@@ -18,7 +18,10 @@ ENVIRONMENT_PREFIX = "GANSERVE_SERVER_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 BUNDLED_MODELS = Path(__file__).parent / "models"
 _TIMEOUTS_OF_OWN = ("handshake_timeout_s", "header_timeout_s", "body_timeout_s", "write_timeout_s")
-_PATHS = ("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache")
+_PATHS = (
+    *("models", "tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file", "tensorrt_cache"),
+    "state_dir",
+)
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")  # Path("s3://b") is "s3:/b"
 _MOST_THREADS = 64  # or the number of cores, if that is larger
 _MOST_MODEL_MIB = 2048  # protobuf reads no larger message
@@ -192,6 +195,22 @@ class ServerSettings(BaseModel):
             ge=1, le=_MOST_MODEL_MIB, description="Maximum size of a model file; the server does not load a larger one."
         ),
     ] = 512
+    load_timeout_s: Annotated[
+        float,
+        Field(
+            ge=1,
+            le=86_400,
+            description="Time in which a model file must be checked, and then opened; a file that takes longer is "
+            "rejected.",
+        ),
+    ] = 60.0
+    state_dir: Annotated[
+        str,
+        Field(
+            description="Folder that records which model files passed the checks, and which ones ended a process; "
+            "without it, ganserve in the user's folder of states ($XDG_STATE_HOME).",
+        ),
+    ] = ""
     drain_delay_s: Annotated[
         float,
         Field(

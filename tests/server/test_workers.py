@@ -239,7 +239,7 @@ def test_sighup_reloads_in_every_worker(start_server: Start, tmp_path: Path) -> 
     running.stop()
     read_events_up_to("stopped", 1)
     # Told once, and nothing else.
-    assert events == ["model loaded", "reloaded", "model unloaded", "reloaded", "draining", "stopped"]
+    assert events == ["model loading", "model loaded", "reloaded", "model unloaded", "reloaded", "draining", "stopped"]
 
 
 @pytest.mark.parametrize("draining", [False, True])
@@ -368,8 +368,8 @@ def test_changes_are_told_once_though_the_first_worker_is_just_being_replaced(
     running.wait_for("a worker ended; it is replaced")
     shutil.copytree(tmp_path / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / "2")
     running.process.send_signal(signal.SIGHUP)
-    events = [running.events.get(timeout=30)["event"] for _ in range(3)]
-    assert sorted(events) == ["model loaded", "reloaded", "worker started"]
+    events = [running.events.get(timeout=30)["event"] for _ in range(4)]
+    assert sorted(events) == ["model loaded", "model loading", "reloaded", "worker started"]
     running.stop()
     assert running.wait_for("draining")
 

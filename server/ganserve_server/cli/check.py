@@ -1,14 +1,14 @@
 """`ganserve-server config --check`: whether a server could start with its settings, and callers reach it."""
 
+import asyncio
 import contextlib
 import errno
 import itertools
 from collections.abc import Iterator
 
 from ganserve_server.auth.security import certificates_of, tokens_of
-from ganserve_server.compute.batching import batch_limits
+from ganserve_server.repository.prober import Prober
 from ganserve_server.repository.scan import find_misplaced, find_versions, require_models
-from ganserve_server.repository.verify import ModelRejected, load_version
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
@@ -18,7 +18,8 @@ from ganserve_server.transport.addresses import bind, places
 def problems_of(settings: ServerSettings) -> list[str]:
     """Do what a server does when it starts, up to listening; return the problems.
 
-    Models are loaded on the CPU, one after the other and in one thread, because a server may be running.
+    Models are checked on the CPU, one after the other, in one thread and with a low priority, because a server may be
+    running.
     """
     found: list[str] = []
 
@@ -60,27 +61,19 @@ def _rejected(settings: ServerSettings) -> Iterator[str]:
     """Yield a line for each file that a server would not serve, with the reason."""
     for path, reason in find_misplaced(settings.models):
         yield f"{path} would be rejected: {reason}"
-    versions = find_versions(settings.models)
-    for name, of_model in itertools.groupby(versions, key=lambda version: version[0]):
-        served = 0
-        for _, number, path in reversed(list(of_model)):
-            if served == settings.most_versions:
-                break
-            try:
-                load_version(
-                    name,
-                    number,
-                    path,
-                    max_model_mib=settings.max_model_mib,
-                    provider="cpu",
-                    threads=1,
-                    limits=batch_limits(settings),
-                )
-                served += 1
-            except ModelRejected as error:
-                yield f"{path} would be rejected: {error}"
-            except Exception as error:  # a file from outside can cause any exception in the libraries
-                yield f"{path} would be rejected: the file could not be read ({' '.join(str(error).split())})"
+    prober, versions = Prober(settings.model_copy(update={"threads": 1})), find_versions(settings.models)
+    with asyncio.Runner() as runner:
+        for _, of_model in itertools.groupby(versions, key=lambda version: version[0]):
+            served = 0
+            for _, _, path in reversed(list(of_model)):
+                if served == settings.most_versions:
+                    break
+                probed = runner.run(prober.probe(path, gently=True))
+                if probed.outcome == "passed":
+                    served += 1
+                else:
+                    yield f"{path} would be rejected: {probed.reason}"
+        runner.run(prober.close())
 
 
 def _try(address: str, flag: str) -> None:

@@ -1,21 +1,15 @@
 """`ganserve-server check`: whether a server would serve a model file, and how the model runs, without a server."""
 
-import time
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import Message
-
-from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.batching import Batching, batch_limits
-from ganserve_server.compute.engine import Engine, ProviderUnavailable
-from ganserve_server.compute.gpu import gpu_options
-from ganserve_server.machine import cores
-from ganserve_server.repository.verify import Examination, examine, one_line
+from ganserve_server.compute.batching import Batching
+from ganserve_server.repository.probed import one_line
+from ganserve_server.repository.prober import Prober
 from ganserve_server.settings import ServerSettings
 
-_TRIES = 3  # of a timing
 _GOOD_TO_HAVE = {
     "golden_images": "the server makes them each time it loads the file, and rejects the file if they differ",
     "architecture": "the kind of the generator",
@@ -24,6 +18,7 @@ _GOOD_TO_HAVE = {
     "metrics": "its measured quality",
     "created_at": "when it was made",
 }
+_UNKNOWN = {"unknown_keys": [], "unchecked": [], "size_bytes": 0, "digest": "", "inputs": {}, "outputs": {}}
 _TRUNCATION = {
     "latent": "a factor on the latents",
     "input": "an input of the model",
@@ -31,75 +26,18 @@ _TRUNCATION = {
 }
 
 
-def report_on(path: Path, settings: ServerSettings) -> dict[str, Any]:
-    """Check a file as a server with these settings does; return what `--json` prints."""
-    threads = settings.threads or cores().usable
-    try:
-        found = examine(
-            path,
-            max_model_mib=settings.max_model_mib,
-            provider=settings.provider,
-            threads=threads,
-            limits=batch_limits(settings),
-            gpu=gpu_options(settings),
-        )
-    except ProviderUnavailable as error:
-        found = Examination([str(error)])
-    except Exception as error:  # a file from outside can cause any exception in the libraries
-        found = Examination([f"the file could not be read ({error})"])
-    report = {
-        "file": str(path),
-        "served": not found.problems,
-        "problems": found.problems,
-        "unknown_keys": found.unknown_keys,
-        "unchecked": found.unchecked,
-        "size_bytes": found.size_bytes,
-        "digest": found.digest,
-        "inputs": {name: str(kind) for name, kind in found.inputs.items()},
-        "outputs": {name: str(kind) for name, kind in found.outputs.items()},
-    }
-    return report if found.problems else report | _figures(found, threads)
+def reports_on(paths: Iterable[Path], settings: ServerSettings) -> Iterator[dict[str, Any]]:
+    """Check files as a server with these settings does; yield what `--json` prints for each.
 
-
-def _figures(found: Examination, threads: int) -> dict[str, Any]:
-    """Return how a model runs."""
-    engine, card, batches = found.engine, found.card, found.batches
-    assert engine is not None
-    assert card is not None
-    assert batches is not None
-    batch = engine.largest_batch
-    return {
-        "provider": engine.provider.removesuffix("ExecutionProvider"),
-        "image_s": engine.seconds_for(1),
-        "threads": threads,
-        "image_all_threads_s": _all_threads_s(engine) if engine.wide_is_faster else None,
-        "one_thread_operator": batches.one_thread_operator,
-        "batch_images": batch,
-        "images_per_s": batch / engine.seconds_for(batch),
-        "image_bytes": engine.image_bytes or None,
-        "batching": engine.batching.value,
-        "batching_operator": batches.batching_operator if engine.batching is batches.batching else "",
-        "batch_difference": found.batch_difference,
-        "truncation": pb.TruncationEffect.Name(engine.inputs.truncation).removeprefix("TRUNCATION_EFFECT_").lower(),
-        "golden_images": len(card.golden_images),
-        "exact_golden_images": found.exact_golden_images,
-        "good_to_have": [name for name in _GOOD_TO_HAVE if not _has(card, name)],
-    }
-
-
-def _all_threads_s(engine: Engine) -> float:
-    """Return the time of one image on all cores."""
-    draw, took = engine.inputs.timed(1), []
-    for _ in range(_TRIES):
-        started = time.perf_counter()
-        engine.run([draw], wide=True)
-        took.append(time.perf_counter() - started)
-    return min(took)
-
-
-def _has(card: pb.ModelCard, name: str) -> bool:
-    value = getattr(card, name)
-    return card.HasField(name) if isinstance(value, Message) else bool(value)
+    Each file is checked in a process of its own, which a file can end, or keep busy for `load_timeout_s`.
+    """
+    with asyncio.Runner() as runner:
+        prober = Prober(settings, provider=settings.provider)
+        for path in paths:
+            probed = runner.run(prober.probe(path))
+            verdict = {"file": str(path), "served": probed.outcome == "passed", "problems": probed.problems}
+            yield verdict | (probed.report or _UNKNOWN)
+        runner.run(prober.close())
 
 
 def lines_of(report: dict[str, Any]) -> list[str]:

@@ -204,12 +204,12 @@ def _check(
 
     The exit status is 1 if a file would be rejected.
     """
-    from ganserve_server.cli.check_file import lines_of, report_on
+    from ganserve_server.cli.check_file import lines_of, reports_on
     from ganserve_server.repository.scan import files_of
 
     reports = []
-    for file in (each for path in files for each in files_of(path)):
-        reports.append(report := report_on(file, context.obj))
+    for report in reports_on((each for path in files for each in files_of(path)), context.obj):
+        reports.append(report)
         if not as_json:
             print("\n".join(lines_of(report)), flush=True)
     if as_json:

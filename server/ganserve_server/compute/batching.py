@@ -108,7 +108,7 @@ def batching_of(model: onnx.ModelProto) -> Decision:
     """Decide by the operators of a model and the shapes of their inputs."""
     values = _Values(model)
     chosen, operator, one_thread = Batching.TOGETHER, "", ""
-    for node, outermost in _nodes(model):
+    for node, outermost in nodes_in(model):
         if node.op_type not in _SUMS | _FUNCTIONS or (outermost and not values.depends(node)):
             continue
         if node.op_type == "Pow" and values.is_square(node.input[1]):
@@ -124,7 +124,7 @@ def batching_of(model: onnx.ModelProto) -> Decision:
 
 def has_loops(model: onnx.ModelProto) -> bool:
     """Return whether a model may run a node any number of times."""
-    return any(node.op_type in _LOOPS for node, _ in _nodes(model))
+    return any(node.op_type in _LOOPS for node, _ in nodes_in(model))
 
 
 def _of_function(values: "_Values", node: onnx.NodeProto) -> tuple[Batching, bool]:
@@ -220,7 +220,7 @@ class _Values:
         return next((list(each.ints) for each in node.attribute if each.name == "axes"), [])
 
 
-def _nodes(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
+def nodes_in(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
     """Yield each node, and whether it is in the outermost graph."""
     for node in model.graph.node:
         yield node, True

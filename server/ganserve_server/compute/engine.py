@@ -6,6 +6,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +48,17 @@ _SHORT_S = 0.0002
 _ARENA_BYTES = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured of a model on the CPU, so that it can be opened again without measuring."""
+
+    batching: Batching
+    image_bytes: int  # of memory, while an image is made; 0: unknown
+    call_s: float  # of a batch, whatever it has
+    image_s: float  # of each image of a batch
+    wide_image_s: float  # of one image on all cores; 0: the calling thread is faster
+
+
 class ProviderUnavailable(Exception):  # noqa: N818
     """The requested provider does not run on this machine."""
 
@@ -71,6 +84,7 @@ class Engine:
         loops: bool = False,
         limits: BatchLimits = BatchLimits(),  # noqa: B008
         gpu: GpuOptions = GpuOptions(),  # noqa: B008
+        figures: Figures | None = None,
     ) -> None:
         """Open the sessions.
 
@@ -83,13 +97,16 @@ class Engine:
             loops: whether the model has loops; the memory of such a model is not measured.
             limits: what a batch may have and take on the CPU.
             gpu: the settings of the GPU.
+            figures: what was measured of this model before; only on the CPU. It then needs no `warm_up` or `measure`.
 
         Raises:
             ProviderUnavailable: CUDA or TensorRT was requested, but does not run.
             SessionRefused: onnxruntime rejects the model.
         """
         self.inputs = inputs
-        self.batching = batching
+        self.batching = figures.batching if figures else batching
+        self.image_bytes = figures.image_bytes if figures else 0  # while it is made; 0: unknown, or on a GPU
+        self.trial: Callable[[], AbstractContextManager[None]] | None = None  # of each batch, while they are the first
         wanted: list[Providers] = []  # the best first
         if provider == "tensorrt":
             wanted.append(tensorrt_providers(gpu, inputs))
@@ -99,7 +116,7 @@ class Engine:
             load_cuda_libraries()
         failure = ""
         try:
-            self._session, failure = _first_that_opens(model, [*wanted, [CPU]])
+            self._session, failure = _first_that_opens(model, [*wanted, [CPU]], arena=self._arena)
             self.provider: str = self._session.get_providers()[0]
             self.on_cpu = self.provider == CPU
             if not self.on_cpu:
@@ -122,7 +139,6 @@ class Engine:
         elif failure:
             _log.warning("no CUDA graphs: each kernel is launched separately", extra={"reason": failure})
         self._loops, self._limits, self._gpu = loops, limits, gpu
-        self.image_bytes = 0  # of memory, while it is made; 0: unknown, or on a GPU
         self._threads = threads if self.on_cpu else 1
         self._model = model if self.on_cpu else b""  # until the sessions are chosen
         self._wide_session = self._session
@@ -130,8 +146,9 @@ class Engine:
         self._reopen: Callable[[], onnxruntime.InferenceSession] | None = None
         if self.provider == CUDA and not failure:
             self._reopen = lambda: _session(model, wanted[-1], 1)
-        self._call_s = self._image_s = 0.0
-        self.wide_is_faster = False
+        self._call_s = self._image_s = self._wide_image_s = 0.0
+        if figures:
+            self._take(figures, model)
 
     def warm_up(self, image_shape: tuple[int, int, int]) -> None:
         """Measure an image's memory on the CPU, or prepare the GPU.
@@ -153,6 +170,26 @@ class Engine:
             _log.warning("no CUDA graphs: each kernel is launched separately", extra={"reason": failure})
             self._session = self._wide_session = reopen()
             self._bind(image_shape, probes)
+
+    def _take(self, figures: Figures, model: bytes) -> None:
+        """Take what was measured before, and run each session once: a first run takes longer."""
+        self._model = b""
+        self._call_s, self._image_s, self._wide_image_s = figures.call_s, figures.image_s, figures.wide_image_s
+        draw = self.inputs.timed(1)
+        self.run([draw])
+        if self.wide_is_faster:
+            self._wide_session = _session(model, [CPU], self._threads, arena=self._arena)
+            self.run([draw], wide=True)
+
+    @property
+    def figures(self) -> Figures:
+        """What was measured, on the CPU."""
+        return Figures(self.batching, self.image_bytes, self._call_s, self._image_s, self._wide_image_s)
+
+    @property
+    def wide_is_faster(self) -> bool:
+        """Whether all cores make one image sooner than the calling thread."""
+        return self._wide_image_s > 0
 
     @property
     def buckets(self) -> list[int]:
@@ -194,7 +231,7 @@ class Engine:
             self._wide_session = _session(self._model, [CPU], self._threads, arena=self._arena)
             wide_s = least_s(1, wide=True, until_s=one_s, longest_s=_WIDE_TIMED_S)
             one_s = min(one_s, least_s(1))  # again: the first timing may have been disturbed
-            self.wide_is_faster = max(wide_s, _SHORT_S) < one_s
+            self._wide_image_s = wide_s if max(wide_s, _SHORT_S) < one_s else 0.0
         if not self.wide_is_faster:
             self._wide_session = self._session  # frees its weights
         self._model = b""
@@ -221,6 +258,12 @@ class Engine:
 
     def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
         """Make the images of a batch; this holds Python's GIL only at the start and at the end."""
+        if (trial := self.trial) is None:
+            return self._computed(feeds, wide=wide)
+        with trial():
+            return self._computed(feeds, wide=wide)
+
+    def _computed(self, feeds: Feeds, *, wide: bool) -> NDArray[np.uint8]:
         if self._runner is not None:
             return self._runner.run(feeds)
         if self.inputs.scalar_truncation:
@@ -265,15 +308,17 @@ class Engine:
         return self.inputs.feeds(draws)
 
 
-def _first_that_opens(model: bytes, choices: list[Providers]) -> tuple[onnxruntime.InferenceSession, str]:
+def _first_that_opens(
+    model: bytes, choices: list[Providers], *, arena: bool
+) -> tuple[onnxruntime.InferenceSession, str]:
     """Open a session on the first choice that works; also return why an earlier choice failed, if one did."""
     failure = ""
     for providers in choices[:-1]:
         try:
-            return _session(model, providers, 1), failure
+            return _session(model, providers, 1, arena=arena), failure
         except Exception as error:  # onnxruntime's exceptions have no common root
             failure = str(error)
-    return _session(model, choices[-1], 1), failure
+    return _session(model, choices[-1], 1, arena=arena), failure
 
 
 def _unavailable(asked: str, runs: str, reason: str, failure: str) -> ProviderUnavailable:

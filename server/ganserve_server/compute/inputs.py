@@ -402,6 +402,8 @@ def input_problems(card: pb.ModelCard) -> Iterator[str]:
     """Yield the rules that the inputs which a card lists break: it contradicts itself, or this server knows no such."""
     listed = card.inputs
     if not listed:
+        if card.latent_dim > _MAX_VALUES:
+            yield f"the model card gives latent_dim {card.latent_dim:,}; at most {_MAX_VALUES:,} are allowed"
         return
     names = [each.name for each in listed]
     if len(set(names)) < len(names):

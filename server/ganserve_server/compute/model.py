@@ -21,6 +21,20 @@ class ModelVersion:
     classes: int = field(init=False)
     pixel_bytes: int = field(init=False)  # of one image
 
+    @classmethod
+    def of(cls, name: str, version: int, digest: str, card: pb.ModelCard, engine: Engine) -> "ModelVersion":
+        """Return the version of a model."""
+        answer = pb.GenerateImagesResponse(
+            model=name,
+            version=version,
+            digest=digest,
+            provider=engine.provider,
+            height=card.height,
+            width=card.width,
+            channels=card.channels,
+        )
+        return cls(name, version, digest, card, engine, answer.SerializeToString())
+
     def __post_init__(self) -> None:
         """Read the card's values that each request needs once: access to protobuf's fields is slow."""
         object.__setattr__(self, "classes", len(self.card.class_names))

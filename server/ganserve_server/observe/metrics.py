@@ -162,6 +162,12 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
+        self.files_quarantined = Gauge(
+            "ganserve_files_quarantined",
+            "Model files that are not loaded because a process ended, or did not go on, while it loaded or tried them.",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         # With a label: without one, the series would exist with the value 0 even if there is no certificate.
         self.certificate_expiry = Gauge(
             "ganserve_certificate_expiry_timestamp_seconds",

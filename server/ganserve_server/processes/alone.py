@@ -8,21 +8,20 @@ from typing import Any
 from ganserve_server.auth.security import Security
 from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.observe.metrics import Load, Metrics
-from ganserve_server.processes.admin_listener import AdminListener
+from ganserve_server.processes.management import Management
 from ganserve_server.processes.reports import ReportServing, report_draining
 from ganserve_server.processes.serving import Host, serve_models
-from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.served import ServedVersions
 from ganserve_server.settings import ServerSettings
+from ganserve_server.shared.rates import SharedRates
 from ganserve_server.transport.interface import Server
 
 
 async def serve_alone(
     settings: ServerSettings,
     stop: asyncio.Event,
-    reload: asyncio.Event,
+    management: Management,
     sockets: list[socket],
-    metrics: Metrics,
-    security: Security,
     report_serving: ReportServing,
 ) -> None:
     """Serve as the only process until `stop` is set, then drain.
@@ -30,11 +29,13 @@ async def serve_alone(
     Raises:
         StartError: no model can be served, or an address is taken.
     """
+    metrics = Metrics()
+    security = Security(settings, metrics, SharedRates())
+    security.warn_if_open(sockets, "--address")
     with contextlib.closing(HttpEndpoint(settings.metrics_address, metrics.registry)) as endpoint:
-        admin = AdminListener(settings, security)
-        host = _OnlyProcessHost(settings, sockets, metrics, security, endpoint, admin, report_serving)
-        await serve_models(host, settings, stop, reload)
-        await admin.stop()
+        management.bind(security)
+        host = _OnlyProcessHost(settings, sockets, metrics, security, endpoint, management, report_serving)
+        await serve_models(host, settings, stop)
 
 
 class _OnlyProcessHost(Host):
@@ -45,21 +46,36 @@ class _OnlyProcessHost(Host):
         metrics: Metrics,
         security: Security,
         endpoint: HttpEndpoint,
-        admin: AdminListener,
+        management: Management,
         report_serving: ReportServing,
     ) -> None:
-        self._settings, self._endpoint, self._admin = settings, endpoint, admin
+        self._settings, self._endpoint = settings, endpoint
         self.sockets, self.metrics, self.security = sockets, metrics, security
-        self.board, self.unloaded, self.may_be_empty, self.logs = None, (), False, True
-        self._report_serving = report_serving
+        self.board, self.state, self.logs = None, management.state, True
+        self._management, self._report_serving = management, report_serving
+        self._versions: ServedVersions
+        self._quarantining: set[asyncio.Task[None]] = set()
+
+    async def load(self, versions: ServedVersions) -> None:
+        """Load the models as the lifecycle decides."""
+        self._versions = versions
+        self._management.lifecycle.serve_by(versions)
+        await self._management.starting
+
+    def quarantine(self, name: str, version: int, digest: str, reason: str) -> None:
+        """Have the lifecycle quarantine the file."""
+        task = asyncio.create_task(self._management.lifecycle.quarantine(name, version, digest, reason))
+        self._quarantining.add(task)
+        task.add_done_callback(self._quarantining.discard)
 
     def server_made(self, server: Server) -> None:
         """Add the server's connections and calls to the metrics."""
         self.metrics.registry.register(Load(lambda: server.load, server.kept_bytes))
 
-    def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
-        """Listen for operators, and report that the server is ready."""
-        self._report_serving(facts, self._endpoint, lifecycle, self._admin.start(lifecycle))
+    def serving(self, facts: dict[str, Any]) -> None:
+        """Report that the server is ready."""
+        admin_address = self._management.begin(self.security)
+        self._report_serving(facts, self._endpoint, self._versions, self.security, admin_address)
 
     def draining(self) -> None:
         """Report the drain to systemd and the log."""
@@ -70,4 +86,5 @@ class _OnlyProcessHost(Host):
         await asyncio.sleep(self._settings.drain_delay_s)
 
     async def drained(self) -> None:
-        """Do nothing: `serve_alone` stops answering operators at the end."""
+        """Load no models any more."""
+        await self._management.close()

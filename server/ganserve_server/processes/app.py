@@ -15,13 +15,12 @@ from ganserve_server.auth.security import Security
 from ganserve_server.compute.cuda import nvidia_driver
 from ganserve_server.machine import cores, memory_limit
 from ganserve_server.observe.http_endpoint import HttpEndpoint
-from ganserve_server.observe.metrics import Metrics
-from ganserve_server.processes.admin_listener import AdminListener
-from ganserve_server.processes.administration import WorkersAdministration
 from ganserve_server.processes.channel import WORKER_VARIABLE, SupervisorChannel
+from ganserve_server.processes.management import Management
 from ganserve_server.processes.reports import ModelServer, ReportServing, report_draining, why_not_ready
 from ganserve_server.processes.supervisor import Supervisor
-from ganserve_server.processes.systemd import notify, reloading
+from ganserve_server.processes.systemd import notify
+from ganserve_server.repository.scan import require_models
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 from ganserve_server.transport.addresses import bind, name
@@ -45,14 +44,22 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     if variable := os.environ.get(WORKER_VARIABLE):
         from ganserve_server.processes.worker import work
 
-        await work(SupervisorChannel(variable), settings, stop, reload)
+        await work(SupervisorChannel(variable), settings, stop)
         return
     started = time.perf_counter()
     sockets = bind(settings.address, "--address")
     workers = _count_workers(settings)
+    if settings.without_effect:
+        _log.warning("--transport grpcio ignores these settings", extra={"settings": settings.without_effect})
+    require_models(settings.models)
+    management = Management(settings, stop, reload)
 
     def report_serving(
-        facts: Mapping[str, Any], endpoint: HttpEndpoint, server: ModelServer, admin_address: str | None
+        facts: Mapping[str, Any],
+        endpoint: HttpEndpoint,
+        server: ModelServer,
+        security: Security,
+        admin_address: str | None,
     ) -> None:
         # First, so that a program that acts on the log line or on systemd's state finds the server ready.
         endpoint.why_not_ready = lambda: why_not_ready(stop, server)
@@ -73,26 +80,30 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         )
         notify("READY=1")
 
-    if settings.without_effect:
-        _log.warning("--transport grpcio ignores these settings", extra={"settings": settings.without_effect})
-    metrics = Metrics() if workers == 1 else None
-    security = Security(settings, metrics, SharedRates())
-    security.warn_if_open(sockets, "--address")
-    if metrics is not None:
-        from ganserve_server.processes.alone import serve_alone
-
-        await serve_alone(settings, stop, reload, sockets, metrics, security, report_serving)
-    else:
-        await _supervise(settings, stop, reload, Supervisor(workers, sockets), security, report_serving)
+    try:
+        if workers == 1:
+            # In a thread: meanwhile the lifecycle starts a probe, which imports its libraries at the same time.
+            alone = await asyncio.to_thread(importlib.import_module, "ganserve_server.processes.alone")
+            await alone.serve_alone(settings, stop, management, sockets, report_serving)
+        else:
+            supervisor = Supervisor(
+                workers,
+                sockets,
+                on_worker_ended=management.lifecycle.process_ended,
+                on_quarantine=management.lifecycle.quarantine,
+                open_timeout_s=settings.load_timeout_s,
+            )
+            await _supervise(settings, stop, management, supervisor, report_serving)
+    finally:
+        await management.close()
     _log.info("stopped")
 
 
 async def _supervise(
     settings: ServerSettings,
     stop: asyncio.Event,
-    reload: asyncio.Event,
+    management: Management,
     supervisor: Supervisor,
-    security: Security,
     report_serving: ReportServing,
 ) -> None:
     """Serve with several workers until `stop` is set, then end them."""
@@ -100,29 +111,31 @@ async def _supervise(
         contextlib.closing(supervisor),
         contextlib.closing(HttpEndpoint(settings.metrics_address, supervisor.registry)) as endpoint,
     ):
-        admin = AdminListener(settings, security)
+        management.lifecycle.serve_by(supervisor)
+        security = Security(settings, None, SharedRates())
+        security.warn_if_open(supervisor.sockets, "--address")
+        management.bind(security)
         meanwhile = asyncio.to_thread(importlib.import_module, "ganserve_server.services.administration")
-        starting = asyncio.gather(supervisor.start(), meanwhile)
+        starting = asyncio.gather(supervisor.start(), management.starting, meanwhile)
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
+        stopped_early = not starting.done()
+        if stopped_early or starting.exception():  # no call was served yet
             starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            return  # no call was served yet
-        facts, _ = starting.result()
+            await asyncio.gather(starting, management.close(), return_exceptions=True)
+            await supervisor.kill()
+        if stopped_early:
+            return
+        facts, _, _ = starting.result()
         if facts is None:
             raise SystemExit(1)
-        report_serving(facts, endpoint, supervisor, admin.start(WorkersAdministration(supervisor)))
-        tasks = [
-            asyncio.create_task(_forward_reloads(reload, supervisor, security)),
-            asyncio.create_task(security.watch()),
-        ]
+        report_serving(facts, endpoint, supervisor, security, management.begin(security, supervisor.refresh))
+        watching = asyncio.create_task(security.watch())
         await stopped
         report_draining(settings)
-        for task in tasks:
-            task.cancel()
+        watching.cancel()
         most_s = settings.drain_delay_s + settings.drain_timeout_s + _LONGEST_END_S
-        await asyncio.gather(admin.stop(), supervisor.stop(most_s))
+        await asyncio.gather(management.close(), supervisor.stop(most_s))
 
 
 def _count_workers(settings: ServerSettings) -> int:
@@ -144,16 +157,6 @@ def _count_workers(settings: ServerSettings) -> int:
     memory = min(memory_limit() or _NO_LIMIT, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     fitting = memory * 3 // 4 // (_WORKER_BYTES + _BYTES_PER_FILE_BYTE * files)
     return max(1, min(wanted, fitting))
-
-
-async def _forward_reloads(reload: asyncio.Event, supervisor: Supervisor, security: Security) -> None:
-    while True:
-        await reload.wait()
-        reload.clear()
-        with reloading():
-            security.refresh()
-            await supervisor.ask_all({"do": "refresh"})
-        _log.info("reloaded")
 
 
 def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:

@@ -1,12 +1,13 @@
 """The channel between a worker and its supervisor, from the worker's side.
 
-The supervisor sends requests, each a line of JSON such as {"do": "load", "model": NAME}; the other requests are unload,
-reload and refresh. The worker answers each request with a line. It sends its first line without a request, once it
-serves.
+The supervisor sends requests, each a line of JSON such as {"id": 1, "do": "open", "version": …}; the other requests are
+`serve` and `refresh`. The worker answers each request, in any order, with a line that has its id. It also sends events:
+`serving`, with facts for the log, and `quarantine`.
 """
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 from collections.abc import Awaitable, Callable
@@ -32,24 +33,23 @@ class SupervisorChannel:
         self.board = Scoreboard(given["board"], given["workers"], self.number)
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
         self.rates: int = given["rates"]  # the descriptor of the memory for the tokens' rates
-        self.unloaded: list[str] = given["unloaded"]  # models that an operator has unloaded
-        self.replaces: bool = given["replaces"]  # whether this worker replaces one that ended
         self.gone = asyncio.Event()  # set when the supervisor is gone
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
         self._folder: str = given["folder"]
 
-    @property
-    def logs_for_all(self) -> bool:
-        """Whether this worker logs the lines that are identical in all workers."""
-        return self.board.leads if self.board.takes_part else self.replaces or not self.number
-
     async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
-        """Answer the supervisor's requests; set `stop` when the supervisor is gone."""
+        """Answer the supervisor's requests, each in a task; set `stop` when the supervisor is gone."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_LINE_BYTES)
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def handle(request: dict[str, Any]) -> None:
+            self.send({"id": request["id"], **await answer(request)})
+
         with suppress(OSError):
             while (line := await reader.readline()).endswith(b"\n"):
-                self.send(await answer(json.loads(line)))
+                tasks.add(task := asyncio.create_task(handle(json.loads(line))))
+                task.add_done_callback(tasks.discard)
         self.gone.set()
         stop.set()
 
@@ -61,6 +61,11 @@ class SupervisorChannel:
                 self._channel.sendall(line)
         else:
             self._writer.write(line)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the metrics' files were removed, because the supervisor is gone."""
+        return not os.path.isdir(self._folder)
 
     def close(self) -> None:
         """Remove the metrics' files if the supervisor, which owns them, is gone."""

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from ganserve_server.auth.security import Security
 from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.processes.systemd import notify
 from ganserve_server.settings import ServerSettings
@@ -13,15 +14,16 @@ _log = logging.getLogger(__name__)
 
 
 class ModelServer(Protocol):
-    """The lifecycle of the only process, or the supervisor of several."""
+    """The served versions of the only process, or the supervisor of several."""
 
     @property
     def serves(self) -> bool:
         """Whether there is a model that can be called."""
 
 
-# Called with facts for the log, the endpoint of probes, the source of their answers, and the admin address, if any.
-ReportServing = Callable[[Mapping[str, Any], HttpEndpoint, ModelServer, str | None], None]
+# Called with facts for the log, the endpoint of probes, the source of their answers, the certificates and tokens, and
+# the admin address, if any.
+ReportServing = Callable[[Mapping[str, Any], HttpEndpoint, ModelServer, Security, str | None], None]
 
 
 def why_not_ready(stop: asyncio.Event, server: ModelServer) -> str:

@@ -6,27 +6,24 @@ import logging
 import socket
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Coroutine
 from typing import Any
 
 from ganserve.v1 import generation_pb2
 from ganserve_server.auth.security import Security
 from ganserve_server.compute.cuda import nvidia_driver
-from ganserve_server.compute.engine import ProviderUnavailable
 from ganserve_server.inference import grpc_service_pb2
 from ganserve_server.observe.call_recorder import CallRecorder
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.observe.tracing import start_tracing
-from ganserve_server.processes.systemd import reloading
-from ganserve_server.repository.lifecycle import Lifecycle
-from ganserve_server.repository.scan import require_models
+from ganserve_server.repository.served import ServedVersions
+from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.repository.table import ModelTable
 from ganserve_server.services import health, open_inference, reflection
 from ganserve_server.services.generation import SERVICE, GenerationServicer
 from ganserve_server.services.open_inference import InferenceServicer
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.scoreboard import Scoreboard
-from ganserve_server.start_errors import StartError
 from ganserve_server.transport import new_server
 from ganserve_server.transport.addresses import refused
 from ganserve_server.transport.interface import Server
@@ -46,8 +43,7 @@ class Host(ABC):
         metrics: the metrics of this process.
         security: the certificates and tokens of this process.
         board: the workers' scoreboard, if there are several workers.
-        unloaded: models that an operator has unloaded.
-        may_be_empty: whether to serve even without a model.
+        state: what is known of model files.
         logs: whether this process logs the lines that are identical in all workers.
     """
 
@@ -55,17 +51,28 @@ class Host(ABC):
     metrics: Metrics
     security: Security
     board: Scoreboard | None
-    unloaded: Collection[str]
-    may_be_empty: bool
+    state: StateFolder
     logs: bool
+
+    @abstractmethod
+    async def load(self, versions: ServedVersions) -> None:
+        """Open the models and serve them; return when that is done.
+
+        Raises:
+            StartError: no model can be served, or the required provider is missing.
+        """
+
+    @abstractmethod
+    def quarantine(self, name: str, version: int, digest: str, reason: str) -> None:
+        """Report that this process dropped a version, whose file must not be loaded again."""
 
     @abstractmethod
     def server_made(self, server: Server) -> None:
         """Called with the server before it listens."""
 
     @abstractmethod
-    def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
-        """Called when the server answers calls: report that, and accept operators' requests."""
+    def serving(self, facts: dict[str, Any]) -> None:
+        """Called when the server answers calls: report that."""
 
     @abstractmethod
     def draining(self) -> None:
@@ -77,25 +84,26 @@ class Host(ABC):
 
     @abstractmethod
     async def drained(self) -> None:
-        """Called when all calls are done: accept no more requests from operators."""
+        """Called when all calls are done: serve no other models any more."""
 
 
-async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
+async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event) -> None:
     """Serve the models of one process until `stop` is set, then drain.
 
     Args:
         host: the process.
         settings: the server's settings.
         stop: when set, ends the serving.
-        reload: when set, looks for changes in the repository.
 
     Raises:
         StartError: no model can be served, or the address is taken.
     """
     metrics, security, board = host.metrics, host.security, host.board
     table, health_servicer = ModelTable(), health.HealthServicer()
-    lifecycle = Lifecycle(settings, metrics, table, health_servicer.set_serving, board, host.unloaded)
-    await _load_models(lifecycle, settings, table, may_be_empty=host.may_be_empty)
+    versions = ServedVersions(
+        settings, metrics, table, health_servicer.set_serving, host.quarantine, host.state.risk(), board
+    )
+    await _until(stop, host.load(versions))
     if stop.is_set():
         return
     tracing = start_tracing(warn=host.logs)
@@ -122,11 +130,7 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
         server.start(host.sockets)
     except OSError as error:
         raise refused(settings.address, "--address", error) from error
-    tasks = [asyncio.create_task(_refresh_on(reload, lifecycle, security)), asyncio.create_task(security.watch())]
-    if settings.reload == "watch":
-        tasks.append(asyncio.create_task(lifecycle.watch(stop)))
-        await asyncio.sleep(0)  # so that the watch begins
-        await lifecycle.refresh()  # for changes since the models were loaded
+    watching = asyncio.create_task(security.watch())
     provider = table.find(table.names[0], None).model.engine.provider if table.names else ""
     if provider:
         metrics.provider_info.labels(settings.provider, provider, int(bool(nvidia_driver()))).set(1)
@@ -136,20 +140,19 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    host.serving({"models": table.names, "provider": provider}, lifecycle)
+    host.serving({"models": table.names, "provider": provider})
     await stop.wait()
     host.draining()
     health_servicer.enter_graceful_shutdown()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
     await host.wait_for_drain()
     await server.drain(settings.drain_timeout_s)
     await host.drained()
     recorder.close()
     if tracing is not None:
         await tracing.close()
-    await lifecycle.close()
+    await versions.close()
 
 
 def _add_services(
@@ -170,26 +173,13 @@ def _add_services(
         health_servicer.set(service, health.SERVING)
 
 
-async def _load_models(
-    lifecycle: Lifecycle, settings: ServerSettings, table: ModelTable, *, may_be_empty: bool
-) -> None:
-    if not may_be_empty:
-        require_models(settings.models)
-    try:
-        await lifecycle.refresh(starting=True)
-    except ProviderUnavailable as error:
-        raise StartError(str(error)) from error
-    except OSError as error:
-        raise StartError(f"the model repository {settings.models} cannot be listed: {error.strerror}") from error
-    if not table.names and not may_be_empty:
-        raise StartError(f"{settings.models} has no model that can be served: the log has the reason for each file")
-
-
-async def _refresh_on(reload: asyncio.Event, lifecycle: Lifecycle, security: Security) -> None:
-    while True:
-        await reload.wait()
-        reload.clear()
-        with reloading():
-            security.refresh()
-            await lifecycle.refresh()
-        _log.info("reloaded")
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, but not once `stop` is set."""
+    working, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        return
+    await working

@@ -6,7 +6,9 @@ Counters are sums over all workers, including dead ones: prometheus-client keeps
 """
 
 import asyncio
+import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -16,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from prometheus_client.process_collector import ProcessCollector
 from ganserve_server.observe.metrics import Load
 from ganserve_server.processes.channel import MAX_LINE_BYTES, WORKER_VARIABLE
 from ganserve_server.processes.systemd import SOCKET_VARIABLE
+from ganserve_server.repository.states import ProbedVersion, Served
 from ganserve_server.shared.rates import RATES_BYTES
 from ganserve_server.shared.scoreboard import Scoreboard, scoreboard_bytes
 from ganserve_server.start_errors import StartError
@@ -40,49 +43,98 @@ _LONG_LIFE_S = 30.0
 
 
 class _Worker:
-    """One process, as the supervisor sees it."""
+    """One process, as the supervisor sees it.
 
-    def __init__(self, number: int, process: asyncio.subprocess.Process, channel: socket.socket) -> None:
-        self.number, self.process, self._channel = number, process, channel
+    Args:
+        number: its place among the workers.
+        process: the process.
+        channel: the supervisor's end of the channel.
+        on_event: called with what it reports without being asked.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        process: asyncio.subprocess.Process,
+        channel: socket.socket,
+        on_event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.number, self.process, self._channel, self._on_event = number, process, channel, on_event
         self.started = time.monotonic()
-        self._reader: asyncio.StreamReader
+        self.facts: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
+        self.sent: set[tuple[str, int, str]] = set()  # the versions that it was asked to open
+        self._answers: dict[int, asyncio.Future[dict[str, Any] | None]] = {}
+        self._ids = itertools.count()
         self._writer: asyncio.StreamWriter
-        self._asking = asyncio.Lock()
+        self._reading: asyncio.Task[None]
 
-    async def ready(self) -> dict[str, Any] | None:
-        """Wait until the worker serves; return its first message, or None if it ended before."""
-        async with self._asking:  # requests wait until then
-            self._reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_LINE_BYTES)
-            return await self._read()
+    async def connect(self) -> None:
+        """Open the channel."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_LINE_BYTES)
+        self._reading = asyncio.create_task(self._read(reader))
 
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Send a request; return the answer, or None if the worker ended meanwhile."""
-        # Shielded: if the caller disconnects, the answer must still be read, or it would answer the next request.
-        return await asyncio.shield(self._exchange(request))
+    def ask(self, request: dict[str, Any]) -> "asyncio.Future[dict[str, Any] | None]":
+        """Send a request; return the future answer, which is None if the worker ends before."""
+        answer: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
+        if self._reading.done():
+            answer.set_result(None)
+        else:
+            number = next(self._ids)
+            self._answers[number] = answer
+            self._writer.write(json.dumps({"id": number, **request}).encode() + b"\n")
+        return answer
 
-    async def _exchange(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        async with self._asking:
-            self._writer.write(json.dumps(request).encode() + b"\n")
-            return await self._read()
+    def open(self, version: ProbedVersion) -> "asyncio.Future[dict[str, Any] | None]":
+        """Ask the worker to open a version."""
+        self.sent.add((*version.key, version.probed.digest))
+        return self.ask({"do": "open", "version": version.to_json()})
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send the worker a signal."""
-        with suppress(ProcessLookupError):
-            self.process.send_signal(number)
+    def serve(self, versions: list[ProbedVersion], served: Served) -> "asyncio.Future[dict[str, Any] | None]":
+        """Ask the worker to serve these versions, and to open before what it was not asked to open."""
+        for version in versions:
+            if (*version.key, version.probed.digest) not in self.sent:
+                self.open(version)
+        return self.ask({"do": "serve", "served": served.to_json()})
 
-    async def _read(self) -> dict[str, Any] | None:
+    async def _read(self, reader: asyncio.StreamReader) -> None:
         with suppress(OSError):
-            if (line := await self._reader.readline()).endswith(b"\n"):  # otherwise the worker has ended
+            while (line := await reader.readline()).endswith(b"\n"):  # otherwise the worker has ended
                 message: dict[str, Any] = json.loads(line)
-                return message
-        return None
+                if "id" in message:
+                    if not (answer := self._answers.pop(message["id"])).done():
+                        answer.set_result(message)
+                elif message["event"] == "serving":
+                    self.facts.set_result(message["facts"])
+                else:
+                    self._on_event(message)
+        for future in (self.facts, *self._answers.values()):
+            if not future.done():
+                future.set_result(None)
 
 
 class Supervisor:
-    """Keeps `count` workers running."""
+    """Keeps `count` workers running, which serve what the lifecycle decides.
 
-    def __init__(self, count: int, sockets: list[socket.socket]) -> None:
-        self._count, self._sockets = count, sockets
+    Args:
+        count: the number of workers.
+        sockets: the bound sockets for calls.
+        on_worker_ended: called with the process id and the exit status of a worker that ended by itself.
+        on_quarantine: called with a version that a worker dropped, its digest, and the reason.
+        open_timeout_s: how long to wait for a worker that opens a version; then it is not served by that worker yet.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        sockets: list[socket.socket],
+        *,
+        on_worker_ended: Callable[[int, int], Coroutine[Any, Any, None]],
+        on_quarantine: Callable[[str, int, str, str], Coroutine[Any, Any, None]],
+        open_timeout_s: float,
+    ) -> None:
+        self._count, self.sockets = count, sockets
+        self._on_worker_ended, self._on_quarantine = on_worker_ended, on_quarantine
+        self._open_timeout_s = open_timeout_s
         self._memory = os.memfd_create("ganserve-scoreboard")
         os.ftruncate(self._memory, scoreboard_bytes(count))
         self._rates = os.memfd_create("ganserve-rates")
@@ -97,10 +149,13 @@ class Supervisor:
                 f"workers share their metrics in temporary files, but there is no folder for them ({error.strerror}): "
                 "set the variable TMPDIR to a folder, such as /dev/shm, or use --workers 1"
             ) from error
+        self._processes: dict[int, asyncio.subprocess.Process] = {}  # of the workers, also before they are connected
         self._workers: dict[int, _Worker] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
-        self.unloaded: set[str] = set()  # models that an operator has unloaded
+        self._served: tuple[list[ProbedVersion], Served] | None = None
+        self._handling: set[asyncio.Task[None]] = set()
+        self._ended: dict[int, asyncio.Task[None]] = {}  # by process id: the search for the reason
         self.registry = CollectorRegistry()
         MultiProcessCollector(self.registry, str(self._folder))
         self.registry.register(_Processes(self))
@@ -135,22 +190,60 @@ class Supervisor:
 
     def signal(self, number: signal.Signals) -> None:
         """Send all workers a signal."""
-        for worker in self._workers.values():
-            worker.signal(number)
+        for process in self._processes.values():
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
 
-    async def ask_all(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Send all workers a request; return the answers of the live ones."""
-        answers = await asyncio.gather(*(worker.ask(request) for worker in self._workers.values()))
-        return [answer for answer in answers if answer is not None]
+    @property
+    def processes(self) -> int:
+        """How many workers there are."""
+        return self._count
+
+    async def open(self, version: ProbedVersion) -> str:
+        """Open a version in all workers, without serving it; return why one cannot, or an empty text.
+
+        Raises:
+            StartError: the required provider is missing.
+        """
+        asked = {worker.open(version): worker for worker in self._workers.values()}
+        if not asked:
+            return ""  # the workers open it when they start
+        done, _ = await asyncio.wait(asked, timeout=self._open_timeout_s)
+        for answer in done:
+            if (found := answer.result()) is None:
+                await self._look_for_the_reason(asked[answer])
+            elif "cannot_start" in found:
+                raise StartError(found["cannot_start"])
+            elif found["reason"]:
+                return str(found["reason"])
+        return ""
+
+    async def serve(self, versions: list[ProbedVersion], served: Served) -> None:
+        """Have all workers serve these versions, and no others; also those that start later."""
+        self._served = versions, served
+        if asked := [self._give(worker) for worker in self._workers.values()]:
+            await asyncio.wait(asked, timeout=self._open_timeout_s)
+
+    def _give(self, worker: _Worker) -> "asyncio.Future[dict[str, Any] | None]":
+        """Have a worker serve what is decided."""
+        assert self._served is not None
+        versions, served = self._served
+        self._served = versions, dataclasses.replace(served, newly_rejected=0)  # one worker counts them
+        return worker.serve(versions, served)
+
+    async def refresh(self) -> None:
+        """Have all workers read changed certificates and tokens again."""
+        if asked := [worker.ask({"do": "refresh"}) for worker in self._workers.values()]:
+            await asyncio.wait(asked, timeout=self._open_timeout_s)
 
     async def stop(self, timeout_s: float) -> None:
         """End all workers; kill those that take longer than the timeout."""
         self._stopping = True
         self.signal(signal.SIGTERM)
         # Otherwise the kernel would complete connections that no worker accepts.
-        for listening in self._sockets:
+        for listening in self.sockets:
             listening.close()
-        ends = asyncio.gather(*(worker.process.wait() for worker in self._workers.values()))
+        ends = asyncio.gather(*(process.wait() for process in self._processes.values()))
         try:
             await asyncio.wait_for(asyncio.shield(ends), timeout_s)
         except TimeoutError:
@@ -161,15 +254,21 @@ class Supervisor:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
+    async def kill(self) -> None:
+        """End all workers at once."""
+        self._stopping = True
+        self.signal(signal.SIGKILL)
+        await asyncio.gather(*(process.wait() for process in self._processes.values()))
+
     def close(self) -> None:
         """Kill remaining processes, if the start failed, and remove the metrics' files."""
         self.signal(signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _start(self, number: int, *, replaces: bool = False) -> dict[str, Any] | None:
+    async def _start(self, number: int) -> dict[str, Any] | None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        descriptors, unloaded = [bound.fileno() for bound in self._sockets], sorted(self.unloaded)
+        descriptors = [bound.fileno() for bound in self.sockets]
         variable = {
             "number": number,
             "workers": self._count,
@@ -177,8 +276,6 @@ class Supervisor:
             "board": self._memory,
             "rates": self._rates,
             "channel": theirs.fileno(),
-            "unloaded": unloaded,
-            "replaces": replaces,
             "folder": str(self._folder),
         }
         environment = {
@@ -197,13 +294,31 @@ class Supervisor:
             process_group=0,  # a terminal's Ctrl-C reaches only the supervisor, which ends the workers
         )
         theirs.close()
-        worker = self._workers[number] = _Worker(number, process, ours)
-        ready = await worker.ready()
-        for model in self.unloaded.symmetric_difference(unloaded):  # since the worker was started
-            await worker.ask({"do": "unload" if model in self.unloaded else "load", "model": model})
+        self._processes[number] = process
+        worker = _Worker(number, process, ours, self._handle)
+        await worker.connect()
+        self._workers[number] = worker
+        if self._served is not None:
+            self._give(worker)
+        facts = await worker.facts
         if self._stopping:
-            worker.signal(signal.SIGTERM)
-        return ready
+            self.signal(signal.SIGTERM)
+        return facts
+
+    def _handle(self, event: dict[str, Any]) -> None:
+        """Take what a worker reports: that it dropped a version."""
+        what = (event["model"], event["version"], event["digest"], event["reason"])
+        self._handling.add(task := asyncio.create_task(self._on_quarantine(*what)))
+        task.add_done_callback(self._handling.discard)
+
+    async def _look_for_the_reason(self, worker: _Worker) -> None:
+        """Have the files quarantined that probably ended a worker."""
+        status, pid = await worker.process.wait(), worker.process.pid
+        if self._stopping:
+            return
+        if pid not in self._ended:
+            self._ended[pid] = asyncio.create_task(self._on_worker_ended(pid, status))
+        await self._ended[pid]
 
     async def _keep(self, number: int) -> None:
         """Replace a worker whenever it ends."""
@@ -215,12 +330,14 @@ class Supervisor:
             mark_process_dead(worker.process.pid, str(self._folder))
             if self._stopping:
                 return
+            await self._look_for_the_reason(worker)
+            del self._ended[worker.process.pid]
             quick_ends = quick_ends + 1 if time.monotonic() - worker.started < _LONG_LIFE_S else 0
             delay_s = _RESTART_DELAYS_S[min(quick_ends, len(_RESTART_DELAYS_S) - 1)]
             _log.error("a worker ended; it is replaced", extra={"worker": number, "status": status, "in_s": delay_s})
             await asyncio.sleep(delay_s)
             try:
-                ready = await self._start(number, replaces=True)
+                ready = await self._start(number)
             except OSError as error:  # too little memory, or too few descriptors or processes; retry later
                 _log.error("a worker cannot be started", extra={"worker": number, "reason": str(error)})
                 worker.started = time.monotonic()

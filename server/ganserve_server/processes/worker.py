@@ -8,41 +8,39 @@ from typing import Any
 
 from ganserve_server.auth.security import Security
 from ganserve_server.observe.metrics import Metrics
-from ganserve_server.processes import administration
 from ganserve_server.processes.channel import SupervisorChannel
 from ganserve_server.processes.serving import Host, serve_models
-from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.served import ServedVersions
+from ganserve_server.repository.state_folder import StateFolder
+from ganserve_server.repository.states import ProbedVersion, Served
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
 from ganserve_server.transport.interface import Server
 
-_IDENTICAL = ("model loaded", "model unloaded", "model rejected")  # log messages
 
-
-async def work(
-    channel: SupervisorChannel, settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event
-) -> None:
+async def work(channel: SupervisorChannel, settings: ServerSettings, stop: asyncio.Event) -> None:
     """Serve as one of several workers.
 
     Raises:
-        StartError: no model can be served; only in the worker that logs it for all.
-        SystemExit: no model can be served; in the other workers.
+        StartError: the server cannot listen; only in the worker that logs it for all.
+        SystemExit: the server cannot listen; in the other workers.
     """
-    metrics = Metrics()
-    # Lines that are identical in all workers are logged once: about certificates and tokens by the supervisor, about
-    # models by one worker.
+    # Lines that are identical in all workers are logged once: about certificates and tokens by the supervisor.
     logging.getLogger("ganserve_server.auth.security").setLevel(logging.CRITICAL)
-    models_log = logging.getLogger("ganserve_server.repository.lifecycle")
-    models_log.addFilter(lambda line: line.msg not in _IDENTICAL or channel.logs_for_all)
-    security = Security(settings, metrics, SharedRates(channel.rates))
     with contextlib.closing(channel):
         try:
-            await serve_models(_WorkerHost(channel, settings, metrics, security, stop), settings, stop, reload)
+            metrics = Metrics()
+            security = Security(settings, metrics, SharedRates(channel.rates))
+            await serve_models(_WorkerHost(channel, settings, metrics, security, stop), settings, stop)
         except StartError as error:
-            if channel.logs_for_all:
+            if channel.number == 0:
                 raise
             raise SystemExit(1) from error
+        except FileNotFoundError:
+            if channel.abandoned:  # another worker has removed the metrics' files
+                raise SystemExit(1) from None
+            raise
 
 
 class _WorkerHost(Host):
@@ -56,20 +54,29 @@ class _WorkerHost(Host):
     ) -> None:
         self._channel, self._settings, self._stop = channel, settings, stop
         self.sockets, self.metrics, self.security = channel.sockets, metrics, security
-        self.board, self.unloaded = channel.board, channel.unloaded
-        # A replacement continues like the other workers, which may have no model by now.
-        self.may_be_empty = channel.replaces
-        self.logs = channel.number == 0
+        self.board, self.state, self.logs = channel.board, StateFolder(settings), channel.number == 0
         self._following: asyncio.Task[None]
+        self._told = asyncio.Event()  # what to serve
+        self._order = asyncio.Lock()
+
+    async def load(self, versions: ServedVersions) -> None:
+        """Wait until the supervisor has said what to serve."""
+        self._following = asyncio.create_task(
+            self._channel.follow(self._stop, functools.partial(self._answer, versions))
+        )
+        await self._told.wait()
+
+    def quarantine(self, name: str, version: int, digest: str, reason: str) -> None:
+        """Report it to the supervisor."""
+        what = {"model": name, "version": version, "digest": digest, "reason": reason}
+        self._channel.send({"event": "quarantine", **what})
 
     def server_made(self, server: Server) -> None:
         """Do nothing: the supervisor reads connections and calls from the scoreboard."""
 
-    def serving(self, facts: dict[str, Any], lifecycle: Lifecycle) -> None:
-        """Report to the supervisor, and answer its requests."""
-        self._channel.send(facts)
-        answer = functools.partial(_answer, lifecycle, self.security)
-        self._following = asyncio.create_task(self._channel.follow(self._stop, answer))
+    def serving(self, facts: dict[str, Any]) -> None:
+        """Report to the supervisor."""
+        self._channel.send({"event": "serving", "facts": facts})
 
     def draining(self) -> None:
         """Do nothing: the supervisor logs it."""
@@ -84,9 +91,17 @@ class _WorkerHost(Host):
         self._following.cancel()
         await asyncio.gather(self._following, return_exceptions=True)
 
-
-async def _answer(lifecycle: Lifecycle, security: Security, request: dict[str, Any]) -> dict[str, Any]:
-    """Handle the supervisor's request; return the answer."""
-    if request["do"] == "refresh":  # as on SIGHUP
-        security.refresh()
-    return await administration.answer(lifecycle, request)
+    async def _answer(self, versions: ServedVersions, request: dict[str, Any]) -> dict[str, Any]:
+        """Handle a request of the supervisor; return the answer."""
+        if request["do"] == "refresh":  # as on SIGHUP
+            self.security.refresh()
+            return {}
+        async with self._order:  # a version is served after it was opened
+            if request["do"] == "open":
+                try:
+                    return {"reason": await versions.open(ProbedVersion.from_json(request["version"]))}
+                except StartError as error:
+                    return {"cannot_start": str(error)}
+            await versions.serve([], Served.from_json(request["served"]))
+            self._told.set()
+            return {}

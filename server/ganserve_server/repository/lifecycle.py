@@ -1,83 +1,188 @@
 """Decides which versions are served, at the start and whenever the repository changes, without a failed call.
 
-A new version is loaded and verified while the old one serves. Then the new version takes new calls, and the old one
-finishes its running calls. A file that breaks a rule is rejected and logged once; the version that was served before
-stays.
+One process decides: the only one, or the supervisor. A new file is probed in a process of its own (`prober`), and only
+a file that passed is opened where calls are answered (`served`). A new version is opened in all of these processes
+before it takes new calls; the old one finishes its running calls. A file that breaks a rule is rejected and logged
+once; the version that was served before stays.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from watchfiles import awatch
-
-from ganserve_server.compute.batching import batch_limits
-from ganserve_server.compute.engine import ProviderUnavailable
-from ganserve_server.compute.gpu import gpu_options
-from ganserve_server.compute.model import ModelVersion
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded
-from ganserve_server.machine import cores, give_back_memory
-from ganserve_server.observe.metrics import Metrics
-from ganserve_server.queueing.batcher import Batcher
-from ganserve_server.queueing.scheduler import Scheduler
+from ganserve_server.machine import memory_left
+from ganserve_server.repository.probed import Probed
+from ganserve_server.repository.prober import Prober
 from ganserve_server.repository.scan import MODEL_FILE_NAME, Stamp, look
-from ganserve_server.repository.states import VersionState
-from ganserve_server.repository.table import ModelTable
-from ganserve_server.repository.verify import ModelRejected, load_version
+from ganserve_server.repository.state_folder import StateFolder
+from ganserve_server.repository.states import ProbedVersion, Served, Servers, VersionState
 from ganserve_server.settings import ServerSettings
-from ganserve_server.shared.scoreboard import Scoreboard
+from ganserve_server.spelling import nearest
+from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 
+_LONG_S = 5.0  # a probe that takes longer is logged, also at the start
+_MORE = 1.25  # times the memory with which a probe failed: then it is tried again
+_UNTIL = "it is not loaded again until the file changes, or an operator loads it (`ganserve-server admin load {}`)"
+_Key = tuple[str, int]
+
 
 class Lifecycle:
-    """Keeps a table of models in line with the repository.
+    """Keeps the served versions in line with the repository.
 
     Args:
         settings: the server's settings.
-        metrics: the metrics of this process.
-        table: the served versions; only this class changes it.
-        on_status: called with the name of a model, or "" for the server, and whether it is served.
-        board: the workers' scoreboard, if there are several workers.
-        unloaded: models that an operator has unloaded.
+        state: what is known of files from before.
     """
 
-    def __init__(
-        self,
-        settings: ServerSettings,
-        metrics: Metrics,
-        table: ModelTable,
-        on_status: Callable[[str, bool], None],
-        board: Scoreboard | None = None,
-        unloaded: Collection[str] = (),
-    ) -> None:
-        self._board = board
-        self._unloaded = set(unloaded)  # by an operator
-        self._settings = settings
-        self._metrics = metrics
-        self._table = table
-        self._on_status = on_status
-        self._stamps: dict[tuple[str, int], Stamp] = {}  # of files that were loaded or rejected
-        self._reasons: dict[tuple[str, int], str] = {}  # why a file was rejected
-        self._awaited: set[tuple[str, int]] = set()  # have no file yet; not logged, because a copy may be under way
+    def __init__(self, settings: ServerSettings, state: StateFolder) -> None:
+        self._settings, self._state = settings, state
+        self._prober = Prober(settings)
+        self._servers: asyncio.Future[Servers] = asyncio.get_running_loop().create_future()
+        self._served: dict[_Key, ProbedVersion] = {}
+        self._opening: set[_Key] = set()
+        self._unloaded: set[str] = set()  # by an operator
+        self._stamps: dict[_Key, Stamp] = {}  # of files that were loaded or rejected
+        self._reasons: dict[_Key, str] = {}  # why a file was rejected
+        self._short: dict[_Key, int] = {}  # the memory that files need, or that was not enough for their probe
+        self._quarantined: set[_Key] = set()
+        self._newly_rejected = 0
+        self._models: set[str] = set()  # in the repository
+        self._awaited: set[_Key] = set()  # have no file yet; not logged, because a copy may be under way
         self._misplaced: dict[Path, str] = {}  # files that were probably meant as models, and why they are not served
-        self._reported: set[str] = set()
         self._refreshing = asyncio.Lock()
-        self._retiring: set[asyncio.Task[None]] = set()
-        self._threads = settings.threads or cores().usable
-        self._schedulers: dict[bool, Scheduler] = {}  # by whether it is for the CPU
+        self._tasks: set[asyncio.Task[None]] = set()
+        if state.problem:
+            _log.warning(
+                "files that end a process are not remembered: there is no folder for it; set --state-dir",
+                extra={"reason": state.problem},
+            )
 
-    async def refresh(self, *, starting: bool = False) -> None:
-        """Load new versions, and drop removed ones.
+    async def start(self) -> None:
+        """Load all models. The processes that serve them may be made known meanwhile, by `serve_by`.
 
         Raises:
-            ProviderUnavailable: CUDA or TensorRT is required and missing; only at the start.
-            OSError: the repository cannot be listed; only at the start.
+            StartError: no model can be served, or the required provider is missing.
         """
-        # One worker at a time: loading measures the models' speed, and the callers of other workers need cores, too.
-        async with self._refreshing, self._board.alone() if self._board else contextlib.nullcontext():
+        self._state.collect_deaths()
+        if not self._state.has_passed:
+            with contextlib.suppress(OSError):  # the probe of the first file reports it
+                await self._prober.start()
+        try:
+            await self._refresh(starting=True)
+        except OSError as error:
+            reason = f"the model repository {self._settings.models} cannot be listed: {error.strerror}"
+            raise StartError(reason) from error
+        if not self._served:
+            raise StartError(
+                f"{self._settings.models} has no model that can be served: the log has the reason for each file"
+            )
+
+    def serve_by(self, servers: Servers) -> None:
+        """Take the processes that serve what this class decides."""
+        self._servers.set_result(servers)
+
+    async def refresh(self) -> None:
+        """Load new versions, and drop removed ones."""
+        # A task of its own: whoever asked for it, for example an operator, may disconnect.
+        task = asyncio.create_task(self._refresh())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def load(self, name: str) -> list[VersionState]:
+        """Load a model from its folder, even if it is already served or quarantined.
+
+        Raises:
+            ModelNotFound: it has no folder.
+            ModelNotLoaded: none of its versions can be served.
+        """
+        self._unloaded.discard(name)
+        async with self._refreshing:
+            for key in [key for key in self._stamps if key[0] == name]:
+                del self._stamps[key]
+                self._short.pop(key, None)
+                if key in self._quarantined:
+                    self._state.release(await asyncio.to_thread(_digest, self._path(key)))
+        states = [state for state in await self.reload() if state.model == name]
+        if not states:
+            raise ModelNotFound(f"the repository {self._settings.models} has no model {name!r}")
+        if not any(state.served for state in states):
+            raise ModelNotLoaded(
+                f"no version of model {name} can be served: version {states[-1].version}: {states[-1].reason}"
+            )
+        return states
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model until it is loaded again; do not wait for files that are being probed.
+
+        Raises:
+            ModelNotFound: it is not served.
+        """
+        names = sorted({model for model, _ in self._served})
+        if name not in names:
+            raise ModelNotFound(
+                f"there is no model {name!r}; there are {', '.join(names) or 'none at all'}{nearest(name, names)}"
+            )
+        self._unloaded.add(name)
+        await self._drop([key for key in self._served if key[0] == name])
+
+    async def reload(self) -> list[VersionState]:
+        """Load new versions and drop removed ones; return the state of each version in the repository."""
+        await self.refresh()
+        states: list[VersionState] = []
+        for name, number in sorted(self._stamps.keys() | self._served.keys() | self._reasons.keys() | self._awaited):
+            version = self._served.get((name, number))
+            reason = self._reasons.get((name, number), "")
+            if (name, number) in self._awaited:
+                reason = f"there is no {MODEL_FILE_NAME} in its folder yet"
+            if name in self._unloaded:
+                reason = "an operator unloaded it; LoadModel loads it again"
+            digest = version.probed.digest if version else ""
+            states.append(VersionState(name, number, version is not None, digest, reason))
+        return states
+
+    async def quarantine(self, name: str, number: int, digest: str, reason: str) -> None:
+        """Stop serving a version, and do not load its file again until it changes or an operator loads it."""
+        version = self._served.get((name, number))
+        size_bytes = version.probed.size_bytes if version else 0
+        self._state.quarantine(digest, size_bytes, str(self._path((name, number))), reason)
+        await self._drop_quarantined([digest])
+
+    async def process_ended(self, pid: int, status: int) -> None:
+        """Quarantine the files that probably ended a process that served them."""
+        await self._drop_quarantined(await asyncio.to_thread(self._state.collect_deaths, pid, status))
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        """Refresh whenever something changes in the repository, until `stop` is set."""
+        from watchfiles import awatch  # late, because a supervisor starts its workers first
+
+        try:
+            async for _ in awatch(self._settings.models, stop_event=stop):
+                await self.refresh()
+        except (OSError, RuntimeError) as error:
+            _log.error("the repository is no longer watched; SIGHUP still reloads it", extra={"reason": str(error)})
+
+    async def close(self) -> None:
+        """Stop loading."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._prober.close()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the served models, in alphabetical order."""
+        return sorted({name for name, _ in self._served})
+
+    async def _refresh(self, *, starting: bool = False) -> None:
+        async with self._refreshing:
             try:
                 found, self._awaited, misplaced = await asyncio.to_thread(look, self._settings.models)
             except OSError as error:
@@ -89,178 +194,185 @@ class Lifecycle:
                 if self._misplaced.get(path) != reason:
                     _log.warning("model rejected", extra={"path": str(path), "reason": reason})
             self._misplaced = misplaced
-            wanted: set[tuple[str, int]] = set()
-            for name in sorted({name for name, _ in found} - self._unloaded):
-                versions = sorted((number for other, number in found if other == name), reverse=True)
-                wanted |= await self._choose(name, versions, found, starting=starting)
-            for key in self._table.batchers().keys() - wanted:
-                self._retire(self._table.remove(*key))
-                self._metrics.model_loads.labels("unloaded").inc()
-                _log.info("model unloaded", extra={"model": key[0], "version": key[1]})
-            await asyncio.to_thread(give_back_memory)
+            self._models = {name for name, _ in found.keys() | self._awaited}
+            wanted: set[_Key] = set()
+            try:
+                for name in sorted({name for name, _ in found} - self._unloaded):
+                    versions = sorted((number for other, number in found if other == name), reverse=True)
+                    wanted |= await self._choose(name, versions, found, starting=starting)
+            finally:
+                await self._prober.close()
             self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in found}
             self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
-            self._metrics.files_rejected.labels("models").set(len(self._reasons))
-            self._report({name for name, _ in found.keys() | self._awaited})
+            self._short = {key: size for key, size in self._short.items() if key in found}
+            self._quarantined &= found.keys()
+            await self._drop(sorted(self._served.keys() - wanted))
 
-    async def load(self, name: str) -> list[VersionState]:
-        """Load a model from its folder, even if it is already served.
-
-        Raises:
-            ModelNotFound: it has no folder.
-            ModelNotLoaded: none of its versions can be served.
-        """
-        self._unloaded.discard(name)
-        self._stamps = {key: stamp for key, stamp in self._stamps.items() if key[0] != name}
-        states = [state for state in await self.reload() if state.model == name]
-        if not states:
-            raise ModelNotFound(f"the repository {self._settings.models} has no model {name!r}")
-        if not any(state.served for state in states):
-            raise ModelNotLoaded(
-                f"no version of model {name} can be served: version {states[-1].version}: {states[-1].reason}"
-            )
-        return states
-
-    async def unload(self, name: str) -> None:
-        """Stop serving a model until it is loaded again.
-
-        Raises:
-            ModelNotFound: it is not served.
-        """
-        self._table.find(name, None)
-        self._unloaded.add(name)
-        await self.refresh()
-
-    async def reload(self) -> list[VersionState]:
-        """Load new versions and drop removed ones; return the state of each version in the repository."""
-        await self.refresh()
-        served = self._table.batchers()
-        states: list[VersionState] = []
-        for name, number in sorted(self._stamps.keys() | served.keys() | self._reasons.keys() | self._awaited):
-            batcher = served.get((name, number))
-            digest = batcher.model.digest if batcher else ""
-            reason = self._reasons.get((name, number), "")
-            if (name, number) in self._awaited:
-                reason = f"there is no {MODEL_FILE_NAME} in its folder yet"
-            if name in self._unloaded:
-                reason = "an operator unloaded it; LoadModel loads it again"
-            states.append(VersionState(name, number, batcher is not None, digest, reason))
-        return states
-
-    @property
-    def serves(self) -> bool:
-        """Whether there is a model that can be called."""
-        return bool(self._table.names)
-
-    async def watch(self, stop: asyncio.Event) -> None:
-        """Refresh whenever something changes in the repository, until `stop` is set."""
-        try:
-            async for _ in awatch(self._settings.models, stop_event=stop):
-                await self.refresh()
-        except (OSError, RuntimeError) as error:
-            _log.error("the repository is no longer watched; SIGHUP still reloads it", extra={"reason": str(error)})
-
-    async def close(self) -> None:
-        """End the schedulers. No caller may be waiting."""
-        await asyncio.gather(*self._retiring)
-        for scheduler in self._schedulers.values():
-            await asyncio.to_thread(scheduler.close)
-
-    def _scheduler(self, model: ModelVersion) -> Scheduler:
-        """Return the scheduler that shares the cores, or the GPU, among the models."""
-        on_cpu = model.engine.on_cpu
-        if on_cpu not in self._schedulers:
-            self._schedulers[on_cpu] = Scheduler(self._threads, self._board) if on_cpu else Scheduler(1)
-        return self._schedulers[on_cpu]
-
-    async def _choose(
-        self, name: str, versions: list[int], found: dict[tuple[str, int], Stamp], *, starting: bool
-    ) -> set[tuple[str, int]]:
+    async def _choose(self, name: str, versions: list[int], found: dict[_Key, Stamp], *, starting: bool) -> set[_Key]:
         """Serve the N newest valid versions, where N is `settings.most_versions`; return them."""
-        chosen: set[tuple[str, int]] = set()
+        chosen: set[_Key] = set()
         for number in versions:
             if len(chosen) == self._settings.most_versions:
                 break
             key = (name, number)
             changed = key not in self._stamps or self._stamps[key] != found[key]
+            if changed:
+                self._short.pop(key, None)
+                self._quarantined.discard(key)
             self._stamps[key] = found[key]
-            if changed and (model := await self._load(name, number, starting=starting)):
-                settings = self._settings
-                engine, scheduler = model.engine, self._scheduler(model)
-                batcher = Batcher(model, engine.largest_batch, settings.max_queue_images, self._metrics, scheduler)
-                if before := self._table.put(batcher):
-                    self._retire(before)
-                labels = (name, str(number), model.digest, engine.provider)
-                self._metrics.model_info.labels(*labels).set(1)
-                self._metrics.model_image_bytes.labels(name, str(number)).set(engine.image_bytes)
-                if not starting:
-                    how = {
-                        "digest": model.digest,
-                        "batching": engine.batching.value,
-                        "image_mib": round(engine.image_bytes / (1 << 20), 3),
-                        "largest_batch": engine.largest_batch,
-                    }
-                    _log.info("model loaded", extra={"model": name, "version": number, **how})
+            again = key in self._short and await asyncio.to_thread(memory_left) > self._short[key]
+            if (changed or again) and name not in self._unloaded:
+                await self._load(key, starting=starting)
             # If a file was replaced by a bad one, rather than removed, the version that is loaded stays.
-            if found[key] is not None and key in self._table.batchers():
+            if found[key] is not None and key in self._served:
                 chosen.add(key)
         return chosen
 
-    async def _load(self, name: str, number: int, *, starting: bool) -> ModelVersion | None:
-        settings, path = self._settings, self._settings.models / name / str(number) / MODEL_FILE_NAME
+    async def _load(self, key: _Key, *, starting: bool) -> None:
+        """Probe a file, and have it opened and served if it passes."""
+        path = self._path(key)
+        if not starting:
+            _log.info("model loading", extra={"path": str(path)})
         try:
-            model = await asyncio.to_thread(
-                load_version,
-                name,
-                number,
-                path,
-                max_model_mib=settings.max_model_mib,
-                provider=settings.provider,
-                threads=self._threads,
-                limits=batch_limits(settings),
-                gpu=gpu_options(settings),
+            probed, reason = await self._probed(key, path, gently=not starting), ""
+        except OSError as error:
+            self._reject(key, f"the process that checks files cannot be started: {error.strerror}")
+            return
+        if probed.outcome != "passed":
+            self._reject(key, await asyncio.to_thread(self._why_not, key, path, probed))
+            return
+        for message, why in probed.warnings:
+            _log.warning(message, extra={"path": str(path), "reason": why})
+        servers = await self._servers
+        left, needed = await asyncio.to_thread(memory_left), probed.opening_bytes(servers.processes)
+        if needed > left:
+            self._short[key] = needed
+            self._reject(
+                key,
+                f"opening the model takes {needed >> 20} MiB of memory in {servers.processes} processes, and "
+                f"{left >> 20} MiB are left of the machine's memory and of the cgroup's limit: export a smaller model, "
+                "raise the limit, or use fewer --workers",
             )
-        except (ModelRejected, ProviderUnavailable) as error:
-            if starting and isinstance(error, ProviderUnavailable):
+            return
+        version = ProbedVersion(*key, probed)
+        self._opening.add(key)
+        try:
+            reason = await servers.open(version)
+        except StartError as error:
+            if starting:
                 raise
             reason = str(error)
-            _log.error("model rejected", extra={"path": str(path), "reason": reason})
-        except Exception:
-            # An untrusted file must not affect other models, whatever exception it causes in the libraries.
-            reason = "the file could not be read"
-            _log.exception("model rejected", extra={"path": str(path), "reason": reason})
-        else:
-            self._reasons.pop((name, number), None)
-            self._metrics.model_loads.labels("loaded").inc()
-            return model
-        self._reasons[name, number] = reason
-        self._metrics.model_loads.labels("rejected").inc()
-        return None
+        finally:
+            self._opening.discard(key)
+        if mark := self._mark(probed.digest):
+            reason = self._of_quarantine(key, mark)
+        if reason:
+            self._reject(key, reason)
+            return
+        self._reasons.pop(key, None)
+        self._served[key] = version
+        if not starting:
+            await self._serve()
+            how = {
+                "digest": probed.digest,
+                "batching": probed.report["batching"],
+                "image_mib": round(probed.figures["image_bytes"] / (1 << 20), 3),
+                "largest_batch": probed.largest_batch,
+            }
+            _log.info("model loaded", extra={"model": key[0], "version": key[1], **how})
 
-    def _retire(self, batcher: Batcher) -> None:
-        model = batcher.model
-        labels = (model.name, str(model.version), model.digest, model.engine.provider)
-        if self._board:
-            self._metrics.model_info.labels(*labels).set(0)  # prometheus-client's multiprocess mode has no removal
-            self._metrics.model_image_bytes.labels(*labels[:2]).set(0)
-        else:
-            self._metrics.model_info.remove(*labels)
-            self._metrics.model_image_bytes.remove(*labels[:2])
-        task = asyncio.create_task(_let_go(batcher))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+    async def _probed(self, key: _Key, path: Path, *, gently: bool) -> Probed:
+        """Return what a probe found, now or when it probed the same file before."""
+        size = (self._stamps[key] or (0, 0, 0))[2]
+        if self._state.has_passed or size in self._state.marked_sizes():
+            with contextlib.suppress(OSError):  # the probe has the reason
+                if size <= self._settings.max_model_mib << 20:
+                    digest = await asyncio.to_thread(_digest, path)
+                    if mark := self._mark(digest):
+                        return Probed("rejected", [self._of_quarantine(key, mark)], digest=digest)
+                    if kept := self._state.passed(digest):
+                        return kept
+        slow = asyncio.get_running_loop().call_later(
+            _LONG_S, _log.info, "checking a model file takes long", {"path": str(path)}
+        )
+        try:
+            probed = await self._prober.probe(path, gently=gently)
+        finally:
+            slow.cancel()
+        if probed.outcome == "passed":
+            await asyncio.to_thread(self._state.keep, probed)
+        return probed
 
-    def _report(self, known: set[str]) -> None:
-        """Report the status of the server, and of each model that is or was in the repository."""
-        self._on_status("", bool(self._table.names))
-        for name in known | self._reported:
-            self._on_status(name, name in self._table)
-        self._reported = known
-        if self._board is not None:
-            self._board.set_models(len(self._table.names))
+    def _why_not(self, key: _Key, path: Path, probed: Probed) -> str:
+        """Return why a file that did not pass is rejected; quarantine it if it ended the probe, or kept it busy."""
+        if probed.outcome == "memory":
+            self._short[key] = int(_MORE * memory_left())
+        if probed.outcome not in ("died", "timeout"):
+            return probed.reason
+        with contextlib.suppress(OSError):
+            digest = _digest(path)
+            limit_s = self._settings.load_timeout_s if probed.outcome == "timeout" else None
+            self._state.quarantine(digest, path.stat().st_size, str(path), probed.reason, limit_s=limit_s)
+            self._quarantined.add(key)
+        return f"{probed.reason}; {_UNTIL.format(key[0])}"
+
+    def _mark(self, digest: str) -> dict[str, Any] | None:
+        """Return why a file is quarantined, or None; a file that took too long is tried again with a longer limit."""
+        mark = self._state.quarantined(digest)
+        limit_s = (mark or {}).get("limit_s")
+        return None if limit_s is not None and limit_s < self._settings.load_timeout_s else mark
+
+    def _of_quarantine(self, key: _Key, mark: dict[str, Any]) -> str:
+        self._quarantined.add(key)
+        return f"quarantined at {mark['since']}: {mark['reason']}; {_UNTIL.format(key[0])}"
+
+    def _reject(self, key: _Key, reason: str) -> None:
+        self._reasons[key] = reason
+        self._newly_rejected += 1
+        _log.error("model rejected", extra={"path": str(self._path(key)), "reason": reason})
+
+    async def _drop(self, keys: Iterable[_Key]) -> None:
+        """Serve all versions but these."""
+        dropped = [key for key in keys if self._served.pop(key, None)]
+        await self._serve()
+        for name, number in dropped:
+            _log.info("model unloaded", extra={"model": name, "version": number})
+
+    async def _drop_quarantined(self, digests: Iterable[str]) -> None:
+        """Stop serving files that are quarantined now, and serve other versions instead where there are any."""
+        dropped = {
+            key: self._state.quarantined(version.probed.digest)
+            for key, version in self._served.items()
+            if version.probed.digest in set(digests)
+        }
+        for key, mark in dropped.items():
+            self._reasons[key] = self._of_quarantine(key, mark or {})
+            self._newly_rejected += 1
+            _log.error("model quarantined", extra={"path": str(self._path(key)), "reason": self._reasons[key]})
+        if dropped:
+            await self._drop(dropped)
+            task = asyncio.create_task(self._refresh())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self) -> None:
+        """Have all processes serve what is decided."""
+        servers = await self._servers
+        newly, self._newly_rejected = self._newly_rejected, 0
+        served = Served(
+            {key: version.probed.digest for key, version in self._served.items()},
+            sorted(self._opening),
+            sorted(self._models | set(self.names)),
+            len(self._reasons),
+            newly,
+            len(self._quarantined),
+        )
+        await servers.serve(list(self._served.values()), served)
+
+    def _path(self, key: _Key) -> Path:
+        return self._settings.models / key[0] / str(key[1]) / MODEL_FILE_NAME
 
 
-async def _let_go(batcher: Batcher) -> None:
-    await batcher.retire()
-    del batcher  # frees its model, once finished calls are freed
-    await asyncio.to_thread(give_back_memory)
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

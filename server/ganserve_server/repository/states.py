@@ -1,7 +1,10 @@
-"""The state of each version in the repository, and the operations by which operators change what is served."""
+"""What is served, as the lifecycle decides it, and the operations by which operators change it."""
 
-from dataclasses import dataclass
-from typing import Protocol
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ganserve_server.repository.probed import Probed
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +18,83 @@ class VersionState:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class ProbedVersion:
+    """A version whose file passed the probe."""
+
+    model: str
+    version: int
+    probed: Probed
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The model and the number."""
+        return self.model, self.version
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON has them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ProbedVersion":
+        """Return the version that `to_json` wrote."""
+        return cls(values["model"], values["version"], Probed(**values["probed"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What each process serves, and what it reports.
+
+    Attributes:
+        digests: of the file of each version that is served.
+        opening: the versions that are being opened, and not served yet.
+        models: the names of the models in the repository.
+        rejected: how many files cannot be served.
+        newly_rejected: how many files were rejected since the last time.
+        quarantined: how many files are quarantined.
+    """
+
+    digests: dict[tuple[str, int], str] = field(default_factory=dict)
+    opening: list[tuple[str, int]] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    rejected: int = 0
+    newly_rejected: int = 0
+    quarantined: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON has them."""
+        values = dataclasses.asdict(self)
+        values["digests"] = [[*key, digest] for key, digest in self.digests.items()]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Served":
+        """Return what `to_json` wrote."""
+        digests = {(model, version): digest for model, version, digest in values["digests"]}
+        opening = [(model, version) for model, version in values["opening"]]
+        return cls(**{**values, "digests": digests, "opening": opening})
+
+
+class Servers(Protocol):
+    """The process that answers calls, or all of them."""
+
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+
+    async def open(self, version: ProbedVersion) -> str:
+        """Open a version in all processes, without serving it; return why one cannot, or an empty text.
+
+        Raises:
+            StartError: the required provider is missing.
+        """
+
+    async def serve(self, versions: list[ProbedVersion], served: Served) -> None:
+        """Serve these versions, which were opened, and no others."""
+
+
 class Administration(Protocol):
-    """Changes which models are served: in this process (`Lifecycle`), or in all workers."""
+    """Changes which models are served."""
 
     async def load(self, name: str) -> list[VersionState]:
         """Load a model from its folder, even if it is already served.

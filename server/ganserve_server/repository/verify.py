@@ -17,6 +17,7 @@ loads a file by `load_version`, which raises the texts.
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -36,11 +37,12 @@ from PIL.PngImagePlugin import PngImageFile
 from ganserve._cards import MAX_CARD_BYTES, MAX_GOLDEN_IMAGES, png, thumbnail
 from ganserve._formats import LARGEST_SIDE, MODES
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.batching import BatchLimits, Decision, batching_of, has_loops
+from ganserve_server.compute.batching import BatchLimits, Decision, batching_of, has_loops, nodes_in
 from ganserve_server.compute.engine import Engine, Provider, SessionRefused
 from ganserve_server.compute.gpu import GpuOptions
 from ganserve_server.compute.inputs import Draw, Inputs, TensorType, input_problems
 from ganserve_server.compute.model import ModelVersion
+from ganserve_server.repository.probed import one_line
 from ganserve_server.repository.scan import why_missing
 from ganserve_server.spelling import nearest
 
@@ -49,6 +51,9 @@ _log = logging.getLogger(__name__)
 CARD_KEY = "ganserve.model_card"
 # In the log, of one file; `ganserve-server check` reports all.
 _MAX_REPORTED, _MAX_CHARACTERS = 3, 500
+_MAX_NODES = 50_000  # the largest published generators have a tenth
+_MAX_CARD_TEXT = 32 << 20  # characters; golden images may be whole images, which are not kept
+_MAX_DEPTH = 32  # of objects and lists in a card's JSON; a card has 6
 _AMONG = 3  # images that are made alone and in one batch, or fewer if a batch may not have so many
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -57,6 +62,7 @@ _NEWLINE = "\n"
 _OF_ONNXRUNTIME = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\)(?: const)? "
 )
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')  # of JSON, and texts, which may contain brackets
 _KINDS = {
     FieldDescriptor.CPPTYPE_UINT32: "a whole number from 0 to 4294967295",
     FieldDescriptor.CPPTYPE_STRING: "a text",
@@ -127,17 +133,7 @@ def load_version(
             "the model card has unknown keys",
             extra={"path": str(path), "reason": "; ".join(found.reasons)},
         )
-    card, engine = found.card, found.engine
-    answer = pb.GenerateImagesResponse(
-        model=name,
-        version=version,
-        digest=found.digest,
-        provider=engine.provider,
-        height=card.height,
-        width=card.width,
-        channels=card.channels,
-    )
-    return ModelVersion(name, version, found.digest, card, engine, answer.SerializeToString())
+    return ModelVersion.of(name, version, found.digest, found.card, found.engine)
 
 
 def examine(
@@ -197,15 +193,6 @@ def examine(
     return found
 
 
-def one_line(text: str, characters: int | None = None) -> str:
-    """Return a text in one line, without control characters, and cut after so many characters.
-
-    onnxruntime's and protobuf's reasons have several lines, and names in a file any characters.
-    """
-    line = "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))
-    return line if characters is None or len(line) <= characters else f"{line[:characters]} …"
-
-
 def _read(path: Path, max_model_mib: int) -> bytes:
     try:
         if not path.is_file():
@@ -230,6 +217,12 @@ def _parsed(content: bytes) -> onnx.ModelProto:
 
 def _graph_problems(model: onnx.ModelProto, content: bytes) -> Iterator[str]:
     """Yield what is wrong with the graph, without running it and without the card."""
+    if next(itertools.islice(nodes_in(model), _MAX_NODES, None), None):
+        yield (
+            f"the graph has more than {_MAX_NODES:,} nodes, the limit: export the model without unrolled loops, or as "
+            "several models"
+        )
+        return
     parts = list(_parts(model))
     nodes = [part for part in parts if isinstance(part, onnx.NodeProto)]
     if custom := {f"{node.op_type} of {node.domain}" for node in nodes if node.domain not in _STANDARD_DOMAINS}:
@@ -307,6 +300,10 @@ def _examine_card(model: onnx.ModelProto, found: Examination) -> Inputs | None:
         found.unchecked.append(_CARD)
         return None
     text = properties[CARD_KEY]
+    if isinstance(text, str) and (too_large := _text_problem(text)):  # bytes are not text at all: protobuf says so
+        found.problems.append(too_large)
+        found.unchecked.append(_CARD)
+        return None
     try:
         card = json_format.Parse(text, pb.ModelCard(), ignore_unknown_fields=True)
         fields = json.loads(text)
@@ -325,6 +322,22 @@ def _examine_card(model: onnx.ModelProto, found: Examination) -> Inputs | None:
     wrong = list(input_problems(card))
     found.problems += wrong
     return Inputs.of(card) if card.latent_dim and not wrong else None
+
+
+def _text_problem(text: str) -> str:
+    """Return why the text of a card is not even parsed; empty: it is."""
+    if len(text) > _MAX_CARD_TEXT:
+        return (
+            f"the model card has {len(text):,} characters; at most {_MAX_CARD_TEXT:,} are allowed: remove golden "
+            "images, or what training.configuration does not need"
+        )
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(text):
+        depth += 1 if bracket in "[{" else -1 if bracket in "]}" else 0
+        deepest = max(deepest, depth)
+    if deepest > _MAX_DEPTH:
+        return f"the JSON of the model card is {deepest:,} levels deep; at most {_MAX_DEPTH} are allowed"
+    return ""
 
 
 def _wrong_values(text: str) -> Iterator[str]:
@@ -482,6 +495,13 @@ def _examine_images(
     except Exception as error:  # onnxruntime's exceptions have no common root
         found.problems.append(f"the model fails when it runs: {_without_place(error)}")
         found.unchecked += [_SAME, _GOLDEN]
+
+
+def problems_of_images(engine: Engine, card: pb.ModelCard) -> list[str]:
+    """Warm up and time an engine; return what is wrong with its images."""
+    found = Examination()
+    _examine_images(engine, card, found, card.golden_images)
+    return [one_line(problem, _MAX_CHARACTERS) for problem in found.problems]
 
 
 def _image_problems(

@@ -1,11 +1,8 @@
 """How busy each worker process is, in shared memory, and which worker accepts the next connection."""
 
 import asyncio
-import fcntl
 import mmap
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 _CELL_BYTES = 8
 # For each worker: its connections, its running batches, its running calls, its models, the connections it has accepted,
@@ -31,7 +28,6 @@ class Scoreboard:
     """
 
     def __init__(self, descriptor: int, workers: int, mine: int) -> None:
-        self._descriptor = descriptor
         self._cells = memoryview(mmap.mmap(descriptor, scoreboard_bytes(workers))).cast("q")
         self._mine = mine
         self.workers = workers
@@ -89,17 +85,6 @@ class Scoreboard:
         """Return how many connections each of the other workers has accepted since it started."""
         return {other: self._cells[other * _CELLS + 4] for other in self._others}
 
-    @property
-    def leads(self) -> bool:
-        """Whether this worker is the first of the present ones."""
-        present = (worker for worker in range(self.workers) if self._cells[worker * _CELLS] != _ABSENT)
-        return next(present, None) == self._mine
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether this worker accepts connections."""
-        return self.mine != _ABSENT
-
     async def all_loaded(self) -> None:
         """Wait until the others have loaded their models: otherwise the first to serve gets all waiting connections."""
         until = time.monotonic() + _LOAD_TIMEOUT_S
@@ -110,15 +95,6 @@ class Scoreboard:
     def others_running(self) -> int:
         """Count the batches that the other workers compute."""
         return sum(self._cells[other * _CELLS + 1] for other in self._others)
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Hold the workers' lock: no other worker is in this block at the same time."""
-        await asyncio.to_thread(fcntl.lockf, self._descriptor, fcntl.LOCK_EX)  # the kernel frees it with the process
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
     def absent(self, worker: int) -> None:
         """Record that a worker is not there; only the supervisor calls this."""

@@ -1,0 +1,165 @@
+"""Starts the process that checks model files (`probe`), gives it one file after the other, and survives its end."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ganserve_server.machine import cores, memory_left
+from ganserve_server.repository.probed import Outcome, Probed, one_line
+from ganserve_server.settings import ServerSettings
+
+_MAX_LINE_BYTES = 64 << 20  # of an answer; a card has up to 1 MiB
+_MOST_OUTPUT = 4096  # bytes; the last line has the exception
+_START_TIMEOUT_S = 60.0  # for the imports of a probe, on a busy machine
+# Variables that a probe must not have: it reports nothing to systemd, and a crash is one line in the log.
+_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "PYTHONFAULTHANDLER", "PROMETHEUS_MULTIPROC_DIR")
+
+
+class Prober:
+    """Probes one file at a time. The process starts with the first file, or earlier by `start`, and ends by `close`.
+
+    Args:
+        settings: the server's settings.
+        provider: where to run the models: cpu, because a server's own process tries the GPU.
+    """
+
+    def __init__(self, settings: ServerSettings, provider: str = "cpu") -> None:
+        self._settings, self._provider = settings, provider
+        self._threads = settings.threads or cores().usable
+        self._process: asyncio.subprocess.Process | None = None
+        self._greeted = False  # whether it has imported its libraries
+        self._output = -1  # a file in memory with what the process writes to standard error
+        self._folder = ""  # for its temporary files
+        self._one_at_a_time = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process, unless it runs. It imports its libraries, which takes longer than to check a small file.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        if self._process is not None:
+            return
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+        with contextlib.suppress(OSError):
+            self._folder = environment["TMPDIR"] = tempfile.mkdtemp(prefix="ganserve-probe-")
+        self._output, self._greeted = os.memfd_create("ganserve-probe"), False
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "ganserve_server.repository.probe", str(os.getpid())),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=self._output,
+            env=environment,
+            limit=_MAX_LINE_BYTES,
+            start_new_session=True,  # a terminal's Ctrl-C reaches only the server
+        )
+
+    async def probe(self, path: Path, *, gently: bool = False) -> Probed:
+        """Check a file.
+
+        Args:
+            path: the file.
+            gently: with a low priority, because calls are being answered.
+
+        Raises:
+            OSError: the process cannot be started.
+        """
+        async with self._one_at_a_time:
+            try:
+                return await self._probe(path, gently=gently)
+            except BaseException:  # such as CancelledError: the answer would be taken for that of the next file
+                await self.close()
+                raise
+
+    async def close(self) -> None:
+        """End the process, and give its memory back."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        os.close(self._output)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _probe(self, path: Path, *, gently: bool) -> Probed:
+        await self.start()
+        memory_bytes, limit_s = memory_left(), self._settings.load_timeout_s
+        request = {
+            "path": str(path),
+            "settings": self._settings.model_dump(mode="json"),
+            "provider": self._provider,
+            "threads": self._threads,
+            "memory_bytes": memory_bytes if self._provider == "cpu" else None,  # a GPU's driver reserves addresses
+            "gently": gently,
+        }
+        try:
+            if not self._greeted:
+                async with asyncio.timeout(_START_TIMEOUT_S):
+                    self._greeted = await self._read() is not None
+            async with asyncio.timeout(limit_s):
+                answer = await self._ask(request) if self._greeted else None
+        except TimeoutError:
+            await self.close()
+            return _failed(
+                "timeout",
+                f"checking it takes longer than {limit_s:g} s, the limit set by --load-timeout-s: export a faster "
+                "model, or raise the limit",
+            )
+        if answer is None:
+            return await self._ended(memory_bytes)
+        probed = Probed(**answer)
+        return _short_of_memory(memory_bytes, probed.digest) if probed.outcome == "memory" else probed
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended, and the answer is None
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            await self._process.stdin.drain()
+        return await self._read()
+
+    async def _read(self) -> dict[str, Any] | None:
+        """Return the next line of the process, or None if it has ended."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        return dict(json.loads(line)) if line.endswith(b"\n") else None
+
+    async def _ended(self, memory_bytes: int) -> Probed:
+        """Return what the end of the process says about the file that it checked."""
+        assert self._process is not None
+        status = await self._process.wait()
+        last = os.pread(self._output, _MOST_OUTPUT, max(0, os.fstat(self._output).st_size - _MOST_OUTPUT))
+        await self.close()
+        if status == -signal.SIGKILL:  # by the kernel, which does this if memory is short
+            return _short_of_memory(memory_bytes, "")
+        if status >= 0:
+            lines = last.decode(errors="replace").strip().splitlines() or [""]
+            return _failed("died", f"the process that checked it ended with status {status}: {one_line(lines[-1])}")
+        return _failed(
+            "died",
+            f"the process that checked it was killed by {signal.Signals(-status).name}: onnx or onnxruntime cannot "
+            "handle the file; export the model again, with another opset",
+        )
+
+
+def _failed(outcome: Outcome, problem: str, digest: str = "") -> Probed:
+    return Probed(outcome, [problem], [problem], digest)
+
+
+def _short_of_memory(memory_bytes: int, digest: str) -> Probed:
+    return _failed(
+        "memory",
+        f"checking it takes more than {memory_bytes >> 20} MiB of memory, and no more are left of the machine's and of "
+        "the cgroup's limit: export a smaller model, or raise the limit",
+        digest,
+    )
