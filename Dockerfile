@@ -46,7 +46,7 @@ LABEL org.opencontainers.image.title="ganserve" \
 USER 10001:10001
 
 FROM common AS serving
-# Several workers share their metrics by files in TMPDIR; /dev/shm is there and in memory even where the root is read-only.
+# A temporary folder is needed to measure the memory of an image; /dev/shm is there even where the root is read-only.
 ENV GANSERVE_SERVER_ADDRESS=0.0.0.0:50051 \
     GANSERVE_SERVER_METRICS_ADDRESS=0.0.0.0:9464 \
     TMPDIR=/dev/shm

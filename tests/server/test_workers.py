@@ -167,8 +167,18 @@ def test_a_worker_that_stands_still_is_waited_for_once(start_server: Start) -> N
     assert seconds < 0.5
 
 
-async def test_a_killed_worker_is_replaced_while_the_others_serve(start_server: Start) -> None:
+def memory_for_metrics(pid: int) -> list[int]:
+    """Return the inodes of the memory in which workers count, of each that a process has mapped."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [int(line.split()[4]) for line in lines if "ganserve-metrics" in line]
+
+
+async def test_a_killed_worker_is_replaced_while_the_others_serve(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     running = start_server("--workers", "2")
+    before = memory_for_metrics(running.process.pid)
     first, second = workers_of(running)
     port = int(running.address.rpartition(":")[2])
     async with contextlib.AsyncExitStack() as stack:
@@ -189,6 +199,10 @@ async def test_a_killed_worker_is_replaced_while_the_others_serve(start_server: 
         == 8 + answered
     )
     assert samples["ganserve_workers"] == 2
+    # Nor is its memory kept.
+    after = memory_for_metrics(running.process.pid)
+    assert len(before) == len(after) == 2
+    assert len({*before, *after}) == 3
 
 
 async def test_sigterm_under_load_ends_no_call_but_with_an_answer_or_unavailable(start_server: Start) -> None:

@@ -7,8 +7,6 @@ The supervisor sends requests, each a line of JSON such as {"id": 1, "do": "open
 
 import asyncio
 import json
-import os
-import shutil
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -33,10 +31,10 @@ class SupervisorChannel:
         self.board = Scoreboard(given["board"], given["workers"], self.number)
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in given["sockets"]]
         self.rates: int = given["rates"]  # the descriptor of the memory for the tokens' rates
+        self.metrics: int = given["metrics"]  # the descriptor of the memory for the metrics
         self.gone = asyncio.Event()  # set when the supervisor is gone
         self._channel = socket.socket(fileno=given["channel"])
         self._writer: asyncio.StreamWriter | None = None
-        self._folder: str = given["folder"]
 
     async def follow(self, stop: asyncio.Event, answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
         """Answer the supervisor's requests, each in a task; set `stop` when the supervisor is gone."""
@@ -61,13 +59,3 @@ class SupervisorChannel:
                 self._channel.sendall(line)
         else:
             self._writer.write(line)
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether the metrics' files were removed, because the supervisor is gone."""
-        return not os.path.isdir(self._folder)
-
-    def close(self) -> None:
-        """Remove the metrics' files if the supervisor, which owns them, is gone."""
-        if self.gone.is_set():
-            shutil.rmtree(self._folder, ignore_errors=True)

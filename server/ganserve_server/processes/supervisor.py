@@ -2,7 +2,7 @@
 
 The workers share the listening sockets, and each accepts only while it has no more connections than the others. This
 spreads connections evenly. The kernel's hash (SO_REUSEPORT) does not, for the few connections of a load balancer.
-Counters are sums over all workers, including dead ones: prometheus-client keeps them in files.
+Counters are sums over all workers, including dead ones (`observe.shared_metrics`).
 """
 
 import asyncio
@@ -12,23 +12,20 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.process_collector import ProcessCollector
 
 from ganserve_server.observe.metrics import Load
+from ganserve_server.observe.shared_metrics import WorkersMetrics
 from ganserve_server.processes.channel import MAX_LINE_BYTES, WORKER_VARIABLE
 from ganserve_server.processes.systemd import SOCKET_VARIABLE
 from ganserve_server.repository.states import ProbedVersion, Served
@@ -142,13 +139,7 @@ class Supervisor:
         self._board = Scoreboard(self._memory, count, mine=0)
         for number in range(count):
             self._board.absent(number)
-        try:
-            self._folder = Path(tempfile.mkdtemp(prefix="ganserve-metrics-"))
-        except OSError as error:
-            raise StartError(
-                f"workers share their metrics in temporary files, but there is no folder for them ({error.strerror}): "
-                "set the variable TMPDIR to a folder, such as /dev/shm, or use --workers 1"
-            ) from error
+        self._metrics = WorkersMetrics()
         self._processes: dict[int, asyncio.subprocess.Process] = {}  # of the workers, also before they are connected
         self._workers: dict[int, _Worker] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -157,7 +148,7 @@ class Supervisor:
         self._handling: set[asyncio.Task[None]] = set()
         self._ended: dict[int, asyncio.Task[None]] = {}  # by process id: the search for the reason
         self.registry = CollectorRegistry()
-        MultiProcessCollector(self.registry, str(self._folder))
+        self.registry.register(self._metrics)
         self.registry.register(_Processes(self))
         self.registry.register(Load(self._board.load))
 
@@ -261,38 +252,34 @@ class Supervisor:
         await asyncio.gather(*(process.wait() for process in self._processes.values()))
 
     def close(self) -> None:
-        """Kill remaining processes, if the start failed, and remove the metrics' files."""
+        """Kill remaining processes, if the start failed."""
         self.signal(signal.SIGKILL)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self, number: int) -> dict[str, Any] | None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         descriptors = [bound.fileno() for bound in self.sockets]
-        variable = {
-            "number": number,
-            "workers": self._count,
-            "sockets": descriptors,
-            "board": self._memory,
-            "rates": self._rates,
-            "channel": theirs.fileno(),
-            "folder": str(self._folder),
-        }
-        environment = {
-            **os.environ,
-            WORKER_VARIABLE: json.dumps(variable),
-            "PROMETHEUS_MULTIPROC_DIR": str(self._folder),
-        }
-        environment.pop(SOCKET_VARIABLE, None)  # only the supervisor reports to systemd
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "ganserve_server",
-            *sys.argv[1:],
-            env=environment,
-            pass_fds=(*descriptors, self._memory, self._rates, theirs.fileno()),
-            process_group=0,  # a terminal's Ctrl-C reaches only the supervisor, which ends the workers
-        )
+        with self._metrics.memory_of(number) as metrics:
+            variable = {
+                "number": number,
+                "workers": self._count,
+                "sockets": descriptors,
+                "board": self._memory,
+                "rates": self._rates,
+                "metrics": metrics,
+                "channel": theirs.fileno(),
+            }
+            environment = {**os.environ, WORKER_VARIABLE: json.dumps(variable)}
+            environment.pop(SOCKET_VARIABLE, None)  # only the supervisor reports to systemd
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "ganserve_server",
+                *sys.argv[1:],
+                env=environment,
+                pass_fds=(*descriptors, self._memory, self._rates, metrics, theirs.fileno()),
+                process_group=0,  # a terminal's Ctrl-C reaches only the supervisor, which ends the workers
+            )
         theirs.close()
         self._processes[number] = process
         worker = _Worker(number, process, ours, self._handle)
@@ -327,7 +314,7 @@ class Supervisor:
             worker = self._workers[number]
             status = await worker.process.wait()
             self._board.absent(number)
-            mark_process_dead(worker.process.pid, str(self._folder))
+            self._metrics.ended(number)
             if self._stopping:
                 return
             await self._look_for_the_reason(worker)

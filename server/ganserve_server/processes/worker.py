@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from ganserve_server.auth.security import Security
+from ganserve_server.observe import shared_metrics
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.processes.channel import SupervisorChannel
 from ganserve_server.processes.serving import Host, serve_models
@@ -26,21 +27,17 @@ async def work(channel: SupervisorChannel, settings: ServerSettings, stop: async
         StartError: the server cannot listen; only in the worker that logs it for all.
         SystemExit: the server cannot listen; in the other workers.
     """
+    shared_metrics.count_in(channel.metrics)
+    metrics = Metrics()
     # Lines that are identical in all workers are logged once: about certificates and tokens by the supervisor.
     logging.getLogger("ganserve_server.auth.security").setLevel(logging.CRITICAL)
-    with contextlib.closing(channel):
-        try:
-            metrics = Metrics()
-            security = Security(settings, metrics, SharedRates(channel.rates))
-            await serve_models(_WorkerHost(channel, settings, metrics, security, stop), settings, stop)
-        except StartError as error:
-            if channel.number == 0:
-                raise
-            raise SystemExit(1) from error
-        except FileNotFoundError:
-            if channel.abandoned:  # another worker has removed the metrics' files
-                raise SystemExit(1) from None
+    try:
+        security = Security(settings, metrics, SharedRates(channel.rates))
+        await serve_models(_WorkerHost(channel, settings, metrics, security, stop), settings, stop)
+    except StartError as error:
+        if channel.number == 0:
             raise
+        raise SystemExit(1) from error
 
 
 class _WorkerHost(Host):

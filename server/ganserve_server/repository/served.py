@@ -200,7 +200,7 @@ class ServedVersions:
         model = batcher.model
         labels = (model.name, str(model.version), model.digest, model.engine.provider)
         if self._board:
-            self._metrics.model_info.labels(*labels).set(0)  # prometheus-client's multiprocess mode has no removal
+            self._metrics.model_info.labels(*labels).set(0)  # the memory of workers' metrics has no removal
             self._metrics.model_image_bytes.labels(*labels[:2]).set(0)
         else:
             self._metrics.model_info.remove(*labels)
