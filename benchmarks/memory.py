@@ -1,15 +1,20 @@
-"""Measures the memory of a server with a large model: StyleGAN2 for 256x256 pixels, of 33 M random weights.
+"""Measures the memory of a server with a large model: StyleGAN2 for 256x256 pixels, with random weights.
 
 `alone` is what onnxruntime needs without a server to open the file and make one image. The program then adds the model
-to a running server, requests images, and compares the peaks of the server's resident memory with their limits:
+to a running server, requests images, and compares the peaks of the resident memory of the server, and of processes that
+it starts, with their limits:
 
 load       1.3 times the sum of `alone` and the file's size
 request    what stays resident after loading, and --batch-memory-mib, or one image if it takes more, for each core
 
-    python -m benchmarks.memory [--side 256] [--images 64] [--batch-memory-mib 256] [--check]
+    python -m benchmarks.memory [--side 256] [--most-channels 512] [--dense] [--images 64] [--check]
+
+With `--most-channels 1024`, the file has 325 MiB instead of 115. `--dense` is another model, of two matrices; its file
+has 400 MiB.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -17,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +36,7 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.settings import BUNDLED_MODELS
 from ganserve_trainer.export.card import with_card
 from ganserve_trainer.export.graph import trace
+from ganserve_trainer.export.inputs import Inputs
 from ganserve_trainer.model_file import MODEL_FILE_NAME
 
 LATENT = 512
@@ -116,10 +123,23 @@ class StyleGan2(nn.Module):
         return levels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
-def write_model(path: Path, side: int) -> None:
+class Dense(nn.Module):
+    """A network of two matrices, 400 MiB together with `side` 64."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+        pixels = 3 * side * side
+        self.layers = nn.Sequential(nn.Linear(LATENT, 8192), nn.LeakyReLU(0.2), nn.Linear(8192, pixels), nn.Tanh())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        levels = (self.layers(latent) * 127.5 + 127.5).round().clamp(0, 255)
+        return levels.reshape(-1, self.side, self.side, 3).to(torch.uint8)
+
+
+def write_model(path: Path, network: nn.Module, side: int) -> None:
     """Write the model file, without `export_module`'s comparison with PyTorch, which makes 68 images twice."""
-    torch.manual_seed(0)
-    model = trace(StyleGan2(side, channels=128).eval(), LATENT, conditional=False)
+    model = trace(network.eval(), Inputs.plain(LATENT, 0))
     path.parent.mkdir(parents=True)
     path.write_bytes(with_card(model, pb.ModelCard(latent_dim=LATENT, height=side, width=side, channels=3)))
 
@@ -131,28 +151,57 @@ def alone_mib(path: Path) -> float:
 
 
 class Peak:
-    """The highest resident memory of a server of one process since the last look, in MiB."""
+    """The highest resident memory of a server of one process since the last look, in MiB.
+
+    Includes processes that the server starts, which are looked for 50 times a second.
+    """
 
     def __init__(self, running: Running) -> None:
-        self._folder = Path(f"/proc/{running.process.pid}")
+        self._pid = running.process.pid
+        self._together = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
         self.take()
 
     def take(self) -> float:
-        peak = int((self._folder / "status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-        (self._folder / "clear_refs").write_text("5")  # resets it
+        peak, self._together = max(self._together, _status_mib(self._pid, "VmHWM")), 0.0
+        Path(f"/proc/{self._pid}/clear_refs").write_text("5")  # resets VmHWM
         return peak
+
+    def _watch(self) -> None:
+        with contextlib.suppress(OSError, IndexError):  # the server has ended
+            while True:
+                self._together = max(self._together, _resident_mib(self._pid))
+                time.sleep(0.02)
+
+
+def _resident_mib(pid: int) -> float:
+    total = _status_mib(pid, "VmRSS")
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError, IndexError):  # one has ended
+            total += sum(_resident_mib(int(child)) for child in children.read_text().split())
+    return total
+
+
+def _status_mib(pid: int, field: str) -> float:
+    return int(Path(f"/proc/{pid}/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=256, help="of an image, in pixels")
+    parser.add_argument("--most-channels", type=int, default=512, help="of a layer")
+    parser.add_argument("--dense", action="store_true", help="a model of two matrices, for 64x64 pixels")
     parser.add_argument("--images", type=int, default=64, help="of the request")
     parser.add_argument("--batch-memory-mib", type=int, default=256)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a peak is above its limit")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         made, models = Path(scratch, "made", NAME), Path(scratch, "models")
-        write_model(made / "1" / MODEL_FILE_NAME, options.side)
+        torch.manual_seed(0)
+        side = 64 if options.dense else options.side
+        network = Dense(side) if options.dense else StyleGan2(side, 128, options.most_channels)
+        write_model(made / "1" / MODEL_FILE_NAME, network, side)
+        del network
         alone = alone_mib(made / "1" / MODEL_FILE_NAME)
         file = (made / "1" / MODEL_FILE_NAME).stat().st_size / (1 << 20)
         shutil.copytree(BUNDLED_MODELS / "mlp-mnist", models / "mlp-mnist")

@@ -33,6 +33,7 @@ SETTLE_TIMEOUT_S = 60
 IDLE = ("ganserve_calls", "ganserve_kept_bytes", "ganserve_queue_images")
 # Tests that run over both transports: all of a module, or those that are named.
 OVER_BOTH: dict[str, tuple[str, ...] | None] = {
+    "test_file_descriptors": ("test_with_few_descriptors_new_callers_are_refused_at_once",),
     "test_generate": None,
     "test_generate_each": None,
     "test_inference_protocol": None,

@@ -105,7 +105,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "transport": {"errors", "start_errors", "machine", "shared"},
     "settings": {"start_errors", "spelling", "transport"},
     "compute": {"machine", "settings"},
-    "observe": {"errors", "settings", "transport"},
+    "observe": {"errors", "machine", "settings", "transport"},
     "auth": {"errors", "start_errors", "spelling", "shared", "transport", "settings", "observe"},
     "queueing": {"errors", "shared", "compute", "observe"},
     "repository": {

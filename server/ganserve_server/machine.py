@@ -1,9 +1,10 @@
-"""The cores and the memory that this process may use."""
+"""The cores, the memory and the file descriptors that this process may use."""
 
 import contextlib
 import ctypes
 import gc
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,25 @@ def _quota(group: Path) -> float | None:
         quota_us, period_us = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return quota_us / period_us if quota_us > 0 else None
     return None
+
+
+def raise_open_files_limit() -> int:
+    """Raise this process's limit on open files as far as it may; return the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return _NO_LIMIT if soft == resource.RLIM_INFINITY else soft
+
+
+def free_descriptors() -> int:
+    """Return how many more files this process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        opened = len(os.listdir("/proc/self/fd"))
+    except OSError:  # there is not even one
+        return 0
+    return _NO_LIMIT if limit == resource.RLIM_INFINITY else max(0, limit - opened)
 
 
 def give_back_memory() -> None:

@@ -673,7 +673,7 @@ def test_messages_of_streams_stay_small_where_much_is_unread(start_server: Start
 
 def test_a_connection_too_many_is_closed_and_does_not_come_back_at_once(start_server: Start) -> None:
     running = start_server("--max-connections", "2")
-    turned_away = "ganserve_connections_turned_away_total"
+    turned_away = 'ganserve_connections_turned_away_total{reason="connections"}'
     with Peer(running.address) as first, Peer(running.address) as second:
         first.ping()
         second.ping()

@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 2.0
 
+_State = list[tuple[int, ...] | None]
+
 
 class Security:
     """The certificates and tokens of a process; either may be None.
@@ -40,10 +42,11 @@ class Security:
             "tokens": _named(settings.tokens_file),
         }
         # Before the files are read, so that `refresh` notices a change during the reading.
-        self._seen = {kind: _state(files) for kind, files in self._files.items() if files}
+        self._seen: dict[str, _State | None] = {kind: _state(files) for kind, files in self._files.items() if files}
         self.certificates = certificates_of(settings, metrics)
         self.tokens = tokens_of(settings, metrics, rates)
         self._metrics = metrics
+        self._rejected: dict[str, str] = {}  # kinds of files that cannot be used, each with the reason
         self._log_expired()
         self._parts = {"certificates": self.certificates, "tokens": self.tokens}
 
@@ -87,9 +90,16 @@ class Security:
             try:
                 facts, rejected = part.reload(), False
             except StartError as error:
-                rejected = True
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, ssl.SSLError):
+                    # It cannot be read, for example for want of file descriptors. It may be readable later without a
+                    # change.
+                    self._seen[kind] = None
+                if self._rejected.get(kind) == str(error):
+                    continue
+                self._rejected[kind], rejected = str(error), True
                 _log.error("what was read before stays in use", extra={"kind": kind, "reason": str(error)})
             else:
+                self._rejected.pop(kind, None)
                 _log.info("read again", extra={"kind": kind} | facts)
                 if kind == "certificates":
                     self._log_expired()
@@ -147,9 +157,9 @@ def _named(*files: str) -> tuple[Path, ...]:
     return tuple(Path(file) for file in files if file)
 
 
-def _state(files: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
+def _state(files: tuple[Path, ...]) -> _State:
     """Return values that differ if a file has changed."""
-    states: list[tuple[int, ...] | None] = []
+    states: _State = []
     for file in files:
         try:
             status = file.stat()

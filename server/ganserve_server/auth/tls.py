@@ -80,7 +80,7 @@ class Certificates:
 
     def _explain(self, error: Exception) -> str:
         files = ", ".join(str(file) for file in self._files)
-        if isinstance(error, FileNotFoundError | PermissionError):
+        if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
             missing = [str(file) for file in self._files if not os.access(file, os.R_OK)]
             return f"{' and '.join(missing) or files} cannot be read: {error.strerror}"
         if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":

@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import MetricsHandler, choose_encoder
 
+from ganserve_server.machine import free_descriptors
 from ganserve_server.transport.addresses import name, places, refused
 
 _log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = 10.0  # for a peer that sends no request, or reads no answer
 _MAX_TIMEOUT_S = 30.0  # for a peer that sends or reads byte by byte
 _MAX_CONNECTIONS = 64  # each has a thread
+_PAUSE_S = 0.1  # after a connection could not be accepted
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -27,11 +29,20 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, *args: Any) -> None:
         self._accepted: dict[socket.socket, float] = {}  # oldest first, with the time of acceptance by time.monotonic
+        self._most = min(_MAX_CONNECTIONS, max(1, free_descriptors() // 8))
         super().__init__(*args)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; wait after a failure, such as without free file descriptors, which repeats at once."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_PAUSE_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread; if there are too many, cut off the oldest connection, which is the slowest."""
-        if len(accepted := list(self._accepted)) >= _MAX_CONNECTIONS:
+        if len(accepted := list(self._accepted)) >= self._most:
             _cut_off(accepted[0])
             self._accepted.pop(accepted[0], None)
         self._accepted[request] = time.monotonic()

@@ -146,9 +146,13 @@ class Metrics:
             self.connections_ended.labels(reason)  # so that the series exists from the start, with the value 0
         self.connections_turned_away = Counter(
             "ganserve_connections_turned_away",
-            "Connections closed immediately because --max-connections was reached.",
+            "Connections closed immediately, by reason: connections (--max-connections was reached), descriptors (too "
+            "few file descriptors).",
+            ["reason"],
             registry=registry,
         )
+        for reason in ("connections", "descriptors"):
+            self.connections_turned_away.labels(reason)
         self.file_reloads = Counter(
             "ganserve_file_reloads",
             "Changed files that were read again, by kind (certificates, tokens) and outcome (loaded, rejected).",

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 
 from ganserve_server.auth.security import Security
+from ganserve_server.machine import free_descriptors
 from ganserve_server.observe.call_recorder import log_internal_error, log_tls_failure
 from ganserve_server.repository.states import Administration
 from ganserve_server.settings import ServerSettings
@@ -43,6 +44,7 @@ class AdminListener:
         from ganserve.v1 import administration_pb2_grpc
         from ganserve_server.services.administration import AdministrationServicer, RepositoryServicer
 
+        connections = min(_CONNECTIONS, max(1, free_descriptors() // 8))
         self._server = server = new_server(
             self._settings.transport,
             self._security,
@@ -50,7 +52,7 @@ class AdminListener:
             on_refused=lambda *_: None,
             on_tls_failure=log_tls_failure,
             on_internal_error=log_internal_error,
-            limits=replace(self._settings.limits, max_connections=_CONNECTIONS, max_streams=_CONNECTIONS),
+            limits=replace(self._settings.limits, max_connections=connections, max_streams=_CONNECTIONS),
             guard=self._security.guard("admin"),
         )
         grpcs: Any = server

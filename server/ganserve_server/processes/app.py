@@ -13,7 +13,7 @@ from typing import Any
 
 from ganserve_server.auth.security import Security
 from ganserve_server.compute.cuda import nvidia_driver
-from ganserve_server.machine import cores, memory_limit
+from ganserve_server.machine import cores, memory_limit, raise_open_files_limit
 from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.processes.channel import WORKER_VARIABLE, SupervisorChannel
 from ganserve_server.processes.management import Management
@@ -23,6 +23,7 @@ from ganserve_server.processes.systemd import notify
 from ganserve_server.repository.scan import require_models
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
+from ganserve_server.start_errors import StartError
 from ganserve_server.transport.addresses import bind, name
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 # The memory of a worker without a model, and the memory for each byte of a model file: 1.5 times the measured values.
 _WORKER_BYTES, _BYTES_PER_FILE_BYTE = 140 << 20, 3
 _NO_LIMIT = 1 << 60  # of bytes
+# Open files: what a process opens itself with a few connections, and what a supervisor opens for each worker.
+_LEAST_OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 4
 _LONGEST_END_S = 5.0  # how long a worker may take to end after its drain
 
 
@@ -37,8 +40,9 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     """Serve until `stop` is set, then drain; whenever `reload` is set, look for changes in the repository.
 
     Raises:
-        StartError: no model can be served, or an address is taken.
+        StartError: no model can be served, an address is taken, or too few files may be open.
     """
+    open_files = raise_open_files_limit()
     # Slow imports, above all onnxruntime, are inside functions: a supervisor does not need them, and starts the workers
     # first.
     if variable := os.environ.get(WORKER_VARIABLE):
@@ -49,6 +53,12 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     started = time.perf_counter()
     sockets = bind(settings.address, "--address")
     workers = _count_workers(settings)
+    least = max(_LEAST_OPEN_FILES, _LEAST_OPEN_FILES // 2 + workers * _OPEN_FILES_OF_A_WORKER)
+    if open_files < least:
+        raise StartError(
+            f"the limit on open files is {open_files}; with --workers {workers}, the server needs at least {least}: "
+            "raise the limit (ulimit -n, LimitNOFILE of systemd)"
+        )
     if settings.without_effect:
         _log.warning("--transport grpcio ignores these settings", extra={"settings": settings.without_effect})
     require_models(settings.models)

@@ -1,6 +1,8 @@
 """The work of one process: its models, their queues, and the calls it answers."""
 
 import asyncio
+import dataclasses
+import functools
 import gc
 import logging
 import socket
@@ -13,6 +15,7 @@ from ganserve.v1 import generation_pb2
 from ganserve_server.auth.security import Security
 from ganserve_server.compute.cuda import nvidia_driver
 from ganserve_server.inference import grpc_service_pb2
+from ganserve_server.machine import free_descriptors
 from ganserve_server.observe.call_recorder import CallRecorder
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.observe.tracing import start_tracing
@@ -27,6 +30,7 @@ from ganserve_server.shared.scoreboard import Scoreboard
 from ganserve_server.transport import new_server
 from ganserve_server.transport.addresses import refused
 from ganserve_server.transport.interface import Server
+from ganserve_server.transport.limits import Limits, connections_within
 
 _log = logging.getLogger(__name__)
 
@@ -107,6 +111,7 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
     if stop.is_set():
         return
     tracing = start_tracing(warn=host.logs)
+    limits = _limits(settings, warn=host.logs)
     recorder = CallRecorder(metrics, settings.access_log, tracing)
     server = new_server(
         settings.transport,
@@ -116,10 +121,10 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
         on_internal_error=recorder.internal_error,
         on_tls_failure=recorder.tls_failed,
         on_aged=metrics.connections_aged.inc,
-        on_turned_away=metrics.connections_turned_away.inc,
+        on_turned_away=functools.partial(_turned_away, metrics, few=limits.max_connections < settings.max_connections),
         guard=security.guard("generate"),
         on_ended=recorder.connection_ended,
-        limits=settings.limits,
+        limits=limits,
         board=board,
     )
     host.server_made(server)
@@ -171,6 +176,23 @@ def _add_services(
         reflection.ReflectionServicer((*ours, health.SERVICE), files).add_to(server)
     for service in ours:
         health_servicer.set(service, health.SERVING)
+
+
+def _limits(settings: ServerSettings, *, warn: bool) -> Limits:
+    """Return the limits of the transport, with fewer connections if there are too few file descriptors."""
+    fitting = connections_within(free_descriptors())
+    if fitting >= settings.max_connections:
+        return settings.limits
+    if warn:
+        _log.warning(
+            "there are too few file descriptors for --max-connections; raise the limit on open files",
+            extra={"max_connections": settings.max_connections, "connections": fitting},
+        )
+    return dataclasses.replace(settings.limits, max_connections=fitting)
+
+
+def _turned_away(metrics: Metrics, reason: str, *, few: bool) -> None:
+    metrics.connections_turned_away.labels("descriptors" if few else reason).inc()
 
 
 async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:

@@ -20,7 +20,7 @@ def new_server(
     on_tls_failure: Callable[[OSError, str], None],
     on_aged: Callable[[], None] = lambda: None,
     on_ended: Callable[[str, str, str], None] = lambda *_: None,
-    on_turned_away: Callable[[], None] = lambda: None,
+    on_turned_away: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> "Server":
     """Return a server of the given transport, without importing the other one.

@@ -7,8 +7,10 @@ takes the handlers that generated code registers.
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
+import os
 import random
 import ssl
 import sys
@@ -41,7 +43,8 @@ _BACKLOG = 1024
 # A socket option, and the states in its first byte after a reset and after a FIN: linux/tcp.h, net/tcp_states.h.
 _TCP_INFO, _LEFT = 11, (7, 8)
 _YIELD_S = 0.001  # in which a worker with fewer connections accepts the next one
-_ACCEPT_PAUSE_S = 1.0  # after accepting failed, such as without free file descriptors
+_ACCEPT_PAUSE_S = 1.0  # after accepting failed
+_LOG_AGAIN_S = 60.0  # between two log lines that accepting fails
 _UNUSED_S = 10.0  # without a call; workers balance new connections by the connections in use
 _IDLE_S = 1.0  # after which a connection may be closed to make room for another
 _SEARCH_AGAIN_S = 5e-5  # for each connection, between searches for unused ones: searching takes about 1% of the time
@@ -63,7 +66,8 @@ class GrpcServer(BaseServer[Http2Call]):
             Because connections age, a load balancer's long-lived connections spread to new replicas.
         on_ended: called for each connection that the server ends for another reason: with that
             reason, the peer's address if it is known, and a text.
-        on_turned_away: called for each connection that is closed at once because there are too many.
+        on_turned_away: called for each connection that is closed at once, with the reason: `connections`, because there
+            are too many, or `descriptors`, because there is no file descriptor for it.
         options: `BaseServer`'s.
     """
 
@@ -75,7 +79,7 @@ class GrpcServer(BaseServer[Http2Call]):
         on_tls_failure: Callable[[OSError, str], None] = lambda *_: None,
         on_aged: Callable[[], None] = lambda: None,
         on_ended: Callable[[str, str, str], None] = lambda *_: None,
-        on_turned_away: Callable[[], None] = lambda: None,
+        on_turned_away: Callable[[str], None] = lambda _: None,
         **options: Any,
     ) -> None:
         super().__init__(limits=limits, **options)
@@ -95,6 +99,8 @@ class GrpcServer(BaseServer[Http2Call]):
         self._places: set[socket] = set()  # of connections, including new ones before and in their handshake
         self._unstarted: set[socket] = set()  # whose handshake has not begun
         self._ending = 0  # connections that drain
+        self._spare: int | None = None  # a file descriptor to give up for a connection that is turned away
+        self._logged_failure = -_LOG_AGAIN_S  # by time.monotonic
         self._behind = False  # more connections wait than the last slice of time was enough for
         self._silent: dict[socket, asyncio.TimerHandle] = {}  # new connections whose peer has sent nothing
         # Oldest first, each with its start by time.monotonic.
@@ -132,6 +138,7 @@ class GrpcServer(BaseServer[Http2Call]):
             bound.listen(_BACKLOG)
             self._listening.append(bound)
             self.loop.add_reader(bound, self._accept, bound)
+        self._spare = _open_spare()
         self._looking = self.loop.call_later(self.limits.sweep_s, self._look)
 
     async def drain(self, timeout_s: float) -> None:
@@ -141,6 +148,8 @@ class GrpcServer(BaseServer[Http2Call]):
         for bound in listening:
             self.loop.remove_reader(bound)
             bound.close()
+        if self._spare is not None:
+            os.close(self._spare)
         for accepted, timer in self._silent.items():
             timer.cancel()
             accepted.close()
@@ -241,21 +250,49 @@ class GrpcServer(BaseServer[Http2Call]):
                 pause_s = _YIELD_S
                 break
             try:
-                accepted, place = listening.accept()
+                accepted = self._accept_one(listening)
             except (BlockingIOError, ConnectionAbortedError):
                 self._behind = False
                 return
             except OSError as error:
-                _log.error("a connection cannot be accepted", extra={"reason": str(error)})
+                self._log_failure(error)
                 pause_s = _ACCEPT_PAUSE_S
                 break
             if self._accept_order is not None:
                 self._accept_order.accepted()
-            self._take(accepted, address_of(place))
+            if accepted is not None:
+                self._take(accepted[0], address_of(accepted[1]))
         self._behind = not pause_s
         if pause_s:
             self.loop.remove_reader(listening)
             self.loop.call_later(pause_s, self._accept_again, listening)
+
+    def _accept_one(self, listening: socket) -> tuple[socket, Any] | None:
+        """Accept a connection; if there is no file descriptor for it, close it at once and return None.
+
+        Raises:
+            OSError: as of `socket.accept`.
+        """
+        try:
+            return listening.accept()
+        except OSError as error:
+            if self._spare is None:
+                self._spare = _open_spare()
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or self._spare is None:
+                raise
+            os.close(self._spare)
+            try:
+                listening.accept()[0].close()  # fails if none waits: without a descriptor, accept does not look
+            finally:
+                self._spare = _open_spare()
+            self._log_failure(error)
+        self._on_turned_away("descriptors")
+        return None
+
+    def _log_failure(self, error: OSError) -> None:
+        if time.monotonic() - self._logged_failure >= _LOG_AGAIN_S:
+            self._logged_failure = time.monotonic()
+            _log.error("a connection cannot be accepted", extra={"reason": str(error)})
 
     def _take(self, accepted: socket, peer: str) -> None:
         """Serve a connection, unless there is no room for it or its peer has closed it."""
@@ -270,7 +307,7 @@ class GrpcServer(BaseServer[Http2Call]):
             # Without a GOAWAY: gRPC's clients would treat the connection as established, and reconnect at once,
             # thousands of times a second.
             accepted.close()
-            self._on_turned_away()
+            self._on_turned_away("connections")
             return
         self._places.add(accepted)
         self._count_connections()
@@ -448,6 +485,12 @@ def _is_busy(connection: Connection[Head]) -> bool:
     """Return whether a connection has a call that a drain waits for; a health Watch, for example, is none."""
     calls = connection.streams.values()
     return any(isinstance(call, Http2Call) and (call.method is None or call.method.awaited) for call in calls)
+
+
+def _open_spare() -> int | None:
+    with contextlib.suppress(OSError):
+        return os.open(os.devnull, os.O_RDONLY)
+    return None
 
 
 def _has_left(accepted: socket) -> bool:

@@ -6,6 +6,19 @@ MAX_REFLECTION_STREAMS = 20  # at a time, of one caller or connection
 MAX_HEADER_LIST_BYTES = 16384  # of a request, by RFC 9113's count (6.5.2)
 
 
+_MOST_RESERVED = 256  # file descriptors
+
+
+def connections_within(descriptors: int) -> int:
+    """Return how many connections a process may have that can open so many more files.
+
+    Half of them, but at most 256, are for other purposes: connections of operators and of the metrics, model files,
+    certificates, traces.
+    """
+    for_connections = descriptors - min(_MOST_RESERVED, descriptors // 2)
+    return max(1, (for_connections - 2) * 8 // 9)  # an eighth more may drain (`grpc_server`), and one is accepted
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """The bounds of one process's transport. Bytes are the process's own; the kernel's buffers are extra."""
