@@ -4,8 +4,10 @@ import errno
 import hashlib
 import io
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -199,7 +201,31 @@ def test_versions_count_from_one_and_hold_what_was_published(tmp_path: Path) -> 
     (tmp_path / "mine" / "2").rename(tmp_path / "mine" / "old")
     (tmp_path / "mine" / "7").mkdir()
     assert publish(b"", tmp_path, "mine") == tmp_path / "mine" / "8" / "model.onnx"
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"1", "3", "7", "8", "old"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {".highest-version-8", "1", "3", "7", "8", "old"}
+
+
+def test_the_number_of_a_version_that_was_removed_is_not_given_again(tmp_path: Path) -> None:
+    for _ in range(3):
+        publish(b"", tmp_path, "mine")
+    for removed, following in ((("3",), "4"), (("1", "2", "4"), "5")):
+        for version in removed:
+            shutil.rmtree(tmp_path / "mine" / version)
+        assert publish(b"", tmp_path, "mine").parent == tmp_path / "mine" / following
+    shutil.copytree(tmp_path / "mine", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "5")
+    assert publish(b"", tmp_path, "copy").parent == tmp_path / "copy" / "6"
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [".highest-version-6", "6"]
+
+
+def test_exports_at_the_same_time_get_different_numbers_even_if_each_version_is_removed_at_once(tmp_path: Path) -> None:
+    def publish_and_remove(_: int) -> str:
+        version = publish(b"", tmp_path, "mine").parent
+        shutil.rmtree(version)
+        return version.name
+
+    with ThreadPoolExecutor(8) as exports:
+        numbers = list(exports.map(publish_and_remove, range(40)))
+    assert len(set(numbers)) == 40
 
 
 def test_after_the_highest_version_nothing_is_published(tmp_path: Path) -> None:
@@ -207,17 +233,21 @@ def test_after_the_highest_version_nothing_is_published(tmp_path: Path) -> None:
     publish(b"", tmp_path, "mine")
     with pytest.raises(TrainerError, match=r"mine has version 999999999, .*choose another name"):
         publish(b"", tmp_path, "mine")
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"999999998", "999999999"}
+    shutil.rmtree(tmp_path / "mine" / "999999999")
+    with pytest.raises(TrainerError, match="choose another name"):
+        publish(b"", tmp_path, "mine")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {".highest-version-999999999", "999999998"}
 
 
-def test_a_number_that_another_export_has_just_taken_is_left_to_it(
+def test_a_number_that_somebody_has_just_used_by_hand_is_left_to_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.rename
 
     def after_another(path: Path, target: Path) -> Path:
         monkeypatch.undo()
-        publish(b"another", tmp_path, "mine")
+        target.mkdir()
+        (target / "model.onnx").write_bytes(b"another")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", after_another)
@@ -230,7 +260,7 @@ def test_a_number_that_another_export_has_just_taken_is_left_to_it(
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="no space"):
         publish(b"", tmp_path, "mine")
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"1", "2"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {".highest-version-3", "1", "2"}
 
 
 def test_a_module_of_larger_images_than_a_server_takes_is_not_published(tmp_path: Path) -> None:

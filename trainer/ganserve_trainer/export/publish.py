@@ -28,6 +28,10 @@ from ganserve_trainer.train.checkpoints import load_checkpoint
 
 # The server finds only these names.
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_MOST_VERSIONS = 999_999_999
+# An empty file for the highest number ever given, so that no number names two models, even if versions are removed. A
+# name, not a content: creating a file is atomic on every file system, and a copy of the repository has it too.
+_MARK = ".highest-version-"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -161,7 +165,10 @@ def check_name(name: str) -> None:
 
 
 def publish(model: bytes, repository: Path, name: str) -> Path:
-    """Write the file as the model's next version, atomically: a version never has a partly written file."""
+    """Write the file as the model's next version, atomically: a version never has a partly written file.
+
+    The number is higher than that of any version that is or was in the model's folder.
+    """
     folder = repository / name
     folder.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".publishing-", dir=folder))
@@ -173,14 +180,11 @@ def publish(model: bytes, repository: Path, name: str) -> Path:
             os.fsync(file.fileno())
         sync_directory(beside)
         while True:
-            taken = (int(path.name) for path in folder.iterdir() if _VERSION.fullmatch(path.name))
-            version = 1 + max(taken, default=0)
-            if not _VERSION.fullmatch(str(version)):
-                raise TrainerError(f"{folder} has version {version - 1}, the highest possible one; choose another name")
+            version = _take_number(folder)
             try:
                 beside.rename(folder / str(version))
             except OSError:
-                # If the version exists now, another export has just taken this number; otherwise the failure is real.
+                # If the version exists now, somebody has just put it there; otherwise the failure is real.
                 if not (folder / str(version)).exists():
                     raise
             else:
@@ -188,3 +192,29 @@ def publish(model: bytes, repository: Path, name: str) -> Path:
                 return folder / str(version) / MODEL_FILE_NAME
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _take_number(folder: Path) -> int:
+    """Return a version number that no version in a model's folder has or had, and that no other export gets."""
+    while True:
+        version = 1 + max(_numbers(folder), default=0)
+        if version > _MOST_VERSIONS:
+            raise TrainerError(f"{folder} has version {version - 1}, the highest possible one; choose another name")
+        mark = folder / f"{_MARK}{version}"
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:  # another export has just taken it
+            continue
+        if max(_numbers(folder)) == version:
+            break
+        mark.unlink(missing_ok=True)  # another export has taken a higher number meanwhile, perhaps after this one
+    for path in folder.glob(f"{_MARK}*"):
+        if (number := path.name.removeprefix(_MARK)).isdecimal() and int(number) < version:
+            path.unlink(missing_ok=True)
+    return version
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Return the numbers of the versions in a model's folder, and of its marks."""
+    names = (name.removeprefix(_MARK) for name in os.listdir(folder))
+    return [int(name) for name in names if _VERSION.fullmatch(name)]
