@@ -11,6 +11,7 @@ def main() -> None:
     # ignores SIGTERM. The handler raises no exception, because an interrupted import may replace it by another one.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a starting server reads everything anyway
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a supervisor blocks it for its workers
     try:
         from ganserve_server.cli.main import main as run
 

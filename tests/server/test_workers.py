@@ -312,7 +312,8 @@ def test_workers_end_whose_supervisor_was_killed_while_they_started() -> None:
 
 def test_sighup_while_the_workers_start_is_obeyed_when_they_serve() -> None:
     with halfway() as (process, pids):
-        process.send_signal(signal.SIGHUP)
+        for pid in (process.pid, *pids):
+            os.kill(pid, signal.SIGHUP)
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
         assert read_up_to(process, "serving") == ["serving"]

@@ -6,6 +6,7 @@ Counters are sums over all workers, including dead ones (`observe.shared_metrics
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -259,7 +260,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         descriptors = [bound.fileno() for bound in self.sockets]
-        with self._metrics.memory_of(number) as metrics:
+        with self._metrics.memory_of(number) as metrics, _blocked(signal.SIGHUP):
             variable = {
                 "number": number,
                 "workers": self._count,
@@ -331,6 +332,16 @@ class Supervisor:
                 continue
             if ready is not None:
                 _log.info("worker started", extra={"worker": number, "pid": self._workers[number].process.pid})
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Start processes with a blocked signal, which would end a process before its first step, which ignores it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
 
 
 class _Processes:
