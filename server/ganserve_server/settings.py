@@ -49,6 +49,15 @@ class ServerSettings(BaseModel):
             "(on SIGHUP)."
         ),
     ] = "watch"
+    reload_interval_s: Annotated[
+        float,
+        Field(
+            ge=0.1,
+            le=86_400,
+            description="Time between looks at the repository with --reload watch, besides those at changes that the "
+            "kernel reports.",
+        ),
+    ] = 30.0
     address: Annotated[str, Field(description="Address for gRPC, HOST:PORT; port 0 selects a free port.")] = (
         "127.0.0.1:50051"
     )

@@ -1,8 +1,6 @@
 """gRPC health on a real server: who watches, who only asks, and peers that read nothing."""
 
 import contextlib
-import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +9,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.conftest import WORKERS, RunningServer
+from tests.server.test_administration import administration
 from tests.server.test_lifecycle import publish
 from tests.server.test_security import write_tokens
 from tests.server.test_start_and_drain import wait_for_sample
 from tests.wire import INITIAL_WINDOW_SIZE, WINDOW_UPDATE, Peer, head
 
+from ganserve.v1 import administration_pb2 as pb
 from ganserve_server.services import health
 from ganserve_server.settings import BUNDLED_MODELS
 
@@ -62,9 +62,14 @@ def stalled_watches(address: str, *services: str) -> Peer:
     return peer
 
 
-def reload(server: RunningServer) -> None:
-    os.kill(server.process.pid, signal.SIGHUP)
-    server.wait_for("reloaded")
+def unload(server: RunningServer, model: str) -> None:
+    with administration(server) as stub:
+        stub.UnloadModel(pb.UnloadModelRequest(model=model))
+
+
+def load(server: RunningServer, model: str) -> None:
+    with administration(server) as stub:
+        stub.LoadModel(pb.LoadModelRequest(model=model))
 
 
 def test_a_watcher_that_reads_nothing_keeps_no_news_from_others_and_no_model_from_loading(
@@ -72,7 +77,7 @@ def test_a_watcher_that_reads_nothing_keeps_no_news_from_others_and_no_model_fro
 ) -> None:
     publish(tmp_path, 1)
     publish(tmp_path, 1, name="other")
-    server = start_server("--models", tmp_path, "--reload", "off")
+    server = start_server("--models", tmp_path, "--reload", "off", "--admin-address", "127.0.0.1:0")
     with (
         stalled_watches(server.address, "", "other"),
         watching(server.address, "other") as other,
@@ -80,15 +85,12 @@ def test_a_watcher_that_reads_nothing_keeps_no_news_from_others_and_no_model_fro
     ):
         assert (next(other), next(whole)) == (SERVING, SERVING)
         for _ in range(2):
-            shutil.rmtree(tmp_path / "other")
-            reload(server)
+            unload(server, "other")
             assert next(other) == NOT_SERVING
-            publish(tmp_path, 1, name="other")
-            reload(server)
+            load(server, "other")
             assert next(other) == SERVING
-        shutil.rmtree(tmp_path / "digits")
-        shutil.rmtree(tmp_path / "other")
-        reload(server)
+        unload(server, "digits")
+        unload(server, "other")
         assert (next(other), next(whole)) == (NOT_SERVING, NOT_SERVING)
 
 
@@ -124,16 +126,13 @@ def test_a_watcher_that_reads_again_gets_the_latest_status_and_none_between(
     start_server: Start, tmp_path: Path
 ) -> None:
     publish(tmp_path, 1)
-    server = start_server("--models", tmp_path, "--reload", "off")
+    server = start_server("--models", tmp_path, "--reload", "off", "--admin-address", "127.0.0.1:0")
     with Peer(server.address, {INITIAL_WINDOW_SIZE: 0}) as peer:
         (stream,) = watch(peer, "digits")
         for _ in range(3):
-            shutil.rmtree(tmp_path / "digits")
-            reload(server)
-            publish(tmp_path, 1)
-            reload(server)
-        shutil.rmtree(tmp_path / "digits")
-        reload(server)
+            unload(server, "digits")
+            load(server, "digits")
+        unload(server, "digits")
         peer.send(WINDOW_UPDATE, 0, stream, (1000).to_bytes(4, "big"))
         while len(peer.answers[stream].data) < 14:  # of two messages
             assert peer.read() is not None
@@ -143,17 +142,15 @@ def test_a_watcher_that_reads_again_gets_the_latest_status_and_none_between(
 
 def test_watchers_of_a_model_are_told_when_it_comes_and_goes(start_server: Start, tmp_path: Path) -> None:
     publish(tmp_path, 1)
-    server = start_server("--models", tmp_path, "--reload", "off")
+    server = start_server("--models", tmp_path, "--reload", "off", "--admin-address", "127.0.0.1:0")
     with watching(server.address, "other") as statuses:
         assert next(statuses) == UNKNOWN
         publish(tmp_path, 1, name="other")
-        reload(server)
+        load(server, "other")
         assert next(statuses) == SERVING
-        shutil.rmtree(tmp_path / "other")
-        reload(server)
+        unload(server, "other")
         assert next(statuses) == NOT_SERVING
-        publish(tmp_path, 1, name="other")
-        reload(server)
+        load(server, "other")
         assert next(statuses) == SERVING
 
 

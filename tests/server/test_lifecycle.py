@@ -16,6 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.conftest import WORKERS, RunningServer
 
 from ganserve import Client, ModelNotFoundError
+from ganserve.v1 import administration_pb2 as pb
+from ganserve.v1 import administration_pb2_grpc as pb_grpc
 from ganserve_server.settings import BUNDLED_MODELS
 
 Start = Callable[..., RunningServer]
@@ -210,23 +212,22 @@ def test_so_many_of_the_newest_are_served_as_the_settings_say(start_server: Star
 def test_sighup_loads_where_nothing_is_watched_and_health_follows(start_server: Start, tmp_path: Path) -> None:
     publish(tmp_path, 1)
     publish(tmp_path, 1, name="other")
-    server = start_server("--models", tmp_path, "--reload", "off")
+    server = start_server("--models", tmp_path, "--reload", "off", "--admin-address", "127.0.0.1:0")
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     shutil.rmtree(tmp_path / "other")
     os.kill(server.process.pid, signal.SIGHUP)
     assert server.wait_for("model unloaded")["model"] == "other"
     assert [status(server.address, name) for name in ("", "digits", "other")] == [serving, serving, not_serving]
-    shutil.rmtree(tmp_path / "digits")
-    os.kill(server.process.pid, signal.SIGHUP)
-    server.wait_for("model unloaded")
+    with grpc.insecure_channel(server.admin_address) as channel:
+        pb_grpc.AdministrationServiceStub(channel).UnloadModel(pb.UnloadModelRequest(model="digits"))
     with Client(server.address) as client:
         with pytest.raises(ModelNotFoundError, match="there are none at all"):
             client.generate("digits", seed=1)
         assert status(server.address, "") == not_serving
-        publish(tmp_path, 7)
+        publish(tmp_path, 7, name="other")
         os.kill(server.process.pid, signal.SIGHUP)
         assert server.wait_for("model loaded")["version"] == 7
-        assert client.generate("digits", seed=1).version == 7
+        assert client.generate("other", seed=1).version == 7
         assert status(server.address, "") == serving
     assert server.stop() == 0
 

@@ -23,7 +23,7 @@ from ganserve_server.compute.engine import Engine, ProviderUnavailable
 from ganserve_server.compute.inputs import Inputs
 from ganserve_server.compute.model import ModelVersion
 from ganserve_server.repository import verify
-from ganserve_server.repository.scan import find_misplaced, find_versions
+from ganserve_server.repository.scan import find_misplaced, find_versions, look
 from ganserve_server.repository.verify import CARD_KEY, ModelRejected, load_version
 from ganserve_server.settings import BUNDLED_MODELS
 
@@ -401,6 +401,7 @@ def test_a_folder_that_cannot_be_read_is_told_of_if_its_name_is_a_models(open_fo
     with ordinary_user():
         assert list(find_misplaced(open_folder)) == [(open_folder / "mlp", "cannot be read: Permission denied")]
         assert list(find_versions(open_folder)) == []
+        assert look(open_folder).unreadable_paths == {open_folder / "mlp": "Permission denied"}
 
 
 def test_files_that_nobody_means_to_be_served_are_not_told_of(tmp_path: Path) -> None:

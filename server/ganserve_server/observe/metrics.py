@@ -172,6 +172,12 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
+        self.repository_unreadable = Gauge(
+            "ganserve_repository_unreadable",
+            "Paths in the repository that cannot be read; versions that were read before are served.",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         # With a label: without one, the series would exist with the value 0 even if there is no certificate.
         self.certificate_expiry = Gauge(
             "ganserve_certificate_expiry_timestamp_seconds",

@@ -54,7 +54,6 @@ class Management:
         self._tasks.append(asyncio.create_task(self._follow_reloads(security, refresh_workers)))
         if self._settings.reload == "watch":
             self._tasks.append(asyncio.create_task(self.lifecycle.watch(self._stop)))
-            self._tasks.append(asyncio.create_task(self.lifecycle.refresh()))  # for changes since the start
         return self._admin.start(self.lifecycle)
 
     async def close(self) -> None:

@@ -10,15 +10,17 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.machine import memory_left
+from ganserve_server.repository.changes import UNKNOWN, Changes
 from ganserve_server.repository.probed import Probed
 from ganserve_server.repository.prober import Prober
-from ganserve_server.repository.scan import MODEL_FILE_NAME, Stamp, look
+from ganserve_server.repository.scan import MODEL_FILE_NAME, Key, Stamp, look
 from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.repository.states import ProbedVersion, Served, Servers, VersionState
 from ganserve_server.settings import ServerSettings
@@ -30,7 +32,6 @@ _log = logging.getLogger(__name__)
 _LONG_S = 5.0  # a probe that takes longer is logged, also at the start
 _MORE = 1.25  # times the memory with which a probe failed: then it is tried again
 _UNTIL = "it is not loaded again until the file changes, or an operator loads it (`ganserve-server admin load {}`)"
-_Key = tuple[str, int]
 
 
 class Lifecycle:
@@ -45,16 +46,18 @@ class Lifecycle:
         self._settings, self._state = settings, state
         self._prober = Prober(settings)
         self._servers: asyncio.Future[Servers] = asyncio.get_running_loop().create_future()
-        self._served: dict[_Key, ProbedVersion] = {}
-        self._opening: set[_Key] = set()
+        self._served: dict[Key, ProbedVersion] = {}
+        self._opening: set[Key] = set()
         self._unloaded: set[str] = set()  # by an operator
-        self._stamps: dict[_Key, Stamp] = {}  # of files that were loaded or rejected
-        self._reasons: dict[_Key, str] = {}  # why a file was rejected
-        self._short: dict[_Key, int] = {}  # the memory that files need, or that was not enough for their probe
-        self._quarantined: set[_Key] = set()
+        self._stamps: dict[Key, Stamp] = {}  # of files that were loaded or rejected
+        self._reasons: dict[Key, str] = {}  # why a file was rejected
+        self._short: dict[Key, int] = {}  # the memory that files need, or that was not enough for their probe
+        self._quarantined: set[Key] = set()
         self._newly_rejected = 0
         self._models: set[str] = set()  # in the repository
-        self._awaited: set[_Key] = set()  # have no file yet; not logged, because a copy may be under way
+        self._changes = Changes(settings.models)
+        self._notes: dict[Key, str] = {}  # why a version is not as in the repository; not logged
+        self._unreadable: dict[Path, str] = {}  # what cannot be read, and why
         self._misplaced: dict[Path, str] = {}  # files that were probably meant as models, and why they are not served
         self._refreshing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,7 +78,7 @@ class Lifecycle:
             with contextlib.suppress(OSError):  # the probe of the first file reports it
                 await self._prober.start()
         try:
-            await self._refresh(starting=True)
+            await self._refresh(settled=True, starting=True)
         except OSError as error:
             reason = f"the model repository {self._settings.models} cannot be listed: {error.strerror}"
             raise StartError(reason) from error
@@ -89,12 +92,9 @@ class Lifecycle:
         self._servers.set_result(servers)
 
     async def refresh(self) -> None:
-        """Load new versions, and drop removed ones."""
+        """Load new versions, and drop removed ones; look twice before the last version of a model is dropped."""
         # A task of its own: whoever asked for it, for example an operator, may disconnect.
-        task = asyncio.create_task(self._refresh())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._begin(self._look_twice()))
 
     async def load(self, name: str) -> list[VersionState]:
         """Load a model from its folder, even if it is already served or quarantined.
@@ -106,7 +106,7 @@ class Lifecycle:
         self._unloaded.discard(name)
         async with self._refreshing:
             for key in [key for key in self._stamps if key[0] == name]:
-                del self._stamps[key]
+                self._stamps[key] = UNKNOWN
                 self._short.pop(key, None)
                 if key in self._quarantined:
                     self._state.release(await asyncio.to_thread(_digest, self._path(key)))
@@ -137,11 +137,11 @@ class Lifecycle:
         """Load new versions and drop removed ones; return the state of each version in the repository."""
         await self.refresh()
         states: list[VersionState] = []
-        for name, number in sorted(self._stamps.keys() | self._served.keys() | self._reasons.keys() | self._awaited):
+        for name, number in sorted(
+            self._stamps.keys() | self._served.keys() | self._reasons.keys() | self._notes.keys()
+        ):
             version = self._served.get((name, number))
-            reason = self._reasons.get((name, number), "")
-            if (name, number) in self._awaited:
-                reason = f"there is no {MODEL_FILE_NAME} in its folder yet"
+            reason = self._notes.get((name, number)) or self._reasons.get((name, number), "")
             if name in self._unloaded:
                 reason = "an operator unloaded it; LoadModel loads it again"
             digest = version.probed.digest if version else ""
@@ -160,14 +160,10 @@ class Lifecycle:
         await self._drop_quarantined(await asyncio.to_thread(self._state.collect_deaths, pid, status))
 
     async def watch(self, stop: asyncio.Event) -> None:
-        """Refresh whenever something changes in the repository, until `stop` is set."""
-        from watchfiles import awatch  # late, because a supervisor starts its workers first
+        """Refresh whenever something may have changed in the repository, until `stop` is set."""
+        from ganserve_server.repository.watching import Watch  # late, because a supervisor starts its workers first
 
-        try:
-            async for _ in awatch(self._settings.models, stop_event=stop):
-                await self.refresh()
-        except (OSError, RuntimeError) as error:
-            _log.error("the repository is no longer watched; SIGHUP still reloads it", extra={"reason": str(error)})
+        await Watch(self._settings.models, self._refresh, self._settings.reload_interval_s).run(stop)
 
     async def close(self) -> None:
         """Stop loading."""
@@ -181,21 +177,32 @@ class Lifecycle:
         """The names of the served models, in alphabetical order."""
         return sorted({name for name, _ in self._served})
 
-    async def _refresh(self, *, starting: bool = False) -> None:
+    async def _look_twice(self) -> None:
+        if math.isfinite(again_s := await self._refresh(settled=True)):
+            await asyncio.sleep(again_s)
+            await self._refresh(settled=True)
+
+    async def _refresh(self, *, settled: bool = False, starting: bool = False) -> float:
+        """Look once; return in how many seconds another look may decide more."""
         async with self._refreshing:
+            misplaced, served = self._misplaced, self._served.keys()
             try:
-                found, self._awaited, misplaced = await asyncio.to_thread(look, self._settings.models)
+                seen = await asyncio.to_thread(look, self._settings.models)
             except OSError as error:
                 if starting:
                     raise
-                _log.error("the repository cannot be listed", extra={"reason": str(error)})
-                return
+                decision = self._changes.blind(error, self._stamps, served)
+            else:
+                decision = self._changes.decide(seen, self._stamps, served, settled=settled)
+                misplaced = seen.misplaced
+            found, self._notes = decision.found, decision.notes
+            self._report_unreadable(decision.unreadable)
             for path, reason in misplaced.items():
                 if self._misplaced.get(path) != reason:
                     _log.warning("model rejected", extra={"path": str(path), "reason": reason})
             self._misplaced = misplaced
-            self._models = {name for name, _ in found.keys() | self._awaited}
-            wanted: set[_Key] = set()
+            self._models = {name for name, _ in found.keys() | self._notes.keys()}
+            wanted: set[Key] = set()
             try:
                 for name in sorted({name for name, _ in found} - self._unloaded):
                     versions = sorted((number for other, number in found if other == name), reverse=True)
@@ -207,15 +214,17 @@ class Lifecycle:
             self._short = {key: size for key, size in self._short.items() if key in found}
             self._quarantined &= found.keys()
             await self._drop(sorted(self._served.keys() - wanted))
+            return decision.again_s
 
-    async def _choose(self, name: str, versions: list[int], found: dict[_Key, Stamp], *, starting: bool) -> set[_Key]:
+    async def _choose(self, name: str, versions: list[int], found: dict[Key, Stamp], *, starting: bool) -> set[Key]:
         """Serve the N newest valid versions, where N is `settings.most_versions`; return them."""
-        chosen: set[_Key] = set()
+        chosen: set[Key] = set()
         for number in versions:
             if len(chosen) == self._settings.most_versions:
                 break
             key = (name, number)
-            changed = key not in self._stamps or self._stamps[key] != found[key]
+            stamp = self._stamps.get(key, UNKNOWN)
+            changed = stamp != found[key] and (stamp == UNKNOWN or not await self._serves_content(key))
             if changed:
                 self._short.pop(key, None)
                 self._quarantined.discard(key)
@@ -228,7 +237,17 @@ class Lifecycle:
                 chosen.add(key)
         return chosen
 
-    async def _load(self, key: _Key, *, starting: bool) -> None:
+    async def _serves_content(self, key: Key) -> bool:
+        """Return whether a new file has the content that is served, as after a swap of a link to the repository."""
+        if not (version := self._served.get(key)):
+            return False
+        with contextlib.suppress(OSError):  # the probe reports it
+            if await asyncio.to_thread(_digest, self._path(key)) == version.probed.digest:
+                self._reasons.pop(key, None)
+                return True
+        return False
+
+    async def _load(self, key: Key, *, starting: bool) -> None:
         """Probe a file, and have it opened and served if it passes."""
         path = self._path(key)
         if not starting:
@@ -238,6 +257,10 @@ class Lifecycle:
         except OSError as error:
             self._reject(key, f"the process that checks files cannot be started: {error.strerror}")
             return
+        if probed.outcome == "unreadable":
+            self._stamps[key] = UNKNOWN  # the next look tries again
+            if self._reasons.get(key) == probed.reason:
+                return
         if probed.outcome != "passed":
             self._reject(key, await asyncio.to_thread(self._why_not, key, path, probed))
             return
@@ -281,7 +304,7 @@ class Lifecycle:
             }
             _log.info("model loaded", extra={"model": key[0], "version": key[1], **how})
 
-    async def _probed(self, key: _Key, path: Path, *, gently: bool) -> Probed:
+    async def _probed(self, key: Key, path: Path, *, gently: bool) -> Probed:
         """Return what a probe found, now or when it probed the same file before."""
         size = (self._stamps[key] or (0, 0, 0))[2]
         if self._state.has_passed or size in self._state.marked_sizes():
@@ -303,7 +326,7 @@ class Lifecycle:
             await asyncio.to_thread(self._state.keep, probed)
         return probed
 
-    def _why_not(self, key: _Key, path: Path, probed: Probed) -> str:
+    def _why_not(self, key: Key, path: Path, probed: Probed) -> str:
         """Return why a file that did not pass is rejected; quarantine it if it ended the probe, or kept it busy."""
         if probed.outcome == "memory":
             self._short[key] = int(_MORE * memory_left())
@@ -322,16 +345,24 @@ class Lifecycle:
         limit_s = (mark or {}).get("limit_s")
         return None if limit_s is not None and limit_s < self._settings.load_timeout_s else mark
 
-    def _of_quarantine(self, key: _Key, mark: dict[str, Any]) -> str:
+    def _of_quarantine(self, key: Key, mark: dict[str, Any]) -> str:
         self._quarantined.add(key)
         return f"quarantined at {mark['since']}: {mark['reason']}; {_UNTIL.format(key[0])}"
 
-    def _reject(self, key: _Key, reason: str) -> None:
+    def _report_unreadable(self, unreadable: dict[Path, str]) -> None:
+        for path, reason in unreadable.items():
+            if self._unreadable.get(path) != reason:
+                _log.error("cannot read the repository", extra={"path": str(path), "reason": reason})
+        for path in self._unreadable.keys() - unreadable.keys():
+            _log.info("can read the repository again", extra={"path": str(path)})
+        self._unreadable = unreadable
+
+    def _reject(self, key: Key, reason: str) -> None:
         self._reasons[key] = reason
         self._newly_rejected += 1
         _log.error("model rejected", extra={"path": str(self._path(key)), "reason": reason})
 
-    async def _drop(self, keys: Iterable[_Key]) -> None:
+    async def _drop(self, keys: Iterable[Key]) -> None:
         """Serve all versions but these."""
         dropped = [key for key in keys if self._served.pop(key, None)]
         await self._serve()
@@ -351,9 +382,7 @@ class Lifecycle:
             _log.error("model quarantined", extra={"path": str(self._path(key)), "reason": self._reasons[key]})
         if dropped:
             await self._drop(dropped)
-            task = asyncio.create_task(self._refresh())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._look_twice())
 
     async def _serve(self) -> None:
         """Have all processes serve what is decided."""
@@ -366,10 +395,17 @@ class Lifecycle:
             len(self._reasons),
             newly,
             len(self._quarantined),
+            len(self._unreadable),
         )
         await servers.serve(list(self._served.values()), served)
 
-    def _path(self, key: _Key) -> Path:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Do some work in a task that `close` ends."""
+        self._tasks.add(task := asyncio.create_task(work))
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _path(self, key: Key) -> Path:
         return self._settings.models / key[0] / str(key[1]) / MODEL_FILE_NAME
 
 

@@ -113,7 +113,7 @@ def _answer(found: "Examination", threads: int) -> dict[str, Any]:
     from ganserve_server.repository.report import report_of
 
     answer: dict[str, Any] = {
-        "outcome": "rejected" if found.problems else "passed",
+        "outcome": "unreadable" if found.unreadable else "rejected" if found.problems else "passed",
         "problems": found.problems,
         "reasons": found.reasons,
         "digest": found.digest,

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# passed: it can be served. rejected: it breaks a rule. died: the probe was killed by what the file made it do.
+# passed: it can be served. rejected: it breaks a rule. unreadable: it cannot be read now. died: the probe was killed by what the file made it do.
 # timeout: it took too long. memory: it needed more memory than is left.
-Outcome = Literal["passed", "rejected", "died", "timeout", "memory"]
+Outcome = Literal["passed", "rejected", "unreadable", "died", "timeout", "memory"]
 
 
 @dataclass(frozen=True, slots=True)

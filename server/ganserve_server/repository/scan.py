@@ -1,9 +1,12 @@
 """Finds model files in the repository's folder, and files that were probably meant as models; reads none of them."""
 
 import contextlib
+import dataclasses
+import errno
 import itertools
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,48 +17,126 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_REPORTED = 3
 
+Key = tuple[str, int]  # a model and its version
 Stamp = tuple[int, int, int] | None  # inode, mtime and size, which change with a file's content; None: no file
 
 
-def look(repository: Path) -> tuple[dict[tuple[str, int], Stamp], set[tuple[str, int]], dict[Path, str]]:
-    """Return the repository's versions with their stamps, the versions that have no file yet, and misplaced files."""
-    found: dict[tuple[str, int], Stamp] = {}
-    awaited: set[tuple[str, int]] = set()
-    for name, version, path in find_versions(repository):
+@dataclasses.dataclass(slots=True)
+class Look:
+    """What a look at the repository found. A version that is in none of the first three does not exist.
+
+    Attributes:
+        found: the versions with their stamps.
+        awaited: the versions that have no file yet.
+        unreadable: the versions that exist, but whose files cannot be read, each with the reason.
+        unreadable_paths: the same files, and models' folders that cannot be read, each with the reason.
+        misplaced: the files that were probably meant as models, each with the reason why they are none.
+    """
+
+    found: dict[Key, Stamp] = dataclasses.field(default_factory=dict)
+    awaited: set[Key] = dataclasses.field(default_factory=set)
+    unreadable: dict[Key, str] = dataclasses.field(default_factory=dict)
+    unreadable_paths: dict[Path, str] = dataclasses.field(default_factory=dict)
+    misplaced: dict[Path, str] = dataclasses.field(default_factory=dict)
+
+
+def look(repository: Path) -> Look:
+    """Look at the names of the repository, and whether its files can be opened.
+
+    Raises:
+        OSError: the repository cannot be listed.
+    """
+    seen = Look()
+    for folder in _model_folders(repository):
         try:
-            status = path.stat()
-        except OSError:
-            if is_awaited(path):
-                awaited.add((name, version))
-            else:
-                found[name, version] = None
-        else:
-            found[name, version] = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found, awaited, dict(find_misplaced(repository))
+            versions = _versions_in(folder)
+        except OSError as error:
+            if reason := _why_unreadable(error, folder):
+                seen.unreadable_paths[folder] = reason
+            continue
+        for version in versions:
+            key, path = (folder.name, int(version.name)), version / MODEL_FILE_NAME
+            try:
+                seen.found[key] = _stamp(path)
+            except OSError as error:
+                if reason := _why_unreadable(error, version, path):
+                    seen.unreadable[key] = seen.unreadable_paths[path] = reason
+                elif is_awaited(path):
+                    seen.awaited.add(key)
+                else:
+                    seen.found[key] = None
+    misplaced = find_misplaced(repository)
+    seen.misplaced = {path: reason for path, reason in misplaced if path not in seen.unreadable_paths}
+    return seen
+
+
+def _stamp(path: Path) -> Stamp:
+    """Return the stamp of a file.
+
+    Raises:
+        OSError: it does not exist, or cannot be opened.
+    """
+    status = path.stat()
+    if stat.S_ISREG(status.st_mode):  # opening a pipe would have an effect on its writer
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _why_unreadable(error: OSError, *paths: Path) -> str:
+    """Return why something that exists cannot be read; empty if it does not exist.
+
+    Args:
+        error: the error of reading it.
+        paths: what may be a link that leads nowhere: its target may come back, such as a volume that is not mounted.
+    """
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        return error.strerror or str(error)
+    dangling = (path for path in paths if os.path.islink(path) and not os.path.exists(path))
+    return next((f"the link {path.name} leads to {os.readlink(path)}, which does not exist" for path in dangling), "")
 
 
 def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:
-    """Yield (model, version, file) of every version in the repository, in order; skip other files."""
-    for folder in sorted(repository.iterdir()):
-        if _NAME.fullmatch(folder.name) and not folder.name.endswith(".tmp") and os.path.isdir(folder):
-            for path in _versions_in(folder):
-                yield folder.name, int(path.name), path / MODEL_FILE_NAME
+    """Yield (model, version, file) of every version in the repository, in order; skip what cannot be read."""
+    for folder in _model_folders(repository):
+        versions: list[Path] = []
+        with contextlib.suppress(OSError):
+            versions = _versions_in(folder)
+        for path in versions:
+            yield folder.name, int(path.name), path / MODEL_FILE_NAME
+
+
+def is_model_name(name: str) -> bool:
+    """Return whether a folder of this name may be a model."""
+    return bool(_NAME.fullmatch(name)) and not name.endswith(".tmp")
+
+
+def is_version(name: str) -> bool:
+    """Return whether a folder of this name may be a version."""
+    return bool(_VERSION.fullmatch(name))
+
+
+def _model_folders(repository: Path) -> list[Path]:
+    """Return what may be models' folders, in order."""
+    return [repository / name for name in sorted(os.listdir(repository)) if is_model_name(name)]
 
 
 def files_of(path: Path) -> list[Path]:
     """Return the model files that a path means: itself, the one of a version's folder, or all of a model's folder."""
     if not os.path.isdir(path):
         return [path]
-    inside = [version / MODEL_FILE_NAME for version in _versions_in(path)]
+    inside: list[Path] = []
+    with contextlib.suppress(OSError):  # the path that is returned instead cannot be read either
+        inside = [version / MODEL_FILE_NAME for version in _versions_in(path)]
     return inside if inside and not os.path.lexists(path / MODEL_FILE_NAME) else [path / MODEL_FILE_NAME]
 
 
 def _versions_in(folder: Path) -> list[Path]:
-    """Return the versions' folders of a model, in order; none if its folder cannot be read."""
-    names: list[str] = []
-    with contextlib.suppress(OSError):  # `find_misplaced` yields it
-        names = os.listdir(folder)
-    return sorted((folder / name for name in names if _VERSION.fullmatch(name)), key=lambda path: int(path.name))
+    """Return the versions' folders of a model, in order.
+
+    Raises:
+        OSError: its folder cannot be listed.
+    """
+    return sorted((folder / name for name in os.listdir(folder) if is_version(name)), key=lambda path: int(path.name))
 
 
 def find_misplaced(repository: Path) -> Iterator[tuple[Path, str]]:
@@ -83,7 +164,7 @@ def _misplaced_versions(folder: Path, wrong_depth: str) -> Iterator[tuple[Path, 
     for path in _candidates(folder):
         if _is_onnx(path):
             yield path, wrong_depth
-        elif _VERSION.fullmatch(path.name):
+        elif is_version(path.name):
             continue
         elif _has_onnx(path, levels=1):
             yield (

@@ -115,6 +115,7 @@ class ServedVersions:
                 self._remove(*key)
         self._metrics.files_rejected.labels("models").set(served.rejected)
         self._metrics.files_quarantined.set(served.quarantined)
+        self._metrics.repository_unreadable.set(served.unreadable)
         if served.newly_rejected:
             self._metrics.model_loads.labels("rejected").inc(served.newly_rejected)
         self._report(set(served.models))

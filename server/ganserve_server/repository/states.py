@@ -52,6 +52,7 @@ class Served:
         rejected: how many files cannot be served.
         newly_rejected: how many files were rejected since the last time.
         quarantined: how many files are quarantined.
+        unreadable: how many paths in the repository cannot be read.
     """
 
     digests: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Served:
     rejected: int = 0
     newly_rejected: int = 0
     quarantined: int = 0
+    unreadable: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the values as JSON has them."""

@@ -82,11 +82,16 @@ class ModelRejected(Exception):  # noqa: N818
         super().__init__("; ".join(one_line(reason) for reason in reasons))
 
 
+class ModelUnreadable(ModelRejected):
+    """A model file cannot be read now; it may be readable later without a change."""
+
+
 @dataclasses.dataclass(slots=True)
 class Examination:
     """What the checks of one file found."""
 
     problems: list[str] = dataclasses.field(default_factory=list)  # the server serves the file if there are none
+    unreadable: bool = False  # the problem is that the file cannot be read now
     unknown_keys: list[str] = dataclasses.field(default_factory=list)  # of the card: of a newer trainer, or misspelt
     unchecked: list[str] = dataclasses.field(default_factory=list)  # because of the problems
     size_bytes: int = 0
@@ -123,11 +128,12 @@ def load_version(
 
     Raises:
         ModelRejected: a rule is broken.
+        ModelUnreadable: the file cannot be read.
         ProviderUnavailable: the required provider is missing.
     """
     found = examine(path, max_model_mib=max_model_mib, provider=provider, threads=threads, limits=limits, gpu=gpu)
     if found.problems or found.card is None or found.engine is None:
-        raise ModelRejected(*found.reasons)
+        raise (ModelUnreadable if found.unreadable else ModelRejected)(*found.reasons)
     if found.unknown_keys:
         _log.warning(
             "the model card has unknown keys",
@@ -157,6 +163,7 @@ def examine(
         model = _parsed(content)
     except ModelRejected as error:
         found.problems.append(str(error))
+        found.unreadable = isinstance(error, ModelUnreadable)
         found.unchecked += [_GRAPH, _CARD, _INPUTS, _OUTPUT, _RUN, _SAME, _GOLDEN]
         return found
     found.problems += _graph_problems(model, content)
@@ -205,7 +212,7 @@ def _read(path: Path, max_model_mib: int) -> bytes:
             raise ModelRejected(f"the file has more than {max_model_mib} MiB, the limit set by --max-model-mib")
         return content
     except OSError as error:
-        raise ModelRejected(f"the file cannot be read: {error.strerror}") from error
+        raise ModelUnreadable(f"the file cannot be read: {error.strerror}") from error
 
 
 def _parsed(content: bytes) -> onnx.ModelProto:

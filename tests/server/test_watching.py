@@ -1,0 +1,255 @@
+"""A repository as in real life: links that are swapped, folders that cannot be read, files that are being copied."""
+
+import asyncio
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import START_TIMEOUT_S, WORKERS, RunningServer, ordinary_user
+from tests.server.test_administration import administration
+from tests.server.test_lifecycle import GOOD, publish
+
+from ganserve import Client
+from ganserve.v1 import administration_pb2 as pb
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.repository import watching
+from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.settings import ServerSettings
+
+Start = Callable[..., RunningServer]
+# Changes are then seen only if the kernel reports them.
+NO_POLLING = "--reload-interval-s=86400"
+UNREADABLE = "ganserve_repository_unreadable"
+NOBODY = 65534  # `ordinary_user`
+
+
+def lines_until(server: RunningServer, event: str, **facts: object) -> list[dict[str, Any]]:
+    """Read the log up to a line with this event and these facts."""
+    lines: list[dict[str, Any]] = []
+    while not lines or lines[-1]["event"] != event or not facts.items() <= lines[-1].items():
+        lines.append(server.events.get(timeout=START_TIMEOUT_S))
+    return lines
+
+
+def events(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["event"] for line in lines]
+
+
+def answering(address: str) -> int:
+    """Return the version of `digits` that answers a new connection."""
+    with Client(address) as client:
+        return client.generate("digits", seed=1).version
+
+
+def swap(link: Path, target: str) -> None:
+    """Set a link to another target at once, as git-sync and Kubernetes do."""
+    beside = link.with_name(".next")
+    beside.symlink_to(target)
+    beside.rename(link)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_link_that_is_swapped_is_followed_and_files_of_the_same_content_are_not_loaded_again(
+    workers: str, start_server: Start, tmp_path: Path
+) -> None:
+    """Below .git, which watchfiles' default filter leaves out."""
+    place = tmp_path / ".git" / "x"
+    publish(place / "first", 1)
+    for version in (1, 2):
+        publish(place / "second", version)
+    (place / "models").symlink_to("first")
+    server = start_server("--models", place / "models", NO_POLLING, "--workers", workers)
+    swap(place / "models", "second")
+    loaded = lines_until(server, "model loaded")
+    assert loaded[-1]["version"] == 2
+    until = time.monotonic() + START_TIMEOUT_S
+    while {answering(server.address) for _ in range(6)} != {2}:  # by all workers
+        assert time.monotonic() < until
+    publish(place / "second", 3)
+    loaded += lines_until(server, "model loaded", version=3)
+    assert events(loaded) == ["model loaded", "model loaded"]
+
+
+def test_links_inside_the_repository_are_followed(start_server: Start, tmp_path: Path) -> None:
+    """A ConfigMap's files are links to ..data, which is a link to a folder."""
+    repository, volume = tmp_path / "models", tmp_path / "volume"
+    version = repository / "digits" / "1"
+    version.mkdir(parents=True)
+    for name in ("..1", "..2"):
+        (version / name).mkdir()
+    shutil.copy(GOOD, version / "..1" / "model.onnx")
+    (version / "..2" / "model.onnx").write_text("no model")
+    (version / "..data").symlink_to("..1")
+    (version / "model.onnx").symlink_to("..data/model.onnx")
+    publish(volume, 1, name="elsewhere")
+    (repository / "other").symlink_to(volume / "elsewhere")
+    server = start_server("--models", repository, NO_POLLING)
+    publish(volume, 2, name="elsewhere")
+    assert server.wait_for("model loaded")["model"] == "other"
+    swap(version / "..data", "..2")
+    assert server.wait_for("model rejected")["path"] == str(version / "model.onnx")
+    assert answering(server.address) == 1
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_repository_that_vanishes_serves_on_and_is_watched_when_it_is_back(
+    left: str, start_server: Start, tmp_path: Path
+) -> None:
+    repository = tmp_path / "volume" / "models"
+    publish(repository, 1)
+    server = start_server("--models", repository, NO_POLLING, "--admin-address=127.0.0.1:0")
+    if left == "nothing":
+        shutil.rmtree(repository.parent)
+    else:
+        shutil.rmtree(repository / "digits")
+    lost = server.wait_for("cannot read the repository")
+    assert (lost["level"], lost["path"]) == ("error", str(repository))
+    with administration(server) as stub:
+        # Not an operator's reload either.
+        [state] = stub.ReloadModels(pb.ReloadModelsRequest()).versions
+        assert (state.served, state.version) == (True, 1)
+        assert f"{repository} cannot be read" in state.reason
+    assert answering(server.address) == 1
+    assert server.scrape()[UNREADABLE] == 1
+    publish(repository, 2)
+    server.wait_for("can read the repository again")
+    assert server.wait_for("model loaded")["version"] == 2
+    assert server.wait_for("model unloaded")["version"] == 1
+    assert answering(server.address) == 2
+    assert server.scrape()[UNREADABLE] == 0
+
+
+def test_what_cannot_be_read_is_served_on_and_not_loaded_again_when_it_can(start_server: Start, tmp_path: Path) -> None:
+    """A link to itself cannot be read, even by root, and neither can a link to what does not exist."""
+    repository = tmp_path / "models"
+    publish(repository, 1)
+    publish(repository, 1, name="other")
+    server = start_server("--models", repository, NO_POLLING, "--admin-address=127.0.0.1:0")
+    seen: list[dict[str, Any]] = []
+    with administration(server) as stub:
+        for inside, target in (("", ""), ("1", ""), ("1/model.onnx", ""), ("1", "nowhere")):
+            path = repository / "digits" / inside
+            path.rename(tmp_path / "aside")
+            path.symlink_to(target or path)
+            file = path if inside in ("", "1/model.onnx") else path / "model.onnx"
+            seen += lines_until(server, "cannot read the repository", path=str(file))
+            [digits, other] = stub.ReloadModels(pb.ReloadModelsRequest()).versions
+            assert (digits.served, other.served, other.reason) == (True, True, "")
+            assert seen[-1]["reason"] in digits.reason
+            assert answering(server.address) == 1
+            assert server.scrape()[UNREADABLE] == 1
+            path.unlink()
+            (tmp_path / "aside").rename(path)
+            seen += lines_until(server, "can read the repository again")
+    assert set(events(seen)) == {"cannot read the repository", "can read the repository again", "admin call"}
+
+
+async def test_a_file_that_may_not_be_read_is_loaded_without_help_once_it_may(open_folder: Path) -> None:
+    publish(open_folder, 1)
+    changed, stop, table = asyncio.Event(), asyncio.Event(), ModelTable()
+    settings = ServerSettings(models=open_folder, reload_interval_s=86400)
+    lifecycle = Lifecycle(settings, Metrics(), table, lambda *_: changed.set())
+    await lifecycle.refresh(starting=True)
+    file = publish(open_folder, 2) / "model.onnx"
+    if os.geteuid() == 0:
+        os.chown(file, NOBODY, NOBODY)
+
+    async def wait_for_versions(*versions: int) -> None:
+        while table.versions("digits") != list(versions):
+            changed.clear()
+            await asyncio.wait_for(changed.wait(), START_TIMEOUT_S)
+
+    with ordinary_user():
+        file.chmod(0)
+        _, second = await lifecycle.reload()
+        assert (second.served, second.reason) == (False, "its file cannot be read: Permission denied")
+        changed.clear()
+        watch = asyncio.create_task(lifecycle.watch(stop))
+        await asyncio.wait_for(changed.wait(), START_TIMEOUT_S)  # it watches
+        file.chmod(0o644)
+        await wait_for_versions(1, 2)
+        file.chmod(0)
+        _, second = await lifecycle.reload()
+        assert (second.served, second.reason) == (True, "its file cannot be read: Permission denied")
+        stop.set()
+        await watch
+    await lifecycle.close()
+
+
+def test_a_file_that_is_copied_in_place_is_read_once_and_holds_up_no_other(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    server = start_server("--models", tmp_path)
+    other_is_loaded = threading.Event()
+    content, part = GOOD.read_bytes(), len(GOOD.read_bytes()) // 40
+    (tmp_path / "digits" / "2").mkdir()
+
+    def copy() -> None:
+        with (tmp_path / "digits" / "2" / "model.onnx").open("wb") as file:
+            for start in range(0, 20 * part, part):
+                file.write(content[start : start + part])
+                file.flush()
+                other_is_loaded.wait(0.1)
+            while not other_is_loaded.wait(0.1):
+                file.seek(20 * part)
+                file.write(content[20 * part : 21 * part])
+                file.flush()
+            file.seek(20 * part)
+            file.write(content[20 * part :])
+
+    copying = threading.Thread(target=copy)
+    copying.start()
+    try:
+        publish(tmp_path, 1, name="other")
+        seen = lines_until(server, "model loaded", model="other")
+    finally:
+        other_is_loaded.set()
+        copying.join()
+    seen += lines_until(server, "model loaded", model="digits")
+    assert events(seen) == ["model loaded", "model loaded"]
+    assert answering(server.address) == 2
+
+
+def test_a_model_that_is_removed_and_soon_created_again_is_not_unloaded(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    publish(tmp_path, 1, name="other")
+    server = start_server("--models", tmp_path, NO_POLLING, "--admin-address=127.0.0.1:0")
+    shutil.rmtree(tmp_path / "digits")
+    publish(tmp_path, 2, name="other")
+    server.wait_for("model loaded")  # the server has seen that `digits` is gone, or sees it back
+    publish(tmp_path, 1)
+    with administration(server) as stub:
+        digits, *_ = stub.ReloadModels(pb.ReloadModelsRequest()).versions
+    assert (digits.model, digits.served, digits.reason) == ("digits", True, "")
+    server.process.terminate()
+    assert "model unloaded" not in events(lines_until(server, "stopped"))
+
+
+async def test_no_error_ends_the_watch_and_each_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_watches_left(*_: object, **__: object) -> None:
+        raise OSError("OS file watch limit reached")
+
+    monkeypatch.setattr(watching, "RustNotify", no_watches_left)
+    looks, stop = 0, asyncio.Event()
+
+    async def look() -> float:
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            stop.set()
+        raise ValueError("unexpected")
+
+    with caplog.at_level(logging.ERROR):
+        await asyncio.wait_for(watching.Watch(tmp_path, look, 0.01).run(stop), START_TIMEOUT_S)
+    assert [record.message for record in caplog.records] == [
+        "the kernel does not report changes of the repository",
+        "a look at the repository failed",
+    ]
