@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from tests.conftest import START_TIMEOUT_S, WORKERS, RunningServer, ordinary_user
 from tests.server.test_administration import administration
 from tests.server.test_lifecycle import GOOD, publish
+from tests.server.test_workers import workers_of
 
 from ganserve import Client
 from ganserve.v1 import administration_pb2 as pb
@@ -124,6 +126,18 @@ def test_a_repository_that_vanishes_serves_on_and_is_watched_when_it_is_back(
     assert server.wait_for("model unloaded")["version"] == 1
     assert answering(server.address) == 2
     assert server.scrape()[UNREADABLE] == 0
+
+
+@pytest.mark.slow  # starts three workers
+def test_a_worker_is_replaced_while_the_repository_is_gone(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path / "models", 1)
+    server = start_server("--models", tmp_path / "models", NO_POLLING, "--workers=2")
+    (tmp_path / "models").rename(tmp_path / "aside")
+    server.wait_for("cannot read the repository")
+    shutil.rmtree(tmp_path / "aside")
+    os.kill(workers_of(server)[0], signal.SIGKILL)
+    server.wait_for("worker started")
+    assert {answering(server.address) for _ in range(6)} == {1}
 
 
 def test_what_cannot_be_read_is_served_on_and_not_loaded_again_when_it_can(start_server: Start, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ganserve_server.auth.security import certificates_of, tokens_of
 from ganserve_server.repository.prober import Prober
-from ganserve_server.repository.scan import find_misplaced, find_versions, require_models
+from ganserve_server.repository.scan import MODEL_FILE_NAME, find_versions, look, require_models
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
@@ -59,8 +59,12 @@ def problems_of(settings: ServerSettings) -> list[str]:
 
 def _rejected(settings: ServerSettings) -> Iterator[str]:
     """Yield a line for each file that a server would not serve, with the reason."""
-    for path, reason in find_misplaced(settings.models):
+    seen = look(settings.models)
+    for path, reason in seen.misplaced.items():
         yield f"{path} would be rejected: {reason}"
+    for path, reason in seen.unreadable_paths.items():
+        if path.name != MODEL_FILE_NAME:  # loading a file reports that
+            yield f"{path} cannot be read: {reason}"
     prober, versions = Prober(settings.model_copy(update={"threads": 1})), find_versions(settings.models)
     with asyncio.Runner() as runner:
         for _, of_model in itertools.groupby(versions, key=lambda version: version[0]):

@@ -146,6 +146,7 @@ class Supervisor:
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
         self._served: tuple[list[ProbedVersion], Served] | None = None
+        self._files: dict[tuple[tuple[str, int], str], int] = {}  # open files, by version and digest
         self._handling: set[asyncio.Task[None]] = set()
         self._ended: dict[int, asyncio.Task[None]] = {}  # by process id: the search for the reason
         self.registry = CollectorRegistry()
@@ -197,6 +198,10 @@ class Supervisor:
         Raises:
             StartError: the required provider is missing.
         """
+        try:
+            version = self._kept_open(version)
+        except OSError as error:
+            return f"the file cannot be opened: {error.strerror}"
         asked = {worker.open(version): worker for worker in self._workers.values()}
         if not asked:
             return ""  # the workers open it when they start
@@ -212,9 +217,22 @@ class Supervisor:
 
     async def serve(self, versions: list[ProbedVersion], served: Served) -> None:
         """Have all workers serve these versions, and no others; also those that start later."""
-        self._served = versions, served
+        self._served = [self._kept_open(version) for version in versions], served
+        for key, digest in list(self._files):
+            if served.digests.get(key) != digest and key not in served.opening:
+                os.close(self._files.pop((key, digest)))
         if asked := [self._give(worker) for worker in self._workers.values()]:
             await asyncio.wait(asked, timeout=self._open_timeout_s)
+
+    def _kept_open(self, version: ProbedVersion) -> ProbedVersion:
+        """Keep the file of a version open, so that workers which start later read it wherever the repository is then.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        if (opened := (version.key, version.probed.digest)) not in self._files:
+            self._files[opened] = os.open(version.path, os.O_RDONLY | os.O_CLOEXEC)
+        return dataclasses.replace(version, path=f"/proc/{os.getpid()}/fd/{self._files[opened]}")
 
     def _give(self, worker: _Worker) -> "asyncio.Future[dict[str, Any] | None]":
         """Have a worker serve what is decided."""

@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _LONG_S = 5.0  # a probe that takes longer is logged, also at the start
 _MORE = 1.25  # times the memory with which a probe failed: then it is tried again
 _UNTIL = "it is not loaded again until the file changes, or an operator loads it (`ganserve-server admin load {}`)"
+_MAX_REPORTED = 10  # paths that cannot be read, of one look
 
 
 class Lifecycle:
@@ -277,7 +278,7 @@ class Lifecycle:
                 "raise the limit, or use fewer --workers",
             )
             return
-        version = ProbedVersion(*key, probed)
+        version = ProbedVersion(*key, probed, str(path))
         self._opening.add(key)
         try:
             reason = await servers.open(version)
@@ -350,11 +351,12 @@ class Lifecycle:
         return f"quarantined at {mark['since']}: {mark['reason']}; {_UNTIL.format(key[0])}"
 
     def _report_unreadable(self, unreadable: dict[Path, str]) -> None:
-        for path, reason in unreadable.items():
-            if self._unreadable.get(path) != reason:
-                _log.error("cannot read the repository", extra={"path": str(path), "reason": reason})
-        for path in self._unreadable.keys() - unreadable.keys():
-            _log.info("can read the repository again", extra={"path": str(path)})
+        new = [path for path, reason in unreadable.items() if self._unreadable.get(path) != reason]
+        for path in new[:_MAX_REPORTED]:
+            more = {"more_paths": len(new) - _MAX_REPORTED} if len(new) > _MAX_REPORTED else {}
+            _log.error("cannot read the repository", extra={"path": str(path), "reason": unreadable[path], **more})
+        if self._unreadable and not unreadable:
+            _log.info("can read the repository again", extra={"path": str(self._settings.models)})
         self._unreadable = unreadable
 
     def _reject(self, key: Key, reason: str) -> None:

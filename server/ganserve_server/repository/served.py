@@ -146,7 +146,7 @@ class ServedVersions:
         """
         settings, probed = self._settings, version.probed
         path = settings.models / version.model / str(version.version) / MODEL_FILE_NAME
-        with path.open("rb") as file:
+        with open(version.path, "rb") as file:
             content = file.read(probed.size_bytes + 1)
         if f"sha256:{hashlib.sha256(content).hexdigest()}" != probed.digest:
             raise ValueError("it has changed since it was checked")

@@ -20,11 +20,12 @@ class VersionState:
 
 @dataclass(frozen=True, slots=True)
 class ProbedVersion:
-    """A version whose file passed the probe."""
+    """A version whose file passed the probe, and a path at which the file can be read."""
 
     model: str
     version: int
     probed: Probed
+    path: str
 
     @property
     def key(self) -> tuple[str, int]:
@@ -38,7 +39,7 @@ class ProbedVersion:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ProbedVersion":
         """Return the version that `to_json` wrote."""
-        return cls(values["model"], values["version"], Probed(**values["probed"]))
+        return cls(values["model"], values["version"], Probed(**values["probed"]), values["path"])
 
 
 @dataclass(frozen=True, slots=True)
