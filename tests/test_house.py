@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import Metric
 
 import ganserve
-from ganserve_server.observe.metrics import Load, Metrics
+from ganserve_server.observe.metrics import Load, Metrics, Standstills
 from ganserve_server.settings import BUNDLED_MODELS, ENVIRONMENT_PREFIX, ServerSettings
 from ganserve_trainer.settings import Settings
 
@@ -226,7 +226,8 @@ def test_the_reference_lists_every_setting_and_metric() -> None:
         rows.append(f"| `--{flag}` | `{variable}` |{default}| {field.description} |\n")
     assert "".join(rows) in page, "the table in docs/reference/settings.md should be:\n" + "".join(rows)
     page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
-    every = itertools.chain(Metrics().registry.collect(), Load(lambda: (0, 0)).collect())
+    read = (Load(lambda: (0, 0)), Standstills(lambda: 0.0))
+    every = itertools.chain(Metrics().registry.collect(), *(each.collect() for each in read))
     own: list[Metric] = [metric for metric in every if metric.name.startswith("ganserve_")]
     assert len(own) > 5
     for metric in own:

@@ -272,6 +272,22 @@ ROWS = {
             "Of the newest worker.",
         ),
         Panel("Workers", "none", {"{{instance}}": f"ganserve_workers{{{REPLICAS}}}"}, "Of replicas that have several."),
+        Panel(
+            "Workers that answer no calls, and replaced ones",
+            "none",
+            {
+                "missing {{instance}}": f"ganserve_workers_missing{{{REPLICAS}}}",
+                "{{reason}} {{instance}}": f"increase(ganserve_workers_replaced_total{{{REPLICAS}}}[1h])",
+            },
+            "Of replicas that have several; replaced in the last hour.",
+        ),
+        Panel(
+            "Longest standstill of an event loop",
+            "s",
+            {"{{instance}}": f"ganserve_event_loop_standstill_seconds{{{REPLICAS}}}"},
+            "Of the last one to two minutes; after --stuck-timeout-s, the worker is replaced or the process ends.",
+            steps={"orange": 2},
+        ),
         table(
             "Versions of the server",
             f"count by (version, python, onnxruntime) (ganserve_build_info{{{REPLICAS}}})",

@@ -231,6 +231,15 @@ class ServerSettings(BaseModel):
     drain_timeout_s: Annotated[
         float, Field(ge=0, le=3600, description="Time after the drain delay in which running calls can finish.")
     ] = 30.0
+    stuck_timeout_s: Annotated[
+        float,
+        Field(
+            ge=2,
+            le=3600,
+            description="Time for which an event loop may stand still; then the worker is replaced, or the only "
+            "process ends with status 3.",
+        ),
+    ] = 5.0
     log_format: Annotated[
         Literal["auto", "json", "console"],
         Field(description="json (one line for each event), console, or auto: console on a terminal, otherwise json."),

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ganserve_server.observe.metrics import Load, Metrics
+from ganserve_server.observe.metrics import Load, Metrics, Standstills
 
 ROOT = Path(__file__).parents[2]
 RULES = (ROOT / "deploy/prometheus/rules.yml").read_text()
@@ -48,6 +48,6 @@ def test_the_committed_dashboard_is_what_its_program_prints() -> None:
 
 def test_the_dashboard_shows_every_metric() -> None:
     dashboard = DASHBOARD.read_text() + RULES
-    for metric in [*Metrics().registry.collect(), *Load(lambda: (0, 0)).collect()]:
+    for metric in [*Metrics().registry.collect(), *Load(lambda: (0, 0)).collect(), *Standstills(lambda: 0.0).collect()]:
         if metric.name.startswith("ganserve_"):
             assert re.search(rf"\b{metric.name}(_total|_bucket)?\b", dashboard), f"nothing shows {metric.name}"

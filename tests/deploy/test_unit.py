@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from ganserve_server.processes.heartbeat import INTERVAL_S
 from ganserve_server.settings import ServerSettings
 
 UNIT = (Path(__file__).parents[2] / "deploy" / "ganserve-server.service").read_text()
@@ -25,3 +26,8 @@ def test_every_connection_that_the_server_takes_by_default_may_be_open() -> None
 def test_a_change_of_files_is_read_by_the_signal_that_the_server_knows() -> None:
     assert "-HUP $MAINPID" in value_of("ExecReload")
     assert value_of("Type") == "notify"
+
+
+def test_systemd_gives_up_later_than_the_server_ends_itself() -> None:
+    assert float(value_of("WatchdogSec")) > ServerSettings().stuck_timeout_s + 2 * INTERVAL_S
+    assert value_of("WatchdogSignal") == "SIGKILL"  # a stopped process takes no other

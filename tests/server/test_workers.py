@@ -25,9 +25,10 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.machine import cores
 from ganserve_server.settings import BUNDLED_MODELS
-from ganserve_server.shared.scoreboard import AcceptOrder, Scoreboard
+from ganserve_server.shared.scoreboard import AcceptOrder, Scoreboard, scoreboard_bytes
 
 Start = Callable[..., RunningServer]
+UNLIMITED = "--stuck-timeout-s=3600"  # for tests of what happens while a worker stands still
 
 
 class Caller:
@@ -152,7 +153,7 @@ def test_connections_that_come_all_the_time_are_spread_evenly(start_server: Star
 
 
 def test_a_worker_that_stands_still_is_waited_for_once(start_server: Start) -> None:
-    running = start_server("--workers", "3")
+    running = start_server("--workers", "3", UNLIMITED)
     os.kill(workers_of(running)[0], signal.SIGSTOP)
     with contextlib.ExitStack() as stack:
         for _ in range(6):
@@ -203,6 +204,9 @@ async def test_a_killed_worker_is_replaced_while_the_others_serve(
     after = memory_for_metrics(running.process.pid)
     assert len(before) == len(after) == 2
     assert len({*before, *after}) == 3
+    assert (samples["ganserve_workers"], samples["ganserve_workers_missing"]) == (2, 0)
+    replaced = [samples[f'ganserve_workers_replaced_total{{reason="{reason}"}}'] for reason in ("ended", "stuck")]
+    assert replaced == [1, 0]
 
 
 async def test_sigterm_under_load_ends_no_call_but_with_an_answer_or_unavailable(start_server: Start) -> None:
@@ -341,14 +345,16 @@ def test_a_start_fails_whose_workers_are_all_killed() -> None:
 
 
 async def test_a_worker_that_stands_still_holds_up_nobody_else(start_server: Start) -> None:
-    running = start_server("--workers", "2", "--drain-timeout-s", "1")
-    os.kill(workers_of(running)[0], signal.SIGSTOP)
+    running = start_server("--workers", "2", "--drain-timeout-s", "1", UNLIMITED)
+    stopped = workers_of(running)[0]
+    number = number_of(stopped)
+    os.kill(stopped, signal.SIGSTOP)
     async with contextlib.AsyncExitStack() as stack:
         callers = [await stack.enter_async_context(Caller(running.address)) for _ in range(8)]
         await asyncio.gather(*(caller.make("mlp-mnist", 1, 1) for caller in callers))
     running.process.terminate()
     killed = await asyncio.to_thread(running.wait_for, "workers do not end; they are killed")
-    assert killed["timeout_s"] == 6
+    assert (killed["timeout_s"], killed["workers"]) == (6, [number])
     assert await asyncio.to_thread(running.process.wait, 30) == 0
 
 
@@ -360,7 +366,7 @@ def test_a_reload_is_done_when_all_workers_have_reloaded(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.settimeout(30)
         systemd.bind(f"\0{tmp_path}/notify")
-        running = start_server("--workers", "2", "--models", tmp_path, "--reload", "off")
+        running = start_server("--workers", "2", "--models", tmp_path, "--reload", "off", UNLIMITED)
         assert systemd.recv(4096) == b"READY=1"
         last = workers_of(running)[1]
         os.kill(last, signal.SIGSTOP)
@@ -436,7 +442,7 @@ def test_far_more_threads_than_cores_are_refused() -> None:
 
 def test_connections_that_are_kept_unused_do_not_send_the_next_ones_elsewhere() -> None:
     memory = os.memfd_create("board")
-    os.ftruncate(memory, 2 * 6 * 8)
+    os.ftruncate(memory, scoreboard_bytes(2))
     one, other = Scoreboard(memory, workers=2, mine=0), Scoreboard(memory, workers=2, mine=1)
     one.set_connections(100)
     other.set_connections(5)

@@ -72,7 +72,7 @@ def _cut_off(connected: socket.socket) -> None:
 
 
 class HttpEndpoint:
-    """Answers /metrics, /livez and /readyz in threads, so that it also answers while models load.
+    """Answers /metrics, /livez and /readyz in threads, so that it answers even if the event loop stands still.
 
     Args:
         address: HOST:PORT, or "off".
@@ -84,6 +84,7 @@ class HttpEndpoint:
 
     def __init__(self, address: str, registry: CollectorRegistry) -> None:
         self.why_not_ready: Callable[[], str] = lambda: "starting"  # an empty text: the server is ready
+        self.why_stuck: Callable[[], str] = lambda: ""  # an empty text: the server lives
         self.address: str | None = None
         self._server: _Server | None = None
         if address == "off":
@@ -101,10 +102,8 @@ class HttpEndpoint:
                     except (TypeError, ValueError):  # the requested version is not a number
                         del self.headers["Accept"]
                     super().do_GET()
-                elif path == "/livez":
-                    self._answer(200, "ok")
-                elif path == "/readyz":
-                    reason = endpoint.why_not_ready()
+                elif path in ("/livez", "/readyz"):
+                    reason = endpoint.why_stuck() or ("" if path == "/livez" else endpoint.why_not_ready())
                     self._answer(503 if reason else 200, reason or "ok")
                 else:
                     self._answer(404, "not found; the paths are /metrics, /livez and /readyz")

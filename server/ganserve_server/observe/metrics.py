@@ -44,6 +44,25 @@ class Load:
         yield kept
 
 
+class Standstills:
+    """How long event loops stood still, read at each scrape.
+
+    Args:
+        read: returns the longest standstill of the last one to two minutes, in seconds.
+    """
+
+    def __init__(self, read: Callable[[], float]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the gauge."""
+        yield GaugeMetricFamily(
+            "ganserve_event_loop_standstill_seconds",
+            "Longest time of the last one to two minutes for which an event loop of the server stood still.",
+            self._read(),
+        )
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own."""
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from ganserve_server.auth.security import Security
 from ganserve_server.observe.http_endpoint import HttpEndpoint
-from ganserve_server.observe.metrics import Load, Metrics
+from ganserve_server.observe.metrics import Load, Metrics, Standstills
+from ganserve_server.processes.heartbeat import Heart
 from ganserve_server.processes.management import Management
-from ganserve_server.processes.reports import ReportServing, report_draining
+from ganserve_server.processes.reports import NO_MODEL, ReportServing, report_draining
 from ganserve_server.processes.serving import Host, serve_models
 from ganserve_server.repository.served import ServedVersions
 from ganserve_server.settings import ServerSettings
@@ -22,6 +23,7 @@ async def serve_alone(
     stop: asyncio.Event,
     management: Management,
     sockets: list[socket],
+    heart: Heart,
     report_serving: ReportServing,
 ) -> None:
     """Serve as the only process until `stop` is set, then drain.
@@ -33,6 +35,8 @@ async def serve_alone(
     security = Security(settings, metrics, SharedRates())
     security.warn_if_open(sockets, "--address")
     with contextlib.closing(HttpEndpoint(settings.metrics_address, metrics.registry)) as endpoint:
+        endpoint.why_stuck = heart.why_stuck
+        metrics.registry.register(Standstills(lambda: heart.standstill.longest_s))
         management.bind(security)
         host = _OnlyProcessHost(settings, sockets, metrics, security, endpoint, management, report_serving)
         await serve_models(host, settings, stop)
@@ -75,7 +79,10 @@ class _OnlyProcessHost(Host):
     def serving(self, facts: dict[str, Any]) -> None:
         """Report that the server is ready."""
         admin_address = self._management.begin(self.security)
-        self._report_serving(facts, self._endpoint, self._versions, self.security, admin_address)
+        self._report_serving(facts, self._endpoint, self._why_not_serving, self.security, admin_address)
+
+    def _why_not_serving(self) -> str:
+        return "" if self._versions.serves else NO_MODEL
 
     def draining(self) -> None:
         """Report the drain to systemd and the log."""

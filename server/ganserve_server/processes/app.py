@@ -8,18 +8,20 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ganserve_server.auth.security import Security
 from ganserve_server.compute.cuda import nvidia_driver
 from ganserve_server.machine import cores, memory_limit, raise_open_files_limit
 from ganserve_server.observe.http_endpoint import HttpEndpoint
+from ganserve_server.observe.metrics import Standstills
 from ganserve_server.processes.channel import WORKER_VARIABLE, SupervisorChannel
+from ganserve_server.processes.heartbeat import Heart
 from ganserve_server.processes.management import Management
-from ganserve_server.processes.reports import ModelServer, ReportServing, report_draining, why_not_ready
+from ganserve_server.processes.reports import ReportServing, report_draining
 from ganserve_server.processes.supervisor import Supervisor
-from ganserve_server.processes.systemd import notify
+from ganserve_server.processes.systemd import beat, notify
 from ganserve_server.repository.scan import require_models
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
@@ -48,7 +50,10 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     if variable := os.environ.get(WORKER_VARIABLE):
         from ganserve_server.processes.worker import work
 
-        await work(SupervisorChannel(variable), settings, stop)
+        channel = SupervisorChannel(variable)
+        with contextlib.closing(Heart(settings.stuck_timeout_s, channel.board.set_beat, ends_process=False)):
+            await work(channel, settings, stop)
+        channel.board.set_beat(0)
         return
     started = time.perf_counter()
     sockets = bind(settings.address, "--address")
@@ -67,12 +72,12 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     def report_serving(
         facts: Mapping[str, Any],
         endpoint: HttpEndpoint,
-        server: ModelServer,
+        why_not_serving: Callable[[], str],
         security: Security,
         admin_address: str | None,
     ) -> None:
         # First, so that a program that acts on the log line or on systemd's state finds the server ready.
-        endpoint.why_not_ready = lambda: why_not_ready(stop, server)
+        endpoint.why_not_ready = lambda: "draining" if stop.is_set() else why_not_serving()
         _log.info(
             "serving",
             extra={
@@ -91,22 +96,29 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         notify("READY=1")
 
     try:
-        if workers == 1:
-            # In a thread: meanwhile the lifecycle starts a probe, which imports its libraries at the same time.
-            alone = await asyncio.to_thread(importlib.import_module, "ganserve_server.processes.alone")
-            await alone.serve_alone(settings, stop, management, sockets, report_serving)
-        else:
-            supervisor = Supervisor(
-                workers,
-                sockets,
-                on_worker_ended=management.lifecycle.process_ended,
-                on_quarantine=management.lifecycle.quarantine,
-                open_timeout_s=settings.load_timeout_s,
-            )
-            await _supervise(settings, stop, management, supervisor, report_serving)
+        with contextlib.closing(_heart(settings)) as heart:
+            if workers == 1:
+                # In a thread: meanwhile the lifecycle starts a probe, which imports its libraries at the same time.
+                alone = await asyncio.to_thread(importlib.import_module, "ganserve_server.processes.alone")
+                await alone.serve_alone(settings, stop, management, sockets, heart, report_serving)
+            else:
+                supervisor = Supervisor(
+                    workers,
+                    sockets,
+                    on_worker_ended=management.lifecycle.process_ended,
+                    on_quarantine=management.lifecycle.quarantine,
+                    open_timeout_s=settings.load_timeout_s,
+                    stuck_timeout_s=settings.stuck_timeout_s,
+                )
+                await _supervise(settings, stop, management, supervisor, heart, report_serving)
     finally:
         await management.close()
     _log.info("stopped")
+
+
+def _heart(settings: ServerSettings) -> Heart:
+    """Beat in the only process, or in the supervisor."""
+    return Heart(settings.stuck_timeout_s, lambda _: beat(), ends_process=True)
 
 
 async def _supervise(
@@ -114,6 +126,7 @@ async def _supervise(
     stop: asyncio.Event,
     management: Management,
     supervisor: Supervisor,
+    heart: Heart,
     report_serving: ReportServing,
 ) -> None:
     """Serve with several workers until `stop` is set, then end them."""
@@ -121,6 +134,10 @@ async def _supervise(
         contextlib.closing(supervisor),
         contextlib.closing(HttpEndpoint(settings.metrics_address, supervisor.registry)) as endpoint,
     ):
+        endpoint.why_stuck = lambda: heart.why_stuck() or supervisor.why_stuck()
+        supervisor.registry.register(
+            Standstills(lambda: max(heart.standstill.longest_s, supervisor.longest_standstill_s))
+        )
         management.lifecycle.serve_by(supervisor)
         security = Security(settings, None, SharedRates())
         security.warn_if_open(supervisor.sockets, "--address")
@@ -139,7 +156,8 @@ async def _supervise(
         facts, _, _ = starting.result()
         if facts is None:
             raise SystemExit(1)
-        report_serving(facts, endpoint, supervisor, security, management.begin(security, supervisor.refresh))
+        admin_address = management.begin(security, supervisor.refresh)
+        report_serving(facts, endpoint, supervisor.why_not_serving, security, admin_address)
         watching = asyncio.create_task(security.watch())
         await stopped
         report_draining(settings)

@@ -1,4 +1,6 @@
-"""Starts several worker processes on one port, watches them, replaces any that dies, and ends them together.
+"""Starts several worker processes on one port, watches them, and ends them together.
+
+A worker that ends is replaced, and one whose event loop stands still is killed and replaced.
 
 The workers share the listening sockets, and each accepts only while it has no more connections than the others. This
 spreads connections evenly. The kernel's hash (SO_REUSEPORT) does not, for the few connections of a load balancer.
@@ -12,6 +14,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -28,6 +31,8 @@ from prometheus_client.process_collector import ProcessCollector
 from ganserve_server.observe.metrics import Load
 from ganserve_server.observe.shared_metrics import WorkersMetrics
 from ganserve_server.processes.channel import MAX_LINE_BYTES, WORKER_VARIABLE
+from ganserve_server.processes.heartbeat import INTERVAL_S, Standstill
+from ganserve_server.processes.reports import NO_MODEL
 from ganserve_server.processes.systemd import SOCKET_VARIABLE
 from ganserve_server.repository.states import ProbedVersion, Served
 from ganserve_server.shared.rates import RATES_BYTES
@@ -38,6 +43,9 @@ _log = logging.getLogger(__name__)
 
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
+# Without a beat, of a worker that starts or loads models. Importing libraries takes 1 s. For a file of 480 MiB, onnx
+# holds Python's lock for 1.4 s, and for 5.4 s on a machine with eight times the load that it has cores for.
+_LONGEST_LOAD_S = 60.0
 
 
 class _Worker:
@@ -59,6 +67,9 @@ class _Worker:
     ) -> None:
         self.number, self.process, self._channel, self._on_event = number, process, channel, on_event
         self.started = time.monotonic()
+        self.serves = False  # from its first message until it ends or is killed
+        self.stuck = False  # and was killed
+        self.opening = 0  # versions
         self.facts: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
         self.sent: set[tuple[str, int, str]] = set()  # the versions that it was asked to open
         self._answers: dict[int, asyncio.Future[dict[str, Any] | None]] = {}
@@ -85,7 +96,13 @@ class _Worker:
     def open(self, version: ProbedVersion) -> "asyncio.Future[dict[str, Any] | None]":
         """Ask the worker to open a version."""
         self.sent.add((*version.key, version.probed.digest))
-        return self.ask({"do": "open", "version": version.to_json()})
+        self.opening += 1
+        answer = self.ask({"do": "open", "version": version.to_json()})
+        answer.add_done_callback(self._opened)
+        return answer
+
+    def _opened(self, _: object) -> None:
+        self.opening -= 1
 
     def serve(self, versions: list[ProbedVersion], served: Served) -> "asyncio.Future[dict[str, Any] | None]":
         """Ask the worker to serve these versions, and to open before what it was not asked to open."""
@@ -119,6 +136,7 @@ class Supervisor:
         on_worker_ended: called with the process id and the exit status of a worker that ended by itself.
         on_quarantine: called with a version that a worker dropped, its digest, and the reason.
         open_timeout_s: how long to wait for a worker that opens a version; then it is not served by that worker yet.
+        stuck_timeout_s: how long the event loop of a worker may stand still before the worker is replaced.
     """
 
     def __init__(
@@ -129,10 +147,13 @@ class Supervisor:
         on_worker_ended: Callable[[int, int], Coroutine[Any, Any, None]],
         on_quarantine: Callable[[str, int, str, str], Coroutine[Any, Any, None]],
         open_timeout_s: float,
+        stuck_timeout_s: float,
     ) -> None:
         self._count, self.sockets = count, sockets
         self._on_worker_ended, self._on_quarantine = on_worker_ended, on_quarantine
-        self._open_timeout_s = open_timeout_s
+        self._open_timeout_s, self._stuck_timeout_s = open_timeout_s, stuck_timeout_s
+        self._standstills = [Standstill() for _ in range(count)]  # by worker
+        self.replaced = {"stuck": 0, "ended": 0}
         self._memory = os.memfd_create("ganserve-scoreboard")
         os.ftruncate(self._memory, scoreboard_bytes(count))
         self._rates = os.memfd_create("ganserve-rates")
@@ -160,9 +181,39 @@ class Supervisor:
         return [worker.process.pid for worker in self._workers.values()]
 
     @property
-    def serves(self) -> bool:
-        """Whether any worker has a model."""
-        return self._board.serving() > 0
+    def longest_standstill_s(self) -> float:
+        """For how long an event loop of a worker stood still at most, in the last one to two minutes."""
+        return max(standstill.longest_s for standstill in self._standstills)
+
+    @property
+    def missing(self) -> int:
+        """How many workers answer no calls: they start, have ended, or stand still."""
+        live = sum(worker.serves and not self._stands_still(worker) for worker in [*self._workers.values()])
+        return self._count - live
+
+    def why_stuck(self) -> str:
+        """Return the answer to liveness probes; an empty text: not all workers stand still."""
+        workers = [*self._workers.values()]  # a copy, because probes are answered in threads
+        return self._describe() if workers and all(map(self._stands_still, workers)) else ""
+
+    def why_not_serving(self) -> str:
+        """Return the answer to readiness probes; an empty text: a worker serves a model."""
+        if self.missing == self._count:
+            return self._describe()
+        return "" if self._board.serving() else NO_MODEL
+
+    def _stands_still(self, worker: _Worker) -> bool:
+        return worker.serves and self._standstills[worker.number].seconds >= self._stuck_timeout_s / 2
+
+    def _describe(self) -> str:
+        """Say of each worker why it answers no calls."""
+        states = (
+            f"{number} has stood still for {self._standstills[number].seconds:.1f} s"
+            if self._stands_still(worker)
+            else f"{number} is starting"
+            for number, worker in sorted(self._workers.items())
+        )
+        return f"no worker answers calls: worker {', '.join(states)}"
 
     async def start(self) -> dict[str, Any] | None:
         """Start all workers; return the first message of one, or None if none starts and the first has logged why.
@@ -170,6 +221,7 @@ class Supervisor:
         Raises:
             StartError: no worker starts, and the first has not logged why, for example because it was killed.
         """
+        watching = asyncio.create_task(self._watch())
         # At the same time: otherwise the first to serve would take all connections until the others serve.
         ready = await asyncio.gather(*(self._start(number) for number in range(self._count)))
         facts = next((one for one in ready if one is not None), None)
@@ -178,7 +230,7 @@ class Supervisor:
             if status == 1:
                 return None
             raise StartError(f"a worker ended with status {status} before it served")
-        self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._count)]
+        self._keepers = [watching, *(asyncio.create_task(self._keep(number)) for number in range(self._count))]
         return facts
 
     def signal(self, number: signal.Signals) -> None:
@@ -257,7 +309,8 @@ class Supervisor:
         try:
             await asyncio.wait_for(asyncio.shield(ends), timeout_s)
         except TimeoutError:
-            _log.error("workers do not end; they are killed", extra={"timeout_s": timeout_s})
+            left = [number for number, worker in self._workers.items() if worker.process.returncode is None]
+            _log.error("workers do not end; they are killed", extra={"timeout_s": timeout_s, "workers": left})
             self.signal(signal.SIGKILL)
             await ends
         for keeper in self._keepers:
@@ -301,12 +354,14 @@ class Supervisor:
             )
         theirs.close()
         self._processes[number] = process
+        self._standstills[number].seconds = 0.0  # the time without a process does not count
         worker = _Worker(number, process, ours, self._handle)
         await worker.connect()
         self._workers[number] = worker
         if self._served is not None:
             self._give(worker)
         facts = await worker.facts
+        worker.serves = facts is not None
         if self._stopping:
             self.signal(signal.SIGTERM)
         return facts
@@ -326,6 +381,29 @@ class Supervisor:
             self._ended[pid] = asyncio.create_task(self._on_worker_ended(pid, status))
         await self._ended[pid]
 
+    async def _watch(self) -> None:
+        """Kill each worker whose event loop stands still for too long; `_keep` replaces it."""
+        killed, killed_at = 0, -math.inf
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            for number, worker in self._workers.items():
+                beat = self._board.beat_of(number)
+                seconds = self._standstills[number].look(beat)
+                limit_s = self._stuck_timeout_s
+                if not (worker.serves and beat) or worker.opening:  # it starts, ends or opens models
+                    limit_s = max(limit_s, _LONGEST_LOAD_S)
+                if seconds < limit_s or worker.stuck or worker.process.returncode is not None:
+                    continue
+                # The last one must be replaced first, or have had the time for it: if all workers stand still because
+                # the machine has too little memory, new processes at the same time make it worse.
+                if time.monotonic() - killed_at < self._stuck_timeout_s and not self._workers[killed].serves:
+                    continue
+                killed, killed_at, worker.stuck, worker.serves = number, time.monotonic(), True, False
+                event = "a worker is stuck; it is killed" if self._stopping else "a worker is stuck; it is replaced"
+                extra = {"worker": number, "pid": worker.process.pid, "seconds": round(seconds, 1)}
+                _log.error(event, extra=extra)
+                worker.process.kill()
+
     async def _keep(self, number: int) -> None:
         """Replace a worker whenever it ends."""
         quick_ends = 0
@@ -334,13 +412,17 @@ class Supervisor:
             status = await worker.process.wait()
             self._board.absent(number)
             self._metrics.ended(number)
+            worker.serves = False
             if self._stopping:
                 return
             await self._look_for_the_reason(worker)
             del self._ended[worker.process.pid]
+            self.replaced["stuck" if worker.stuck else "ended"] += 1
             quick_ends = quick_ends + 1 if time.monotonic() - worker.started < _LONG_LIFE_S else 0
             delay_s = _RESTART_DELAYS_S[min(quick_ends, len(_RESTART_DELAYS_S) - 1)]
-            _log.error("a worker ended; it is replaced", extra={"worker": number, "status": status, "in_s": delay_s})
+            if not worker.stuck:
+                extra = {"worker": number, "status": status, "in_s": delay_s}
+                _log.error("a worker ended; it is replaced", extra=extra)
             await asyncio.sleep(delay_s)
             try:
                 ready = await self._start(number)
@@ -389,3 +471,15 @@ class _Processes:
                 "process_start_time_seconds", "Start time of the worker that started last.", max(starts)
             )
         yield GaugeMetricFamily("ganserve_workers", "Running worker processes.", len(starts))
+        missing = (
+            "Workers that answer no calls: they start, have ended, or have stood still for half of --stuck-timeout-s."
+        )
+        yield GaugeMetricFamily("ganserve_workers_missing", missing, self._supervisor.missing)
+        replaced = CounterMetricFamily(
+            "ganserve_workers_replaced",
+            "Workers that were replaced, by reason: stuck (they stood still for --stuck-timeout-s) or ended.",
+            labels=["reason"],
+        )
+        for reason, count in self._supervisor.replaced.items():
+            replaced.add_metric([reason], count)
+        yield replaced

@@ -1,4 +1,4 @@
-"""Notifies systemd if it started the server with Type=notify: sd_notify(3)."""
+"""Notifies systemd if it started the server with Type=notify: sd_notify(3), sd_watchdog_enabled(3)."""
 
 import contextlib
 import os
@@ -10,16 +10,22 @@ SOCKET_VARIABLE = "NOTIFY_SOCKET"
 _TIMEOUT_S = 1.0  # to wait for room in systemd's queue; all calls wait meanwhile
 
 
-def notify(*states: str) -> None:
+def notify(*states: str, timeout_s: float = _TIMEOUT_S) -> None:
     """Send states, such as READY=1; do nothing without systemd."""
     path = os.environ.get(SOCKET_VARIABLE)
     if not path:
         return
     # A failed notification is no reason to stop serving.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.settimeout(_TIMEOUT_S)
+        sender.settimeout(timeout_s)
         sender.connect("\0" + path[1:] if path.startswith("@") else path)
         sender.send("\n".join(states).encode())
+
+
+def beat() -> None:
+    """Report that the event loop runs, if systemd watches for it (WatchdogSec)."""
+    if "WATCHDOG_USEC" in os.environ:
+        notify("WATCHDOG=1", timeout_s=0)  # does not wait for room: the next one follows soon
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import time
 
 _CELL_BYTES = 8
 # For each worker: its connections, its running batches, its running calls, its models, the connections it has accepted,
-# and its connections that had a call recently.
-_CELLS = 6
+# its connections that had a call recently, and the time of its last beat.
+_CELLS = 7
 _ABSENT = 1 << 60  # connections of a worker that cannot accept any
 _PATIENCE_S = 0.05  # before a worker that has fewer connections and does not accept the next counts as stalled
 _POLL_S, _LOAD_TIMEOUT_S = 0.005, 5.0
@@ -65,6 +65,14 @@ class Scoreboard:
     def set_accepted(self, connections: int) -> None:
         """Publish how many connections this worker has accepted since it started."""
         self._cells[self._mine * _CELLS + 4] = connections
+
+    def set_beat(self, time_ns: int) -> None:
+        """Publish when this worker's event loop ran last; 0: it does not beat any more."""
+        self._cells[self._mine * _CELLS + 6] = time_ns
+
+    def beat_of(self, worker: int) -> int:
+        """Return when a worker's event loop ran last, in nanoseconds by time.monotonic_ns; 0: it does not beat."""
+        return self._cells[worker * _CELLS + 6]
 
     def load(self) -> tuple[int, int]:
         """Return the connections and the calls of all present workers, added up."""
