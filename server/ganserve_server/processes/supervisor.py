@@ -419,7 +419,7 @@ class Supervisor:
             del self._ended[worker.process.pid]
             self.replaced["stuck" if worker.stuck else "ended"] += 1
             quick_ends = quick_ends + 1 if time.monotonic() - worker.started < _LONG_LIFE_S else 0
-            delay_s = _RESTART_DELAYS_S[min(quick_ends, len(_RESTART_DELAYS_S) - 1)]
+            delay_s = _RESTART_DELAYS_S[0 if worker.stuck else min(quick_ends, len(_RESTART_DELAYS_S) - 1)]
             if not worker.stuck:
                 extra = {"worker": number, "status": status, "in_s": delay_s}
                 _log.error("a worker ended; it is replaced", extra=extra)
