@@ -21,6 +21,12 @@ def check(manifests: list[dict[str, Any]]) -> str:
     assert grace > delay + timeout, f"SIGKILL comes after {grace} s, amid {delay} + {timeout} s of draining"
     readiness = server["readinessProbe"]
     assert "httpGet" in readiness or "GANSERVE_SERVER_TLS_KEY_FILE" not in environment, "a gRPC probe speaks no TLS"
+    liveness = server["livenessProbe"]
+    assert liveness["httpGet"]["path"] == "/livez", "a server that drains must not be killed"
+    assert liveness["periodSeconds"] * (liveness["failureThreshold"] - 1) > 5, (
+        "a server ends itself first, and logs why"
+    )
+    assert liveness["terminationGracePeriodSeconds"] < grace, "a stuck server cannot drain"
 
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}

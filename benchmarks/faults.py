@@ -6,16 +6,16 @@ readers       50 streams whose readers stop reading, beside an ordinary caller: 
 leavers       300 callers that disconnect in the middle of a stream: what remains in the queue and in open files
 drain         SIGTERM under load, with a drain delay for load balancers: failed calls, exit status
 kill          SIGKILL of one of two workers under load: failed calls, and the time until the next worker serves
+stop          the same with SIGSTOP, after which the worker stands still
 soak          all kinds of calls for some minutes: the server's memory each minute
 
-    python benchmarks/faults.py [--only start,connections,readers,leavers,drain,kill] [--soak-minutes 0]
+    python benchmarks/faults.py [--only start,connections,readers,leavers,drain,kill,stop] [--soak-minutes 0]
 """
 
 import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import re
 import signal
@@ -38,7 +38,7 @@ from ganserve_server.settings import BUNDLED_MODELS
 
 CALLS = 300
 CLOSED_IN_S = 15.0
-FAULTS = ("start", "connections", "readers", "leavers", "drain", "kill")
+FAULTS = ("start", "connections", "readers", "leavers", "drain", "kill", "stop")
 
 
 def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
@@ -52,6 +52,10 @@ def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
 def not_ok(found: dict[str, float]) -> float:
     names = (name for name in found if name.startswith("ganserve_requests_total") and 'code="OK"' not in name)
     return sum(found[name] for name in names)
+
+
+def replaced(found: dict[str, float]) -> float:
+    return sum(value for name, value in found.items() if name.startswith("ganserve_workers_replaced_total"))
 
 
 def images(running: Running) -> float:
@@ -187,16 +191,25 @@ def drain() -> None:
 
 
 def kill() -> None:
+    lose_worker("kill", signal.SIGKILL)
+
+
+def stop() -> None:
+    lose_worker("stop", signal.SIGSTOP)
+
+
+def lose_worker(fault: str, number: signal.Signals) -> None:
+    """Send one of two workers a signal."""
     with serving("--workers=2") as running:
         first = running.pids()[1]
         outcomes: list[tuple[float, bool]] = []
-        stop = threading.Event()
+        over = threading.Event()
 
         def caller() -> None:
             options = [("grpc.use_local_subchannel_pool", 1)]
             with grpc.insecure_channel(running.address, options) as channel:
                 stub = pb_grpc.GenerationServiceStub(channel)
-                while not stop.is_set():
+                while not over.is_set():
                     try:
                         stub.GenerateImages(pb.GenerateImagesRequest(model="mlp-mnist"), timeout=5)
                         outcomes.append((time.monotonic(), True))
@@ -209,19 +222,18 @@ def kill() -> None:
         while len(outcomes) < 500:
             time.sleep(0.01)
         killed = time.monotonic()
-        os.kill(first, signal.SIGKILL)
-        assert running.process.stderr is not None
-        while json.loads(running.process.stderr.readline())["event"] != "worker started":
-            pass
+        os.kill(first, number)
+        while not replaced(found := metrics(running)) or found["ganserve_workers_missing"]:
+            time.sleep(0.05)
         back_s = time.monotonic() - killed
-        stop.set()
+        over.set()
         for one in callers:
             one.join()
         failed = [at for at, ok in outcomes if not ok]
         last = max((at - killed for at in failed), default=0.0)
         print(
-            f"kill: {len(outcomes):,} calls by 8 callers without retries, {len(failed)} failed, the last "
-            f"{1000 * last:.0f} ms after the kill; the next worker served after {back_s:.2f} s; "
+            f"{fault}: {len(outcomes):,} calls by 8 callers without retries, {len(failed)} failed, the last "
+            f"{1000 * last:.0f} ms after the signal; the next worker served after {back_s:.2f} s; "
             f"{metrics(running)['ganserve_workers']:.0f} workers"
         )
 
