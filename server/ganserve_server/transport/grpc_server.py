@@ -148,8 +148,9 @@ class GrpcServer(BaseServer[Http2Call]):
         for bound in listening:
             self.loop.remove_reader(bound)
             bound.close()
-        if self._spare is not None:
-            os.close(self._spare)
+        spare, self._spare = self._spare, None  # a drain may be called again
+        if spare is not None:
+            os.close(spare)
         for accepted, timer in self._silent.items():
             timer.cancel()
             accepted.close()
