@@ -64,19 +64,25 @@ def test_a_link_that_is_swapped_is_followed_and_files_of_the_same_content_are_no
     """Below .git, which watchfiles' default filter leaves out."""
     place = tmp_path / ".git" / "x"
     publish(place / "first", 1)
-    for version in (1, 2):
+    for version in (1, 2, 3):
         publish(place / "second", version)
     (place / "models").symlink_to("first")
     server = start_server("--models", place / "models", NO_POLLING, "--workers", workers)
+
+    def wait_for_all_workers(version: int) -> None:
+        until = time.monotonic() + START_TIMEOUT_S
+        while {answering(server.address) for _ in range(6)} != {version}:
+            assert time.monotonic() < until
+
+    publish(place / "first", 2)
+    loaded = lines_until(server, "model loaded", version=2)
+    wait_for_all_workers(2)  # from now on, all watch
     swap(place / "models", "second")
-    loaded = lines_until(server, "model loaded")
-    assert loaded[-1]["version"] == 2
-    until = time.monotonic() + START_TIMEOUT_S
-    while {answering(server.address) for _ in range(6)} != {2}:  # by all workers
-        assert time.monotonic() < until
-    publish(place / "second", 3)
     loaded += lines_until(server, "model loaded", version=3)
-    assert events(loaded) == ["model loaded", "model loaded"]
+    wait_for_all_workers(3)
+    publish(place / "second", 4)
+    loaded += lines_until(server, "model loaded", version=4)
+    assert events(loaded) == ["model loaded"] * 3
 
 
 def test_links_inside_the_repository_are_followed(start_server: Start, tmp_path: Path) -> None:
@@ -91,10 +97,15 @@ def test_links_inside_the_repository_are_followed(start_server: Start, tmp_path:
     (version / "..data").symlink_to("..1")
     (version / "model.onnx").symlink_to("..data/model.onnx")
     publish(volume, 1, name="elsewhere")
-    (repository / "other").symlink_to(volume / "elsewhere")
+    for number in (1, 2, 3):
+        publish(volume, number, name="next")
+    (volume / "current").symlink_to("elsewhere")
+    (repository / "other").symlink_to(volume / "current")
     server = start_server("--models", repository, NO_POLLING)
     publish(volume, 2, name="elsewhere")
-    assert server.wait_for("model loaded")["model"] == "other"
+    lines_until(server, "model loaded", model="other", version=2)
+    swap(volume / "current", "next")
+    lines_until(server, "model loaded", model="other", version=3)
     swap(version / "..data", "..2")
     assert server.wait_for("model rejected")["path"] == str(version / "model.onnx")
     assert answering(server.address) == 1
@@ -232,17 +243,20 @@ def test_a_file_that_is_copied_in_place_is_read_once_and_holds_up_no_other(start
 
 def test_a_model_that_is_removed_and_soon_created_again_is_not_unloaded(start_server: Start, tmp_path: Path) -> None:
     publish(tmp_path, 1)
-    publish(tmp_path, 1, name="other")
+    other = publish(tmp_path, 1, name="other").parent
     server = start_server("--models", tmp_path, NO_POLLING, "--admin-address=127.0.0.1:0")
     shutil.rmtree(tmp_path / "digits")
-    publish(tmp_path, 2, name="other")
-    server.wait_for("model loaded")  # the server has seen that `digits` is gone, or sees it back
+    other.rename(tmp_path / ".aside")
+    other.symlink_to(other)
+    seen = lines_until(server, "cannot read the repository", path=str(other))  # and that `digits` is gone
     publish(tmp_path, 1)
+    other.unlink()
+    (tmp_path / ".aside").rename(other)
     with administration(server) as stub:
-        digits, *_ = stub.ReloadModels(pb.ReloadModelsRequest()).versions
-    assert (digits.model, digits.served, digits.reason) == ("digits", True, "")
+        states = stub.ReloadModels(pb.ReloadModelsRequest()).versions
+    assert [(state.served, state.reason) for state in states] == [(True, "")] * 2
     server.process.terminate()
-    assert "model unloaded" not in events(lines_until(server, "stopped"))
+    assert "model unloaded" not in events(seen + lines_until(server, "stopped"))
 
 
 async def test_no_error_ends_the_watch_and_each_is_logged_once(
