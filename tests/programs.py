@@ -10,6 +10,7 @@ import array
 import atexit
 import ctypes
 import faulthandler
+import fcntl
 import functools
 import gc
 import importlib
@@ -79,6 +80,19 @@ def ended(process: "subprocess.Popen[AnyStr]") -> "Iterator[subprocess.Popen[Any
         except BaseException:
             process.kill()
             raise
+
+
+@contextmanager
+def unread_pipe() -> Iterator[tuple[int, int]]:
+    """Make a pipe that is full, with one line of 4096 bytes; give the descriptors to read and to write it."""
+    reading, writing = os.pipe()
+    try:
+        size = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writing, b"-" * (size - 1) + b"\n")
+        yield reading, writing
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def installed(program: str) -> str:

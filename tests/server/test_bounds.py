@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import gzip
+import logging
 import os
 import socket
 import ssl
@@ -20,6 +21,7 @@ import trustme
 from benchmarks.worst_case import fill_connection, fill_tls
 from hpack import Encoder
 from tests.conftest import RunningServer
+from tests.programs import unread_pipe
 from tests.server.test_http2 import granted, memory_kib, setting
 from tests.wire import (
     ACK,
@@ -51,6 +53,7 @@ from tests.wire import (
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.cli.bounds import CONNECTION_BYTES, TLS_BYTES, page, worst_case_bytes
 from ganserve_server.errors import Unauthenticated
+from ganserve_server.processes.log_writer import MAX_BYTES, MAX_LINES, LogWriter
 from ganserve_server.settings import ServerSettings
 from ganserve_server.transport import grpc_server, http2, pools
 from ganserve_server.transport.grpc_server import GrpcServer
@@ -924,6 +927,28 @@ def test_the_page_has_the_bounds_of_the_defaults_which_fit_in_a_gibibyte() -> No
     assert limits == Limits()
     assert "\n".join(page(limits)) in (ROOT / "docs" / "bounds.md").read_text()
     assert worst_case_bytes(limits) < 1 << 30
+
+
+@pytest.mark.parametrize(("length", "kept"), [(10, MAX_LINES), (999, MAX_BYTES // 1000)])
+def test_lines_of_the_log_that_nobody_reads_are_dropped_and_counted(
+    length: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unread_pipe() as (reading, writing), open(writing, "w", closefd=False) as file:
+        monkeypatch.setattr("sys.stderr", file)
+        log = LogWriter()
+        for number in range(kept + 5):
+            log.handle(logging.makeLogRecord({"msg": f"{number:0{length}}"}))
+        assert log.dropped == 5
+        assert not log.wait(0)
+        counted: list[int] = []
+        log.count_dropped(counted.append)
+        log.handle(logging.makeLogRecord({"msg": "more"}))
+        assert counted == [5, 1]
+        with open(reading, closefd=False) as lines:
+            lines.readline()  # filled the pipe
+            assert [int(lines.readline()) for _ in range(kept)] == list(range(kept))
+            assert lines.readline() == "log lines dropped\n"
+        assert log.wait()
 
 
 def test_a_connection_keeps_no_more_than_the_page_says(start_server: Start) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ganserve_server.processes.log_writer import MAX_BYTES, MAX_LINES, TIMEOUT_S
 from ganserve_server.services import health
 from ganserve_server.transport import http2
 from ganserve_server.transport.limits import MAX_HEADER_LIST_BYTES, MAX_REFLECTION_STREAMS, Limits
@@ -26,7 +27,7 @@ class Bound(NamedTuple):
 def worst_case_bytes(limits: Limits) -> int:
     """Return how much all peers can make one process keep, without the kernel's buffers and the models."""
     connections = limits.max_connections * (CONNECTION_BYTES + TLS_BYTES)
-    return connections + limits.request_bytes + limits.unguarded_bytes + limits.answer_bytes
+    return connections + limits.request_bytes + limits.unguarded_bytes + limits.answer_bytes + MAX_BYTES
 
 
 def bounds(limits: Limits) -> list[Bound]:
@@ -118,6 +119,14 @@ def bounds(limits: Limits) -> list[Bound]:
             "",
             "",
             "the server reads the connection later",
+        ),
+        Bound(
+            "lines of the log that nobody reads",
+            "anyone",
+            "",
+            f"{MAX_LINES} lines, {_size(MAX_BYTES)}",
+            f"{_time(TIMEOUT_S)} at the end",
+            "lines are dropped and counted",
         ),
         Bound(
             "the event loop's time",

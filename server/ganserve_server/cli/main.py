@@ -1,6 +1,5 @@
 """The `ganserve-server` program: its flags are the fields of ServerSettings."""
 
-import asyncio
 import http.client
 import importlib.metadata
 import inspect
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 from ganserve_server.cli import admin as admin_commands
 from ganserve_server.cli import token as token_commands
 from ganserve_server.cli.problems import print_problems
+from ganserve_server.processes.log_writer import LogWriter, log_what_python_prints
 from ganserve_server.settings import (
     BUNDLED_MODELS,
     CONFIG_VARIABLE,
@@ -30,7 +30,7 @@ from ganserve_server.settings import (
     check_environment,
     read_config,
 )
-from ganserve_server.start_errors import SettingsError, StartError
+from ganserve_server.start_errors import SettingsError
 from ganserve_server.transport.addresses import reachable
 
 _log = logging.getLogger(__name__)
@@ -59,26 +59,18 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
         if context.invoked_subcommand:
             print_problems(problems)
         else:
-            _configure_logs(values.get("log_format", "auto"))
+            log = _configure_logs(values.get("log_format", "auto"))
             for problem in problems:
                 _log.error("cannot start", extra={"reason": problem})
+            log.wait()
         raise typer.Exit(2) from error
     if context.invoked_subcommand:
         return
-    _configure_logs(settings.log_format)
+    log = _configure_logs(settings.log_format)
     # Imported late, so that --help and a wrong flag do not wait for grpc and onnxruntime.
     from ganserve_server.processes import app
 
-    async def run() -> None:
-        stop, reload = asyncio.Event(), asyncio.Event()
-        app.handle_signals(asyncio.get_running_loop(), stop, reload)
-        await app.serve(settings, stop, reload)
-
-    try:
-        asyncio.run(run())
-    except StartError as error:
-        _log.error("cannot start", extra={"reason": str(error)})
-        raise typer.Exit(1) from error
+    app.run(settings, log)
 
 
 def _explain(error: ValidationError, given: Collection[str], config: str | None) -> list[str]:
@@ -290,7 +282,7 @@ def _default(value: object) -> str:
     return "the bundled models" if value == BUNDLED_MODELS else str(value)
 
 
-def _configure_logs(log_format: str) -> None:
+def _configure_logs(log_format: str) -> LogWriter:
     """Send all log records, also of libraries, to standard error: as JSON lines, or coloured on a terminal."""
     console = log_format == "console" or (log_format != "json" and sys.stderr.isatty())
     shared: list[Any] = [
@@ -307,10 +299,12 @@ def _configure_logs(log_format: str) -> None:
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
     )
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    log = LogWriter()
+    log.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
+    log_what_python_prints()
+    return log
 
 
 _serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]

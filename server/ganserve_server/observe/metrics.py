@@ -172,6 +172,11 @@ class Metrics:
         )
         for reason in ("connections", "descriptors"):
             self.connections_turned_away.labels(reason)
+        self.log_lines_dropped = Counter(
+            "ganserve_log_lines_dropped",
+            "Log lines dropped, because standard error was not read or could not be written.",
+            registry=registry,
+        )
         self.file_reloads = Counter(
             "ganserve_file_reloads",
             "Changed files that were read again, by kind (certificates, tokens) and outcome (loaded, rejected).",

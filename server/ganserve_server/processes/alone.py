@@ -9,6 +9,7 @@ from ganserve_server.auth.security import Security
 from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.observe.metrics import Load, Metrics, Standstills
 from ganserve_server.processes.heartbeat import Heart
+from ganserve_server.processes.log_writer import LogWriter
 from ganserve_server.processes.management import Management
 from ganserve_server.processes.reports import NO_MODEL, ReportServing, report_draining
 from ganserve_server.processes.serving import Host, serve_models
@@ -24,6 +25,7 @@ async def serve_alone(
     management: Management,
     sockets: list[socket],
     heart: Heart,
+    log: LogWriter,
     report_serving: ReportServing,
 ) -> None:
     """Serve as the only process until `stop` is set, then drain.
@@ -32,6 +34,7 @@ async def serve_alone(
         StartError: no model can be served, or an address is taken.
     """
     metrics = Metrics()
+    log.count_dropped(metrics.log_lines_dropped.inc)
     security = Security(settings, metrics, SharedRates())
     security.warn_if_open(sockets, "--address")
     with contextlib.closing(HttpEndpoint(settings.metrics_address, metrics.registry)) as endpoint:

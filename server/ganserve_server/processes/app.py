@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ganserve_server.auth.security import Security
 from ganserve_server.compute.cuda import nvidia_driver
@@ -18,6 +18,7 @@ from ganserve_server.observe.http_endpoint import HttpEndpoint
 from ganserve_server.observe.metrics import Standstills
 from ganserve_server.processes.channel import WORKER_VARIABLE, SupervisorChannel
 from ganserve_server.processes.heartbeat import Heart
+from ganserve_server.processes.log_writer import LogWriter
 from ganserve_server.processes.management import Management
 from ganserve_server.processes.reports import ReportServing, report_draining
 from ganserve_server.processes.supervisor import Supervisor
@@ -38,11 +39,45 @@ _LEAST_OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 4
 _LONGEST_END_S = 5.0  # how long a worker may take to end after its drain
 
 
-async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
+def run(settings: ServerSettings, log: LogWriter) -> NoReturn:
+    """Serve until SIGTERM or SIGINT, then drain, and end the process.
+
+    `stopped` is the last line of the log, written after all lines of the workers. If the exit status is not 0, the log
+    has the reason.
+    """
+
+    async def serve_until_stopped() -> None:
+        stop, reload = asyncio.Event(), asyncio.Event()
+        _handle_signals(asyncio.get_running_loop(), stop, reload, log)
+        await _serve(settings, stop, reload, log)
+
+    status, runner = 0, asyncio.Runner()
+    try:
+        runner.run(serve_until_stopped())
+    except SystemExit as ended:  # another process has logged the reason
+        status = int(ended.code or 0)
+    except StartError as error:
+        status, reason = 1, str(error)
+        log.wait()  # so that the queue has room
+        _log.error("cannot start", extra={"reason": reason})
+    except Exception:
+        status = 1
+        log.wait()
+        _log.exception("the server ended")
+    if log.wait() and not status and WORKER_VARIABLE not in os.environ:
+        with log.last_line():
+            _log.info("stopped")
+        log.wait()
+    # Not by Python's way, which waits for threads: a model may load for ever, or a batch may never end.
+    os._exit(status)
+
+
+async def _serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event, log: LogWriter) -> None:
     """Serve until `stop` is set, then drain; whenever `reload` is set, look for changes in the repository.
 
     Raises:
         StartError: no model can be served, an address is taken, or too few files may be open.
+        SystemExit: no model can be served, and another process has logged it.
     """
     open_files = raise_open_files_limit()
     # Slow imports, above all onnxruntime, are inside functions: a supervisor does not need them, and starts the workers
@@ -52,7 +87,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
 
         channel = SupervisorChannel(variable)
         with contextlib.closing(Heart(settings.stuck_timeout_s, channel.board.set_beat, ends_process=False)):
-            await work(channel, settings, stop)
+            await work(channel, settings, stop, log)
         channel.board.set_beat(0)
         return
     started = time.perf_counter()
@@ -100,11 +135,12 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
             if workers == 1:
                 # In a thread: meanwhile the lifecycle starts a probe, which imports its libraries at the same time.
                 alone = await asyncio.to_thread(importlib.import_module, "ganserve_server.processes.alone")
-                await alone.serve_alone(settings, stop, management, sockets, heart, report_serving)
+                await alone.serve_alone(settings, stop, management, sockets, heart, log, report_serving)
             else:
                 supervisor = Supervisor(
                     workers,
                     sockets,
+                    log,
                     on_worker_ended=management.lifecycle.process_ended,
                     on_quarantine=management.lifecycle.quarantine,
                     open_timeout_s=settings.load_timeout_s,
@@ -113,7 +149,6 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
                 await _supervise(settings, stop, management, supervisor, heart, report_serving)
     finally:
         await management.close()
-    _log.info("stopped")
 
 
 def _heart(settings: ServerSettings) -> Heart:
@@ -187,11 +222,15 @@ def _count_workers(settings: ServerSettings) -> int:
     return max(1, min(wanted, fitting))
 
 
-def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:
+def _handle_signals(
+    loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event, log: LogWriter
+) -> None:
     """Set `stop` on SIGTERM and SIGINT, and `reload` on SIGHUP. A second SIGTERM or SIGINT exits at once."""
 
     def begin(number: signal.Signals) -> None:
         if stop.is_set():
+            _log.warning("ended by a second signal", extra={"signal": number.name})
+            log.wait()
             os._exit(128 + number)
         stop.set()
 

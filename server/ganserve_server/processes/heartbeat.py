@@ -113,7 +113,13 @@ class Heart:
 
 def _write(event: str, **extra: object) -> None:
     """Log an error; give up after a while, because a loop that stands still while it logs holds the log's lock."""
-    writing = threading.Thread(target=_log.error, args=(event,), kwargs={"extra": extra}, daemon=True)
+
+    def write() -> None:
+        _log.error(event, extra=extra)
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+
+    writing = threading.Thread(target=write, daemon=True)
     writing.start()
     writing.join(_LOG_TIMEOUT_S)
 

@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 # With Python's default of 5 ms, a computing thread would wait 5 ms for the GIL at each step of its batch while a burst
 # of frames keeps the event loop busy.
 _SWITCH_INTERVAL_S = 0.001
+_LONGEST_CLOSE_S = 2.0  # less than a supervisor waits for a worker
 
 
 class Host(ABC):
@@ -157,7 +158,10 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
     recorder.close()
     if tracing is not None:
         await tracing.close()
-    await versions.close()
+    try:
+        await asyncio.wait_for(versions.close(), _LONGEST_CLOSE_S)
+    except TimeoutError:
+        _log.warning("batches do not end; the server ends without them", extra={"timeout_s": _LONGEST_CLOSE_S})
 
 
 def _add_services(

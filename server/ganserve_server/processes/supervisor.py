@@ -32,6 +32,7 @@ from ganserve_server.observe.metrics import Load
 from ganserve_server.observe.shared_metrics import WorkersMetrics
 from ganserve_server.processes.channel import MAX_LINE_BYTES, WORKER_VARIABLE
 from ganserve_server.processes.heartbeat import INTERVAL_S, Standstill
+from ganserve_server.processes.log_writer import LogWriter
 from ganserve_server.processes.reports import NO_MODEL
 from ganserve_server.processes.systemd import SOCKET_VARIABLE
 from ganserve_server.repository.states import ProbedVersion, Served
@@ -133,6 +134,7 @@ class Supervisor:
     Args:
         count: the number of workers.
         sockets: the bound sockets for calls.
+        log: the log of this process.
         on_worker_ended: called with the process id and the exit status of a worker that ended by itself.
         on_quarantine: called with a version that a worker dropped, its digest, and the reason.
         open_timeout_s: how long to wait for a worker that opens a version; then it is not served by that worker yet.
@@ -143,6 +145,7 @@ class Supervisor:
         self,
         count: int,
         sockets: list[socket.socket],
+        log: LogWriter,
         *,
         on_worker_ended: Callable[[int, int], Coroutine[Any, Any, None]],
         on_quarantine: Callable[[str, int, str, str], Coroutine[Any, Any, None]],
@@ -171,7 +174,7 @@ class Supervisor:
         self._handling: set[asyncio.Task[None]] = set()
         self._ended: dict[int, asyncio.Task[None]] = {}  # by process id: the search for the reason
         self.registry = CollectorRegistry()
-        self.registry.register(self._metrics)
+        self.registry.register(_Workers(self._metrics, log))
         self.registry.register(_Processes(self))
         self.registry.register(Load(self._board.load))
 
@@ -311,14 +314,13 @@ class Supervisor:
         except TimeoutError:
             left = [number for number, worker in self._workers.items() if worker.process.returncode is None]
             _log.error("workers do not end; they are killed", extra={"timeout_s": timeout_s, "workers": left})
-            self.signal(signal.SIGKILL)
-            await ends
+            await self.kill()
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
     async def kill(self) -> None:
-        """End all workers at once."""
+        """Kill all workers, and wait for their ends, after which none of them logs anything."""
         self._stopping = True
         self.signal(signal.SIGKILL)
         await asyncio.gather(*(process.wait() for process in self._processes.values()))
@@ -432,6 +434,20 @@ class Supervisor:
                 continue
             if ready is not None:
                 _log.info("worker started", extra={"worker": number, "pid": self._workers[number].process.pid})
+
+
+class _Workers:
+    """The metrics of all workers together, with the supervisor's dropped log lines."""
+
+    def __init__(self, metrics: WorkersMetrics, log: LogWriter) -> None:
+        self._metrics, self._log = metrics, log
+
+    def collect(self) -> Iterator[Metric]:
+        """Add up the values of all workers."""
+        for metric in self._metrics.collect():
+            if metric.name == "ganserve_log_lines_dropped":
+                metric.samples = [one._replace(value=one.value + self._log.dropped) for one in metric.samples]
+            yield metric
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from ganserve_server.auth.security import Security
 from ganserve_server.observe import shared_metrics
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.processes.channel import SupervisorChannel
+from ganserve_server.processes.log_writer import LogWriter
 from ganserve_server.processes.serving import Host, serve_models
 from ganserve_server.repository.served import ServedVersions
 from ganserve_server.repository.state_folder import StateFolder
@@ -20,7 +21,7 @@ from ganserve_server.start_errors import StartError
 from ganserve_server.transport.interface import Server
 
 
-async def work(channel: SupervisorChannel, settings: ServerSettings, stop: asyncio.Event) -> None:
+async def work(channel: SupervisorChannel, settings: ServerSettings, stop: asyncio.Event, log: LogWriter) -> None:
     """Serve as one of several workers.
 
     Raises:
@@ -29,6 +30,7 @@ async def work(channel: SupervisorChannel, settings: ServerSettings, stop: async
     """
     shared_metrics.count_in(channel.metrics)
     metrics = Metrics()
+    log.count_dropped(metrics.log_lines_dropped.inc)
     # Lines that are identical in all workers are logged once: about certificates and tokens by the supervisor.
     logging.getLogger("ganserve_server.auth.security").setLevel(logging.CRITICAL)
     try:
