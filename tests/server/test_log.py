@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import logging
 import os
 import queue
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import START_TIMEOUT_S, RunningServer
+from tests.conftest import START_TIMEOUT_S, WORKERS, RunningServer
 from tests.programs import Program, ended, installed, unread_pipe
 
 from ganserve import Client, ModelNotFoundError
-from ganserve_server.processes.log_writer import MAX_LINES
+from ganserve_server.processes.log_writer import MAX_LINES, LogWriter
 from ganserve_server.settings import BUNDLED_MODELS
 
 DROPPED = "ganserve_log_lines_dropped_total"
@@ -119,8 +122,10 @@ def test_a_server_that_cannot_start_ends_though_nobody_reads_why(flags: tuple[st
             assert process.wait(START_TIMEOUT_S) == status
 
 
-def test_a_full_disk_costs_lines_of_the_log_and_no_call() -> None:
-    with open("/dev/full", "w") as full, server_on(full.fileno(), "--workers=1", "--drain-delay-s=0") as running:
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_full_disk_costs_lines_of_the_log_and_no_call(workers: str) -> None:
+    flags = ("--workers", workers, "--drain-delay-s=0")
+    with open("/dev/full", "w") as full, server_on(full.fileno(), *flags) as running:
         with Client(running.address) as client, pytest.raises(ModelNotFoundError):
             client.generate("nothing")
         until = time.monotonic() + START_TIMEOUT_S
@@ -140,6 +145,54 @@ def test_a_server_without_standard_error_serves() -> None:
         assert process.wait(START_TIMEOUT_S) == 0
 
 
+@pytest.fixture
+def small_file(tmp_path: Path) -> Iterator[int]:
+    """Make a file with room for two of the lines of a test; return its descriptor."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250, before[1]))
+    yield file
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+    os.close(file)
+
+
+def test_a_line_that_a_full_disk_cut_off_spoils_no_other(
+    small_file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(small_file, "w", closefd=False) as file:
+        monkeypatch.setattr("sys.stderr", file)
+        log = LogWriter()
+        log.setFormatter(logging.Formatter("%(message)s %(reason)s", defaults={"reason": ""}))
+        for name in "abcd":
+            log.handle(logging.makeLogRecord({"msg": name * 98}))
+            assert log.wait()
+        assert log.dropped == 2
+        os.truncate(tmp_path / "log", 150)
+        log.handle(logging.makeLogRecord({"msg": "e"}))
+        assert log.wait()
+    assert (tmp_path / "log").read_text().splitlines() == [
+        *("a" * 98 + " ", "b" * 50),
+        *("log lines dropped File too large", "e "),
+    ]
+
+
+def test_processes_that_share_a_pipe_mix_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unread_pipe() as (reading, writing), open(writing, "w", closefd=False) as file:
+        monkeypatch.setattr("sys.stderr", file)
+        logs = [LogWriter(), LogWriter()]  # as in two processes
+        expected = []
+        for number in range(500):
+            for log, letter in zip(logs, "ab", strict=True):
+                expected.append(letter * (1 + number))
+                log.handle(logging.makeLogRecord({"msg": expected[-1]}))
+        with open(reading, closefd=False) as lines:
+            lines.readline()  # filled the pipe
+            assert sorted(lines.readline().strip() for _ in expected) == sorted(expected)
+
+
+NO_END = "batches do not end; the server ends without them"
 ENDLESS_LOAD = """
 import threading
 from ganserve_server.repository import lifecycle
@@ -152,13 +205,14 @@ def load(name, number, *arguments, **options):
     return load_version(name, number, *arguments, **options)
 
 load_version, lifecycle.load_version = lifecycle.load_version, load
+lifecycle.Scheduler.close = lambda scheduler: threading.Event().wait()
 main()
 """
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_load_that_never_ends_does_not_outlive_stopped(version: int, tmp_path: Path) -> None:
-    """Neither at the start (version 1) nor later."""
+def test_loads_and_batches_that_never_end_do_not_outlive_stopped(version: int, tmp_path: Path) -> None:
+    """Neither at the start, which loads version 1, nor later."""
     shutil.copytree(BUNDLED_MODELS / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / "1")
     flags = ("--log-format=json", "--address=127.0.0.1:0", "--metrics-address=off", "--workers=1", "--drain-delay-s=0")
     command = [sys.executable, "-c", ENDLESS_LOAD.format(version=version), *flags, "--models", str(tmp_path)]
@@ -174,4 +228,4 @@ def test_a_load_that_never_ends_does_not_outlive_stopped(version: int, tmp_path:
         _, error = process.communicate(timeout=START_TIMEOUT_S)
         events += [json.loads(line)["event"] for line in error.splitlines()]
         assert process.returncode == 0
-        assert events == (["serving", "draining", "stopped"] if version == 2 else ["stopped"])
+        assert events == ["serving", "draining", NO_END, "stopped"][0 if version == 2 else -1 :]

@@ -94,7 +94,7 @@ class LogWriter(logging.Handler):
         return self.lock
 
     def _put(self, text: str) -> None:
-        line = f"{text}\n".encode(self._encoding, "backslashreplace")
+        line = self._encode(text)
         lines = self._lines_queued - self._lines_taken
         if lines >= MAX_LINES or self._bytes_queued - self._bytes_taken + len(line) > MAX_BYTES:
             self._dropping = True
@@ -142,32 +142,35 @@ class LogWriter(logging.Handler):
     def _write(self, content: bytes, lines: int) -> None:
         """Write lines, after the number of dropped ones that was not logged yet."""
         unreported = 0 if self._dropping else self._unreported
-        if unreported:
-            fields = {"count": unreported, "reason": self._reason}
-            record = _log.makeRecord(_log.name, logging.WARNING, "", 0, "log lines dropped", (), None, extra=fields)
-            content = f"{self.format(record)}\n".encode(self._encoding, "backslashreplace") + content
-        if self._torn:
-            content = b"\n" + content
-        rest = memoryview(content)
         try:
-            while rest:
-                try:
-                    rest = rest[os.write(self._file, rest) :]
-                except BlockingIOError:  # another process with this file has made it non-blocking
-                    poller = select.poll()
-                    poller.register(self._file, select.POLLOUT)
-                    poller.poll()
+            if unreported:
+                fields = {"count": unreported, "reason": self._reason}
+                record = _log.makeRecord(_log.name, logging.WARNING, "", 0, "log lines dropped", (), None, extra=fields)
+                self._write_all(self._encode(self.format(record)))
+                self._reason = _UNREAD
+                with self._lock:
+                    self._unreported -= unreported
+            self._write_all(content)
         except OSError as error:
             self._reason = error.strerror or str(error)
-            self._torn |= len(rest) < len(content)
             with self._lock:
                 self._drop(lines)
-            return
-        self._torn = False
-        if unreported:
-            self._reason = _UNREAD
-            with self._lock:
-                self._unreported -= unreported
+
+    def _write_all(self, content: bytes) -> None:
+        """Write lines, on a line of their own if an error cut off the last one."""
+        rest = memoryview(b"\n" + content if self._torn else content)
+        while rest:
+            try:
+                rest = rest[os.write(self._file, rest) :]
+            except BlockingIOError:  # another process with this file has made it non-blocking
+                poller = select.poll()
+                poller.register(self._file, select.POLLOUT)
+                poller.poll()
+            else:
+                self._torn = len(rest) > 0
+
+    def _encode(self, text: str) -> bytes:
+        return f"{text}\n".encode(self._encoding, "backslashreplace")
 
 
 def log_what_python_prints() -> None:
