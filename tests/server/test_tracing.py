@@ -165,8 +165,9 @@ class Tell(logging.Handler):
 from ganserve_server.cli import main as cli
 configure = cli._configure_logs
 def configure_and_tell(settings):
-    configure(settings)
+    log = configure(settings)
     logging.getLogger().addHandler(Tell())
+    return log
 cli._configure_logs = configure_and_tell
 cli.main()
 """
