@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ganserve_server.compute.cuda import nvidia_driver
 from ganserve_server.machine import cores, memory_left
 from ganserve_server.repository.probed import Outcome, Probed, one_line
 from ganserve_server.settings import ServerSettings
@@ -32,6 +33,7 @@ class Prober:
 
     def __init__(self, settings: ServerSettings, provider: str = "cpu") -> None:
         self._settings, self._provider = settings, provider
+        self._on_cpu = provider == "cpu" or not nvidia_driver()  # a GPU's driver reserves addresses without limits
         self._threads = settings.threads or cores().usable
         self._process: asyncio.subprocess.Process | None = None
         self._greeted = False  # whether it has imported its libraries
@@ -98,7 +100,7 @@ class Prober:
             "settings": self._settings.model_dump(mode="json"),
             "provider": self._provider,
             "threads": self._threads,
-            "memory_bytes": memory_bytes if self._provider == "cpu" else None,  # a GPU's driver reserves addresses
+            "memory_bytes": memory_bytes if self._on_cpu else None,
             "gently": gently,
         }
         try:

@@ -1,0 +1,211 @@
+"""Model files that crash, hang or exhaust what reads them, in a server that answers calls meanwhile."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from tests.conftest import RunningServer
+from tests.hostile_models import HOSTILE, crash_when_opened
+from tests.programs import run
+from tests.server.test_administration import administration
+from tests.server.test_lifecycle import GOOD, publish, replace
+from tests.server.test_start_and_drain import http_get, wait_for_sample
+from tests.server.test_workers import workers_of
+
+from ganserve import Client
+from ganserve.v1 import administration_pb2 as pb
+
+Start = Callable[..., RunningServer]
+WITHIN_S = 5  # for a probe; more than a good file takes on a busy machine
+QUICK = ("crash-when-opened", "much-memory", "deep-card", "golden-bombs")
+CASES = [
+    pytest.param("1", QUICK, id="1-several"),
+    pytest.param("2", QUICK[:1], id="2-one"),
+    *(
+        pytest.param(workers, (name,), marks=pytest.mark.slow, id=f"{workers}-{name}")
+        for workers in ("1", "2")
+        for name in HOSTILE
+    ),
+]
+_PAUSE_S = 0.01
+
+
+@contextmanager
+def calls(address: str) -> Iterator[list[int]]:
+    """Call again and again; every call must be answered. Yields the versions that answered."""
+    versions: list[int] = []
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def call() -> None:
+        with Client(address) as client:
+            while not stop.wait(_PAUSE_S):
+                try:
+                    versions.append(client.generate("digits", seed=1).version)
+                except Exception as error:
+                    failures.append(error)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    try:
+        yield versions
+    finally:
+        stop.set()
+        caller.join()
+    assert not failures
+    assert versions
+
+
+def rejections(server: RunningServer, count: int) -> dict[str, str]:
+    """Wait for lines about rejected files; return the reason of each, by the model's name."""
+    lines = [server.wait_for("model rejected") for _ in range(count)]
+    found = {Path(line["path"]).parts[-3]: line["reason"] for line in lines}
+    assert len(found) == count, "a file has two lines"
+    return found
+
+
+def check(found: dict[str, str], names: tuple[str, ...]) -> None:
+    assert sorted(found) == sorted(names)
+    for name in names:
+        assert HOSTILE[name][1] in found[name], name
+
+
+def end(server: RunningServer) -> list[str]:
+    """End a server; return the events that were not read."""
+    assert http_get(server.metrics_address, "/readyz") == (200, "ok\n")
+    assert server.stop() == 0
+    server.log_ended.wait(60)
+    return [server.events.get_nowait()["event"] for _ in range(server.events.qsize())]
+
+
+@pytest.mark.parametrize(("workers", "names"), CASES)
+def test_a_hostile_file_costs_no_call_and_one_line(
+    workers: str, names: tuple[str, ...], start_server: Start, tmp_path: Path
+) -> None:
+    models, state = tmp_path / "models", tmp_path / "state"
+    models.mkdir()
+    publish(models, 1)
+    flags = ("--models", models, "--workers", workers, "--admin-address=127.0.0.1:0", "--state-dir", state)
+    server = start_server(*flags, "--load-timeout-s", str(WITHIN_S))
+    with calls(server.address):
+        for name in names:
+            publish(models, 1, HOSTILE[name][0](), name)
+        check(rejections(server, len(names)), names)
+        with administration(server) as stub:
+            for name in names[:1]:
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.LoadModel(pb.LoadModelRequest(model=name), timeout=60)
+                assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+                assert HOSTILE[name][1] in str(caught.value.details())
+                check(rejections(server, 1), (name,))
+        publish(models, 2)
+        assert server.wait_for("model loaded")["version"] == 2
+    assert set(end(server)) <= {"admin call", "draining", "stopped"}
+    # The next start has them all from the beginning, and does not try again those that ended or outlasted a process.
+    server = start_server(*flags, "--load-timeout-s", str(WITHIN_S))
+    with Client(server.address) as client:
+        assert client.generate("digits", seed=1).version == 2
+    quarantined = {"SIGFPE", "--load-timeout-s"}
+    expected = sum(HOSTILE[name][1] in quarantined for name in names)
+    assert server.scrape()["ganserve_files_quarantined"] == expected
+    assert server.scrape()['ganserve_files_rejected{kind="models"}'] == len(names)
+    assert not end(server).count("model rejected")
+
+
+def test_a_load_that_never_ends_holds_up_no_removal_by_an_operator_and_not_the_end(
+    start_server: Start, tmp_path: Path
+) -> None:
+    publish(tmp_path, 1)
+    publish(tmp_path, 1, name="other")
+    server = start_server("--models", tmp_path, "--admin-address=127.0.0.1:0", "--load-timeout-s=86400")
+    publish(tmp_path, 1, HOSTILE["endless-loop"][0](), "endless")
+    assert server.wait_for("model loading")["path"].endswith("endless/1/model.onnx")
+    with administration(server) as stub:
+        stub.UnloadModel(pb.UnloadModelRequest(model="other"), timeout=60)
+    with Client(server.address) as client:
+        assert [model.name for model in client.models()] == ["digits"]
+    assert server.stop() == 0
+
+
+def test_a_file_with_which_a_worker_crashes_is_quarantined_at_once_and_the_older_version_serves(
+    start_server: Start, tmp_path: Path
+) -> None:
+    models, state = tmp_path / "models", tmp_path / "state"
+    models.mkdir()
+    publish(models, 1)
+    second = publish(models, 2, GOOD.read_bytes() + b"\x82\x01\x00") / "model.onnx"  # an unknown field of no bytes
+    server = start_server("--models", models, "--workers=2", "--state-dir", state, "--versions=latest")
+    digest = crashed_at(state, server, second)
+    quarantined = server.wait_for("model quarantined")
+    assert quarantined["path"] == str(second)
+    assert "was killed by SIGFPE while it opened the file" in quarantined["reason"]
+    server.wait_for("worker started")
+    with Client(server.address) as client:
+        while client.model("digits").versions != (1,):
+            pass  # until all workers serve it
+        assert client.model("digits").digest != digest
+    assert server.scrape()["ganserve_files_quarantined"] == 1
+
+
+def crashed_at(state: Path, server: RunningServer, file: Path) -> str:
+    """Have a worker die of SIGFPE as if it opened a file; return the digest of the file."""
+    pid = workers_of(server)[0]
+    with Client(server.address) as client:
+        digest = client.model("digits").digest
+    (mark,) = (state / "at-risk").glob(f"{pid}-*")
+    facts = {"path": str(file), "size_bytes": file.stat().st_size, "doing": "opened the file"}
+    mark.write_text(json.dumps({digest: facts}))
+    os.kill(pid, signal.SIGFPE)
+    return digest
+
+
+def test_after_a_kill_during_the_first_batches_a_file_is_quarantined_the_second_time(
+    start_server: Start, tmp_path: Path
+) -> None:
+    models, state = tmp_path / "models", tmp_path / "state"
+    models.mkdir()
+    publish(models, 1)
+    shutil.copytree(GOOD.parents[1].parent / "cdcgan-mnist", models / "other")
+    for _ in range(2):
+        server = start_server("--models", models, "--state-dir", state)
+        with Client(server.address) as client:
+            assert {model.name for model in client.models()} == {"digits", "other"}
+            digest = client.model("digits").digest
+        (mark,) = (state / "at-risk").iterdir()
+        facts = {"path": "…", "size_bytes": GOOD.stat().st_size, "doing": "computed one of its first batches"}
+        mark.write_text(json.dumps({digest: facts}))
+        server.process.kill()
+        server.process.wait()
+    server = start_server("--models", models, "--state-dir", state, "--admin-address=127.0.0.1:0")
+    with Client(server.address) as client, administration(server) as stub:
+        assert {model.name for model in client.models()} == {"other"}
+        stub.LoadModel(pb.LoadModelRequest(model="digits"), timeout=60)
+        assert {model.name for model in client.models()} == {"digits", "other"}
+    assert not list((state / "quarantine").iterdir())
+
+
+def test_a_file_that_was_quarantined_is_loaded_once_it_changes(start_server: Start, tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    second = publish(tmp_path, 2, crash_when_opened()) / "model.onnx"
+    server = start_server("--models", tmp_path)
+    assert server.scrape()["ganserve_files_quarantined"] == 1
+    replace(second, GOOD.read_bytes())
+    assert server.wait_for("model loaded")["version"] == 2
+    wait_for_sample(server, "ganserve_files_quarantined", lambda files: files == 0)
+
+
+def test_config_check_reports_a_hostile_file_and_ends(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    for name in ("crash-when-opened", "endless-loop"):
+        publish(tmp_path, 1, HOSTILE[name][0](), name)
+    done: Any = run("ganserve-server", "--models", tmp_path, "--load-timeout-s=3", "config", "--check")
+    assert done.returncode == 1
+    assert [name in done.stderr for name in ("SIGFPE", "--load-timeout-s", "digits")] == [True, True, False]
