@@ -18,6 +18,8 @@ import contextlib
 import itertools
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import statistics
@@ -87,20 +89,28 @@ def start() -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as caller:
         (Path(scratch) / "mlp-mnist").symlink_to(BUNDLED_MODELS / "mlp-mnist")
         models = {"the bundled models": (), "one model": (f"--models={scratch}",)}
-        for (title, flags), workers in itertools.product(models.items(), (1, 2)):
-            answered, ready, memory = [], [], []
+        kinds = itertools.product(models.items(), (1, 2), ("first start", "later start"))
+        for (title, flags), workers, which in kinds:
+            answered, ready, memory, cpu = [], [], [], []
             for _ in range(5):
+                state = Path(scratch) / "state"
+                if which == "first start":
+                    shutil.rmtree(state, ignore_errors=True)  # no file was checked before
+                before_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
                 with socket.create_server(("127.0.0.1", 0)) as free:
                     port = free.getsockname()[1]
                 started = time.perf_counter()
                 answer = caller.submit(first_answer, port)
-                with serving(f"--address=127.0.0.1:{port}", f"--workers={workers}", *flags) as running:
+                given = (f"--address=127.0.0.1:{port}", f"--workers={workers}", f"--state-dir={state}")
+                with serving(*given, *flags) as running:
                     ready.append(time.perf_counter() - started)
                     answered.append(answer.result() - started)
                     memory.append(running.resident_mib())
+                cpu.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s)
             print(
-                f"start: {title}, {workers} workers: first answer after {statistics.median(answered):.2f} s, all serve "
-                f"after {statistics.median(ready):.2f} s, {statistics.median(memory):.0f} MiB resident"
+                f"start: {title}, {workers} workers, {which}: first answer after {statistics.median(answered):.2f} s, all serve "
+                f"after {statistics.median(ready):.2f} s, {statistics.median(cpu):.2f} s of CPU time with the end, "
+                f"{statistics.median(memory):.0f} MiB resident"
             )
 
 
