@@ -108,9 +108,9 @@ def start() -> None:
                     memory.append(running.resident_mib())
                 cpu.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s)
             print(
-                f"start: {title}, {workers} workers, {which}: first answer after {statistics.median(answered):.2f} s, all serve "
-                f"after {statistics.median(ready):.2f} s, {statistics.median(cpu):.2f} s of CPU time with the end, "
-                f"{statistics.median(memory):.0f} MiB resident"
+                f"start: {title}, {workers} workers, {which}: first answer after {statistics.median(answered):.2f} s, "
+                f"all serve after {statistics.median(ready):.2f} s, {statistics.median(cpu):.2f} s of CPU time with "
+                f"the end, {statistics.median(memory):.0f} MiB resident"
             )
 
 

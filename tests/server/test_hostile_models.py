@@ -22,6 +22,12 @@ from tests.server.test_workers import workers_of
 
 from ganserve import Client
 from ganserve.v1 import administration_pb2 as pb
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.served import ServedVersions
+from ganserve_server.repository.state_folder import StateFolder
+from ganserve_server.repository.table import ModelTable
+from ganserve_server.settings import ServerSettings
 
 Start = Callable[..., RunningServer]
 WITHIN_S = 5  # for a probe; more than a good file takes on a busy machine
@@ -209,3 +215,40 @@ def test_config_check_reports_a_hostile_file_and_ends(tmp_path: Path) -> None:
     done: Any = run("ganserve-server", "--models", tmp_path, "--load-timeout-s=3", "config", "--check")
     assert done.returncode == 1
     assert [name in done.stderr for name in ("SIGFPE", "--load-timeout-s", "digits")] == [True, True, False]
+
+
+async def test_a_version_that_is_taken_out_is_quarantined_and_is_at_risk_during_its_first_batches(
+    tmp_path: Path,
+) -> None:
+    models, state = tmp_path / "models", tmp_path / "state"
+    models.mkdir()
+    publish(models, 1)
+    settings = ServerSettings(models=models, state_dir=str(state), provider="cpu", threads=1)
+    folder, table, reports = StateFolder(settings), ModelTable(), list[tuple[str, int, str, str]]()
+    lifecycle = Lifecycle(settings, folder)
+    versions = ServedVersions(
+        settings, Metrics(), table, lambda *_: None, lambda *report: reports.append(report), folder.risk()
+    )
+    lifecycle.serve_by(versions)
+    await lifecycle.start()
+    (at_risk,) = (state / "at-risk").iterdir()
+    model = table.find("digits", None).model
+    tried = 0
+    while (trial := model.engine.trial) is not None:
+        with trial():
+            assert model.digest in at_risk.read_text()
+        assert at_risk.read_text() == "{}"
+        tried += 1
+    assert tried == 8
+    versions.take_out(model, "its batches do not end")
+    assert table.names == []
+    assert reports == [("digits", 1, model.digest, "its batches do not end")]
+    await lifecycle.quarantine(*reports[0])
+    [found] = await lifecycle.reload()
+    assert "its batches do not end" in found.reason
+    assert not found.served
+    [found] = await lifecycle.load("digits")
+    assert found.served
+    await lifecycle.close()
+    await versions.close()
+    assert not at_risk.exists()
