@@ -78,7 +78,7 @@ class Unauthenticated(ServingError):  # noqa: N818
 
 
 class ModelNotLoaded(ServingError):  # noqa: N818
-    """None of a model's versions can be served."""
+    """None of a model's versions can be served, or the version is out of service."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "not_loaded"
@@ -126,6 +126,12 @@ class EngineFailed(ServingError):  # noqa: N818
 
     code = grpc.StatusCode.INTERNAL
     reason = "engine"
+
+
+class BatchTimedOut(EngineFailed):
+    """A batch of the version took longer than a batch may: the version is taken out of service with all its calls."""
+
+    reason = "batch_timeout"
 
 
 def status_details(error: ServingError) -> bytes:

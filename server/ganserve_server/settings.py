@@ -138,6 +138,15 @@ class ServerSettings(BaseModel):
             description="Memory that the images which one core makes at once may take; a single image may take more.",
         ),
     ] = 256
+    batch_timeout_s: Annotated[
+        float,
+        Field(
+            ge=0.1,
+            le=86_400,
+            description="Time of one batch; a version whose batch takes longer is taken out of service. An image may "
+            "take half of it on an idle core.",
+        ),
+    ] = 6.0
     max_queue_images: Annotated[
         int,
         Field(

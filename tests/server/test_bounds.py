@@ -923,9 +923,10 @@ def test_request_ids_tell_nothing_of_the_process(server: RunningServer) -> None:
 
 
 def test_the_page_has_the_bounds_of_the_defaults_which_fit_in_a_gibibyte() -> None:
-    limits = ServerSettings().limits
+    settings = ServerSettings()
+    limits = settings.limits
     assert limits == Limits()
-    assert "\n".join(page(limits)) in (ROOT / "docs" / "bounds.md").read_text()
+    assert "\n".join(page(limits, settings.batch_timeout_s)) in (ROOT / "docs" / "bounds.md").read_text()
     assert worst_case_bytes(limits) < 1 << 30
 
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: N802 - CUDA's names
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute import engine as engine_module
-from ganserve_server.compute import gpu
+from ganserve_server.compute import gpu, watchdog
 from ganserve_server.compute.engine import Engine, Provider, ProviderUnavailable, SessionRefused
 from ganserve_server.compute.gpu import (
     CPU,
@@ -63,6 +64,7 @@ class Options:
 
     def __init__(self) -> None:
         self.entries: dict[str, str] = {}
+        self.terminate = False
 
     def add_run_config_entry(self, key: str, value: str) -> None:
         self.entries[key] = value
@@ -118,7 +120,7 @@ class Session:
     def io_binding(self) -> Binding:
         return Binding()
 
-    def run(self, names: list[str], feeds: dict[str, NDArray[Any]]) -> list[NDArray[np.uint8]]:
+    def run(self, names: list[str], feeds: dict[str, NDArray[Any]], _: object = None) -> list[NDArray[np.uint8]]:
         self.machine.plain_runs += 1
         return [self.machine.compute(feeds)]
 
@@ -127,6 +129,8 @@ class Session:
 
     def run_with_iobinding(self, binding: Binding, options: Options) -> None:
         machine = self.machine
+        if options.terminate:
+            raise RuntimeError("Exiting due to terminate flag being set to true.")
         if machine.fail_next:
             machine.fail_next = False
             raise RuntimeError("out of memory")
@@ -419,6 +423,16 @@ def test_auto_goes_to_the_cpu_and_says_why(machine: Machine, caplog: pytest.LogC
     assert np.array_equal(engine.run([draw(3)]), wanted(3))
     assert machine.plain_runs == 1
     assert not machine.runs
+
+
+def test_a_batch_on_a_gpu_that_takes_too_long_is_asked_to_end(machine: Machine) -> None:
+    engine = warm_engine()
+    run = watchdog.Run(60.0, options=onnxruntime.RunOptions())
+    engine.compute(engine.feeds([draw(3)]), run=run)
+    assert run.started < math.inf  # from when the GPU's thread began
+    run.end()
+    with pytest.raises(RuntimeError, match="terminate flag"):
+        engine.compute(engine.feeds([draw(3)]), run=run)
 
 
 def test_auto_takes_cuda_where_it_works(machine: Machine) -> None:

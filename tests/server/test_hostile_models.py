@@ -217,7 +217,7 @@ def test_config_check_reports_a_hostile_file_and_ends(tmp_path: Path) -> None:
     assert [name in done.stderr for name in ("SIGFPE", "--load-timeout-s", "digits")] == [True, True, False]
 
 
-async def test_a_version_that_is_taken_out_is_quarantined_and_is_at_risk_during_its_first_batches(
+async def test_a_version_that_is_withdrawn_waits_for_an_operator_and_is_at_risk_during_its_first_batches(
     tmp_path: Path,
 ) -> None:
     models, state = tmp_path / "models", tmp_path / "state"
@@ -227,12 +227,19 @@ async def test_a_version_that_is_taken_out_is_quarantined_and_is_at_risk_during_
     folder, table, reports = StateFolder(settings), ModelTable(), list[tuple[str, int, str, str]]()
     lifecycle = Lifecycle(settings, folder)
     versions = ServedVersions(
-        settings, Metrics(), table, lambda *_: None, lambda *report: reports.append(report), folder.risk()
+        settings,
+        Metrics(),
+        table,
+        lambda *_: None,
+        lambda *report: reports.append(report),
+        lambda _: None,
+        folder.risk(),
     )
     lifecycle.serve_by(versions)
     await lifecycle.start()
     (at_risk,) = (state / "at-risk").iterdir()
-    model = table.find("digits", None).model
+    batcher = table.find("digits", None)
+    model = batcher.model
     tried = 0
     while (trial := model.engine.trial) is not None:
         with trial():
@@ -240,10 +247,10 @@ async def test_a_version_that_is_taken_out_is_quarantined_and_is_at_risk_during_
         assert at_risk.read_text() == "{}"
         tried += 1
     assert tried == 8
-    versions.take_out(model, "its batches do not end")
+    versions.withdraw(batcher, "its batches do not end")
     assert table.names == []
     assert reports == [("digits", 1, model.digest, "its batches do not end")]
-    await lifecycle.quarantine(*reports[0])
+    await lifecycle.withdraw(*reports[0])
     [found] = await lifecycle.reload()
     assert "its batches do not end" in found.reason
     assert not found.served

@@ -85,9 +85,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     run = onnxruntime.InferenceSession.run
 
-    def counted(self: Any, names: list[str], feeds: dict[str, NDArray[Any]]) -> Any:
+    def counted(self: Any, names: list[str], feeds: dict[str, NDArray[Any]], options: Any = None) -> Any:
         sizes.append(len(feeds["latent"]))
-        return run(self, names, feeds)
+        return run(self, names, feeds, options)
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", counted)
     return sizes

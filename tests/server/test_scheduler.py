@@ -19,6 +19,7 @@ from ganserve_server.compute import engine as engine_module
 from ganserve_server.compute.engine import Engine
 from ganserve_server.compute.inputs import Draw, Feeds, Inputs
 from ganserve_server.compute.model import ModelVersion
+from ganserve_server.compute.watchdog import Run
 from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.queueing.batcher import Batcher
@@ -35,6 +36,7 @@ class HeldEngine:
 
     wide_is_faster = False
     on_cpu = True
+    inline_images = 0
     least_batch = 1
     inputs = Inputs.of(pb.ModelCard())
 
@@ -56,7 +58,7 @@ class HeldEngine:
     def feeds(self, draws: list[Draw]) -> Feeds:
         return {"latent": np.concatenate([draw.seeds for draw in draws if draw.seeds is not None])}
 
-    def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
+    def compute(self, feeds: Feeds, *, wide: bool = False, run: Run | None = None) -> NDArray[np.uint8]:
         seeds = feeds["latent"]
         self.batches.append(seeds.tolist())
         self.wide.append(wide)
@@ -873,8 +875,8 @@ async def test_images_that_fill_a_bucket_up_are_counted(engine: HeldEngine) -> N
     await asyncio.to_thread(scheduler.close)
 
 
-async def test_a_batch_of_a_gpu_is_never_made_where_calls_are_read(engine: HeldEngine, batcher: Batcher) -> None:
-    engine.on_cpu, engine.image_s = False, 0.0
+async def test_a_batch_without_a_bound_is_never_made_where_calls_are_read(engine: HeldEngine, batcher: Batcher) -> None:
+    engine.image_s = 0.0
     task = begin(batcher, 5)
     await engine.wait_for_batch()
     engine.released.release()

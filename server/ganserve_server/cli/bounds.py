@@ -30,7 +30,7 @@ def worst_case_bytes(limits: Limits) -> int:
     return connections + limits.request_bytes + limits.unguarded_bytes + limits.answer_bytes + MAX_BYTES
 
 
-def bounds(limits: Limits) -> list[Bound]:
+def bounds(limits: Limits, batch_timeout_s: float) -> list[Bound]:
     """Return the rows of the page."""
     each = _size(CONNECTION_BYTES + TLS_BYTES)
     connections = (
@@ -136,14 +136,22 @@ def bounds(limits: Limits) -> list[Bound]:
             "",
             "the other connections come first",
         ),
+        Bound(
+            "a batch",
+            "model",
+            "",
+            "",
+            _time(batch_timeout_s),
+            "the version is taken out of service; its calls end with INTERNAL",
+        ),
     ]
 
 
-def page(limits: Limits) -> Iterable[str]:
+def page(limits: Limits, batch_timeout_s: float) -> Iterable[str]:
     """Yield the lines of the table, as Markdown, and the sum."""
     yield "| what | owner | each | all | time | above the limit |"
     yield "|---|---|---|---|---|---|"
-    for bound in bounds(limits):
+    for bound in bounds(limits, batch_timeout_s):
         yield f"| {' | '.join(bound)} |".replace("|  |", "| |").replace("|  |", "| |")
     yield ""
     yield f"Worst case of one process, with TLS: {_size(worst_case_bytes(limits))}, excluding its models."

@@ -220,7 +220,7 @@ def _bounds(context: typer.Context) -> None:
             ["only the bounds of --transport own can be added up; docs/transport.md describes the bounds of grpcio"]
         )
         raise typer.Exit(1)
-    print("\n".join(page(settings.limits)))
+    print("\n".join(page(settings.limits, settings.batch_timeout_s)))
 
 
 def _toml(value: object) -> str:

@@ -45,6 +45,11 @@ _FUNCTIONS = {
     ),
 }
 _LOOPS = {"Loop", "Scan", "SequenceMap"}
+# Operators whose time depends on values although their shapes do not: RoiAlign takes as many samples as a box has
+# pixels. All others of the standard were looked through up to this opset; a float that is almost 0 costs up to a
+# hundred times as much as others, which is bounded.
+_UNPREDICTABLE, _OPSET = {"RoiAlign"}, 27
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _KEPT_TYPES = (onnx.TensorProto.INT64, onnx.TensorProto.FLOAT)
 _MOST_VALUES = 1024  # of a constant that shape inference needs; larger ones are weights
 
@@ -55,11 +60,12 @@ class BatchLimits:
 
     images: int = 64
     memory_bytes: int = 256 << 20  # of one batch; one image may take more
+    seconds: float = 6.0  # of one batch; at most half of it for one image on an idle core
 
 
 def batch_limits(settings: ServerSettings) -> BatchLimits:
     """Return the limits' part of the settings."""
-    return BatchLimits(settings.max_batch_size, settings.batch_memory_mib << 20)
+    return BatchLimits(settings.max_batch_size, settings.batch_memory_mib << 20, settings.batch_timeout_s)
 
 
 class Batching(Enum):
@@ -127,6 +133,74 @@ def has_loops(model: onnx.ModelProto) -> bool:
     return any(node.op_type in _LOOPS for node, _ in nodes_in(model))
 
 
+class Shapes:
+    """Finds out whether the time of a batch depends on the values of its inputs, of a model whose weights are gone."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        control = any(attribute.type in _GRAPHS for node in model.graph.node for attribute in node.attribute)
+        unpredictable = any(node.op_type in _UNPREDICTABLE for node in model.graph.node)
+        unknown = control or unpredictable or model.functions or model.graph.sparse_initializer
+        self._may_be = not unknown and max((each.version for each in model.opset_import), default=0) <= _OPSET
+        self._light = light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+        if not self._may_be:
+            return
+        # Without the shapes that the file states for values in between, which may be wrong.
+        weights = {tensor.name for tensor in model.graph.initializer}
+        inputs = [value for value in model.graph.input if value.name not in weights]
+        light.graph.name = "light"
+        light.graph.input.extend(inputs)
+        self._inputs = list(light.graph.input)
+        for tensor in model.graph.initializer:
+            self._add(tensor, tensor.name)
+        for node in model.graph.node:
+            value = node.attribute[0] if node.op_type == "Constant" and node.attribute else None
+            if value is not None and value.name == "value" and math.prod(value.t.dims) > _MOST_VALUES:
+                self._add(value.t, node.output[0])
+            else:
+                light.graph.node.append(node)
+        for output in model.graph.output:
+            kind = output.type.tensor_type.elem_type
+            light.graph.output.append(onnx.helper.make_tensor_value_info(output.name, kind, None))
+
+    def _add(self, tensor: onnx.TensorProto, name: str) -> None:
+        """Add a constant: its values if it is small, which shapes may depend on, and else its shape."""
+        if math.prod(tensor.dims) <= _MOST_VALUES:
+            self._light.graph.initializer.add().CopyFrom(tensor)
+            self._light.graph.initializer[-1].name = name
+        else:
+            self._light.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+
+    def predictable_images(self, most: int) -> int:
+        """Return up to which size, `most` or less, a batch takes a time that does not depend on the values.
+
+        That is so if there is no control flow, and the shapes of all values follow from the number of images. Each
+        number is tried, because a shape may depend on values for some numbers of images only.
+        """
+        count = 0
+        while self._may_be and count < most and self._all_known(count + 1):
+            count += 1
+        return count
+
+    def _all_known(self, count: int) -> bool:
+        """Return whether all shapes of a batch follow from the number of images."""
+        for value in self._inputs:
+            if value.type.tensor_type.shape.dim:
+                value.type.tensor_type.shape.dim[0].dim_value = count
+        try:
+            graph = onnx.shape_inference.infer_shapes(self._light, data_prop=True).graph
+        except Exception:  # it has no exception of its own
+            return False
+        kinds = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.output)}
+        return all(
+            name in kinds
+            and kinds[name].HasField("shape")
+            and all(each.HasField("dim_value") for each in kinds[name].shape.dim)
+            for node in graph.node
+            for name in node.output
+            if name
+        )
+
+
 def _of_function(values: "_Values", node: onnx.NodeProto) -> tuple[Batching, bool]:
     shape = values.of_images(node.input[0])
     aligned = shape is not None and math.prod(shape) % _VECTOR == 0
@@ -186,8 +260,7 @@ class _Values:
         self._of_request = {value.name for value in model.graph.input} - weights
         for node in model.graph.node:  # in topological order
             if any(name in self._of_request for name in node.input) or any(
-                attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-                for attribute in node.attribute
+                attribute.type in _GRAPHS for attribute in node.attribute
             ):
                 self._of_request.update(node.output)
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ganserve_server.compute.batching import Batching, BatchLimits
+from ganserve_server.compute.batching import Batching, BatchLimits, Shapes
 from ganserve_server.compute.cuda import load_cuda_libraries, nvidia_driver, why_no_cuda, why_no_tensorrt
 from ganserve_server.compute.gpu import (
     CPU,
@@ -28,7 +28,8 @@ from ganserve_server.compute.gpu import (
     cuda_providers,
     tensorrt_providers,
 )
-from ganserve_server.compute.inputs import Draw, Feeds, Inputs
+from ganserve_server.compute.inputs import Draw, Feeds, Inputs, images_in
+from ganserve_server.compute.watchdog import Run, limited
 from ganserve_server.machine import trim_memory
 
 _log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ _TIMED_IMAGES = 8
 _LEAST_TRIES, _TIMED_S, _WIDE_TIMED_S = 3, 0.01, 0.05
 _SLOW_TRIES_S = 0.2  # enough, even if there were fewer tries
 _SLOW_S = 0.02  # an image that takes longer than this is not timed in a batch
+# A shorter batch may run in the event loop: handing it to a thread and back costs 50 to 100 µs. Nothing can end it
+# there, so only a batch whose time does not depend on values runs there.
+_INLINE_S, _MOST_INLINE = 0.0003, 64
 # For shorter batches, one core is faster: the other cores' threads sleep between calls, which the timing does not show.
 _SHORT_S = 0.0002
 # An image that needs more memory than this is computed without onnxruntime's arena, which keeps what it allocated: for
@@ -57,6 +61,7 @@ class Figures:
     call_s: float  # of a batch, whatever it has
     image_s: float  # of each image of a batch
     wide_image_s: float  # of one image on all cores; 0: the calling thread is faster
+    inline_images: int  # batches of up to this many images may run in the event loop
 
 
 class ProviderUnavailable(Exception):  # noqa: N818
@@ -147,6 +152,7 @@ class Engine:
         if self.provider == CUDA and not failure:
             self._reopen = lambda: _session(model, wanted[-1], 1)
         self._call_s = self._image_s = self._wide_image_s = 0.0
+        self.inline_images = 0  # batches of up to this many images may run in the event loop
         if figures:
             self._take(figures, model)
 
@@ -175,6 +181,7 @@ class Engine:
         """Take what was measured before, and run each session once: a first run takes longer."""
         self._model = b""
         self._call_s, self._image_s, self._wide_image_s = figures.call_s, figures.image_s, figures.wide_image_s
+        self.inline_images = figures.inline_images
         draw = self.inputs.timed(1)
         self.run([draw])
         if self.wide_is_faster:
@@ -184,7 +191,8 @@ class Engine:
     @property
     def figures(self) -> Figures:
         """What was measured, on the CPU."""
-        return Figures(self.batching, self.image_bytes, self._call_s, self._image_s, self._wide_image_s)
+        times = (self._call_s, self._image_s, self._wide_image_s)
+        return Figures(self.batching, self.image_bytes, *times, self.inline_images)
 
     @property
     def wide_is_faster(self) -> bool:
@@ -206,8 +214,15 @@ class Engine:
         fitting = self._limits.memory_bytes // self.image_bytes if self.image_bytes else self._limits.images
         return max(1, min(fitting, self._limits.images))
 
-    def measure(self) -> None:
-        """Warm up, and time both sessions on one image, and one session on several."""
+    def measure(self, shapes: Shapes | None = None) -> None:
+        """Warm up, time both sessions on one image and one session on several, and choose the batches that run inline.
+
+        Args:
+            shapes: the shapes of the model; None: no batch runs in the event loop.
+
+        Raises:
+            RunTooLong: a batch took longer than its limit.
+        """
 
         def least_s(count: int, *, wide: bool = False, until_s: float = 0.0, longest_s: float = _TIMED_S) -> float:
             """Return the shortest time of a batch in several tries, which end when one is below `until_s`."""
@@ -237,6 +252,10 @@ class Engine:
         self._model = b""
         self._image_s = max(0.0, several_s - one_s) / (several - 1) if several > 1 else one_s
         self._call_s = max(0.0, one_s - self._image_s)
+        if shapes is not None and self.on_cpu and self._call_s < _INLINE_S:
+            short = int(min(self.largest_batch, _MOST_INLINE, (_INLINE_S - self._call_s) / max(self._image_s, 1e-9)))
+            known = shapes.predictable_images(max(2, short))  # two images, as which one may be computed
+            self.inline_images = min(short, known) if known > 1 else 0
 
     @property
     def least_batch(self) -> int:
@@ -253,29 +272,41 @@ class Engine:
         Args:
             draws: the images to make.
             wide: use all cores instead of the calling thread.
+
+        Raises:
+            RunTooLong: the batch took longer than the limit of one batch for each image.
         """
-        return self.compute(self.feeds(draws), wide=wide)
+        feeds = self.feeds(draws)
+        with limited(self._limits.seconds * images_in(feeds), waits=not self.on_cpu) as run:
+            return self.compute(feeds, wide=wide, run=run)
 
-    def compute(self, feeds: Feeds, *, wide: bool = False) -> NDArray[np.uint8]:
-        """Make the images of a batch; this holds Python's GIL only at the start and at the end."""
+    def compute(self, feeds: Feeds, *, wide: bool = False, run: Run | None = None) -> NDArray[np.uint8]:
+        """Make the images of a batch; this holds Python's GIL only at the start and at the end.
+
+        Args:
+            feeds: the inputs of the batch.
+            wide: use all cores instead of the calling thread.
+            run: what the watchdog ends the batch by.
+        """
         if (trial := self.trial) is None:
-            return self._computed(feeds, wide=wide)
+            return self._computed(feeds, run, wide=wide)
         with trial():
-            return self._computed(feeds, wide=wide)
+            return self._computed(feeds, run, wide=wide)
 
-    def _computed(self, feeds: Feeds, *, wide: bool) -> NDArray[np.uint8]:
+    def _computed(self, feeds: Feeds, run: Run | None, *, wide: bool) -> NDArray[np.uint8]:
         if self._runner is not None:
-            return self._runner.run(feeds)
+            return self._runner.run(feeds, run)
+        options = run.options if run is not None else None
         if self.inputs.scalar_truncation:
-            parts = [self._compute(part, wide=wide) for part in self.inputs.parts(feeds)]
+            parts = [self._compute(part, options, wide=wide) for part in self.inputs.parts(feeds)]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._compute(feeds, wide=wide)
+        return self._compute(feeds, options, wide=wide)
 
-    def _compute(self, feeds: Feeds, *, wide: bool) -> NDArray[np.uint8]:
+    def _compute(self, feeds: Feeds, options: onnxruntime.RunOptions | None, *, wide: bool) -> NDArray[np.uint8]:
         run = (self._wide_session if wide else self._session).run
         if self.batching is not Batching.TOGETHER:
-            return self.batching.run(lambda part: run(["image"], self.inputs.for_file(part))[0], feeds)
-        pixels: NDArray[np.uint8] = run(["image"], self.inputs.for_file(feeds))[0]
+            return self.batching.run(lambda part: run(["image"], self.inputs.for_file(part), options)[0], feeds)
+        pixels: NDArray[np.uint8] = run(["image"], self.inputs.for_file(feeds), options)[0]
         return pixels
 
     @property
@@ -289,9 +320,9 @@ class Engine:
             _memory_unknown("the model has loops, whose profile has no bound")
         else:
             del self._session, self._wide_session  # free their weights
-            self._session, self.image_bytes = _measured(
-                self._model, self.inputs.for_file(self.feeds([self.inputs.timed(1)]))
-            )
+            feeds = self.inputs.for_file(self.feeds([self.inputs.timed(1)]))
+            with limited(self._limits.seconds) as run:
+                self._session, self.image_bytes = _measured(self._model, feeds, run)
             if not self._arena:
                 del self._session
                 self._session = _session(self._model, [CPU], 1, arena=False)
@@ -333,7 +364,7 @@ def _reason(reason: str, failure: str) -> str:
     return f"{reason} ({failure})" if failure else reason
 
 
-def _measured(model: bytes, feeds: Feeds) -> tuple[onnxruntime.InferenceSession, int]:
+def _measured(model: bytes, feeds: Feeds, run: Run) -> tuple[onnxruntime.InferenceSession, int]:
     """Open a session on the CPU, and run it once; also return how much memory that took, or 0 if it is unknown.
 
     The profile of a run has the statistics of the session's own arena, with the buffers that an operator needs for
@@ -343,7 +374,7 @@ def _measured(model: bytes, feeds: Feeds) -> tuple[onnxruntime.InferenceSession,
     try:
         with tempfile.TemporaryDirectory() as folder:
             session = _session(model, [CPU], 1, profile=f"{folder}/profile")
-            session.run(["image"], feeds)
+            session.run(["image"], feeds, run.options)
             events = json.loads(Path(session.end_profiling()).read_bytes())
     except (OSError, ValueError) as error:  # there is no temporary folder, or it is full
         session, reason = _session(model, [CPU], 1), f"no profile can be written: {error}"

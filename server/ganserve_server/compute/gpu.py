@@ -8,6 +8,7 @@ call.
 import contextlib
 import ctypes
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from ganserve_server.compute.cuda import cuda_libraries
 from ganserve_server.compute.inputs import Feeds, Inputs, images_in
+from ganserve_server.compute.watchdog import Run
 from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
@@ -170,15 +172,20 @@ class BucketRunner:
         size = self.size_for(count)
         return -count % size
 
-    def run(self, feeds: Feeds) -> NDArray[np.uint8]:
-        """Make images: [n, height, width, channels]."""
+    def run(self, feeds: Feeds, run: Run | None = None) -> NDArray[np.uint8]:
+        """Make images: [n, height, width, channels].
+
+        Args:
+            feeds: the inputs of the images.
+            run: what the watchdog ends the batch by; its time begins on the GPU thread, which may load a model first.
+        """
         count = images_in(feeds)
         size = self.size_for(count)
-        parts = [self._make(size, _rows(feeds, slice(start, start + size))) for start in range(0, count, size)]
+        parts = [self._make(size, _rows(feeds, slice(start, start + size)), run) for start in range(0, count, size)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _make(self, size: int, feeds: Feeds) -> NDArray[np.uint8]:
-        return _THREAD.submit(self._buckets[size].run, feeds).result()
+    def _make(self, size: int, feeds: Feeds, run: Run | None = None) -> NDArray[np.uint8]:
+        return _THREAD.submit(self._buckets[size].run, feeds, run).result()
 
     def _timed(self, size: int, feeds: Feeds) -> float:
         started = time.perf_counter()
@@ -258,14 +265,20 @@ class _Bucket:
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(size))
 
-    def run(self, feeds: Feeds) -> NDArray[np.uint8]:
+    def run(self, feeds: Feeds, run: Run | None = None) -> NDArray[np.uint8]:
+        options = self._options
+        if run is not None and run.options is not None:
+            options = run.options
+            if run.started == math.inf:  # the first part of the batch; all have the same size
+                options.add_run_config_entry("gpu_graph_id", str(self._size))
+                run.started = time.monotonic()
         count = images_in(feeds)
         for name, value in self._inputs.items():
             rows = self._host.inputs[name][: self._size]
             rows[:count] = feeds[name]
             rows[count:] = 0
             value.update_inplace(rows)
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._session.run_with_iobinding(self._binding, options)
         return self._host.fetch(self._output, count)
 
 

@@ -122,6 +122,17 @@ class Metrics:
         self.batch_size = Histogram(
             "ganserve_batch_size", "Images in one batch.", ["model"], buckets=_IMAGES, registry=registry
         )
+        self.batches_timed_out = Counter(
+            "ganserve_batches_timed_out",
+            "Batches that took longer than --batch-timeout-s; each takes a version out of service.",
+            ["model"],
+            registry=registry,
+        )
+        self.threads_lost = Counter(
+            "ganserve_threads_lost",
+            "Computing threads that do not come back from a batch, and were replaced.",
+            registry=registry,
+        )
         self.queue_images = Gauge(
             "ganserve_queue_images",
             "Images waiting now.",

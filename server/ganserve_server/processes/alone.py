@@ -12,7 +12,7 @@ from ganserve_server.processes.heartbeat import Heart
 from ganserve_server.processes.log_writer import LogWriter
 from ganserve_server.processes.management import Management
 from ganserve_server.processes.reports import NO_MODEL, ReportServing, report_draining
-from ganserve_server.processes.serving import Host, serve_models
+from ganserve_server.processes.serving import LOST_THREAD_STATUS, Host, serve_models
 from ganserve_server.repository.served import ServedVersions
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
@@ -41,14 +41,17 @@ async def serve_alone(
         endpoint.why_stuck = heart.why_stuck
         metrics.registry.register(Standstills(lambda: heart.standstill.longest_s))
         management.bind(security)
-        host = _OnlyProcessHost(settings, sockets, metrics, security, endpoint, management, report_serving)
+        host = _OnlyProcessHost(settings, stop, sockets, metrics, security, endpoint, management, report_serving)
         await serve_models(host, settings, stop)
+    if host.status:
+        raise SystemExit(host.status)
 
 
 class _OnlyProcessHost(Host):
     def __init__(
         self,
         settings: ServerSettings,
+        stop: asyncio.Event,
         sockets: list[socket],
         metrics: Metrics,
         security: Security,
@@ -56,12 +59,13 @@ class _OnlyProcessHost(Host):
         management: Management,
         report_serving: ReportServing,
     ) -> None:
-        self._settings, self._endpoint = settings, endpoint
+        self._settings, self._stop, self._endpoint = settings, stop, endpoint
+        self.status = 0  # with which the process ends
         self.sockets, self.metrics, self.security = sockets, metrics, security
         self.board, self.state, self.logs = None, management.state, True
         self._management, self._report_serving = management, report_serving
         self._versions: ServedVersions
-        self._quarantining: set[asyncio.Task[None]] = set()
+        self._withdrawing: set[asyncio.Task[None]] = set()
 
     async def load(self, versions: ServedVersions) -> None:
         """Load the models as the lifecycle decides."""
@@ -69,11 +73,11 @@ class _OnlyProcessHost(Host):
         self._management.lifecycle.serve_by(versions)
         await self._management.starting
 
-    def quarantine(self, name: str, version: int, digest: str, reason: str) -> None:
-        """Have the lifecycle quarantine the file."""
-        task = asyncio.create_task(self._management.lifecycle.quarantine(name, version, digest, reason))
-        self._quarantining.add(task)
-        task.add_done_callback(self._quarantining.discard)
+    def withdrawn(self, name: str, version: int, digest: str, reason: str) -> None:
+        """Have the lifecycle withdraw the version."""
+        task = asyncio.create_task(self._management.lifecycle.withdraw(name, version, digest, reason))
+        self._withdrawing.add(task)
+        task.add_done_callback(self._withdrawing.discard)
 
     def server_made(self, server: Server) -> None:
         """Add the server's connections and calls to the metrics."""
@@ -86,6 +90,12 @@ class _OnlyProcessHost(Host):
 
     def _why_not_serving(self) -> str:
         return "" if self._versions.serves else NO_MODEL
+
+    def thread_lost(self, on_cpu: bool) -> None:
+        """Serve on, or drain and end if the thread is the one that uses the GPU."""
+        if not on_cpu:
+            self.status = LOST_THREAD_STATUS
+            self._stop.set()
 
     def draining(self) -> None:
         """Report the drain to systemd and the log."""

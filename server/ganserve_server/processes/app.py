@@ -142,7 +142,7 @@ async def _serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.
                     sockets,
                     log,
                     on_worker_ended=management.lifecycle.process_ended,
-                    on_quarantine=management.lifecycle.quarantine,
+                    on_withdrawn=management.lifecycle.withdraw,
                     open_timeout_s=settings.load_timeout_s,
                     stuck_timeout_s=settings.stuck_timeout_s,
                 )

@@ -2,7 +2,7 @@
 
 The supervisor sends requests, each a line of JSON such as {"id": 1, "do": "open", "version": …}; the other requests are
 `serve` and `refresh`. The worker answers each request, in any order, with a line that has its id. It also sends events:
-`serving`, with facts for the log, and `quarantine`.
+`serving`, with facts for the log, and `withdrawn`.
 """
 
 import asyncio

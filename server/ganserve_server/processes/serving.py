@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 # With Python's default of 5 ms, a computing thread would wait 5 ms for the GIL at each step of its batch while a burst
 # of frames keeps the event loop busy.
 _SWITCH_INTERVAL_S = 0.001
+# Of a process that ends because a thread does not come back from a batch, so that another process takes its place:
+# EX_SOFTWARE of sysexits.h.
+LOST_THREAD_STATUS = 70
 _LONGEST_CLOSE_S = 2.0  # less than a supervisor waits for a worker
 
 
@@ -68,8 +71,8 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def quarantine(self, name: str, version: int, digest: str, reason: str) -> None:
-        """Report that this process dropped a version, whose file must not be loaded again."""
+    def withdrawn(self, name: str, version: int, digest: str, reason: str) -> None:
+        """Report that this process took a version out of service, which the others must do, too."""
 
     @abstractmethod
     def server_made(self, server: Server) -> None:
@@ -78,6 +81,10 @@ class Host(ABC):
     @abstractmethod
     def serving(self, facts: dict[str, Any]) -> None:
         """Called when the server answers calls: report that."""
+
+    @abstractmethod
+    def thread_lost(self, on_cpu: bool) -> None:
+        """Called when a computing thread does not come back; another one has its place, unless it computed on a GPU."""
 
     @abstractmethod
     def draining(self) -> None:
@@ -106,7 +113,14 @@ async def serve_models(host: Host, settings: ServerSettings, stop: asyncio.Event
     metrics, security, board = host.metrics, host.security, host.board
     table, health_servicer = ModelTable(), health.HealthServicer()
     versions = ServedVersions(
-        settings, metrics, table, health_servicer.set_serving, host.quarantine, host.state.risk(), board
+        settings,
+        metrics,
+        table,
+        health_servicer.set_serving,
+        host.withdrawn,
+        host.thread_lost,
+        host.state.risk(),
+        board,
     )
     await _until(stop, host.load(versions))
     if stop.is_set():

@@ -136,7 +136,7 @@ class Supervisor:
         sockets: the bound sockets for calls.
         log: the log of this process.
         on_worker_ended: called with the process id and the exit status of a worker that ended by itself.
-        on_quarantine: called with a version that a worker dropped, its digest, and the reason.
+        on_withdrawn: called with a version that a worker withdrew, its digest, and the reason.
         open_timeout_s: how long to wait for a worker that opens a version; then it is not served by that worker yet.
         stuck_timeout_s: how long the event loop of a worker may stand still before the worker is replaced.
     """
@@ -148,12 +148,12 @@ class Supervisor:
         log: LogWriter,
         *,
         on_worker_ended: Callable[[int, int], Coroutine[Any, Any, None]],
-        on_quarantine: Callable[[str, int, str, str], Coroutine[Any, Any, None]],
+        on_withdrawn: Callable[[str, int, str, str], Coroutine[Any, Any, None]],
         open_timeout_s: float,
         stuck_timeout_s: float,
     ) -> None:
         self._count, self.sockets = count, sockets
-        self._on_worker_ended, self._on_quarantine = on_worker_ended, on_quarantine
+        self._on_worker_ended, self._on_withdrawn = on_worker_ended, on_withdrawn
         self._open_timeout_s, self._stuck_timeout_s = open_timeout_s, stuck_timeout_s
         self._standstills = [Standstill() for _ in range(count)]  # by worker
         self.replaced = {"stuck": 0, "ended": 0}
@@ -369,9 +369,9 @@ class Supervisor:
         return facts
 
     def _handle(self, event: dict[str, Any]) -> None:
-        """Take what a worker reports: that it dropped a version."""
+        """Take what a worker reports: that it withdrew a version."""
         what = (event["model"], event["version"], event["digest"], event["reason"])
-        self._handling.add(task := asyncio.create_task(self._on_quarantine(*what)))
+        self._handling.add(task := asyncio.create_task(self._on_withdrawn(*what)))
         task.add_done_callback(self._handling.discard)
 
     async def _look_for_the_reason(self, worker: _Worker) -> None:

@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 from ganserve_server.compute.inputs import Draw
 from ganserve_server.compute.model import ModelVersion
-from ganserve_server.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, QueueFull, ServingError
+from ganserve_server.errors import (
+    BatchTimedOut,
+    DeadlineExceeded,
+    DeadlineTooShort,
+    EngineFailed,
+    QueueFull,
+    ServingError,
+)
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.queueing.jobs import CallWork, Job, Lane, Made, Part
 
@@ -83,6 +90,8 @@ class Batcher:
         self._bulk_credit = 0  # in eighths of an image
         self._large_credit = 0.0  # images
         self._take_turns()
+        self.late = 0  # running batches that take much longer than expected; meanwhile no other one starts
+        self.withdrawn = ""  # why the version is out of service
         self.overtaken = False  # another model's batch ran first, because too few images waited here
         self._saturated_since: float | None = None  # the start of the pace measurement; None: no images wait
         self._published_waiting = 0
@@ -94,6 +103,7 @@ class Batcher:
         self._queue_images = metrics.queue_images.labels(model.name)
         self._images = metrics.images.labels(model.name, str(model.version))
         self._padding_images = metrics.padding_images.labels(model.name)
+        self._timed_out = metrics.batches_timed_out.labels(model.name)
 
     @property
     def waiting(self) -> int:
@@ -126,7 +136,10 @@ class Batcher:
             QueueFull: too many images wait already, and no other key has more of them.
             DeadlineTooShort: because of the waiting images, the draw would probably miss its deadline.
             DeadlineExceeded: the draw would probably miss its deadline even if nothing waited.
+            BatchTimedOut: the version is out of service.
         """
+        if self.withdrawn:
+            raise BatchTimedOut(self.withdrawn)
         count, waiting = draw.count, self.waiting
         lane = self._small if count <= self.small else self._large
         if bulk:
@@ -362,10 +375,33 @@ class Batcher:
 
     def failed(self, batch: list[Part], error: Exception) -> None:
         """Fail the jobs of a batch, and log the error."""
-        _log.error("the engine failed", exc_info=error, extra={"model": self.model.name, "version": self.model.version})
-        for part in batch:
-            part.job.fail(EngineFailed("internal error"))
+        if self.withdrawn:
+            self._fail(batch)
+        else:
+            facts = {"model": self.model.name, "version": self.model.version}
+            _log.error("the engine failed", exc_info=error, extra=facts)
+            for part in batch:
+                part.job.fail(EngineFailed("internal error"))
         self.rest()
+
+    def time_out(self, batch: list[Part], reason: str) -> None:
+        """Fail the jobs of a batch that does not end, and all that wait; refuse new ones.
+
+        Args:
+            batch: the parts of the jobs.
+            reason: the text of their error.
+        """
+        self._timed_out.inc()
+        self.withdrawn = reason
+        self._fail(batch)
+        for lane in self._lanes:
+            for job in [job for jobs in lane.queues.values() for job in jobs]:
+                job.fail(BatchTimedOut(reason))
+        self.rest()
+
+    def _fail(self, batch: list[Part]) -> None:
+        for part in batch:
+            part.job.fail(BatchTimedOut(self.withdrawn))
 
     def rest(self) -> None:
         """Record that no images came back: the idle time that follows does not count as pace."""

@@ -54,6 +54,7 @@ class Lifecycle:
         self._reasons: dict[Key, str] = {}  # why a file was rejected
         self._short: dict[Key, int] = {}  # the memory that files need, or that was not enough for their probe
         self._quarantined: set[Key] = set()
+        self._withdrawn: dict[Key, str] = {}  # whose batch did not end, each with the reason
         self._newly_rejected = 0
         self._models: set[str] = set()  # in the repository
         self._changes = Changes(settings.models)
@@ -126,7 +127,7 @@ class Lifecycle:
         Raises:
             ModelNotFound: it is not served.
         """
-        names = sorted({model for model, _ in self._served})
+        names = sorted({model for model, _ in self._served.keys() | self._withdrawn.keys()})
         if name not in names:
             raise ModelNotFound(
                 f"there is no model {name!r}; there are {', '.join(names) or 'none at all'}{nearest(name, names)}"
@@ -149,12 +150,13 @@ class Lifecycle:
             states.append(VersionState(name, number, version is not None, digest, reason))
         return states
 
-    async def quarantine(self, name: str, number: int, digest: str, reason: str) -> None:
-        """Stop serving a version, and do not load its file again until it changes or an operator loads it."""
-        version = self._served.get((name, number))
-        size_bytes = version.probed.size_bytes if version else 0
-        self._state.quarantine(digest, size_bytes, str(self._path((name, number))), reason)
-        await self._drop_quarantined([digest])
+    async def withdraw(self, name: str, number: int, digest: str, reason: str) -> None:
+        """Stop serving a version in all processes; load its file again if it changes, or if an operator loads it."""
+        key = (name, number)
+        if (version := self._served.get(key)) and version.probed.digest == digest:
+            self._withdrawn[key] = self._reasons[key] = reason
+            await self._drop([key])
+            self._begin(self._look_twice())  # an older version may take its place
 
     async def process_ended(self, pid: int, status: int) -> None:
         """Quarantine the files that probably ended a process that served them."""
@@ -214,6 +216,7 @@ class Lifecycle:
             self._reasons = {key: reason for key, reason in self._reasons.items() if key in found}
             self._short = {key: size for key, size in self._short.items() if key in found}
             self._quarantined &= found.keys()
+            self._withdrawn = {key: reason for key, reason in self._withdrawn.items() if key in found}
             await self._drop(sorted(self._served.keys() - wanted))
             return decision.again_s
 
@@ -294,6 +297,7 @@ class Lifecycle:
             self._reject(key, reason)
             return
         self._reasons.pop(key, None)
+        self._withdrawn.pop(key, None)
         self._served[key] = version
         if not starting:
             await self._serve()
@@ -398,6 +402,7 @@ class Lifecycle:
             newly,
             len(self._quarantined),
             len(self._unreadable),
+            self._withdrawn,
         )
         await servers.serve(list(self._served.values()), served)
 

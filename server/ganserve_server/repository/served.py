@@ -38,6 +38,7 @@ from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+_CLOSE_S = 1.0  # for the memory of versions that are no longer served
 
 
 class ServedVersions:
@@ -48,7 +49,8 @@ class ServedVersions:
         metrics: the metrics of this process.
         table: the served versions; only this class changes it.
         on_status: called with the name of a model, or "" for the server, and whether it is served.
-        on_quarantine: called with a version that `take_out` dropped, its digest, and the reason.
+        on_withdrawn: called with a version that `withdraw` took out of service, its digest, and the reason.
+        on_thread_lost: called when a computing thread does not come back, with whether it computes on the CPU.
         risk: records which files this process opens and tries.
         board: the workers' scoreboard, if there are several workers.
     """
@@ -61,12 +63,14 @@ class ServedVersions:
         metrics: Metrics,
         table: ModelTable,
         on_status: Callable[[str, bool], None],
-        on_quarantine: Callable[[str, int, str, str], None],
+        on_withdrawn: Callable[[str, int, str, str], None],
+        on_thread_lost: Callable[[bool], None],
         risk: AtRisk,
         board: Scoreboard | None = None,
     ) -> None:
         self._settings, self._metrics, self._table, self._board = settings, metrics, table, board
-        self._on_status, self._on_quarantine, self._risk = on_status, on_quarantine, risk
+        self._on_status, self._on_withdrawn, self._risk = on_status, on_withdrawn, risk
+        self._on_thread_lost = on_thread_lost
         self._opened: dict[tuple[str, int], Batcher] = {}  # not served yet
         self._reported: set[str] = set()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -112,7 +116,8 @@ class ServedVersions:
                 del self._opened[key]
         for key, batcher in self._table.batchers().items():
             if served.digests.get(key) != batcher.model.digest:
-                self._remove(*key)
+                self._remove(*key, served.withdrawn.get(key))
+        self._table.keep_reasons(served.withdrawn)
         self._metrics.files_rejected.labels("models").set(served.rejected)
         self._metrics.files_quarantined.set(served.quarantined)
         self._metrics.repository_unreadable.set(served.unreadable)
@@ -121,17 +126,23 @@ class ServedVersions:
         self._report(set(served.models))
         await asyncio.to_thread(give_back_memory)
 
-    def take_out(self, model: ModelVersion, reason: str) -> None:
-        """Stop serving a version at once, here and in all other processes, and quarantine its file."""
-        batcher = self._table.batchers().get((model.name, model.version))
-        if batcher is not None and batcher.model is model:
-            self._remove(model.name, model.version)
+    def withdraw(self, batcher: Batcher, reason: str) -> None:
+        """Take a version out of service at once, here and in all other processes.
+
+        Args:
+            batcher: the queue of the version; it must refuse new jobs.
+            reason: what callers get.
+        """
+        model = batcher.model
+        if self._table.batchers().get((model.name, model.version)) is batcher:  # no other file has taken its place
+            self._remove(model.name, model.version, reason)
             self._report(self._reported)
-            self._on_quarantine(model.name, model.version, model.digest, reason)
+            self._on_withdrawn(model.name, model.version, model.digest, reason)
 
     async def close(self) -> None:
         """End the schedulers. No caller may be waiting."""
-        await asyncio.gather(*self._retiring)
+        if self._retiring:
+            await asyncio.wait(self._retiring, timeout=_CLOSE_S)
         for scheduler in self._schedulers.values():
             await asyncio.to_thread(scheduler.close)
         self._risk.close()
@@ -186,16 +197,29 @@ class ServedVersions:
         self._metrics.model_info.labels(*labels).set(1)
         self._metrics.model_image_bytes.labels(*labels[:2]).set(engine.image_bytes)
 
-    def _remove(self, name: str, version: int) -> None:
-        self._retire(self._table.remove(name, version))
+    def _remove(self, name: str, version: int, withdrawn: str | None) -> None:
+        if withdrawn is None:
+            self._retire(self._table.remove(name, version))
+        else:
+            self._retire(self._table.withdraw(name, version, withdrawn))
         self._metrics.model_loads.labels("unloaded").inc()
 
     def _scheduler(self, model: ModelVersion) -> Scheduler:
         """Return the scheduler that shares the cores, or the GPU, among the models."""
         on_cpu = model.engine.on_cpu
         if on_cpu not in self._schedulers:
-            self._schedulers[on_cpu] = Scheduler(self._threads, self._board) if on_cpu else Scheduler(1)
+            self._schedulers[on_cpu] = Scheduler(
+                self._threads if on_cpu else 1,
+                self._board if on_cpu else None,
+                limit_s=self._settings.batch_timeout_s,
+                on_overdue=self.withdraw,
+                on_lost=functools.partial(self._thread_lost, on_cpu),
+            )
         return self._schedulers[on_cpu]
+
+    def _thread_lost(self, on_cpu: bool) -> None:
+        self._metrics.threads_lost.inc()
+        self._on_thread_lost(on_cpu)
 
     def _retire(self, batcher: Batcher) -> None:
         model = batcher.model

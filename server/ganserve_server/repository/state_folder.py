@@ -40,7 +40,7 @@ _MOST_PASSED = 200  # results; the oldest are removed
 _PROVEN_BATCHES = 8  # batches after which a version is no longer at risk
 _PACKAGES = ("ganserve", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "protobuf", "pillow")
 # The settings on which the result of a probe depends.
-_SETTINGS = ("max_model_mib", "threads", "max_batch_size", "batch_memory_mib")
+_SETTINGS = ("max_model_mib", "threads", "max_batch_size", "batch_memory_mib", "batch_timeout_s")
 
 
 class StateFolder:

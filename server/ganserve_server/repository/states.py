@@ -54,6 +54,7 @@ class Served:
         newly_rejected: how many files were rejected since the last time.
         quarantined: how many files are quarantined.
         unreadable: how many paths in the repository cannot be read.
+        withdrawn: the versions that are out of service because of a batch that did not end, each with the reason.
     """
 
     digests: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -63,11 +64,13 @@ class Served:
     newly_rejected: int = 0
     quarantined: int = 0
     unreadable: int = 0
+    withdrawn: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the values as JSON has them."""
         values = dataclasses.asdict(self)
         values["digests"] = [[*key, digest] for key, digest in self.digests.items()]
+        values["withdrawn"] = [[*key, reason] for key, reason in self.withdrawn.items()]
         return values
 
     @classmethod
@@ -75,7 +78,8 @@ class Served:
         """Return what `to_json` wrote."""
         digests = {(model, version): digest for model, version, digest in values["digests"]}
         opening = [(model, version) for model, version in values["opening"]]
-        return cls(**{**values, "digests": digests, "opening": opening})
+        withdrawn = {(model, version): reason for model, version, reason in values["withdrawn"]}
+        return cls(**{**values, "digests": digests, "opening": opening, "withdrawn": withdrawn})
 
 
 class Servers(Protocol):

@@ -1,6 +1,8 @@
 """The served versions, each with its queue. The services find a model here; `lifecycle` changes the table."""
 
-from ganserve_server.errors import ModelNotFound
+from collections.abc import Container
+
+from ganserve_server.errors import ModelNotFound, ModelNotLoaded
 from ganserve_server.queueing.batcher import Batcher
 from ganserve_server.spelling import nearest
 
@@ -10,6 +12,7 @@ class ModelTable:
 
     def __init__(self) -> None:
         self._batchers: dict[str, dict[int, Batcher]] = {}
+        self._withdrawn: dict[tuple[str, int], str] = {}  # why
 
     def __contains__(self, name: str) -> bool:
         """Return whether any version of a model is served."""
@@ -29,6 +32,7 @@ class ModelTable:
         versions = self._batchers.setdefault(batcher.model.name, {})
         before = versions.get(batcher.model.version)
         versions[batcher.model.version] = batcher
+        self._withdrawn.pop((batcher.model.name, batcher.model.version), None)
         return before
 
     def remove(self, name: str, version: int) -> Batcher:
@@ -38,13 +42,27 @@ class ModelTable:
             del self._batchers[name]
         return batcher
 
+    def withdraw(self, name: str, version: int, reason: str) -> Batcher:
+        """Stop serving a version, and give callers the reason; return it."""
+        self._withdrawn[name, version] = reason
+        return self.remove(name, version)
+
+    def keep_reasons(self, known: Container[tuple[str, int]]) -> None:
+        """Forget why versions were withdrawn, except for known ones."""
+        self._withdrawn = {key: reason for key, reason in self._withdrawn.items() if key in known}
+
     def find(self, name: str, version: int | None) -> Batcher:
         """Find a version, the newest if `version` is None.
 
         Raises:
             ModelNotFound: there is no such model or version; the text names those that exist.
+            ModelNotLoaded: the version, or all versions, were withdrawn.
         """
         versions = self._batchers.get(name)
+        if self._withdrawn and (versions is None or (version is not None and version not in versions)):
+            for (withdrawn, number), reason in self._withdrawn.items():
+                if withdrawn == name and version in (None, number):
+                    raise ModelNotLoaded(reason)
         if versions is None:
             served = ", ".join(self.names) or "none at all"
             raise ModelNotFound(f"there is no model {name!r}; there are {served}{nearest(name, self.names)}")

@@ -8,7 +8,8 @@ A file is untrusted input. The rules:
 - it has a model card of limited size, and its inputs and its output match the card;
 - it makes the same images each time, and in a batch images that differ by at most one grey level (`compute.batching`
   then removes the difference);
-- its golden images differ by at most one grey level.
+- its golden images differ by at most one grey level;
+- an image takes at most half of the time that a batch may take.
 
 `examine` finds all that is wrong with a file: the functions of the rules yield a text for each problem. The server
 loads a file by `load_version`, which raises the texts.
@@ -37,11 +38,12 @@ from PIL.PngImagePlugin import PngImageFile
 from ganserve._cards import MAX_CARD_BYTES, MAX_GOLDEN_IMAGES, png, thumbnail
 from ganserve._formats import LARGEST_SIDE, MODES
 from ganserve.v1 import generation_pb2 as pb
-from ganserve_server.compute.batching import BatchLimits, Decision, batching_of, has_loops, nodes_in
+from ganserve_server.compute.batching import BatchLimits, Decision, Shapes, batching_of, has_loops, nodes_in
 from ganserve_server.compute.engine import Engine, Provider, SessionRefused
 from ganserve_server.compute.gpu import GpuOptions
 from ganserve_server.compute.inputs import Draw, Inputs, TensorType, input_problems
 from ganserve_server.compute.model import ModelVersion
+from ganserve_server.compute.watchdog import RunTooLong
 from ganserve_server.repository.probed import one_line
 from ganserve_server.repository.scan import why_missing
 from ganserve_server.spelling import nearest
@@ -176,7 +178,7 @@ def examine(
     found.problems += _output_problems(found.outputs, found.card, runs=not found.problems)
     golden = list(_golden_problems(found.card)) if found.card else []
     if not found.problems and inputs and found.card:
-        found.batches, loops = batching_of(model), has_loops(model)
+        found.batches, loops, shapes = batching_of(model), has_loops(model), Shapes(model)
         del model  # its weights
         threads = 1 if found.batches.one_thread_operator else threads
         try:
@@ -187,7 +189,9 @@ def examine(
         except SessionRefused as error:
             found.problems.append(_without_place(error))
     if found.engine and found.card:
-        _examine_images(found.engine, found.card, found, () if golden else found.card.golden_images)
+        _examine_images(found.engine, found.card, found, () if golden else found.card.golden_images, shapes)
+        if not found.problems:
+            found.problems += _time_problems(found.engine.seconds_for(1), limits.seconds)
         if not found.problems:
             found.problems += _card_size_problems(found.card)
     else:
@@ -490,15 +494,31 @@ def _how_to_fit(made: Sequence[int | str], wanted: tuple[int, int, int]) -> str:
     return "an image must have the dimensions height, width and channels, in this order, as the card gives them"
 
 
+def _time_problems(image_s: float, limit_s: float) -> Iterator[str]:
+    """Yield whether an image takes so long that batches would be ended."""
+    if image_s > limit_s / 2:
+        yield (
+            f"an image takes {image_s:.2g} s on this machine; with --batch-timeout-s {limit_s:g} it may take "
+            f"{limit_s / 2:g} s, because it takes longer while others are made: set --batch-timeout-s {3 * image_s:.2g}"
+        )
+
+
 def _examine_images(
-    engine: Engine, card: pb.ModelCard, found: Examination, golden_images: Collection[pb.GoldenImage]
+    engine: Engine,
+    card: pb.ModelCard,
+    found: Examination,
+    golden_images: Collection[pb.GoldenImage],
+    shapes: Shapes | None = None,
 ) -> None:
     """Run the model: its images must be the same each time, and match the golden images. This warms it up, too."""
     try:
         for problem in _image_problems(engine, card, found, golden_images):
             found.problems.append(problem)
         if not found.problems:
-            engine.measure()
+            engine.measure(shapes)
+    except RunTooLong as error:
+        found.problems.append(f"the model makes an image too slowly, or never: {error}; see --batch-timeout-s")
+        found.unchecked += [_SAME, _GOLDEN]
     except Exception as error:  # onnxruntime's exceptions have no common root
         found.problems.append(f"the model fails when it runs: {_without_place(error)}")
         found.unchecked += [_SAME, _GOLDEN]
@@ -567,6 +587,8 @@ def _batch_problems(engine: Engine, batch: Draw, alone: NDArray[np.uint8], found
     """Yield why images depend on their batch; make the engine compute batches so that they do not, if possible."""
     try:
         among = engine.run([batch])
+    except RunTooLong:
+        raise
     except Exception as error:  # onnxruntime's exceptions have no common root
         yield (
             f"the model makes one image, but fails when it runs on {batch.count} at once: {_without_place(error)}: the "

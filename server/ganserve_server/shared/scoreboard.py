@@ -85,6 +85,12 @@ class Scoreboard:
         cells = self._cells
         return sum(cells[one] != _ABSENT and cells[one + 3] > 0 for one in range(0, self.workers * _CELLS, _CELLS))
 
+    def others_serving(self) -> bool:
+        """Return whether any other worker has a model."""
+        cells = self._cells
+        firsts = [other * _CELLS for other in self._others]
+        return any(cells[one] != _ABSENT and cells[one + 3] > 0 for one in firsts)
+
     def connections(self) -> dict[int, int]:
         """Return how many connections in use each of the other workers has."""
         return {other: self._in_use(other) for other in self._others}
