@@ -1,5 +1,6 @@
 """`ganserve-trainer import`: files of other programs become models that the server accepts, with the same pixels."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf import json_format
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -202,7 +204,7 @@ CONDITIONAL: dict[str, tuple[Foreign, tuple[object, ...]]] = {
     "one-hot, in integers": (Foreign(label=("N", 3), label_type=INT32, one_hot=True), ()),
     "one-hot, by names that say nothing": (
         Foreign(label=("N", 3), label_type=FLOAT, one_hot=True, names=("input_1", "input_2", "o")),
-        ("--latent-input", "input_1", "--label-input", "input_2"),
+        ("--input", "input_2=label"),
     ),
     "one image at a time": (Foreign(latent=(1, 4), label=(1,), reshape=(1, 3, 2, 2)), ()),
 }
@@ -317,7 +319,6 @@ ONLY_TWO = (
     helper.make_node("Concat", ["one", "second"], ["changed"], axis=0),
 )
 CUSTOM = (helper.make_node("FastGelu", ["flat"], ["changed"], domain="com.microsoft"),)
-NOISE = helper.make_tensor_value_info("noise", FLOAT, ["N", 3, 8, 8])
 
 
 def replaced(model: onnx.ModelProto, **constants: Any) -> onnx.ModelProto:
@@ -333,12 +334,17 @@ REJECTED: dict[str, tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]] = 
     "means over the batch": (Foreign(nodes=STATISTICS, opset=17).model(), (), ("means over the batch", "eval()")),
     "BatchNorm in training": (Foreign(nodes=TRAINING).model(), (), ("BatchNormalization", "training mode", "eval()")),
     "custom operators": (Foreign(nodes=CUSTOM).model(), (), ("FastGelu", "'com.microsoft'", "export it again")),
-    "another input": (Foreign(inputs=(NOISE,)).model(), (), ("'noise' float [N, 3, 8, 8]", "constant")),
-    "no such input": (Foreign().model(), ("--latent-input", "x"), ("no input 'x'", "'z' float [N, 4]")),
+    "another input": (
+        Foreign(label=("N",), inputs=(helper.make_tensor_value_info("steps", INT32, ["N", 2]),)).model(),
+        (),
+        ("'steps' int32 [N, 2]", "--input steps=ROLE", "constant:VALUE"),
+    ),
+    "no such role": (Foreign().model(), ("--input", "z=seed"), ("--input z=seed", "latent, label", "uniform")),
+    "no such input": (Foreign().model(), ("--input", "x=latent"), ("no input 'x'", "'z' float [N, 4]")),
     "two inputs that may be the latent": (
         Foreign(label=("N", 3), label_type=FLOAT, one_hot=True, names=("a", "b", "o")).model(),
         (),
-        ("'a' float [N, 4], 'b' float [N, 3]", "--latent-input", "--label-input"),
+        ("'a' float [N, 4], 'b' float [N, 3]", "--input b=ROLE"),
     ),
     "no such output": (Foreign().model(), ("--output", "x"), ("'x' is not an output", "'out' float32 [3, 2, 2]")),
     "an output that is no image": (
@@ -377,6 +383,95 @@ def test_what_cannot_be_imported_is_refused_with_a_remedy(
     assert not Path("models").exists()
 
 
+def with_input(name: str, kind: int, shape: tuple[Any, ...], factor: float = 1e-9) -> Foreign:
+    """Return a file with a further input, whose values of an image, times a factor, are added to its latent."""
+    nodes = [helper.make_node("Cast", [name], ["floats_"], to=FLOAT)]
+    if len(shape) > 1:
+        nodes += [
+            helper.make_node("Flatten", ["floats_"], ["rows_"]),
+            helper.make_node("Constant", [], ["axis_"], value_ints=[1]),
+            helper.make_node("ReduceSum", ["rows_", "axis_"], ["sum_"], keepdims=1),
+        ]
+    elif shape == ("N",):
+        nodes.append(helper.make_node("Constant", [], ["column_"], value_ints=[-1, 1]))
+        nodes.append(helper.make_node("Reshape", ["floats_", "column_"], ["sum_"]))
+    nodes.append(helper.make_node("Constant", [], ["factor_"], value_float=factor))
+    nodes.append(helper.make_node("Mul", [nodes[-2].output[0] if len(shape) else "floats_", "factor_"], ["little_"]))
+    nodes.append(helper.make_node("Add", ["flat", "little_"], ["changed"]))
+    value = helper.make_tensor_value_info(name, kind, shape)
+    return Foreign(nodes=tuple(nodes), inputs=(value,))
+
+
+FURTHER: dict[str, tuple[Foreign, tuple[str, ...], str, str]] = {
+    "psi of each image": (
+        with_input("truncation_psi", FLOAT, ("N",)),
+        (),
+        "truncation: 'truncation_psi', float32 [N]: by its name",
+        '{"name": "truncation", "truncation": {}}',
+    ),
+    "psi of all images": (
+        with_input("psi", TensorProto.DOUBLE, ()),
+        (),
+        "truncation: 'psi', float64 []",
+        '{"name": "truncation", "truncation": {"scalar": true}}',
+    ),
+    "noise": (
+        with_input("noise_4", FLOAT, ("N", 1, 2, 2)),
+        (),
+        "noise: 'noise_4', float32 [N, 1, 2, 2]: noise by its shape",
+        '{"name": "noise_4", "latent": {"shape": [1, 2, 2], "distribution": "DISTRIBUTION_NORMAL", "defaultSeed": 0}}',
+    ),
+    "noise of all images": (
+        with_input("noise", FLOAT, (1, 1, 2, 2)),
+        (),
+        "constant: 'noise', float32 [1, 1, 2, 2]",
+        "",
+    ),
+    "attributes": (
+        with_input("attributes", FLOAT, ("N", 2)),
+        ("--input", "attributes=attributes:smile,age"),
+        "attributes: 'attributes', float32 [N, 2]: by --input",
+        '{"name": "attributes", "attributes": {"attributes": [{"name": "smile", "maximum": 1.0}, '
+        '{"name": "age", "maximum": 1.0}]}}',
+    ),
+    "codes": (
+        with_input("code", FLOAT, ("N", 2)),
+        (),
+        "latent 'code', uniform: 'code', float32 [N, 2]",
+        '{"name": "code", "latent": {"shape": [2], "distribution": "DISTRIBUTION_UNIFORM"}}',
+    ),
+    "a switch": (with_input("training", TensorProto.BOOL, ()), (), "constant 0: 'training', bool []: a switch", ""),
+    "a constant": (
+        with_input("steps", INT32, (1,)),
+        ("--input", "steps=constant:3"),
+        "constant 3: 'steps', int32 [1]: by --input",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_inputs_of_a_file_are_proposed_or_set(
+    kind: str, bring: Callable[..., ModelVersion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign, options, line, listed = FURTHER[kind]
+    model = bring(saved(foreign.model(), tmp_path), *options)
+    assert line in capsys.readouterr().err
+    inputs = [json_format.MessageToDict(each) for each in model.card.inputs]
+    assert inputs[1:] == ([json.loads(listed)] if listed else [])
+    assert made(model) == [picture(seed) for seed in range(4)]
+
+
+def test_the_truncation_of_a_file_for_one_image_is_that_of_the_request(
+    bring: Callable[..., ModelVersion], tmp_path: Path
+) -> None:
+    foreign = dataclasses.replace(with_input("psi", FLOAT, (1, 1), factor=-1.7), latent=(1, 4), reshape=(1, 3, 2, 2))
+    model = bring(saved(foreign.model(), tmp_path))
+    engine = model.engine
+    by_truncation = {psi: engine.run([engine.inputs.probes(SEEDS[1:2], psi)]).tolist() for psi in (1.0, 0.5)}
+    assert by_truncation == {1.0: [picture(2)], 0.5: [picture(0)]}  # 1.62 - 1.7 < 0, and 1.62 - 0.85 > 0
+
+
 def test_a_generator_that_draws_random_numbers_outside_the_graph_is_refused() -> None:
     source = source_of(Foreign().model(), Wishes())
 
@@ -387,7 +482,7 @@ def test_a_generator_that_draws_random_numbers_outside_the_graph_is_refused() ->
         prepare(dataclasses.replace(source, run=run))
 
 
-def test_files_of_other_kinds_are_refused_with_the_command_that_converts_them(
+def test_files_of_other_kinds_are_refused_with_what_converts_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -399,8 +494,8 @@ def test_files_of_other_kinds_are_refused_with_the_command_that_converts_them(
     assert run(monkeypatch, *arguments) == 2
     assert "names is not a text file" in capsys.readouterr().err
     for name, text in (
-        ("saved", "tf2onnx.convert --saved-model saved"),
-        ("generator.keras", 'load_model("generator.keras").export('),
+        ("saved", "pip install tensorflow tf2onnx"),
+        ("generator.keras", "pip install keras"),
         ("damaged.onnx", "is not an ONNX file"),
         ("damaged.pt", "--trust"),
         ("damaged.safetensors", "is not a safetensors file"),
@@ -456,6 +551,49 @@ class GroupedNetwork(Network):
         return nn.functional.conv2d(images.reshape(1, -1, 2, 2), weights, groups=len(z)).reshape(-1, 3, 2, 2)
 
 
+class ClassesNetwork(Network):
+    """The same, with an embedding of the labels, which tells how many there are; it draws noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label_emb = nn.Embedding.from_pretrained(TABLE)
+        self.cuda()
+        self.kind = torch.float16
+
+    @classmethod
+    def make(cls) -> nn.Module:
+        return cls()
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+        noise = torch.randn(len(z), 3, 2, 2) * 1e-4
+        return (super().forward(z) + self.label_emb(label).reshape(-1, 3, 2, 2)).to(self.kind) + noise
+
+
+class Stylish(Network):
+    """The same, of a mapping and a synthesis network; the latent's first value is moved to -1 by the truncation."""
+
+    class Mapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w_avg", torch.tensor([-1.0, 0, 0, 0]))
+
+        def forward(self, z: Tensor, c: None) -> Tensor:
+            return z
+
+    class Synthesis(Network):
+        def forward(self, ws: Tensor, noise_mode: str = "random", fused_modconv: bool = True) -> Tensor:  # type: ignore[override]
+            noise = 0.0 if noise_mode == "const" else torch.ones(len(ws), 3, 2, 2)
+            return super().forward(ws[:, :, None, None]) + noise
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.z_dim = 4
+        self.mapping, self.synthesis = self.Mapping(), self.Synthesis()
+
+    def forward(self, z: Tensor, c: None, truncation_psi: float = 1, **synthesis: Any) -> Tensor:  # type: ignore[override]
+        raise AssertionError
+
+
 LEVEL = torch.tensor([0, -1, -0.5, 0, 1, 1, 1, 1, -1, -1, -1, -1])
 STEP = torch.tensor([0.5] + [0] * 11)
 TABLE = torch.tensor([[0.0] * 8 + [blue] * 4 for blue in (0.0, 1.0, 2.0)])
@@ -478,7 +616,7 @@ def test_a_checkpoint_s_averaged_weights_are_imported(
     assert made(model) == [picture(seed) for seed in range(4)]
     told = capsys.readouterr().err
     assert "weights 'g_ema', 2 of 2; not in Network: g_ema.module.decay\n" in told
-    assert "latents [N, 4, 1, 1]" in told
+    assert "g(as_map(z))  (z: latents [n, 4])" in told
 
 
 def test_one_hot_labels_and_one_of_several_outputs_of_a_module(
@@ -496,7 +634,56 @@ def test_one_hot_labels_and_one_of_several_outputs_of_a_module(
     path.write_bytes(len(text).to_bytes(8, "little") + text + values)
     model = bring(path, "--module", f"{HERE}:OneHotNetwork", "--latent-dim", "4", "--classes", "a,b,c")
     assert made(model) == [picture(0, 0), picture(1, 128), picture(2, 255), picture(3, 0)]
-    assert "one-hot labels of 3" in capsys.readouterr().err
+    assert "g(z, one_hot(y, 3))" in capsys.readouterr().err
+
+
+def test_the_class_of_a_training_script_is_found_without_training(
+    bring: Callable[..., ModelVersion], tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "import argparse\nimport torch\nfrom torch import nn\nimport a_library_that_only_training_needs\n"
+        "parser = argparse.ArgumentParser()\nparser.add_argument('--side', type=int, required=True)\n"
+        "options = parser.parse_args()\nif options.side:\n    pixels = 3 * options.side**2\n"
+        "class Generator(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.level = nn.Parameter(torch.zeros(pixels))\n"
+        "        self.register_buffer('step', torch.zeros(pixels))\n"
+        "    def forward(self, z):\n"
+        "        return (self.level + torch.sign(z[:, :1]) * self.step).reshape(-1, *shape(options))\n"
+        "def shape(options):\n    return 3, options.side, options.side\n"
+        "data = open('a data set')\nfor step in range(10**9):\n    parser = 1 / 0\n"
+    )
+    torch.save({"level": LEVEL, "step": STEP}, tmp_path / "generator.pth")
+    options = ("--module", "train.py:Generator", "--latent-dim", 4, "--script-arguments", "--side 2")
+    assert made(bring(tmp_path / "generator.pth", *options)) == [picture(seed) for seed in range(4)]
+
+
+def test_a_network_that_draws_noise_in_fp16_and_wants_a_gpu_is_imported(
+    bring: Callable[..., ModelVersion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"g": {"level": LEVEL, "step": STEP, "label_emb.weight": TABLE}, "args": argparse.Namespace(lr=1)}
+    torch.save(content, tmp_path / "checkpoint.pt")  # which holds an object beside the weights
+    model = bring(tmp_path / "checkpoint.pt", "--module", f"{HERE}:ClassesNetwork.make")
+    wanted = [picture(0, 0), picture(1, 128), picture(2, 255), picture(3, 0)]
+    np.testing.assert_allclose(made(model), wanted, atol=1)  # of the noise
+    assert "draws noise, which is now constant" in capsys.readouterr().err
+
+
+def test_psi_of_a_mapping_network_is_the_truncation_of_requests(
+    bring: Callable[..., ModelVersion], tmp_path: Path
+) -> None:
+    torch.save({"synthesis.level": LEVEL, "synthesis.step": STEP}, tmp_path / "checkpoint.pt")
+    engine = bring(tmp_path / "checkpoint.pt", "--module", f"{HERE}:Stylish").engine
+    by_truncation = {psi: engine.run([engine.inputs.probes(SEEDS[:1], psi)]).tolist() for psi in (1.0, 0.3)}
+    assert by_truncation == {1.0: [picture(0)], 0.3: [picture(2)]}  # 1.76, and 0.3 * 2.76 - 1 = -0.17
+
+
+def test_a_call_is_set_as_an_expression(
+    bring: Callable[..., ModelVersion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"level": LEVEL, "step": STEP}, tmp_path / "checkpoint.pt")
+    call = "-g(as_map(-psi[:, None] * z))"
+    bring(tmp_path / "checkpoint.pt", "--module", f"{HERE}:Network", "--call", call)
+    assert f"Network is called as {call}  (z: latents [n, 4]; psi: truncation)" in capsys.readouterr().err
 
 
 def test_a_network_that_is_exported_for_one_image_only_is_repeated_for_each(
@@ -563,7 +750,17 @@ REFUSED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
     "another size of the latent": (
         {"level": LEVEL, "step": STEP},
         ("--module", f"{HERE}:Network", "--latent-dim", "5"),
-        ("called with latents [N, 5", "--latent-dim", "docs/bring-a-generator.md"),
+        ("z: latents [n, 5]", "--latent-dim", "docs/bring-a-generator.md"),
+    ),
+    "a call that fails": (
+        {"level": LEVEL, "step": STEP},
+        ("--module", f"{HERE}:Network", "--call", "g(y)"),
+        ("g(y)", "check --call", "--latent-dim"),
+    ),
+    "a call that is no expression": (
+        {"level": LEVEL, "step": STEP},
+        ("--module", f"{HERE}:Network", "--call", "g(z"),
+        ("--call 'g(z' is not a Python expression",),
     ),
     "a network in the file": (Network(), (), ("Network", "--trust")),
 }

@@ -392,8 +392,15 @@ def import_file(
         typer.Option("--range", help="What the images' values mean: tanh is -1 to 1, sigmoid 0 to 1, byte 0 to 255."),
     ] = None,
     layout: Annotated[_Layout | None, typer.Option(help="Order of the images' axes.")] = None,
-    latent_input: Annotated[str | None, typer.Option(help="Name of the latent's input in the file.")] = None,
-    label_input: Annotated[str | None, typer.Option(help="Name of the label's input in the file.")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=ROLE",
+            help="What an input of an ONNX file is: latent, label, truncation, noise, attributes[:NAME,NAME], "
+            "latent:DISTRIBUTION or constant:VALUE. Once for each input.",
+        ),
+    ] = None,
     output: Annotated[
         str | None, typer.Option(help="Name of the images' output in the file, or its key in what a module returns.")
     ] = None,
@@ -401,6 +408,16 @@ def import_file(
         str | None,
         typer.Option(help="Class of a checkpoint's network: package.module:Class, or path/to/file.py:Class."),
     ] = None,
+    call: Annotated[
+        str | None,
+        typer.Option(
+            help="How to call a module, in Python: g is the network, z its latents, y the labels, psi the truncation, "
+            "with the functions of ganserve_trainer.wrap. Example: 'g(z, one_hot(y, 10))'."
+        ),
+    ] = None,
+    script_arguments: Annotated[
+        str, typer.Option(help="Command line of a training script that has the class: '--img_size 64'.")
+    ] = "",
     arguments: Annotated[str, typer.Option(help="""JSON of the class's arguments, such as '{"nz": 100}'.""")] = "{}",
     trust: Annotated[
         bool, typer.Option("--trust", help="Run code in FILE: needed for a pickled network; only if you trust it.")
@@ -414,19 +431,27 @@ def import_file(
     from ganserve_trainer.export.publish import check_name
     from ganserve_trainer.importing.command import prepare
     from ganserve_trainer.importing.reading import read
-    from ganserve_trainer.importing.source import Wishes, parse_arguments, parse_classes
+    from ganserve_trainer.importing.source import Wishes, parse_arguments, parse_classes, parse_roles
 
     check_name(name)
     wishes = Wishes(
         latent_dim=latent_dim,
-        latent_input=latent_input,
-        label_input=label_input,
+        roles=parse_roles(inputs or []),
+        call=call,
         output=output,
         values=cast("ValueRange | None", value_range),
         layout=cast("Layout | None", layout),
         class_names=parse_classes(classes, class_names),
     )
-    found = prepare(read(file, wishes, module=module, arguments=parse_arguments(arguments), trusted=trust))
+    source = read(
+        file,
+        wishes,
+        module=module,
+        arguments=parse_arguments(arguments),
+        trusted=trust,
+        script_arguments=script_arguments,
+    )
+    found = prepare(source)
     for line in found.lines():
         print(line, file=sys.stderr)
     sheet = sheet or Path(f"{name}-import.png")

@@ -115,18 +115,7 @@ def trace(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
             if scripted:
                 write_torchscript(module, arguments, path)
             else:
-                torch.onnx.export(
-                    module,
-                    kwargs=arguments,
-                    f=str(path),
-                    dynamo=True,
-                    opset_version=_OPSET,
-                    input_names=list(arguments),
-                    output_names=["image"],
-                    dynamic_shapes=dynamic_shapes,
-                    external_data=False,
-                    verbose=False,
-                )
+                _write(module, arguments, path, dynamic_shapes)
         except Exception as error:  # torch's exporters have no common root of their exceptions
             if scripted:
                 raise TrainerError(
@@ -143,12 +132,44 @@ def trace(module: nn.Module, inputs: Inputs) -> onnx.ModelProto:
     return model
 
 
+def write_fixed(module: nn.Module, arguments: dict[str, Tensor], path: Path) -> None:
+    """Export for the number of images of the arguments only."""
+    _write(module, arguments, path, None)
+
+
+def _write(module: nn.Module, arguments: dict[str, Tensor], path: Path, dynamic_shapes: Any) -> None:
+    torch.onnx.export(
+        module,
+        kwargs=arguments,
+        f=str(path),
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=list(arguments),
+        output_names=["image"],
+        dynamic_shapes=dynamic_shapes,
+        external_data=False,
+        verbose=False,
+    )
+
+
+class _Positional(nn.Module):
+    """A module whose forward takes its arguments in an order."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *given: Tensor) -> Tensor:
+        images: Tensor = self.module(**dict(zip(self.names, given, strict=True)))
+        return images
+
+
 def write_torchscript(module: nn.Module, arguments: dict[str, Tensor], path: Path, *, fixed: bool = False) -> None:
     """Export by the operators that a run uses, as TorchScript does; `fixed`: for this number of images only."""
     inputs = tuple(arguments.values())
     dynamic = ["image", *(name for name, each in arguments.items() if each.ndim)]
     with torch.no_grad():
-        traced = torch.jit.trace(module, inputs, check_trace=False)
+        traced = torch.jit.trace(_Positional(module, list(arguments)), inputs, check_trace=False)
     torch.onnx.export(
         traced,
         inputs,

@@ -4,12 +4,11 @@ Only tensors are loaded from a file, unless the user trusts it: loading other ob
 """
 
 import collections
-import importlib
 import json
 import pickle
 import re
-import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,34 @@ import torch
 from torch import Tensor, nn
 
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.importing.project import in_project
 from ganserve_trainer.importing.source import one_line
 
 _WRAPPERS = {"module", "_orig_mod"}  # what nn.DataParallel and torch.compile put in front of a name
-_AVERAGED = {"ema", "gema", "ge", "averaged", "shadow"}
+_AVERAGED = {"ema", "gema", "ge", "gs", "avg", "avgg", "gavg", "averaged", "shadow"}
 _GENERATORS = {"generator", "netg", "gen", "g", "model", "network"}
 _SHOWN = 3
+_MOST_UNKNOWN = 100  # classes of other objects than tensors
 _SAFETENSORS_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32}
 
 
-def load_file(path: Path, *, trusted: bool) -> Any:
+class _Unknown:
+    """Stands for an object of another class than tensors, whose code does not run."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Take any arguments."""
+
+    def __setstate__(self, state: object) -> None:
+        """Take any state."""
+
+
+def load_file(path: Path, *, trusted: bool, weights_only: bool) -> Any:
     """Return what torch.save, pickle or safetensors wrote, on the CPU.
+
+    Args:
+        path: the file.
+        trusted: whether code in the file may run.
+        weights_only: whether only tensors matter, so that other objects may be left out.
 
     Raises:
         TrainerError: the file has other objects than tensors and is not trusted, or it is no such file.
@@ -36,7 +52,7 @@ def load_file(path: Path, *, trusted: bool) -> Any:
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_tensors(path, leave_out=weights_only)
     except OSError:
         raise
     except Exception as error:  # torch's, zip's and pickle's readers raise anything
@@ -46,17 +62,43 @@ def load_file(path: Path, *, trusted: bool) -> Any:
                 f"{path} is not a file of tensors only ({unknown[1] if unknown else one_line(error)}); loading other "
                 "objects runs code of the file: if you trust it, add --trust"
             ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception:
-        try:
-            with path.open("rb") as file:
-                return pickle.load(file)  # as StyleGAN's files
-        except Exception as error:
-            raise TrainerError(
-                f"{path} cannot be loaded: {one_line(error)}; run the command in the folder of the project that wrote "
-                "it, so that Python finds its modules"
-            ) from error
+    failures = []
+    with in_project(Path.cwd()):
+        for load in (_load_all, _unpickle):  # pickle wrote StyleGAN's files
+            try:
+                return load(path)
+            except Exception as error:
+                failures.append(error)
+    # If a module is missing, the other reader only reports that the file is not its own.
+    failure = next((error for error in failures if isinstance(error, ImportError)), failures[-1])
+    remedy = "run the command in the folder of the project that wrote it, so that Python finds its modules"
+    if isinstance(failure, ImportError):
+        remedy += ", and install the packages that it imports"
+    raise TrainerError(f"{path} cannot be loaded: {one_line(failure)}; {remedy}") from failure
+
+
+def _load_tensors(path: Path, *, leave_out: bool) -> Any:
+    unknown: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what other programs wrote
+        while True:
+            try:
+                with torch.serialization.safe_globals(unknown):
+                    return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                name = re.search(r"GLOBAL ([\w.]+)", str(error))
+                if name is None or not leave_out or len(unknown) == _MOST_UNKNOWN or (_Unknown, name[1]) in unknown:
+                    raise
+                unknown.append((_Unknown, name[1]))
+
+
+def _load_all(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _unpickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        return pickle.load(file)
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -75,36 +117,6 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainerError(f"{path} is not a safetensors file, or is truncated") from error
     return tensors
-
-
-def build_module(place: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Call a class or a function that returns a module.
-
-    Args:
-        place: `module:Class`, with the name or the file of a Python module.
-        arguments: keyword arguments of the call.
-
-    Raises:
-        TrainerError: there is no such class, or the call fails.
-    """
-    module_name, _, name = place.rpartition(":")
-    if not module_name:
-        raise TrainerError(f"--module is {place!r}; it must be MODULE:CLASS, such as networks.dcgan:Generator")
-    folder = Path.cwd()
-    if module_name.endswith(".py"):
-        folder, module_name = Path(module_name).resolve().parent, Path(module_name).stem
-    sys.path.insert(0, str(folder))
-    try:
-        make = getattr(importlib.import_module(module_name), name)
-        module = make(**arguments)
-    except Exception as error:  # the user's code may raise anything
-        raise TrainerError(
-            f"--module {place} with --arguments {json.dumps(arguments)} fails: {type(error).__name__}: "
-            f"{one_line(error)}"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise TrainerError(f"--module {place} makes a {type(module).__name__}; it must make a torch.nn.Module")
-    return module
 
 
 def pickled_module(content: object, path: Path) -> tuple[nn.Module, str]:

@@ -1,6 +1,7 @@
 """Imports a file: reads, looks, rewrites, checks; then shows the result, and publishes it."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.export import inputs as export_inputs
 from ganserve_trainer.export.comparing import check_effect_of_latent, open_session
+from ganserve_trainer.export.inputs import Values, part, run_session
 from ganserve_trainer.export.publish import publish_with_card
-from ganserve_trainer.importing.looking import Images, Inputs, class_names, look_at_images, look_at_inputs, sample
+from ganserve_trainer.importing.looking import Images, Inputs, class_names, look_at_images, look_at_inputs
 from ganserve_trainer.importing.rewriting import Way, served
 from ganserve_trainer.importing.source import Source, numpy_type, one_line
-from ganserve_trainer.model_file import load_session, run_session
+from ganserve_trainer.model_file import load_session
 from ganserve_trainer.report.pictures import save_contact_sheet
 
+_SAMPLES = 16
 _AMONG = 3  # images that are made in one batch
 _COLUMNS = 4
 _SHOWN_NAMES = 10
@@ -47,6 +49,8 @@ class Import:
             names = ", ".join(self.class_names[:_SHOWN_NAMES]) + ", …" * (len(self.class_names) > _SHOWN_NAMES)
             kind = ", one-hot" * self.inputs.one_hot
             yield f"label: {self.inputs.label}{kind}: {self.inputs.classes} classes, {names}"
+        for each in self.inputs.further:
+            yield f"{each.described}: {each.input}: {each.reason}"
         images = self.images
         kind = f"{numpy_type(images.type)} {images.layout}"
         yield (
@@ -63,7 +67,7 @@ class Import:
 
     def publish(self, repository: Path, name: str) -> Path:
         """Publish the model as the next version of model `name`; return the file."""
-        inputs = export_inputs.Inputs.plain(self.inputs.latent_dim, len(self.class_names))
+        inputs = self.inputs.served
         check_effect_of_latent(open_session(self.model), inputs)
         return publish_with_card(
             self.model,
@@ -85,11 +89,16 @@ def prepare(source: Source) -> Import:
         TrainerError: something cannot be guessed, or the images do not depend on their own latent and label only.
     """
     inputs = look_at_inputs(source)
-    latent, label = sample(inputs)
-    outputs = inputs.run(source, latent, label)
+    seeds = np.arange(_SAMPLES)
+    shown = inputs.served.values(seeds)
+    outputs = inputs.run(source, shown)
     images = look_at_images(outputs, source.wishes)
     wanted = images.pixels(outputs[images.name])
-    _check_independence(source, inputs, images, latent, label, wanted)
+    _check_independence(source, inputs, images, shown, wanted)
+    compared = [(shown, wanted)]
+    if inputs.further:
+        varied = inputs.served.values(seeds, varied=True)
+        compared.append((varied, images.pixels(inputs.run(source, varied)[images.name])))
     failed = []
     for way in Way:
         if way is Way.ONE_BY_ONE and inputs.batch > 1:
@@ -97,9 +106,12 @@ def prepare(source: Source) -> Import:
         try:
             model = served(source.model, inputs, images, way)
             session = load_session(model.SerializeToString(), quiet=True)
-            for rows in (slice(0, 1), slice(1, 1 + _AMONG)):
-                made = run_session(session, latent[rows], label[rows] if inputs.classes else None)
-                if made.shape != wanted[rows].shape or _difference(made, wanted[rows]) > _ALLOWED_DIFFERENCE:
+            for (values, pixels), (start, stop) in itertools.product(compared, ((0, 1), (1, 1 + _AMONG))):
+                made = run_session(session, part(values, start, stop))
+                if (
+                    made.shape != pixels[start:stop].shape
+                    or _difference(made, pixels[start:stop]) > _ALLOWED_DIFFERENCE
+                ):
                     raise TrainerError(f"{len(made)} images at once differ from those made {inputs.batch} at a time")
         except Exception as error:  # onnx's and onnxruntime's exceptions have no common root
             failed.append(one_line(error))
@@ -112,20 +124,15 @@ def prepare(source: Source) -> Import:
 
 
 def _check_independence(
-    source: Source,
-    inputs: Inputs,
-    images: Images,
-    latent: NDArray[np.float32],
-    label: NDArray[np.int64],
-    wanted: NDArray[np.uint8],
+    source: Source, inputs: Inputs, images: Images, values: Values, wanted: NDArray[np.uint8]
 ) -> None:
     """Reject a generator whose image is another one the second time, or among other images."""
 
     def difference(batch: int, count: int) -> int:
-        raw = dataclasses.replace(inputs, batch=batch).run(source, latent[:count], label[:count])[images.name]
+        raw = dataclasses.replace(inputs, batch=batch).run(source, part(values, 0, count))[images.name]
         return _difference(images.pixels(raw), wanted[:count])
 
-    if difference(inputs.batch, len(latent)) > _ALLOWED_DIFFERENCE:
+    if difference(inputs.batch, len(wanted)) > _ALLOWED_DIFFERENCE:
         raise TrainerError(
             "the same latent gives a different image each time: the generator draws random numbers; make its noise "
             "constant (StyleGAN: noise_mode='const') and switch dropout off"

@@ -1,7 +1,7 @@
 """Finds out what a generator's inputs and output mean: by names, types, shapes, and by the images that it makes.
 
-Whatever `Wishes` sets is not guessed. The generator runs with one image at a time, or with as many as its file fixes,
-because a file may be right for no other number.
+`roles` says what each input is. Whatever `Wishes` sets is not guessed. The generator runs with one image at a time, or
+with as many as its file fixes, because a file may be right for no other number.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,18 +18,19 @@ import torch
 from numpy.typing import NDArray
 
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.export.inputs import Attribute, Attributes, Label, Latent, Truncation, Values
+from ganserve_trainer.export.inputs import Inputs as ServedInputs
 from ganserve_trainer.importing.onnx_file import integer_constants, nodes_of
+from ganserve_trainer.importing.roles import Role, roles, type_and_sizes
 from ganserve_trainer.importing.source import Arrays, Layout, Source, Wishes, numpy_type, one_line
-from ganserve_trainer.model_file import CARD_KEY, latents
+from ganserve_trainer.model_file import CARD_KEY
 from ganserve_trainer.wrap import ValueRange, to_bytes
 
-SAMPLES = 16
-_LABEL = re.compile(r"label|class|cond|target|categor|one_?hot|^[cy]$|[_.][cy]$", re.IGNORECASE)
 _IMAGE = re.compile(r"image|img|rgb|sample|fake", re.IGNORECASE)
 LARGEST_LATENT = 8192
+_LONGEST_NAME = 64
+_TAKEN = {"latent", "label", "attributes", "truncation", "seed"}
 _MOST_CLASSES = 1 << 15
-_INTEGERS = {onnx.TensorProto.INT32, onnx.TensorProto.INT64}
-_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
 WRAPPER_ADVICE = "docs/bring-a-generator.md shows how to wrap such a generator"
 
 
@@ -38,56 +40,100 @@ class Input:
 
     name: str
     type: int  # ONNX's
-    shape: tuple[int, ...]  # of one image
+    shape: tuple[int, ...]  # of one image; if not batched, of all
+    batched: bool = True
 
-    def values(self, rows: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return rows as this input takes them: [n, *shape]."""
-        return rows.reshape(len(rows), *self.shape).astype(numpy_type(self.type))
+    def values(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Return rows as this input takes them: [n, *shape], or *shape if it is not batched."""
+        return rows.reshape((*([len(rows)] if self.batched else []), *self.shape)).astype(numpy_type(self.type))
 
     def __str__(self) -> str:
-        sizes = ", ".join(map(str, ("N", *self.shape)))
+        sizes = ", ".join(map(str, (*(["N"] if self.batched else []), *self.shape)))
         return f"{self.name!r}, {numpy_type(self.type)} [{sizes}]"
 
 
 @dataclass(frozen=True, slots=True)
+class Further:
+    """An input beside the latent and the label."""
+
+    input: Input
+    served: str  # its name in the served model; empty for a constant
+    meaning: Latent | Attributes | Truncation | NDArray[Any]  # an array is a constant, of the input's own shape
+    reason: str
+
+    @property
+    def described(self) -> str:
+        """What it is, for the user."""
+        if isinstance(self.meaning, np.ndarray):
+            return f"constant {self.meaning.flat[0]:g}" if self.meaning.size == 1 else "constant"
+        kind = type(self.meaning).__name__.lower()
+        if isinstance(self.meaning, Latent):
+            kind = (
+                f"latent {self.served!r}, {self.meaning.distribution}" if self.meaning.default_seed is None else "noise"
+            )
+        return kind
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs that a seed and a label determine."""
+    """The inputs of a generator."""
 
     latent: Input
     label: Input | None
     classes: int  # 0: there is no label
     one_hot: bool
     batch: int  # how many images the original makes at once
+    distribution: str = "normal"  # of the latent
+    further: tuple[Further, ...] = ()
 
     @property
     def latent_dim(self) -> int:
         """The number of values in a latent."""
         return math.prod(self.latent.shape)
 
-    def run(self, source: Source, latent: NDArray[np.float32], label: NDArray[np.int64]) -> Arrays:
+    @property
+    def served(self) -> ServedInputs:
+        """The inputs of the served model, in which the latent is a vector and the label an index."""
+        listed: dict[str, Latent | Label | Attributes | Truncation] = {
+            "latent": Latent((self.latent_dim,), self.distribution)
+        }
+        listed |= {"label": Label()} if self.label is not None else {}
+        listed |= {each.served: each.meaning for each in self.further if not isinstance(each.meaning, np.ndarray)}
+        return ServedInputs(listed, max(self.classes, 1) if self.label is not None else 0)
+
+    def run(self, source: Source, values: Values) -> Arrays:
         """Run the original, `batch` images at a time; return its outputs, [n, ...] each.
 
         Args:
             source: the original.
-            latent: [n, latent_dim].
-            label: [n]; not used without classes.
+            values: of the served model's inputs.
 
         Raises:
             TrainerError: it fails.
         """
-        feeds = {self.latent.name: self.latent.values(latent)}
+        count = len(values["latent"])
+        rows_of = {self.latent: values["latent"]}
         if self.label is not None:
-            feeds[self.label.name] = self.label.values(np.eye(self.classes)[label] if self.one_hot else label)
+            rows_of[self.label] = np.eye(self.classes)[values["label"]] if self.one_hot else values["label"]
+        fixed = {}
+        for each in self.further:
+            if isinstance(each.meaning, np.ndarray):
+                fixed[each.input.name] = each.meaning
+            elif each.input.batched:
+                rows_of[each.input] = values[each.served]
+            else:
+                fixed[each.input.name] = each.input.values(values[each.served])
+        feeds = {each.name: each.values(rows) for each, rows in rows_of.items()}
         made: list[Arrays] = []
-        for start in range(0, len(latent), self.batch):
+        for start in range(0, count, self.batch):
             # The last batch is filled with its last image.
-            rows = np.minimum(np.arange(start, start + self.batch), len(latent) - 1)
+            rows = np.minimum(np.arange(start, start + self.batch), count - 1)
             try:
-                made.append(source.run({name: values[rows] for name, values in feeds.items()}))
+                made.append(source.run({name: values[rows] for name, values in feeds.items()} | fixed))
             except Exception as error:  # onnxruntime's and torch's exceptions have no common root
                 raise TrainerError(f"the generator fails when it runs: {one_line(error)}") from error
         names = [name for name, values in made[0].items() if values.shape[:1] == (self.batch,)]
-        return {name: np.concatenate([each[name] for each in made])[: len(latent)] for name in names}
+        return {name: np.concatenate([each[name] for each in made])[:count] for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,38 +161,35 @@ class Images:
         return pixels.transpose(0, 2, 3, 1) if self.layout == "NCHW" else pixels
 
 
-def sample(inputs: Inputs) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the latents and the labels of the images that an import looks at, [n, latent_dim] and [n]."""
-    seeds = np.arange(SAMPLES)
-    return latents(seeds, inputs.latent_dim), seeds % max(1, inputs.classes)
-
-
 def look_at_inputs(source: Source) -> Inputs:
-    """Find the latent and the label.
+    """Find out what each input is.
 
     Raises:
-        TrainerError: an input is neither, or something cannot be guessed.
+        TrainerError: that of an input cannot be guessed.
     """
     wishes = source.wishes
-    latent_value, label_value = _choose_inputs(source.model.graph, wishes)
-    latent_type, (batch, *latent_sizes) = _type_and_sizes(latent_value)
-    if latent_type not in _FLOATS:
-        raise TrainerError(f"the latent {latent_value.name!r} is {numpy_type(latent_type)}; it must be a float input")
+    known = roles(source.model.graph, wishes.roles)
+    by_role = {role: value for value, role in known if role.kind in ("latent", "label") and not role.further}
+    first, latent_value = next((role, value) for role, value in by_role.items() if role.kind == "latent")
+    label_value = next((value for role, value in by_role.items() if role.kind == "label"), None)
+    latent_type, (batch, *latent_sizes) = type_and_sizes(latent_value)
     label, classes = None, 0
     if label_value is not None:
-        label_type, (label_batch, *label_sizes) = _type_and_sizes(label_value)
+        label_type, (label_batch, *label_sizes) = type_and_sizes(label_value)
         batch = batch or label_batch
         if None in label_sizes and wishes.class_names and label_sizes.count(None) == 1:
-            known = math.prod(size for size in label_sizes if size)
-            label_sizes = [size or len(wishes.class_names) // known for size in label_sizes]
+            known_size = math.prod(size for size in label_sizes if size)
+            label_sizes = [size or len(wishes.class_names) // known_size for size in label_sizes]
         if None in label_sizes:
             raise TrainerError("the number of classes is not in the file; add --classes, their names or their number")
         label = Input(label_value.name, label_type, tuple(size or 0 for size in label_sizes))
         classes = math.prod(label.shape)
     one_hot = classes > 1
+    further = _further(known, batch)
     shapes = list(_latent_shapes(source.model.graph, latent_sizes, wishes.latent_dim))
     for shape in shapes:
-        inputs = Inputs(Input(latent_value.name, latent_type, shape), label, classes, one_hot, batch or 1)
+        latent = Input(latent_value.name, latent_type, shape)
+        inputs = Inputs(latent, label, classes, one_hot, batch or 1, first.detail or "normal", further)
         if len(shapes) == 1 or _runs(source, inputs, 0):
             break
     else:
@@ -163,6 +206,60 @@ def look_at_inputs(source: Source) -> Inputs:
     if wishes.class_names and len(wishes.class_names) != inputs.classes:
         raise TrainerError(f"--classes names {len(wishes.class_names)} classes; the label {label} has {inputs.classes}")
     return inputs
+
+
+def _further(known: list[tuple[onnx.ValueInfoProto, Role]], batch: int | None) -> tuple[Further, ...]:
+    """Return the inputs beside the latent and the label; `batch` is the number of images, if the file fixes it."""
+    found = []
+    for value, role in known:
+        if not role.further:
+            continue
+        kind, sizes = type_and_sizes(value)
+        # What has one row for any number of images is for all of them.
+        batched = bool(sizes) and (sizes[0] is None or sizes[0] == batch)
+        shape = sizes[1:] if batched else sizes
+        if role.kind == "constant":
+            constant = np.full([size or batch or 1 for size in sizes], float(role.detail))
+            found.append(_constant(value.name, kind, constant, role.reason))
+            continue
+        known_shape = tuple(size for size in shape if size)
+        if len(known_shape) < len(shape):
+            raise TrainerError(
+                f"the size of the input {value.name!r} is not in the file: its shape is {sizes}; export the model with "
+                f"a fixed size, or make it constant: --input {value.name}=constant:0"
+            )
+        given = Input(value.name, kind, known_shape, batched)
+        if role.kind == "truncation":
+            found.append(Further(given, "truncation", Truncation(scalar=not batched), role.reason))
+        elif not batched:
+            noise = np.random.RandomState(0).standard_normal(known_shape)
+            found.append(_constant(value.name, kind, noise, f"{role.reason}; the same for all images, of seed 0"))
+        elif role.kind == "attributes":
+            names = (
+                role.detail.split(",") if role.detail else [f"{value.name}{n}" for n in range(math.prod(known_shape))]
+            )
+            if len(names) != math.prod(known_shape):
+                raise TrainerError(
+                    f"--input names {len(names)} attributes of {value.name!r}, which has {math.prod(known_shape)}"
+                )
+            found.append(Further(given, "attributes", Attributes(tuple(map(Attribute, names))), role.reason))
+        elif role.kind == "noise":
+            found.append(Further(given, _served_name(value.name), Latent(known_shape, default_seed=0), role.reason))
+        else:
+            distribution = role.detail or "normal"
+            found.append(Further(given, _served_name(value.name), Latent(known_shape, distribution), role.reason))
+    return tuple(found)
+
+
+def _constant(name: str, kind: int, values: NDArray[Any], reason: str) -> Further:
+    fixed = values.astype(numpy_type(kind))
+    return Further(Input(name, kind, fixed.shape, batched=False), "", fixed, reason)
+
+
+def _served_name(name: str) -> str:
+    """Return a name that a further latent may have."""
+    name = re.sub(r"[^!-<>-~]", "_", name)[-_LONGEST_NAME:] or "input"
+    return f"{name}_" if name in _TAKEN else name
 
 
 def class_names(source: Source, inputs: Inputs) -> tuple[str, ...]:
@@ -204,51 +301,6 @@ def choose_output(outputs: Arrays, wishes: Wishes) -> Images:
     return max(found.values(), key=lambda images: (bool(_IMAGE.search(images.name)), math.prod(images.shape)))
 
 
-def _choose_inputs(graph: onnx.GraphProto, wishes: Wishes) -> tuple[onnx.ValueInfoProto, onnx.ValueInfoProto | None]:
-    inputs = {value.name: value for value in graph.input}
-    shown = ", ".join(_described(value) for value in inputs.values()) or "none"
-    latent, label = wishes.latent_input, wishes.label_input
-    for name in (latent, label):
-        if name is not None and name not in inputs:
-            raise TrainerError(f"there is no input {name!r}; the inputs are {shown}")
-    rest = [name for name in inputs if name not in (latent, label)]
-    if label is None and (latent is not None or len(rest) > 1):
-        labels = [name for name in rest if _is_label(inputs[name])]
-        label = labels[0] if len(labels) == 1 else None
-    rest = [name for name in rest if name != label]
-    if latent is None and len(rest) == 1:
-        latent = rest.pop()
-    if latent is None or latent in rest or any(name not in (latent, label) for name in inputs):
-        raise TrainerError(
-            f"the inputs are {shown}; a served model has a latent and, if it is conditional, a label. If they are "
-            "among these inputs, name them by --latent-input and --label-input; make every other input constant in "
-            f"the model: {WRAPPER_ADVICE}"
-        )
-    return inputs[latent], inputs[label] if label is not None else None
-
-
-def _is_label(value: onnx.ValueInfoProto) -> bool:
-    kind, (_, *sizes) = _type_and_sizes(value)
-    return kind in _INTEGERS or bool(_LABEL.search(value.name)) or all(size == 1 for size in sizes)
-
-
-def _type_and_sizes(value: onnx.ValueInfoProto) -> tuple[int, list[int | None]]:
-    """Return ONNX's type of an input, and its sizes, the first of which is the batch's; None is not fixed."""
-    tensor = value.type.tensor_type
-    if not tensor.shape.dim:
-        raise TrainerError(
-            f"the file gives no shape for the input {value.name!r}; it must be [N, ...], for N images: export the "
-            "model again with a batch dimension"
-        )
-    return tensor.elem_type, [size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim]
-
-
-def _described(value: onnx.ValueInfoProto) -> str:
-    tensor = value.type.tensor_type
-    sizes = ", ".join(str(size.dim_value or size.dim_param or "?") for size in tensor.shape.dim)
-    return f"{value.name!r} {onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{sizes}]"
-
-
 def _latent_shapes(
     graph: onnx.GraphProto, sizes: list[int | None], latent_dim: int | None
 ) -> Iterable[tuple[int, ...]]:
@@ -270,7 +322,7 @@ def _latent_shapes(
 
 def _runs(source: Source, inputs: Inputs, label: int) -> bool:
     try:
-        made = inputs.run(source, np.zeros((1, inputs.latent_dim), np.float32), np.array([label]))
+        made = inputs.run(source, inputs.served.values(np.zeros(1, np.int64)) | {"label": np.array([label])})
     except TrainerError:
         return False
     return bool(made)

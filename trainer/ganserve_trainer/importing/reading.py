@@ -1,6 +1,11 @@
 """Opens a file of any kind as a `Source`."""
 
 import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -10,13 +15,31 @@ from typing import Any
 import torch
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.importing.checkpoint import build_module, load_file, load_weights, pickled_module
+from ganserve_trainer.importing.checkpoint import load_file, load_weights, pickled_module
 from ganserve_trainer.importing.onnx_file import read_onnx
+from ganserve_trainer.importing.project import build_module
 from ganserve_trainer.importing.source import Source, Wishes, one_line
 from ganserve_trainer.importing.torch_module import source_of_module, source_of_program
 
+# Keras exports only a model that has run.
+_KERAS = """
+import sys, keras, numpy
+model = keras.models.load_model(sys.argv[1], compile=False)
+model([numpy.zeros([1 if size is None else size for size in each.shape], each.dtype) for each in model.inputs]
+      if len(model.inputs) > 1 else numpy.zeros([1, *model.inputs[0].shape[1:]], model.inputs[0].dtype))
+model.export(sys.argv[2], format="onnx", verbose=False)
+"""
 
-def read(path: Path, wishes: Wishes, *, module: str | None, arguments: Mapping[str, Any], trusted: bool) -> Source:
+
+def read(
+    path: Path,
+    wishes: Wishes,
+    *,
+    module: str | None,
+    arguments: Mapping[str, Any],
+    trusted: bool,
+    script_arguments: str = "",
+) -> Source:
     """Open an ONNX file, or a checkpoint, a TorchScript module or an exported program of torch.
 
     Args:
@@ -25,13 +48,15 @@ def read(path: Path, wishes: Wishes, *, module: str | None, arguments: Mapping[s
         module: `module:Class` of a checkpoint's network.
         arguments: keyword arguments of the class.
         trusted: whether code in the file may run.
+        script_arguments: of the command line of a script that has the class.
 
     Raises:
         TrainerError: the file is of no such kind, or is damaged.
     """
     if not path.exists():
         raise TrainerError(f"there is no file {path}")
-    _refuse_tensorflow(path)
+    if (convert := _convert(path)) is not None:
+        return _read_converted(path, *convert, wishes)
     if path.suffix == ".onnx":
         return read_onnx(path, wishes)
     inside = _names_inside(path)
@@ -45,11 +70,11 @@ def read(path: Path, wishes: Wishes, *, module: str | None, arguments: Mapping[s
         except Exception as error:  # torch raises RuntimeError for anything
             raise TrainerError(f"torch cannot read {path}: {one_line(error)}") from error
         return source_of_module(script, wishes, arguments)
-    content = load_file(path, trusted=trusted)
+    content = load_file(path, trusted=trusted, weights_only=module is not None)
     if module is None:
         generator, note = pickled_module(content, path)
     else:
-        generator = build_module(module, arguments)
+        generator = build_module(module, arguments, script_arguments)
         note = load_weights(generator, content)
     source = source_of_module(generator, wishes, arguments)
     return dataclasses.replace(source, notes=(note, *source.notes))
@@ -62,17 +87,38 @@ def _names_inside(path: Path) -> list[str]:
         return archive.namelist()
 
 
-def _refuse_tensorflow(path: Path) -> None:
-    convert = None
+def _convert(path: Path) -> tuple[list[str], str] | None:
+    """Return the command that writes ONNX to its last argument, and the packages that it needs; None if there is none.
+
+    Raises:
+        TrainerError: the path is a folder of another kind.
+    """
     if path.is_dir() and (path / "saved_model.pb").exists():
-        convert = f"python -m tf2onnx.convert --saved-model {path} --output generator.onnx"
-    elif path.suffix == ".tflite":
-        convert = f"python -m tf2onnx.convert --tflite {path} --output generator.onnx"
-    elif path.suffix in (".keras", ".h5", ".hdf5"):
-        convert = (
-            f'python -c \'import keras; keras.models.load_model("{path}").export("generator.onnx", format="onnx")\''
-        )
-    if convert:
-        raise TrainerError(f"{path} is a model of TensorFlow or Keras; convert it to ONNX, and import that: {convert}")
+        return ["-m", "tf2onnx.convert", "--saved-model", str(path), "--output"], "tensorflow tf2onnx"
+    if path.suffix == ".tflite":
+        return ["-m", "tf2onnx.convert", "--tflite", str(path), "--output"], "tensorflow tf2onnx"
+    if path.suffix in (".keras", ".h5", ".hdf5"):
+        return ["-c", _KERAS, str(path)], "keras"
     if path.is_dir():
         raise TrainerError(f"{path} is a folder; name the file of the generator in it")
+    return None
+
+
+def _read_converted(path: Path, command: list[str], packages: str, wishes: Wishes) -> Source:
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "generator.onnx"
+        environment = {"KERAS_BACKEND": "torch", **os.environ}  # Keras computes with the torch that is there
+        done = subprocess.run(
+            [sys.executable, *command, str(made)], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0 and made.exists():
+            source = read_onnx(made, wishes)
+            return dataclasses.replace(source, notes=(f"{path}, converted to ONNX", *source.notes))
+    lines = done.stderr.strip().splitlines() or ["it wrote no file"]
+    if "No module named" in lines[-1]:
+        remedy = f"install what converts it, and run the command again: pip install {packages}"
+    else:
+        remedy = (
+            f"convert it with the program that made it, and import the ONNX file: python {shlex.join(command)} FILE"
+        )
+    raise TrainerError(f"{path} is a model of TensorFlow or Keras that cannot be converted: {lines[-1]}; {remedy}")

@@ -4,6 +4,7 @@ Many exporters fix the number of images: in the inputs' shapes, or in a Reshape.
 turn until one makes the original's images.
 """
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ganserve_trainer.importing.looking import Images, Input, Inputs
+from ganserve_trainer.importing.looking import Further, Images, Input, Inputs
 from ganserve_trainer.importing.onnx_file import integer_constants, nodes_of
 from ganserve_trainer.wrap import TO_GREY_LEVELS
 
@@ -37,6 +38,7 @@ def served(model: onnx.ModelProto, inputs: Inputs, images: Images, way: Way) -> 
         each = _Nodes("each/")
         names = _feed(each, inputs, each.prefix, 1)
         outer.constants = each.constants
+        _feed_all(outer, inputs)
         body = helper.make_graph(
             _needed([*each.nodes, *graph.node], raw),
             "one_image",
@@ -47,6 +49,7 @@ def served(model: onnx.ModelProto, inputs: Inputs, images: Images, way: Way) -> 
         raw = outer.add("Scan", *scanned, body=body, num_scan_inputs=len(scanned))
     else:
         _feed(outer, inputs, "", -1)
+        _feed_all(outer, inputs)
         outer.nodes.extend(graph.node)
     _finish(outer, images, raw)
     nodes = _needed(outer.nodes, "image")
@@ -55,8 +58,11 @@ def served(model: onnx.ModelProto, inputs: Inputs, images: Images, way: Way) -> 
         nodes,
         "generator",
         [
-            helper.make_tensor_value_info(name, kind, ["N", *shape])
-            for name, (kind, shape) in _served_inputs(inputs).items()
+            *(
+                helper.make_tensor_value_info(name, kind, ["N", *shape])
+                for name, (kind, shape) in _served_inputs(inputs).items()
+            ),
+            *(helper.make_tensor_value_info(each.served, TensorProto.FLOAT, []) for each in _scalars(inputs)),
         ],
         [
             helper.make_tensor_value_info(
@@ -72,11 +78,20 @@ def served(model: onnx.ModelProto, inputs: Inputs, images: Images, way: Way) -> 
 
 
 def _served_inputs(inputs: Inputs) -> dict[str, tuple[int, list[int]]]:
-    """Return type and shape, of one image, of each input of the served model."""
+    """Return type and shape, of one image, of each input of the served model that has a row for each image."""
     found: dict[str, tuple[int, list[int]]] = {"latent": (TensorProto.FLOAT, [inputs.latent_dim])}
     if inputs.label is not None:
         found["label"] = (TensorProto.INT64, [])
+    for each in inputs.further:
+        if each.served and each.input.batched:
+            values = inputs.served.values(np.zeros(1, np.int64))[each.served]
+            found[each.served] = (TensorProto.FLOAT, list(values.shape[1:]))
     return found
+
+
+def _scalars(inputs: Inputs) -> list[Further]:
+    """Return the inputs that have one value for all images."""
+    return [each for each in inputs.further if each.served and not each.input.batched]
 
 
 class _Nodes:
@@ -111,13 +126,13 @@ def _feed(nodes: _Nodes, inputs: Inputs, prefix: str, batch: int) -> dict[str, t
     """
 
     def hand_over(name: str, wanted: Input, kind: int) -> None:
-        name = nodes.add("Reshape", name, nodes.constant([batch, *wanted.shape], np.int64))
-        if kind != wanted.type:
-            name = nodes.add("Cast", name, to=wanted.type)
-        nodes.add("Identity", name, output=_PREFIX + wanted.name)
+        _hand_over(nodes, name, wanted, kind, [batch, *wanted.shape])
 
     given = {prefix + name: kind for name, kind in _served_inputs(inputs).items()}
     hand_over(prefix + "latent", inputs.latent, TensorProto.FLOAT)
+    for each in inputs.further:
+        if each.served and each.input.batched:
+            hand_over(prefix + each.served, each.input, TensorProto.FLOAT)
     if inputs.label is not None and inputs.one_hot:
         depth, values = nodes.constant(inputs.classes, np.int64), nodes.constant([0, 1], np.float32)
         index = nodes.add("Reshape", prefix + "label", nodes.constant([batch], np.int64))  # OneHot takes no scalar
@@ -125,6 +140,22 @@ def _feed(nodes: _Nodes, inputs: Inputs, prefix: str, batch: int) -> dict[str, t
     elif inputs.label is not None:
         hand_over(prefix + "label", inputs.label, TensorProto.INT64)
     return given
+
+
+def _feed_all(nodes: _Nodes, inputs: Inputs) -> None:
+    """Add what is the same for all images."""
+    for each in inputs.further:
+        if isinstance(each.meaning, np.ndarray):
+            nodes.add("Identity", nodes.constant(each.meaning, each.meaning.dtype), output=_PREFIX + each.input.name)
+        elif not each.input.batched:
+            _hand_over(nodes, each.served, each.input, TensorProto.FLOAT, each.input.shape)
+
+
+def _hand_over(nodes: _Nodes, name: str, wanted: Input, kind: int, shape: Sequence[int]) -> None:
+    name = nodes.add("Reshape", name, nodes.constant(shape, np.int64))
+    if kind != wanted.type:
+        name = nodes.add("Cast", name, to=wanted.type)
+    nodes.add("Identity", name, output=_PREFIX + wanted.name)
 
 
 def _finish(nodes: _Nodes, images: Images, raw: str) -> None:
@@ -183,7 +214,8 @@ def _shapes(model: onnx.ModelProto, inputs: Inputs) -> dict[str, list[int]]:
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     for value in fixed.graph.input:
-        value.type.tensor_type.shape.dim[0].dim_value = inputs.batch
+        for first in value.type.tensor_type.shape.dim[:1]:
+            first.dim_value = first.dim_value or inputs.batch
     del fixed.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
     return {

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,8 @@ class Wishes:
     """What the user set; the rest is guessed."""
 
     latent_dim: int | None = None
-    latent_input: str | None = None
-    label_input: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)  # by the name of an input: see `looking.ROLES`
+    call: str | None = None  # of a module: see `calling`
     output: str | None = None
     values: ValueRange | None = None
     layout: Layout | None = None
@@ -76,6 +76,21 @@ def parse_classes(text: str | None, file: Path | None) -> tuple[str, ...]:
     if not all(names) or len(set(names)) != len(names):
         raise TrainerError(f"of {len(names)} classes, one has no name or the name of another: {', '.join(names)[:200]}")
     return names
+
+
+def parse_roles(texts: Sequence[str]) -> dict[str, str]:
+    """Return what --input says of the inputs, by their names.
+
+    Raises:
+        TrainerError: one of them is not NAME=ROLE, or two are of the same input.
+    """
+    roles: dict[str, str] = {}
+    for text in texts:
+        name, equals, role = text.rpartition("=")
+        if not equals or not name or name in roles:
+            raise TrainerError(f"--input is {text!r}; it must be NAME=ROLE, such as y=label, once for each input")
+        roles[name] = role
+    return roles
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
