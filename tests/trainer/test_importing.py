@@ -505,6 +505,22 @@ def test_files_of_other_kinds_are_refused_with_what_converts_them(
         assert text in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_keras_model_is_imported_where_keras_is_installed(
+    bring: Callable[..., ModelVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    layers = keras.layers
+    model = keras.Sequential(
+        [layers.Input((4,)), layers.Dense(12, "tanh", kernel_initializer="he_normal"), layers.Reshape((2, 2, 3))]
+    )
+    model.save(tmp_path / "generator.keras")
+    card = bring(tmp_path / "generator.keras", "--layout", "NHWC").card
+    assert (card.latent_dim, card.height, card.width, card.channels) == (4, 2, 2, 3)
+
+
 class Network(nn.Module):
     """A generator of `picture`s: a convolutional one, whose weights are the levels."""
 
