@@ -585,6 +585,16 @@ class ClassesNetwork(Network):
         return (super().forward(z) + self.label_emb(label).reshape(-1, 3, 2, 2)).to(self.kind) + noise
 
 
+class Autoencoder(Network):
+    """The same, as a decoder; forward takes vectors of pixels."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().forward(z[:, :, None, None])
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.reshape(-1, 3, 2, 2)
+
+
 class Stylish(Network):
     """The same, of a mapping and a synthesis network; the latent's first value is moved to -1 by the truncation."""
 
@@ -691,6 +701,12 @@ def test_psi_of_a_mapping_network_is_the_truncation_of_requests(
     engine = bring(tmp_path / "checkpoint.pt", "--module", f"{HERE}:Stylish").engine
     by_truncation = {psi: engine.run([engine.inputs.probes(SEEDS[:1], psi)]).tolist() for psi in (1.0, 0.3)}
     assert by_truncation == {1.0: [picture(0)], 0.3: [picture(2)]}  # 1.76, and 0.3 * 2.76 - 1 = -0.17
+
+
+def test_the_decoder_of_an_autoencoder_is_imported(bring: Callable[..., ModelVersion], tmp_path: Path) -> None:
+    torch.save({"level": LEVEL, "step": STEP}, tmp_path / "checkpoint.pt")
+    model = bring(tmp_path / "checkpoint.pt", "--module", f"{HERE}:Autoencoder")
+    assert made(model) == [picture(seed) for seed in range(4)]
 
 
 def test_a_call_is_set_as_an_expression(

@@ -184,6 +184,9 @@ def named_tensors(made: Any) -> dict[str, Tensor]:
 
 def _expressions(module: nn.Module, labelled: bool, classes: list[int]) -> Iterator[str]:
     """Yield usual calls, the likeliest first; CLASSES stands for the number of classes."""
+    if callable(getattr(module, "decode", None)):  # an autoencoder, whose forward takes images
+        yield from ("g.decode(z)", "g.decode(as_map(z))")
+        return
     names, required, takes_any = _parameters(module)
     labels = ["y", "one_hot(y, CLASSES)"]
     if isinstance(getattr(module, "shared", None), nn.Embedding):  # BigGAN's, of which all layers take the output
@@ -223,8 +226,6 @@ def _expressions(module: nn.Module, labelled: bool, classes: list[int]) -> Itera
             for latent in ("z", "as_map(z)"):
                 for more in _products(rest):
                     yield f"g({', '.join([latent, *more])})"
-    if callable(getattr(module, "decode", None)):
-        yield from ("g.decode(z)", "g.decode(as_map(z))")
 
 
 def _products(values: list[list[str]]) -> Iterator[list[str]]:
