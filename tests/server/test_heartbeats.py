@@ -100,7 +100,7 @@ def block(line):
         time.sleep(600)
     return True
 
-logging.getLogger("ganserve_server.processes.serving").addFilter(block)
+logging.getLogger("ganserve_server.processes.management").addFilter(block)
 main()
 """
 

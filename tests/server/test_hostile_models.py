@@ -1,5 +1,6 @@
 """Model files that crash, hang or exhaust what reads them, in a server that answers calls meanwhile."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from tests.programs import run
 from tests.server.test_administration import administration
 from tests.server.test_lifecycle import GOOD, publish, replace
 from tests.server.test_start_and_drain import http_get, wait_for_sample
-from tests.server.test_workers import workers_of
+from tests.server.test_workers import Caller, workers_of
 
 from ganserve import Client
 from ganserve.v1 import administration_pb2 as pb
@@ -259,3 +260,41 @@ async def test_a_version_that_is_withdrawn_waits_for_an_operator_and_is_at_risk_
     await lifecycle.close()
     await versions.close()
     assert not at_risk.exists()
+
+
+async def test_a_model_is_opened_only_if_its_memory_is_left_and_tried_again_when_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    publish(models, 1)
+    publish(models, 1, name="other")
+    settings = ServerSettings(models=models, state_dir=str(tmp_path / "state"), provider="cpu", threads=1)
+    folder = StateFolder(settings)
+    lifecycle, table = Lifecycle(settings, folder), ModelTable()
+    versions = ServedVersions(settings, Metrics(), table, *[lambda *_: None] * 3, folder.risk())
+    lifecycle.serve_by(versions)
+    await lifecycle.start()
+    for left_mib, served in ((1, False), (1, False), (1024, True)):
+        publish(models, 2) if not (models / "digits" / "2").exists() else None
+        monkeypatch.setattr("ganserve_server.repository.lifecycle.memory_left", lambda left=left_mib << 20: left)
+        found = next(state for state in await lifecycle.reload() if (state.model, state.version) == ("digits", 2))
+        assert found.served == served
+        assert ("and 1 MiB are left" in found.reason) != served
+    await lifecycle.close()
+    await versions.close()
+
+
+async def test_a_worker_that_replaces_another_serves_the_same_versions_though_a_file_was_replaced(
+    start_server: Start, tmp_path: Path
+) -> None:
+    publish(tmp_path, 1)
+    second = publish(tmp_path, 2) / "model.onnx"
+    server = start_server("--models", tmp_path, "--workers=2")
+    replace(second, b"no model")
+    assert server.wait_for("model rejected")["path"] == str(second)
+    os.kill(workers_of(server)[0], signal.SIGKILL)
+    server.wait_for("worker started")
+    async with contextlib.AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(Caller(server.address)) for _ in range(4)]
+        assert {await caller.version("digits") for caller in callers} == {2}

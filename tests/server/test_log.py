@@ -195,17 +195,17 @@ def test_processes_that_share_a_pipe_mix_no_lines(monkeypatch: pytest.MonkeyPatc
 NO_END = "batches do not end; the server ends without them"
 ENDLESS_LOAD = """
 import threading
-from ganserve_server.repository import lifecycle
+from ganserve_server.repository import served
 from ganserve_server.__main__ import main
 
-def load(name, number, *arguments, **options):
-    if number == {version}:
+def open_version(versions, version):
+    if version.version == {version}:
         print("loading", flush=True)
         threading.Event().wait()
-    return load_version(name, number, *arguments, **options)
+    return opened(versions, version)
 
-load_version, lifecycle.load_version = lifecycle.load_version, load
-lifecycle.Scheduler.close = lambda scheduler: threading.Event().wait()
+opened, served.ServedVersions._open = served.ServedVersions._open, open_version
+served.Scheduler.close = lambda scheduler: threading.Event().wait()
 main()
 """
 
@@ -228,4 +228,4 @@ def test_loads_and_batches_that_never_end_do_not_outlive_stopped(version: int, t
         _, error = process.communicate(timeout=START_TIMEOUT_S)
         events += [json.loads(line)["event"] for line in error.splitlines()]
         assert process.returncode == 0
-        assert events == ["serving", "draining", NO_END, "stopped"][0 if version == 2 else -1 :]
+        assert events == ["serving", "model loading", "draining", NO_END, "stopped"][0 if version == 2 else -1 :]

@@ -400,7 +400,9 @@ def test_a_wrong_flag_says_what_is_allowed(flags: tuple[str, ...], text: str) ->
 
 
 def test_every_setting_that_is_no_free_text_says_what_it_may_be() -> None:
-    free = {name for name in ServerSettings.model_fields if name.endswith(("_file", "address", "_cache"))} | {"models"}
+    free = {name for name in ServerSettings.model_fields if name.endswith(("_file", "address", "_cache", "_dir"))} | {
+        "models"
+    }
     names = [name for name in ServerSettings.model_fields if name not in free]
     told = failing_start(*(f"--{name.replace('_', '-')}=nonsense" for name in names), code=2)
     reasons = [json.loads(line)["reason"] for line in told.splitlines()]

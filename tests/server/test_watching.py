@@ -19,11 +19,9 @@ from tests.server.test_workers import workers_of
 
 from ganserve import Client
 from ganserve.v1 import administration_pb2 as pb
-from ganserve_server.observe.metrics import Metrics
 from ganserve_server.repository import watching
-from ganserve_server.repository.lifecycle import Lifecycle
-from ganserve_server.repository.table import ModelTable
-from ganserve_server.settings import ServerSettings
+from ganserve_server.repository.scan import Look, look
+from ganserve_server.repository.watching import Watch
 
 Start = Callable[..., RunningServer]
 # Changes are then seen only if the kernel reports them.
@@ -82,7 +80,7 @@ def test_a_link_that_is_swapped_is_followed_and_files_of_the_same_content_are_no
     wait_for_all_workers(3)
     publish(place / "second", 4)
     loaded += lines_until(server, "model loaded", version=4)
-    assert events(loaded) == ["model loaded"] * 3
+    assert events(loaded) == ["model loading", "model loaded"] * 3
 
 
 def test_links_inside_the_repository_are_followed(start_server: Start, tmp_path: Path) -> None:
@@ -176,36 +174,29 @@ def test_what_cannot_be_read_is_served_on_and_not_loaded_again_when_it_can(start
     assert set(events(seen)) == {"cannot read the repository", "can read the repository again", "admin call"}
 
 
-async def test_a_file_that_may_not_be_read_is_loaded_without_help_once_it_may(open_folder: Path) -> None:
-    publish(open_folder, 1)
-    changed, stop, table = asyncio.Event(), asyncio.Event(), ModelTable()
-    settings = ServerSettings(models=open_folder, reload_interval_s=86400)
-    lifecycle = Lifecycle(settings, Metrics(), table, lambda *_: changed.set())
-    await lifecycle.refresh(starting=True)
-    file = publish(open_folder, 2) / "model.onnx"
+async def test_a_file_that_may_not_be_read_is_looked_at_again_once_it_may(open_folder: Path) -> None:
+    file = publish(open_folder, 1) / "model.onnx"
     if os.geteuid() == 0:
         os.chown(file, NOBODY, NOBODY)
+    seen: asyncio.Queue[Look] = asyncio.Queue()
+    stop = asyncio.Event()
 
-    async def wait_for_versions(*versions: int) -> None:
-        while table.versions("digits") != list(versions):
-            changed.clear()
-            await asyncio.wait_for(changed.wait(), START_TIMEOUT_S)
+    async def look_again() -> float:
+        seen.put_nowait(look(open_folder))
+        return 86400.0
 
     with ordinary_user():
         file.chmod(0)
-        _, second = await lifecycle.reload()
-        assert (second.served, second.reason) == (False, "its file cannot be read: Permission denied")
-        changed.clear()
-        watch = asyncio.create_task(lifecycle.watch(stop))
-        await asyncio.wait_for(changed.wait(), START_TIMEOUT_S)  # it watches
+        watch = asyncio.create_task(Watch(open_folder, look_again, 86400).run(stop))
+        first = await asyncio.wait_for(seen.get(), START_TIMEOUT_S)
+        assert first.unreadable == {("digits", 1): "Permission denied"}
+        assert first.unreadable_paths == {file: "Permission denied"}
         file.chmod(0o644)
-        await wait_for_versions(1, 2)
-        file.chmod(0)
-        _, second = await lifecycle.reload()
-        assert (second.served, second.reason) == (True, "its file cannot be read: Permission denied")
+        second = await asyncio.wait_for(seen.get(), START_TIMEOUT_S)
+        assert list(second.found) == [("digits", 1)]
+        assert second.unreadable == {}
         stop.set()
         await watch
-    await lifecycle.close()
 
 
 def test_a_file_that_is_copied_in_place_is_read_once_and_holds_up_no_other(start_server: Start, tmp_path: Path) -> None:
@@ -237,7 +228,7 @@ def test_a_file_that_is_copied_in_place_is_read_once_and_holds_up_no_other(start
         other_is_loaded.set()
         copying.join()
     seen += lines_until(server, "model loaded", model="digits")
-    assert events(seen) == ["model loaded", "model loaded"]
+    assert events(seen) == ["model loading", "model loaded"] * 2
     assert answering(server.address) == 2
 
 

@@ -44,6 +44,11 @@ class Caller:
     async def __aexit__(self, *_: object) -> None:
         await self._channel.close()
 
+    async def version(self, model: str) -> int:
+        """Return the version that makes an image."""
+        response = await self._stub.GenerateImages(pb.GenerateImagesRequest(model=model, count=1), timeout=30)
+        return int(response.version)
+
     async def make(self, model: str, count: int, seed: int) -> bytes:
         request = pb.GenerateImagesRequest(model=model, count=count, seed=seed)
         response: pb.GenerateImagesResponse = await self._stub.GenerateImages(request, timeout=30)

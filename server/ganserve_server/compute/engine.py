@@ -80,7 +80,7 @@ class Engine:
 
     def __init__(
         self,
-        model: bytes,
+        model: bytes | str,
         inputs: Inputs,
         provider: Provider,
         threads: int,
@@ -94,7 +94,7 @@ class Engine:
         """Open the sessions.
 
         Args:
-            model: the ONNX file.
+            model: the ONNX file, or its path, which must exist until the model is measured.
             inputs: the inputs of the model; the file must have them.
             provider: where to run it.
             threads: the threads of the session for all cores.
@@ -177,7 +177,7 @@ class Engine:
             self._session = self._wide_session = reopen()
             self._bind(image_shape, probes)
 
-    def _take(self, figures: Figures, model: bytes) -> None:
+    def _take(self, figures: Figures, model: bytes | str) -> None:
         """Take what was measured before, and run each session once: a first run takes longer."""
         self._model = b""
         self._call_s, self._image_s, self._wide_image_s = figures.call_s, figures.image_s, figures.wide_image_s
@@ -340,7 +340,7 @@ class Engine:
 
 
 def _first_that_opens(
-    model: bytes, choices: list[Providers], *, arena: bool
+    model: bytes | str, choices: list[Providers], *, arena: bool
 ) -> tuple[onnxruntime.InferenceSession, str]:
     """Open a session on the first choice that works; also return why an earlier choice failed, if one did."""
     failure = ""
@@ -364,7 +364,7 @@ def _reason(reason: str, failure: str) -> str:
     return f"{reason} ({failure})" if failure else reason
 
 
-def _measured(model: bytes, feeds: Feeds, run: Run) -> tuple[onnxruntime.InferenceSession, int]:
+def _measured(model: bytes | str, feeds: Feeds, run: Run) -> tuple[onnxruntime.InferenceSession, int]:
     """Open a session on the CPU, and run it once; also return how much memory that took, or 0 if it is unknown.
 
     The profile of a run has the statistics of the session's own arena, with the buffers that an operator needs for
@@ -391,12 +391,12 @@ def _memory_unknown(reason: str) -> None:
 
 
 def _session(
-    model: bytes, providers: Providers, threads: int, *, arena: bool = True, profile: str = ""
+    model: bytes | str, providers: Providers, threads: int, *, arena: bool = True, profile: str = ""
 ) -> onnxruntime.InferenceSession:
     """Open a session.
 
     Args:
-        model: the ONNX file.
+        model: the ONNX file, or its path.
         providers: where to run it, the best first.
         threads: the threads of a run.
         arena: whether memory on the CPU comes from an arena, which keeps it.

@@ -23,7 +23,6 @@ from ganserve_server.processes.management import Management
 from ganserve_server.processes.reports import ReportServing, report_draining
 from ganserve_server.processes.supervisor import Supervisor
 from ganserve_server.processes.systemd import beat, notify
-from ganserve_server.repository.scan import require_models
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
@@ -101,7 +100,6 @@ async def _serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.
         )
     if settings.without_effect:
         _log.warning("--transport grpcio ignores these settings", extra={"settings": settings.without_effect})
-    require_models(settings.models)
     management = Management(settings, stop, reload)
 
     def report_serving(
@@ -143,6 +141,7 @@ async def _serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.
                     log,
                     on_worker_ended=management.lifecycle.process_ended,
                     on_withdrawn=management.lifecycle.withdraw,
+                    on_unopened=management.lifecycle.unopened,
                     open_timeout_s=settings.load_timeout_s,
                     stuck_timeout_s=settings.stuck_timeout_s,
                 )

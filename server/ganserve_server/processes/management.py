@@ -8,6 +8,7 @@ from ganserve_server.auth.security import Security
 from ganserve_server.processes.admin_listener import AdminListener
 from ganserve_server.processes.systemd import reloading
 from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.scan import require_models
 from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.settings import ServerSettings
 
@@ -40,9 +41,10 @@ class Management:
         """Bind the address for operators, before the models are loaded, so that a taken one is reported at once.
 
         Raises:
-            StartError: the address is taken.
+            StartError: the address is taken, or there is no model file at all.
         """
         self._admin = AdminListener(self._settings, security)
+        require_models(self._settings.models)
 
     def begin(self, security: Security, refresh_workers: Callable[[], Awaitable[None]] | None = None) -> str | None:
         """Answer operators, and follow changes; return the address for operators, if there is one.
@@ -62,8 +64,9 @@ class Management:
             task.cancel()
         await asyncio.gather(*self._tasks, self.starting, return_exceptions=True)
         await self.lifecycle.close()
-        if self._admin is not None:
-            await self._admin.stop()
+        admin, self._admin = self._admin, None
+        if admin is not None:
+            await admin.stop()
 
     async def _follow_reloads(self, security: Security, refresh_workers: Callable[[], Awaitable[None]] | None) -> None:
         while True:

@@ -57,6 +57,7 @@ class _Worker:
         process: the process.
         channel: the supervisor's end of the channel.
         on_event: called with what it reports without being asked.
+        on_opened: called with the answer about a version that is served already.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class _Worker:
         process: asyncio.subprocess.Process,
         channel: socket.socket,
         on_event: Callable[[dict[str, Any]], None],
+        on_opened: Callable[[ProbedVersion, "asyncio.Future[dict[str, Any] | None]"], None],
     ) -> None:
-        self.number, self.process, self._channel, self._on_event = number, process, channel, on_event
+        self.number, self.process, self._channel = number, process, channel
+        self._on_event, self._on_opened = on_event, on_opened
         self.started = time.monotonic()
         self.serves = False  # from its first message until it ends or is killed
         self.stuck = False  # and was killed
@@ -99,17 +102,17 @@ class _Worker:
         self.sent.add((*version.key, version.probed.digest))
         self.opening += 1
         answer = self.ask({"do": "open", "version": version.to_json()})
-        answer.add_done_callback(self._opened)
+        answer.add_done_callback(self._count_opened)
         return answer
 
-    def _opened(self, _: object) -> None:
+    def _count_opened(self, _: object) -> None:
         self.opening -= 1
 
     def serve(self, versions: list[ProbedVersion], served: Served) -> "asyncio.Future[dict[str, Any] | None]":
         """Ask the worker to serve these versions, and to open before what it was not asked to open."""
         for version in versions:
             if (*version.key, version.probed.digest) not in self.sent:
-                self.open(version)
+                self.open(version).add_done_callback(functools.partial(self._on_opened, version))
         return self.ask({"do": "serve", "served": served.to_json()})
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -137,6 +140,7 @@ class Supervisor:
         log: the log of this process.
         on_worker_ended: called with the process id and the exit status of a worker that ended by itself.
         on_withdrawn: called with a version that a worker withdrew, its digest, and the reason.
+        on_unopened: called with a served version that a worker which started later cannot open, and the reason.
         open_timeout_s: how long to wait for a worker that opens a version; then it is not served by that worker yet.
         stuck_timeout_s: how long the event loop of a worker may stand still before the worker is replaced.
     """
@@ -149,11 +153,12 @@ class Supervisor:
         *,
         on_worker_ended: Callable[[int, int], Coroutine[Any, Any, None]],
         on_withdrawn: Callable[[str, int, str, str], Coroutine[Any, Any, None]],
+        on_unopened: Callable[[ProbedVersion, str], Coroutine[Any, Any, None]],
         open_timeout_s: float,
         stuck_timeout_s: float,
     ) -> None:
         self._count, self.sockets = count, sockets
-        self._on_worker_ended, self._on_withdrawn = on_worker_ended, on_withdrawn
+        self._on_worker_ended, self._on_withdrawn, self._on_unopened = on_worker_ended, on_withdrawn, on_unopened
         self._open_timeout_s, self._stuck_timeout_s = open_timeout_s, stuck_timeout_s
         self._standstills = [Standstill() for _ in range(count)]  # by worker
         self.replaced = {"stuck": 0, "ended": 0}
@@ -170,7 +175,6 @@ class Supervisor:
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
         self._served: tuple[list[ProbedVersion], Served] | None = None
-        self._files: dict[tuple[tuple[str, int], str], int] = {}  # open files, by version and digest
         self._handling: set[asyncio.Task[None]] = set()
         self._ended: dict[int, asyncio.Task[None]] = {}  # by process id: the search for the reason
         self.registry = CollectorRegistry()
@@ -253,14 +257,12 @@ class Supervisor:
         Raises:
             StartError: the required provider is missing.
         """
-        try:
-            version = self._kept_open(version)
-        except OSError as error:
-            return f"the file cannot be opened: {error.strerror}"
         asked = {worker.open(version): worker for worker in self._workers.values()}
         if not asked:
             return ""  # the workers open it when they start
-        done, _ = await asyncio.wait(asked, timeout=self._open_timeout_s)
+        done, waiting = await asyncio.wait(asked, timeout=self._open_timeout_s)
+        for answer in waiting:  # of a worker that stands still
+            answer.add_done_callback(functools.partial(self._opened_late, version))
         for answer in done:
             if (found := answer.result()) is None:
                 await self._look_for_the_reason(asked[answer])
@@ -272,22 +274,9 @@ class Supervisor:
 
     async def serve(self, versions: list[ProbedVersion], served: Served) -> None:
         """Have all workers serve these versions, and no others; also those that start later."""
-        self._served = [self._kept_open(version) for version in versions], served
-        for key, digest in list(self._files):
-            if served.digests.get(key) != digest and key not in served.opening:
-                os.close(self._files.pop((key, digest)))
+        self._served = versions, served
         if asked := [self._give(worker) for worker in self._workers.values()]:
             await asyncio.wait(asked, timeout=self._open_timeout_s)
-
-    def _kept_open(self, version: ProbedVersion) -> ProbedVersion:
-        """Keep the file of a version open, so that workers which start later read it wherever the repository is then.
-
-        Raises:
-            OSError: the file cannot be opened.
-        """
-        if (opened := (version.key, version.probed.digest)) not in self._files:
-            self._files[opened] = os.open(version.path, os.O_RDONLY | os.O_CLOEXEC)
-        return dataclasses.replace(version, path=f"/proc/{os.getpid()}/fd/{self._files[opened]}")
 
     def _give(self, worker: _Worker) -> "asyncio.Future[dict[str, Any] | None]":
         """Have a worker serve what is decided."""
@@ -357,7 +346,7 @@ class Supervisor:
         theirs.close()
         self._processes[number] = process
         self._standstills[number].seconds = 0.0  # the time without a process does not count
-        worker = _Worker(number, process, ours, self._handle)
+        worker = _Worker(number, process, ours, self._handle, self._opened_late)
         await worker.connect()
         self._workers[number] = worker
         if self._served is not None:
@@ -370,8 +359,16 @@ class Supervisor:
 
     def _handle(self, event: dict[str, Any]) -> None:
         """Take what a worker reports: that it withdrew a version."""
-        what = (event["model"], event["version"], event["digest"], event["reason"])
-        self._handling.add(task := asyncio.create_task(self._on_withdrawn(*what)))
+        self._begin(self._on_withdrawn(event["model"], event["version"], event["digest"], event["reason"]))
+
+    def _opened_late(self, version: ProbedVersion, answer: "asyncio.Future[dict[str, Any] | None]") -> None:
+        """Take the answer of a worker that started later than the version was served by others."""
+        found = answer.result() or {}
+        if reason := found.get("reason") or found.get("cannot_start"):
+            self._begin(self._on_unopened(version, reason))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._handling.add(task := asyncio.create_task(work))
         task.add_done_callback(self._handling.discard)
 
     async def _look_for_the_reason(self, worker: _Worker) -> None:

@@ -11,11 +11,14 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
+import stat
 from collections.abc import Coroutine, Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from ganserve_server.errors import ModelNotFound, ModelNotLoaded
+from ganserve_server.errors import ModelNotFound, ModelNotLoaded, Unavailable
 from ganserve_server.machine import memory_left
 from ganserve_server.repository.changes import UNKNOWN, Changes
 from ganserve_server.repository.probed import Probed
@@ -48,6 +51,8 @@ class Lifecycle:
         self._prober = Prober(settings)
         self._servers: asyncio.Future[Servers] = asyncio.get_running_loop().create_future()
         self._served: dict[Key, ProbedVersion] = {}
+        # Their files, held open: a worker that starts later opens the same bytes, though the file was replaced.
+        self._files: dict[Key, BufferedReader] = {}
         self._opening: set[Key] = set()
         self._unloaded: set[str] = set()  # by an operator
         self._stamps: dict[Key, Stamp] = {}  # of files that were loaded or rejected
@@ -94,9 +99,19 @@ class Lifecycle:
         self._servers.set_result(servers)
 
     async def refresh(self) -> None:
-        """Load new versions, and drop removed ones; look twice before the last version of a model is dropped."""
+        """Load new versions, and drop removed ones; look twice before the last version of a model is dropped.
+
+        Raises:
+            Unavailable: the server ends.
+        """
         # A task of its own: whoever asked for it, for example an operator, may disconnect.
-        await asyncio.shield(self._begin(self._look_twice()))
+        task = self._begin(self._look_twice())
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise Unavailable("the server shuts down; ask another one") from None
+            raise
 
     async def load(self, name: str) -> list[VersionState]:
         """Load a model from its folder, even if it is already served or quarantined.
@@ -158,6 +173,12 @@ class Lifecycle:
             await self._drop([key])
             self._begin(self._look_twice())  # an older version may take its place
 
+    async def unopened(self, version: ProbedVersion, reason: str) -> None:
+        """Stop serving a version that a process which started later cannot open: all serve the same."""
+        if self._served.get(version.key) == version:
+            self._reject(version.key, f"a worker that started later cannot open it: {reason}")
+            await self._drop([version.key])
+
     async def process_ended(self, pid: int, status: int) -> None:
         """Quarantine the files that probably ended a process that served them."""
         await self._drop_quarantined(await asyncio.to_thread(self._state.collect_deaths, pid, status))
@@ -174,6 +195,8 @@ class Lifecycle:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._prober.close()
+        for key in list(self._files):
+            self._close_file(key)
 
     @property
     def names(self) -> list[str]:
@@ -260,6 +283,7 @@ class Lifecycle:
             probed, reason = await self._probed(key, path, gently=not starting), ""
         except OSError as error:
             self._reject(key, f"the process that checks files cannot be started: {error.strerror}")
+            self._stamps[key] = UNKNOWN  # the next look tries again
             return
         if probed.outcome == "unreadable":
             self._stamps[key] = UNKNOWN  # the next look tries again
@@ -281,24 +305,27 @@ class Lifecycle:
                 "raise the limit, or use fewer --workers",
             )
             return
-        version = ProbedVersion(*key, probed, str(path))
-        self._opening.add(key)
         try:
-            reason = await servers.open(version)
-        except StartError as error:
-            if starting:
-                raise
-            reason = str(error)
-        finally:
-            self._opening.discard(key)
-        if mark := self._mark(probed.digest):
-            reason = self._of_quarantine(key, mark)
+            file = await asyncio.to_thread(_opened, path)
+        except OSError as error:
+            self._reject(key, f"the file cannot be read: {error.strerror or error}")
+            return
+        version = ProbedVersion(*key, probed, f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        try:
+            reason = await self._open(version, starting=starting)
+            if reason or key[0] in self._unloaded:  # meanwhile, by an operator
+                file.close()
+        except BaseException:
+            file.close()
+            raise
         if reason:
             self._reject(key, reason)
+        if file.closed:
             return
         self._reasons.pop(key, None)
         self._withdrawn.pop(key, None)
-        self._served[key] = version
+        self._close_file(key)
+        self._served[key], self._files[key] = version, file
         if not starting:
             await self._serve()
             how = {
@@ -309,17 +336,34 @@ class Lifecycle:
             }
             _log.info("model loaded", extra={"model": key[0], "version": key[1], **how})
 
+    async def _open(self, version: ProbedVersion, *, starting: bool) -> str:
+        """Have a version opened where calls are answered; return why that is not possible, or an empty text.
+
+        Raises:
+            StartError: the required provider is missing; only at the start.
+        """
+        servers = await self._servers
+        self._opening.add(version.key)
+        try:
+            reason = await servers.open(version)
+        except StartError as error:
+            if starting:
+                raise
+            reason = str(error)
+        finally:
+            self._opening.discard(version.key)
+        if mark := self._mark(version.probed.digest):
+            return self._of_quarantine(version.key, mark)
+        return reason
+
+    def _close_file(self, key: Key) -> None:
+        if file := self._files.pop(key, None):
+            file.close()
+
     async def _probed(self, key: Key, path: Path, *, gently: bool) -> Probed:
         """Return what a probe found, now or when it probed the same file before."""
-        size = (self._stamps[key] or (0, 0, 0))[2]
-        if self._state.has_passed or size in self._state.marked_sizes():
-            with contextlib.suppress(OSError):  # the probe has the reason
-                if size <= self._settings.max_model_mib << 20:
-                    digest = await asyncio.to_thread(_digest, path)
-                    if mark := self._mark(digest):
-                        return Probed("rejected", [self._of_quarantine(key, mark)], digest=digest)
-                    if kept := self._state.passed(digest):
-                        return kept
+        if kept := await asyncio.to_thread(self._kept, key, path):
+            return kept
         slow = asyncio.get_running_loop().call_later(
             _LONG_S, _log.info, "checking a model file takes long", {"path": str(path)}
         )
@@ -327,9 +371,21 @@ class Lifecycle:
             probed = await self._prober.probe(path, gently=gently)
         finally:
             slow.cancel()
-        if probed.outcome == "passed":
+        if probed.outcome == "passed" and not probed.warnings:  # such as a full disk, which may have room next time
             await asyncio.to_thread(self._state.keep, probed)
         return probed
+
+    def _kept(self, key: Key, path: Path) -> Probed | None:
+        """Return what is known of a file from before, if anything."""
+        with contextlib.suppress(OSError):  # the probe reports it
+            size = path.stat().st_size
+            known = self._state.has_passed or size in self._state.marked_sizes()
+            if known and size <= self._settings.max_model_mib << 20:
+                digest = _digest(path)
+                if mark := self._mark(digest):
+                    return Probed("rejected", [self._of_quarantine(key, mark)], digest=digest)
+                return self._state.passed(digest)
+        return None
 
     def _why_not(self, key: Key, path: Path, probed: Probed) -> str:
         """Return why a file that did not pass is rejected; quarantine it if it ended the probe, or kept it busy."""
@@ -372,6 +428,8 @@ class Lifecycle:
         """Serve all versions but these."""
         dropped = [key for key in keys if self._served.pop(key, None)]
         await self._serve()
+        for key in dropped:
+            self._close_file(key)
         for name, number in dropped:
             _log.info("model unloaded", extra={"model": name, "version": number})
 
@@ -416,6 +474,19 @@ class Lifecycle:
         return self._settings.models / key[0] / str(key[1]) / MODEL_FILE_NAME
 
 
+def _opened(path: Path) -> BufferedReader:
+    """Open a file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file, such as a pipe, which would never end.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is not a regular file")
+    return file
+
+
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

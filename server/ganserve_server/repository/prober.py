@@ -53,15 +53,19 @@ class Prober:
         with contextlib.suppress(OSError):
             self._folder = environment["TMPDIR"] = tempfile.mkdtemp(prefix="ganserve-probe-")
         self._output, self._greeted = os.memfd_create("ganserve-probe"), False
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "ganserve_server.repository.probe", str(os.getpid())),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=self._output,
-            env=environment,
-            limit=_MAX_LINE_BYTES,
-            start_new_session=True,  # a terminal's Ctrl-C reaches only the server
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "ganserve_server.repository.probe", str(os.getpid())),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=self._output,
+                env=environment,
+                limit=_MAX_LINE_BYTES,
+                start_new_session=True,  # a terminal's Ctrl-C reaches only the server
+            )
+        except OSError:
+            self._clean_up()
+            raise
 
     async def probe(self, path: Path, *, gently: bool = False) -> Probed:
         """Check a file.
@@ -88,6 +92,9 @@ class Prober:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
         os.close(self._output)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -289,7 +289,7 @@ def _make(folder: Path) -> None:
 
 def _write(file: Path, content: dict[str, Any]) -> bool:
     """Write a file whole or not at all; return whether that worked."""
-    beside = file.with_name(f"{os.getpid()}.tmp")
+    beside = file.with_name(f"{os.urandom(6).hex()}.tmp")
     try:
         beside.write_text(json.dumps(content))
         beside.replace(file)

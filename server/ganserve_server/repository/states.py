@@ -20,12 +20,19 @@ class VersionState:
 
 @dataclass(frozen=True, slots=True)
 class ProbedVersion:
-    """A version whose file passed the probe, and a path at which the file can be read."""
+    """A version whose file passed the probe.
+
+    Attributes:
+        model: the name of the model.
+        version: the number.
+        probed: what the probe found.
+        source: a path to the file that the lifecycle holds open, which is the same after it was replaced or removed.
+    """
 
     model: str
     version: int
     probed: Probed
-    path: str
+    source: str
 
     @property
     def key(self) -> tuple[str, int]:
@@ -39,7 +46,7 @@ class ProbedVersion:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ProbedVersion":
         """Return the version that `to_json` wrote."""
-        return cls(values["model"], values["version"], Probed(**values["probed"]), values["path"])
+        return cls(values["model"], values["version"], Probed(**values["probed"]), values["source"])
 
 
 @dataclass(frozen=True, slots=True)
