@@ -333,9 +333,14 @@ def rule_queries(prometheus: Prometheus) -> list[str]:
 
 
 def runbook_queries() -> list[str]:
-    page = re.sub(r"```.*?```", "", Path("docs/operations.md").read_text(), flags=re.DOTALL)
-    codes = re.findall(r"`([^`]+)`", page)
-    return [" ".join(code.split()) for code in codes if _SELECTOR.search(code) and set(code) & set("({")]
+    """Return what the pages ask Prometheus, in blocks and within sentences."""
+    queries = []
+    for page in sorted(Path("docs/operations").glob("*.md")):
+        text = page.read_text()
+        queries += re.findall(r"^ *ask '([^']+)'", text, re.MULTILINE)
+        codes = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        queries += [" ".join(code.split()) for code in codes if _SELECTOR.search(code) and set(code) & set("({")]
+    return queries
 
 
 def firing(alertmanager: str) -> set[tuple[str, str]]:

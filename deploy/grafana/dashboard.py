@@ -108,7 +108,7 @@ ROWS = {
                     'sum by (alertname, instance) (ALERTS{alertname=~"Ganserve.*", alertstate="firing"})'
                 )
             },
-            "docs/operations.md has an entry for each.",
+            "docs/operations/alerts.md has a section for each.",
         ),
     ],
     "Latency": [
