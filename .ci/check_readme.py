@@ -1,5 +1,6 @@
 """Check that every ganserve command in the shell blocks of the documentation has only options that it knows."""
 
+import functools
 import itertools
 import re
 import shlex
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 
+@functools.cache
 def help_of(program: Path, *command: str) -> "subprocess.CompletedProcess[str]":
     environment = {"COLUMNS": "200", "PATH": ""}
     return subprocess.run([program, *command, "--help"], capture_output=True, text=True, check=False, env=environment)
