@@ -207,11 +207,11 @@ class Replica:
         until(lambda: self.answered() > before + 2, f"calls for {self.host.ip}")
 
 
-def until(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
+def until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+    end = time.monotonic() + patience_s
     while not true():
         if time.monotonic() > end:
-            sys.exit(f"waited {PATIENCE_S:g} s in vain for {what}")
+            sys.exit(f"waited {patience_s:g} s in vain for {what}")
         time.sleep(0.02)
 
 

@@ -595,6 +595,7 @@ import numpy as np
 
 async def main():
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+    log = ganserve_server.processes.log_writer.LogWriter()
 
     class Listener(logging.Handler):
         def emit(self, record):
@@ -604,7 +605,7 @@ async def main():
     logging.getLogger().addHandler(Listener())
     logging.getLogger().setLevel(logging.INFO)
     settings = ganserve_server.settings.ServerSettings(address="127.0.0.1:0", metrics_address="off")
-    server = asyncio.create_task(ganserve_server.processes.app.serve(settings, stop, asyncio.Event()))
+    server = asyncio.create_task(ganserve_server.processes.app.serve(settings, stop, asyncio.Event(), log))
     await asyncio.wait([server, address], return_when=asyncio.FIRST_COMPLETED)
     seed = tritonclient.grpc.aio.InferInput("seed", [1], "UINT32")
     seed.set_data_from_numpy(np.array([3], np.uint32))
@@ -622,7 +623,11 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_one_program_can_be_server_and_both_clients(order: int, tmp_path: Path) -> None:
-    modules = ("ganserve", "ganserve_server.processes.app, ganserve_server.settings", "tritonclient.grpc.aio")
+    modules = (
+        "ganserve",
+        "ganserve_server.processes.app, ganserve_server.processes.log_writer, ganserve_server.settings",
+        "tritonclient.grpc.aio",
+    )
     program = tmp_path / "together.py"
     program.write_text(TOGETHER.format(imports="\n".join(f"import {names}" for names in modules[::order])))
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, timeout=60)

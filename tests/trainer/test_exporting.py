@@ -63,7 +63,7 @@ def test_a_generator_from_elsewhere_is_served_as_torch_makes_it(
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     example.main()
     assert Path(capsys.readouterr().out.strip()) == models / "blobs" / "1" / "model.onnx"
-    assert [path.name for path in models.rglob("*")] == ["blobs", "1", "model.onnx"]
+    assert sorted(path.name for path in models.rglob("*")) == [".highest-version-1", "1", "blobs", "model.onnx"]
 
     seeds, labels = range(50, 80), [seed % 3 for seed in range(50, 80)]
     latent = np.stack([np.random.RandomState(seed).standard_normal(32) for seed in seeds]).astype(np.float32)

@@ -48,7 +48,7 @@ def run(settings: ServerSettings, log: LogWriter) -> NoReturn:
     async def serve_until_stopped() -> None:
         stop, reload = asyncio.Event(), asyncio.Event()
         _handle_signals(asyncio.get_running_loop(), stop, reload, log)
-        await _serve(settings, stop, reload, log)
+        await serve(settings, stop, reload, log)
 
     status, runner = 0, asyncio.Runner()
     try:
@@ -71,7 +71,7 @@ def run(settings: ServerSettings, log: LogWriter) -> NoReturn:
     os._exit(status)
 
 
-async def _serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event, log: LogWriter) -> None:
+async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event, log: LogWriter) -> None:
     """Serve until `stop` is set, then drain; whenever `reload` is set, look for changes in the repository.
 
     Raises:
