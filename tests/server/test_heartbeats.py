@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +23,6 @@ from ganserve import Client
 from ganserve.v1 import administration_pb2 as admin_pb
 from ganserve.v1 import administration_pb2_grpc as admin_grpc
 from ganserve_server.processes.heartbeat import Heart
-from ganserve_server.settings import BUNDLED_MODELS
 
 Start = Callable[..., RunningServer]
 STUCK = 'ganserve_workers_replaced_total{reason="stuck"}'
@@ -158,26 +156,6 @@ async def test_an_event_loop_that_runs_again_is_left_alone(caplog: pytest.LogCap
     assert [line.msg for line in caplog.records] == ["the event loop stands still", "the event loop runs again"]
     assert test_an_event_loop_that_runs_again_is_left_alone.__name__ in caplog.records[0].__dict__["stacks"]
     assert "heart" not in {thread.name for thread in threading.enumerate()}
-
-
-@pytest.mark.slow
-def test_a_worker_that_loads_models_may_stand_still_for_longer(start_server: Start, tmp_path: Path) -> None:
-    shutil.copytree(BUNDLED_MODELS / "mlp-mnist", tmp_path / "mlp-mnist")
-    running = start_server("--workers=2", "--models", tmp_path, "--reload=off", "--stuck-timeout-s=2")
-    before = workers_of(running)
-    for version in range(2, 40):
-        shutil.copytree(tmp_path / "mlp-mnist" / "1", tmp_path / "mlp-mnist" / str(version))
-    running.process.send_signal(signal.SIGHUP)
-    until(lambda: running.scrape()['ganserve_model_loads_total{outcome="loaded"}'] >= 4, "nothing is loaded")
-    for pid in before:  # one of them loads, and the other one waits until it has
-        os.kill(pid, signal.SIGSTOP)
-    killed = running.wait_for("a worker is stuck; it is replaced")["pid"]
-    time.sleep(5)
-    (loading,) = set(before) - {killed}
-    os.kill(loading, signal.SIGCONT)
-    running.wait_for("reloaded")
-    assert loading in workers_of(running)
-    assert running.scrape()[STUCK] == 1
 
 
 @pytest.mark.slow

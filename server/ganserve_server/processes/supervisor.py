@@ -44,9 +44,8 @@ _log = logging.getLogger(__name__)
 
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
 _LONG_LIFE_S = 30.0
-# Without a beat, of a worker that starts or loads models. Importing libraries takes 1 s. For a file of 480 MiB, onnx
-# holds Python's lock for 1.4 s, and for 5.4 s on a machine with eight times the load that it has cores for.
-_LONGEST_LOAD_S = 60.0
+# Without a beat, of a worker that starts or ends. Importing libraries takes 1 s.
+_LONGEST_START_S = 60.0
 
 
 class _Worker:
@@ -73,7 +72,6 @@ class _Worker:
         self.started = time.monotonic()
         self.serves = False  # from its first message until it ends or is killed
         self.stuck = False  # and was killed
-        self.opening = 0  # versions
         self.facts: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
         self.sent: set[tuple[str, int, str]] = set()  # the versions that it was asked to open
         self._answers: dict[int, asyncio.Future[dict[str, Any] | None]] = {}
@@ -100,13 +98,7 @@ class _Worker:
     def open(self, version: ProbedVersion) -> "asyncio.Future[dict[str, Any] | None]":
         """Ask the worker to open a version."""
         self.sent.add((*version.key, version.probed.digest))
-        self.opening += 1
-        answer = self.ask({"do": "open", "version": version.to_json()})
-        answer.add_done_callback(self._count_opened)
-        return answer
-
-    def _count_opened(self, _: object) -> None:
-        self.opening -= 1
+        return self.ask({"do": "open", "version": version.to_json()})
 
     def serve(self, versions: list[ProbedVersion], served: Served) -> "asyncio.Future[dict[str, Any] | None]":
         """Ask the worker to serve these versions, and to open before what it was not asked to open."""
@@ -389,8 +381,8 @@ class Supervisor:
                 beat = self._board.beat_of(number)
                 seconds = self._standstills[number].look(beat)
                 limit_s = self._stuck_timeout_s
-                if not (worker.serves and beat) or worker.opening:  # it starts, ends or opens models
-                    limit_s = max(limit_s, _LONGEST_LOAD_S)
+                if not (worker.serves and beat):  # it starts or ends
+                    limit_s = max(limit_s, _LONGEST_START_S)
                 if seconds < limit_s or worker.stuck or worker.process.returncode is not None:
                     continue
                 # The last one must be replaced first, or have had the time for it: if all workers stand still because
