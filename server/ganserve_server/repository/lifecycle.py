@@ -126,7 +126,8 @@ class Lifecycle:
                 self._stamps[key] = UNKNOWN
                 self._short.pop(key, None)
                 if key in self._quarantined:
-                    self._state.release(await asyncio.to_thread(_digest, self._path(key)))
+                    with contextlib.suppress(OSError):  # the reload reports it
+                        self._state.release(await asyncio.to_thread(_digest, self._path(key)))
         states = [state for state in await self.reload() if state.model == name]
         if not states:
             raise ModelNotFound(f"the repository {self._settings.models} has no model {name!r}")
