@@ -62,7 +62,11 @@ def test_examples_run_and_give_what_they_say(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asynchronous = any("await " in example.source or "async " in example.source for example in test.examples)
-    names: dict[str, Any] = {**vars(ganserve), "np": np, "GanserveError": GanserveError}
+    names: dict[str, Any] = {
+        **{name: getattr(ganserve, name) for name in ganserve.__all__},
+        "np": np,
+        "GanserveError": GanserveError,
+    }
     if asynchronous:
         asyncio.run(run_all([at(server.address, example.source) for example in test.examples], names, server.address))
         return
