@@ -98,7 +98,7 @@ class Victim(Replica):
         )
         command = self.host.command(program, f"--models={self.models}", *addresses, "--log-format=json", *flags)
         process = subprocess.Popen(
-            [*command, f"--workers={self.workers}", f"--drain-delay-s={DRAIN_DELAY_S:g}", "--load-timeout-s=20"],
+            [*command, f"--workers={self.workers}", f"--drain-delay-s={DRAIN_DELAY_S:g}", "--load-timeout-s=5"],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **self.environment},
@@ -418,11 +418,11 @@ def measure(name: str, site: Site, balancer: str, workers: int) -> Iterator[Row]
             one.start()
         site.known = [one.host.ip for one in running]
         with balanced(balancer, site, NO_RETRIES) as address, ExitStack() as stack:
+            by_sdk = stack.enter_context(load(site, address, f"--rate={RATE}", retries=True))
+            alone = stack.enter_context(load(site, address, f"--rate={RATE}"))
             by_triton = Triton(address) if balancer != "direct" else None
             if by_triton:
                 stack.callback(by_triton.stop)
-            by_sdk = stack.enter_context(load(site, address, f"--rate={RATE}", retries=True))
-            alone = stack.enter_context(load(site, address, f"--rate={RATE}"))
             for one in running:
                 one.wait_for_calls()
             time.sleep(BEFORE_S)

@@ -88,7 +88,7 @@ def read_up_to(descriptor: int, event: str) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_log_that_nobody_reads_holds_up_no_call_and_no_end(workers: str) -> None:
     with (
         unread_pipe() as (reading, writing),

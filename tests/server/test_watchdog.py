@@ -228,6 +228,7 @@ def test_a_thread_that_does_not_come_back_is_replaced_and_holds_up_no_end(
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow  # starts three workers, and waits for two drains
 def test_a_worker_with_a_thread_that_does_not_come_back_is_replaced_while_others_serve(
     start_server: Start, repository: Path
 ) -> None:

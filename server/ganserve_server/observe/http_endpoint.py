@@ -29,7 +29,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, *args: Any) -> None:
         self._accepted: dict[socket.socket, float] = {}  # oldest first, with the time of acceptance by time.monotonic
-        self._most = min(_MAX_CONNECTIONS, max(1, free_descriptors() // 8))
+        self._fitting = max(1, free_descriptors() // 8)
         super().__init__(*args)
 
     def get_request(self) -> tuple[Any, Any]:
@@ -42,7 +42,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread; if there are too many, cut off the oldest connection, which is the slowest."""
-        if len(accepted := list(self._accepted)) >= self._most:
+        if len(accepted := list(self._accepted)) >= min(_MAX_CONNECTIONS, self._fitting):
             _cut_off(accepted[0])
             self._accepted.pop(accepted[0], None)
         self._accepted[request] = time.monotonic()
