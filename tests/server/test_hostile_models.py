@@ -25,10 +25,11 @@ from ganserve import Client, ModelNotFoundError
 from ganserve.v1 import administration_pb2 as pb
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.prober import Prober
 from ganserve_server.repository.served import ServedVersions
 from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.repository.table import ModelTable
-from ganserve_server.settings import ServerSettings
+from ganserve_server.settings import BUNDLED_MODELS, ServerSettings
 
 Start = Callable[..., RunningServer]
 WITHIN_S = 5  # for a probe; more than a good file takes on a busy machine
@@ -262,6 +263,14 @@ async def test_a_version_that_is_withdrawn_waits_for_an_operator_and_is_at_risk_
     await lifecycle.close()
     await versions.close()
     assert not at_risk.exists()
+
+
+async def test_a_small_model_is_checked_where_little_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if files may be larger than the memory that is left, as in a container of 512 MiB."""
+    monkeypatch.setattr("ganserve_server.repository.prober.memory_left", lambda: 128 << 20)
+    prober = Prober(ServerSettings(provider="cpu", threads=2))
+    assert (await prober.probe(BUNDLED_MODELS / "cdcgan-mnist" / "1" / "model.onnx")).outcome == "passed"
+    await prober.close()
 
 
 async def test_a_model_is_opened_only_if_its_memory_is_left_and_tried_again_when_it_is(

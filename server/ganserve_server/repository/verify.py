@@ -11,8 +11,8 @@ A file is untrusted input. The rules:
 - its golden images differ by at most one grey level;
 - an image takes at most half of the time that a batch may take.
 
-`examine` finds all that is wrong with a file: the functions of the rules yield a text for each problem. The server
-loads a file by `load_version`, which raises the texts.
+`examine` finds all that is wrong with a file: the functions of the rules yield a text for each problem. The server's
+probe calls it. `load_version` raises the texts.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -209,7 +210,8 @@ def _read(path: Path, max_model_mib: int) -> bytes:
         if not path.is_file():
             raise ModelRejected(why_missing(path))
         with path.open("rb") as file:
-            content = file.read((max_model_mib << 20) + 1)
+            # Not up to the limit: Python allocates as much as may be read.
+            content = file.read(min(os.fstat(file.fileno()).st_size, max_model_mib << 20) + 1)
         if not content:
             raise ModelRejected("the file is empty")
         if len(content) > max_model_mib << 20:
