@@ -156,14 +156,16 @@ class Replica:
         shutil.copytree(BUNDLED_MODELS / MODEL / "1", beside)
         beside.rename(self.models / MODEL / str(number))
 
-    def start(self, *flags: str) -> None:
+    def command(self, *flags: str) -> list[str]:
         program = Path(sys.executable).with_name("ganserve-server")
         addresses = (
             f"--address={self.host.ip}:{self._site.port}",
             f"--metrics-address={self.host.ip}:{self._site.metrics_port}",
         )
-        command = self.host.command(program, f"--models={self.models}", *addresses, "--log-format=json", *flags)
-        self.process = subprocess.Popen([*command, "--access-log=off"], stderr=subprocess.PIPE, text=True)
+        return self.host.command(program, f"--models={self.models}", *addresses, "--log-format=json", *flags)
+
+    def start(self, *flags: str) -> None:
+        self.process = subprocess.Popen(self.command("--access-log=off", *flags), stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         told: list[str] = []
         for line in self.process.stderr:

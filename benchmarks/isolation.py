@@ -91,14 +91,9 @@ class Victim(Replica):
 
     def start(self, *flags: str) -> None:
         """Start the server, and wait until it serves."""
-        program = Path(sys.executable).with_name("ganserve-server")
-        addresses = (
-            f"--address={self.host.ip}:{self._site.port}",
-            f"--metrics-address={self.host.ip}:{self._site.metrics_port}",
-        )
-        command = self.host.command(program, f"--models={self.models}", *addresses, "--log-format=json", *flags)
+        settings = (f"--workers={self.workers}", f"--drain-delay-s={DRAIN_DELAY_S:g}", *self.flags, *flags)
         process = subprocess.Popen(
-            [*command, f"--workers={self.workers}", f"--drain-delay-s={DRAIN_DELAY_S:g}", *self.flags],
+            self.command(*settings),
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **self.environment},

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.programs import run
 from tests.server.test_administration import administration
 from tests.server.test_lifecycle import GOOD, publish, replace
 from tests.server.test_start_and_drain import http_get, wait_for_sample
+from tests.server.test_watchdog import other_callers
 from tests.server.test_workers import Caller, workers_of
 
 from ganserve import Client, ModelNotFoundError
@@ -43,33 +43,15 @@ CASES = [
         for name in HOSTILE
     ),
 ]
-_PAUSE_S = 0.01
 
 
 @contextmanager
 def calls(address: str) -> Iterator[list[int]]:
     """Call again and again; every call must be answered. Yields the versions that answered."""
-    versions: list[int] = []
-    failures: list[Exception] = []
-    stop = threading.Event()
-
-    def call() -> None:
-        with Client(address) as client:
-            while not stop.wait(_PAUSE_S):
-                try:
-                    versions.append(client.generate("digits", seed=1).version)
-                except Exception as error:
-                    failures.append(error)
-
-    caller = threading.Thread(target=call)
-    caller.start()
-    try:
-        yield versions
-    finally:
-        stop.set()
-        caller.join()
-    assert not failures
-    assert versions
+    with other_callers(address, "digits") as stream:
+        yield stream.versions
+    assert not stream.errors
+    assert stream.versions
 
 
 def rejections(server: RunningServer, count: int) -> dict[str, str]:
