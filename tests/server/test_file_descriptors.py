@@ -117,8 +117,11 @@ def test_a_connection_for_which_there_is_no_descriptor_is_closed_at_once(start_s
         for connection in connections + later:
             connection.close()
     running.stop()
-    events = [running.events.get(timeout=60)["event"] for _ in range(3)]
-    assert events == ["a connection cannot be accepted", "draining", "stopped"]
+    events = []
+    while "stopped" not in events:
+        events.append(running.events.get(timeout=60)["event"])
+    # The watch of the repository may have wanted a descriptor, too.
+    assert events.count("a connection cannot be accepted") == 1
 
 
 def test_a_new_certificate_that_cannot_be_read_for_want_of_descriptors_is_read_later(

@@ -228,6 +228,19 @@ def test_a_thread_that_does_not_come_back_is_replaced_and_holds_up_no_end(
     assert time.monotonic() - started < 20
 
 
+def test_a_batch_that_nobody_waits_for_ends_with_the_server_and_is_no_failure(
+    start_server: Start, repository: Path
+) -> None:
+    server = start_server("--models", repository, "--batch-timeout-s=60")
+    with Client(server.address) as client, pytest.raises(GanserveError):
+        client.generate("hostile", latents=[ENDLESS], timeout_s=0.5)
+    assert server.stop() == 0
+    events = set()
+    while "stopped" not in events:
+        events.add(server.events.get(timeout=WAIT_S)["event"])
+    assert "the engine failed" not in events
+
+
 @pytest.mark.slow  # starts three workers, and waits for two drains
 def test_a_worker_with_a_thread_that_does_not_come_back_is_replaced_while_others_serve(
     start_server: Start, repository: Path

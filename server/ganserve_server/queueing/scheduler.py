@@ -113,6 +113,8 @@ class Scheduler:
         until = time.monotonic() + _CLOSE_S
         for slot, thread in list(self._threads.items()):  # a copy, because the event loop may replace a thread
             if (run := slot.run) is not None:
+                assert isinstance(run, _RunningBatch)
+                run.answered = True  # nobody waits for it, and its end is no failure
                 run.end()
                 if run.stuck:
                     continue
