@@ -17,13 +17,11 @@ import asyncio
 import contextlib
 import itertools
 import os
-import re
 import resource
 import shutil
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-from running import Running, h2load, metrics, serving
+from running import Running, counted, h2load, metrics, serving
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
@@ -41,14 +39,6 @@ from ganserve_server.settings import BUNDLED_MODELS
 CALLS = 300
 CLOSED_IN_S = 15.0
 FAULTS = ("start", "connections", "readers", "leavers", "drain", "kill", "stop")
-
-
-def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
-    """Return the number of h2load's calls that were answered, and the number that failed."""
-    text = process.communicate()[0]
-    found = re.search(r"requests: .*, (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", text)
-    assert found, text
-    return int(found[1]), int(found[2])
 
 
 def not_ok(found: dict[str, float]) -> float:

@@ -1,36 +1,38 @@
 """Counts pictures of 256 and 512 pixels a second: from the server in each encoding, and from bare onnxruntime.
 
 The generator is a small DCGAN with random weights. Bare onnxruntime makes one image at a time in as many threads as the
-server has cores, in this process, from latents that are there already. The server answers as many callers as it needs,
-each of whom asks for 8 images at a time. Both run in alternation; the medians of the rounds are printed, with the share
-of bare onnxruntime's.
+server has cores, in this process, from latents that are there already. The server answers 8 callers, each of whom asks
+for 8 images at a time; they are h2load (Debian: nghttp2-client), a C program. Both run in alternation; the medians of
+the rounds are printed, with the share of bare onnxruntime's, and the cores that the server and the callers keep busy:
+the callers have the same cores as the server.
 
     python benchmarks/large_pictures.py [--rounds 5] [--seconds 5]
 """
 
 import argparse
 import os
+import resource
 import statistics
+import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import numpy as np
 import onnxruntime
 import torch
-from running import serving
+from running import Running, counted, cpu_s, h2load, serving
 from torch import nn
 
 from ganserve.v1 import generation_pb2 as pb
-from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_trainer import wrap
 from ganserve_trainer.export import export_module
 
 SIDES = (256, 512)
+BARE = "bare onnxruntime"
 LATENT_DIM, CALLERS, COUNT = 64, 8, 8
 ENCODINGS = (pb.ENCODING_RAW, pb.ENCODING_PNG, pb.ENCODING_WEBP, pb.ENCODING_JPEG)
 
@@ -51,52 +53,55 @@ def generator(side: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def rate(work: Callable[[], int], threads: int, seconds: float) -> float:
-    """Return how many images a second several threads make, each by calling `work` again and again."""
-    made = [0] * threads
-    end = time.perf_counter() + seconds
-
-    def run(number: int) -> None:
-        while time.perf_counter() < end:
-            made[number] += work()
-
-    workers = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
-    begun = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(made) / (time.perf_counter() - begun)
+@dataclass(frozen=True)
+class Measured:
+    images_per_s: float
+    server_cores: float = 0  # the number of cores that the server kept busy
+    client_cores: float = 0
 
 
-def bare(file: Path) -> Callable[[], int]:
+def bare(file: Path, seconds: float) -> Measured:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     latent = np.random.RandomState(1).standard_normal((1, LATENT_DIM)).astype(np.float32)
+    end = time.perf_counter() + seconds
 
-    def make() -> int:
-        return len(session.run(["image"], {"latent": latent})[0])
+    def make(_: int) -> int:
+        made = 0
+        while time.perf_counter() < end:
+            made += len(session.run(["image"], {"latent": latent})[0])
+        return made
 
-    return make
+    begun = time.perf_counter()
+    threads = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool:
+        made = sum(pool.map(make, range(threads)))
+    return Measured(made / (time.perf_counter() - begun))
 
 
-def served(stub: pb_grpc.GenerationServiceStub, model: str, encoding: pb.Encoding) -> Callable[[], int]:
-    request = pb.GenerateImagesRequest(model=model, count=COUNT, seed=1, encoding=encoding)
+def served(running: Running, model: str, encoding: pb.Encoding, seconds: int) -> Measured:
+    before, mine, begun = cpu_s(running.pids()), _children_s(), time.perf_counter()
+    flags = (f"--clients={CALLERS}", "-m1", "--warm-up-time=1", f"--duration={seconds}")
+    answered, failed = counted(h2load(running.address, model, *flags, count=COUNT, encoding=encoding))
+    took = time.perf_counter() - begun
+    if failed:
+        sys.exit(f"{failed} of {answered + failed} calls failed")
+    return Measured(answered * COUNT / seconds, (cpu_s(running.pids()) - before) / took, (_children_s() - mine) / took)
 
-    def make() -> int:
-        return int(stub.GenerateImages(request).count)
 
-    return make
+def _children_s() -> float:
+    """Return the CPU seconds of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=int, default=5)
     arguments = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    found: dict[tuple[int, str], list[float]] = defaultdict(list)
+    found: dict[tuple[int, str], list[Measured]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         files = {
             side: export_module(
@@ -108,25 +113,24 @@ def main() -> None:
             for side in SIDES
         }
         with serving("--workers=1", f"--models={scratch}") as running:
-            options = [("grpc.max_receive_message_length", -1)]
-            with grpc.insecure_channel(running.address, options) as channel:
-                stub = pb_grpc.GenerationServiceStub(channel)
-                ways = {(side, "bare onnxruntime"): (bare(file), cores) for side, file in files.items()} | {
-                    (side, pb.Encoding.Name(encoding).removeprefix("ENCODING_")): (
-                        served(stub, f"pictures-{side}", encoding),
-                        CALLERS,
-                    )
-                    for side in SIDES
-                    for encoding in ENCODINGS
-                }
-                for _ in range(arguments.rounds):
-                    for way, (work, threads) in ways.items():
-                        found[way].append(rate(work, threads, arguments.seconds))
-    for side in SIDES:
-        for (of, way), rates in found.items():
-            if of == side:
-                share = statistics.median(a / b for a, b in zip(rates, found[side, "bare onnxruntime"], strict=True))
-                print(f"{side} px, {way}: {statistics.median(rates):,.1f} images/s, {share:.2f} of bare onnxruntime")
+            for _ in range(arguments.rounds):
+                for side, file in files.items():
+                    found[side, BARE].append(bare(file, arguments.seconds))
+                    for encoding in ENCODINGS:
+                        name = pb.Encoding.Name(encoding).removeprefix("ENCODING_")
+                        measured = served(running, f"pictures-{side}", encoding, arguments.seconds)
+                        found[side, name].append(measured)
+    for (side, way), rounds in found.items():
+        rates = [one.images_per_s for one in rounds]
+        of_bare = zip(rates, found[side, BARE], strict=True)
+        line = f"{side} px, {way}: {statistics.median(rates):,.1f} images/s"
+        if way != BARE:
+            share = statistics.median(rate / other.images_per_s for rate, other in of_bare)
+            server, client = (
+                statistics.median(getattr(one, name) for one in rounds) for name in ("server_cores", "client_cores")
+            )
+            line += f", {share:.2f} of {BARE}; {server:.2f} cores, the callers {client:.2f}"
+        print(line)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A server for a benchmark, its resource use, and calls from a C program (h2load), which does not limit the server."""
 
 import json
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -37,6 +39,15 @@ def _resident_kib(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
 
 
+def cpu_s(pids: list[int]) -> float:
+    """Return the CPU seconds that the processes have used together."""
+    used = 0.0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
 @contextmanager
 def serving(*flags: str) -> Iterator[Running]:
     """Start a server on free ports; end it, and check that it ends with status 0."""
@@ -46,9 +57,11 @@ def serving(*flags: str) -> Iterator[Running]:
         log = process.stderr
         assert log is not None
         try:
-            told = json.loads(log.readline())
-            if told["event"] != "serving":
-                sys.exit(f"the server says: {told}")
+            lines = []
+            while (told := json.loads(log.readline() or "{}")).get("event") != "serving":
+                lines.append(told)
+                if not told:
+                    sys.exit(f"the server says: {lines}")
             threading.Thread(target=lambda: deque(log, maxlen=0), daemon=True).start()  # a full pipe would stop it
             yield Running(process, told["address"], told["metrics_address"])
             process.terminate()
@@ -58,15 +71,31 @@ def serving(*flags: str) -> Iterator[Running]:
             process.kill()
 
 
-def h2load(address: str, model: str, *flags: str, count: int = 1, scheme: str = "http") -> "subprocess.Popen[str]":
+def h2load(
+    address: str,
+    model: str,
+    *flags: str,
+    count: int = 1,
+    scheme: str = "http",
+    encoding: pb.Encoding = pb.ENCODING_RAW,
+) -> "subprocess.Popen[str]":
     """Start h2load (Debian: nghttp2-client), which calls for `count` images repeatedly."""
-    message = pb.GenerateImagesRequest(model=model, count=count, seed=1).SerializeToString()
+    request = pb.GenerateImagesRequest(model=model, count=count, seed=1, encoding=encoding)
+    message = request.SerializeToString()
     with tempfile.NamedTemporaryFile(delete=False) as body:
         body.write(struct.pack(">BI", 0, len(message)) + message)
     command = ["h2load", *flags, f"--data={body.name}", "--header=content-type: application/grpc"]
     return subprocess.Popen(
         [*command, "--header=te: trailers", f"{scheme}://{address}{_PATH}"], stdout=subprocess.PIPE, text=True
     )
+
+
+def counted(process: "subprocess.Popen[str]") -> tuple[int, int]:
+    """Return the number of h2load's calls that were answered, and the number that failed."""
+    text = process.communicate()[0]
+    found = re.search(r"requests: .*, (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", text)
+    assert found, text
+    return int(found[1]), int(found[2])
 
 
 def metrics(running: Running) -> dict[str, float]:

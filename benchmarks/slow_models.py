@@ -2,17 +2,20 @@
 
 For each time of an image, the program makes a model that takes about that long on one core of this machine. One
 client streams 1,000 images; another one asks for one image at a time, on its own connection. The limit is two times of
-an image and 50 ms.
+an image and 50 ms. Here, an image's time is that of a core while the other cores compute images, too, as they do beside
+the stream: cores share caches, memory and clock.
 
     python benchmarks/slow_models.py [--seconds 0.01 0.1 0.5 1.0] [--calls 10] [--check]
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -87,17 +90,24 @@ def slow_model(rounds: int) -> onnx.ModelProto:
     return model
 
 
-def seconds_an_image(model: onnx.ModelProto) -> float:
-    """Time one image on one core."""
+def seconds_an_image(model: onnx.ModelProto, cores: int) -> float:
+    """Time an image on one core while each of `cores` cores computes images; return the median of 4 to each core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    took = []
-    for _ in range(4):
-        started = time.perf_counter()
-        session.run(None, {"latent": np.ones((1, 16), np.float32)})
-        took.append(time.perf_counter() - started)
-    return min(took)
+    together = threading.Barrier(cores)
+
+    def run(_: int) -> list[float]:
+        took = []
+        together.wait()
+        for _ in range(4):
+            started = time.perf_counter()
+            session.run(None, {"latent": np.ones((1, 16), np.float32)})
+            took.append(time.perf_counter() - started)
+        return took
+
+    with ThreadPoolExecutor(cores) as pool:
+        return statistics.median(one for took in pool.map(run, range(cores)) for one in took)
 
 
 def waits(address: str, calls: int) -> list[float]:
@@ -132,8 +142,9 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10, help="of the lone caller")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a median is above the limit")
     options = parser.parse_args()
-    a_round = seconds_an_image(slow_model(100)) / 100
-    print("| an image, s | wait, median, s | longest, s | limit, s |\n|---|---|---|---|")
+    cores = len(os.sched_getaffinity(0))
+    a_round = seconds_an_image(slow_model(100), 1) / 100
+    print("| an image alone, s | beside others, s | wait, median, s | longest, s | limit, s |\n|---|---|---|---|---|")
     late = False
     for wanted in options.seconds:
         model = slow_model(max(1, round(wanted / a_round)))
@@ -141,12 +152,13 @@ def main() -> None:
             path = Path(folder) / "slow" / "1" / "model.onnx"
             path.parent.mkdir(parents=True)
             onnx.save(model, path)
-            image_s = seconds_an_image(model)
+            alone_s, image_s = (seconds_an_image(model, busy) for busy in (1, cores))
             with serving("--workers=1", f"--models={folder}") as server:
                 took = waits(server.address, options.calls)
-        limit = 2 * image_s + 0.05
-        late = late or statistics.median(took) > limit
-        print(f"| {image_s:.3f} | {statistics.median(took):.3f} | {max(took):.3f} | {limit:.3f} |", flush=True)
+        wait, limit = statistics.median(took), 2 * image_s + 0.05
+        late = late or wait > limit
+        row = (alone_s, image_s, wait, max(took), limit)
+        print(f"| {' | '.join(f'{seconds:.3f}' for seconds in row)} |", flush=True)
     sys.exit(int(options.check and late))
 
 
