@@ -33,6 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/client/typing_uses.py
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against ".git#ref=$(BASE)"
 

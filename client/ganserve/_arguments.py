@@ -3,17 +3,19 @@
 import operator
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ganserve.errors import InvalidRequestError
 
-Label = int | str
-Attributes = Mapping[str, float | Sequence[float]]  # a number for all images, or one for each
+Label = SupportsIndex | str
+Labels = Label | Sequence[Label] | NDArray[Any]  # one for all images, or one for each
+Attributes = Mapping[str, SupportsFloat | Sequence[SupportsFloat] | NDArray[Any]]  # one for all images, or one for each
 
 UINT32_LIMIT = 1 << 32
+MOST_PIXELS = 178_956_970  # of a picture: programs that use Pillow refuse larger ones
 _A_LABEL = "it must be an index, 0 or more, or a name of a class"
 
 
@@ -24,19 +26,42 @@ def invalid(field: str, text: str) -> InvalidRequestError:
     return error
 
 
+def integer(field: str, value: object, least: int, most: int) -> int:
+    """Return an integer from `least` to `most`.
+
+    Raises:
+        InvalidRequestError: the value is not one; the error's `field` names it.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if least <= number <= most:
+        return number
+    raise invalid(field, f"{field} is {reprlib.repr(value)}; it must be an integer from {least} to {most}")
+
+
 def uint32(field: str, value: object, least: int = 0) -> int:
     """Return an integer that a uint32 field of a message can hold.
 
     Raises:
         InvalidRequestError: the value is not one; the error's `field` names it.
     """
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = -1
-    if least <= number < UINT32_LIMIT:
-        return number
-    raise invalid(field, f"{field} is {value!r}; it must be an integer from {least} to {UINT32_LIMIT - 1}")
+    return integer(field, value, least, UINT32_LIMIT - 1)
+
+
+def check_picture_size(width: int, height: int) -> None:
+    """Reject a picture that programs that use Pillow refuse to read.
+
+    Raises:
+        InvalidRequestError: it has too many pixels.
+    """
+    if width * height > MOST_PIXELS:
+        raise invalid(
+            "scale",
+            f"the picture would be {width}x{height} pixels; it may have at most {MOST_PIXELS} in total: reduce scale, "
+            "or the number of images",
+        )
 
 
 def model_name(model: Any) -> str:
@@ -52,7 +77,7 @@ def model_name(model: Any) -> str:
     return str(model)
 
 
-def seed_iterator(seeds: Iterable[int]) -> Iterator[int]:
+def seed_iterator(seeds: Iterable[SupportsIndex]) -> Iterator[SupportsIndex]:
     """Return an iterator over seeds.
 
     Raises:
@@ -119,7 +144,7 @@ def items_of(field: str, values: Any) -> list[tuple[str, Any]]:
     return items
 
 
-def label_value(label: Any) -> Label:
+def label_value(label: Any) -> int | str:
     """Return one label.
 
     Raises:
@@ -128,7 +153,7 @@ def label_value(label: Any) -> Label:
     try:
         if isinstance(label, str):
             label.encode()
-            return label
+            return str(label)  # of NumPy's strings, too
         return uint32("label", label)
     except (UnicodeEncodeError, InvalidRequestError) as error:  # half of a surrogate pair is no text
         text = ascii(label) if isinstance(label, str) else reprlib.repr(label)

@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, SupportsIndex
 
 from numpy.typing import ArrayLike
 
-from ganserve._arguments import Attributes, Label, seed_iterator
+from ganserve._arguments import MOST_PIXELS, Attributes, Labels, integer, seed_iterator
 from ganserve._base_client import (
     NOT_READY_YET,
     OF_ONE_REPLICA,
@@ -18,6 +18,7 @@ from ganserve._base_client import (
     STREAM_ABOVE,
     BaseClient,
     FilePath,
+    Source,
 )
 from ganserve._calls import AsyncCalls
 from ganserve._each import each_async
@@ -39,7 +40,6 @@ from ganserve._streams import one_by_one_async, stream_async
 from ganserve.errors import GanserveError, InvalidRequestError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
-from ganserve.provenance import Provenance
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,14 +79,14 @@ class AsyncClient(BaseClient):
         self,
         model: str,
         *,
-        count: int | None = None,
-        seed: int | None = None,
-        label: Label | Sequence[Label] | None = None,
+        count: SupportsIndex | None = None,
+        seed: SupportsIndex | None = None,
+        label: Labels | None = None,
         latents: ArrayLike | None = None,
-        truncation: float = 1.0,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
         """Make images, as Client.generate does.
@@ -118,13 +118,13 @@ class AsyncClient(BaseClient):
         self,
         model: str,
         *,
-        count: int,
-        seed: int | None = None,
-        label: Label | Sequence[Label] | None = None,
-        truncation: float = 1.0,
+        count: SupportsIndex,
+        seed: SupportsIndex | None = None,
+        label: Labels | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[GeneratedImage, None]:
         """Yield images one by one, as Client.stream does.
@@ -149,13 +149,13 @@ class AsyncClient(BaseClient):
         self,
         model: str,
         *,
-        count: int,
-        seed: int | None = None,
-        label: Label | Sequence[Label] | None = None,
-        truncation: float = 1.0,
+        count: SupportsIndex,
+        seed: SupportsIndex | None = None,
+        label: Labels | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[ImageBatch, None]:
         """Yield images in batches, as Client.stream_batches does.
@@ -179,13 +179,13 @@ class AsyncClient(BaseClient):
     def generate_each(
         self,
         model: str,
-        seeds: Iterable[int] | AsyncIterable[int],
+        seeds: Iterable[SupportsIndex] | AsyncIterable[SupportsIndex],
         *,
-        label: Label | Iterable[Label] | None = None,
-        truncation: float = 1.0,
+        label: Labels | Iterable[int | str] | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[GeneratedImage, None]:
         """Yield the image of each seed, as Client.generate_each does; the seeds may be an async iterable.
@@ -200,23 +200,23 @@ class AsyncClient(BaseClient):
     async def interpolate(
         self,
         model: str,
-        seed_a: int,
-        seed_b: int,
-        steps: int = 16,
+        seed_a: SupportsIndex,
+        seed_b: SupportsIndex,
+        steps: SupportsIndex = 16,
         *,
         kind: Literal["slerp", "linear"] | None = None,
-        label: Label | Sequence[Label] | None = None,
-        truncation: float = 1.0,
+        label: Labels | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
         """Make the images between those of two seeds, as Client.interpolate does.
 
         >>> batch = await client.interpolate("cdcgan-mnist", 1, 2, 8, label=7)
         """
-        way = self._way(seed_a, seed_b, steps, kind or "slerp")
+        way = self._way(seed_a, seed_b, steps, kind)
         described = await self.model(model, version, timeout_s=timeout_s)
         way = self._way_through(described, way, kind)
         batch = await self.generate(
@@ -231,12 +231,13 @@ class AsyncClient(BaseClient):
         )
         return replace(batch, interpolation=way)
 
-    async def reproduce(self, provenance: Provenance, *, timeout_s: float | None = None) -> ImageBatch:
+    async def reproduce(self, source: Source, *, timeout_s: float | None = None) -> ImageBatch:
         """Make images again, as Client.reproduce does.
 
         >>> batch = await client.generate("cdcgan-mnist", count=4, label=7)
-        >>> again = await client.reproduce(batch.provenance)
+        >>> again = await client.reproduce(batch)
         """
+        provenance = self._provenance_of(source)
         seeds, labels = self._sources(provenance)
         how: Any = {
             "label": labels,
@@ -264,22 +265,23 @@ class AsyncClient(BaseClient):
         self,
         model: str,
         *,
-        columns: int = 10,
-        label: Label | Sequence[Label] | None = None,
-        seed: int | None = None,
-        truncation: float = 1.0,
+        columns: SupportsIndex = 10,
+        label: Labels | None = None,
+        seed: SupportsIndex | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
-        scale: int = 2,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
+        scale: SupportsIndex = 2,
         timeout_s: float | None = None,
     ) -> "Image":
         """Make a picture of many images, as Client.contact_sheet does.
 
         >>> (await client.contact_sheet("cdcgan-mnist", columns=5)).save("digits.png")
         """
+        columns, scale = integer("columns", columns, 1, MOST_PIXELS), integer("scale", scale, 1, MOST_PIXELS)
         described = await self.model(model, version, timeout_s=timeout_s)
-        count, labels, names = self._sheet_rows(described, label, columns)
+        count, labels, names = self._sheet_rows(described, label, columns, scale)
         batch = await self.generate(
             model,
             count=count,
@@ -307,7 +309,7 @@ class AsyncClient(BaseClient):
             page = next_models_request(response)
         return listed
 
-    async def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
+    async def model(self, name: str, version: SupportsIndex | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a model, as Client.model does.
 
         >>> latent_dim = (await client.model("cdcgan-mnist")).latent_dim
@@ -340,7 +342,7 @@ class AsyncClient(BaseClient):
             await asyncio.sleep(readiness.delay_s(last))
 
     async def replicas(
-        self, model: str | None = None, version: int | None = None, *, timeout_s: float | None = None
+        self, model: str | None = None, version: SupportsIndex | None = None, *, timeout_s: float | None = None
     ) -> list[Replica]:
         """Ask every address that this client calls in turn whether it serves, as Client.replicas does.
 
@@ -373,7 +375,9 @@ class AsyncClient(BaseClient):
             asked.append(answer)
         return asked
 
-    async def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
+    async def wait_for_version(
+        self, model: str | None, version: SupportsIndex | None, timeout_s: float = 60.0
+    ) -> list[Replica]:
         """Wait until every replica serves this version of a model, as Client.wait_for_version does.
 
         >>> found = await client.wait_for_version("cdcgan-mnist", 1, 10)

@@ -2,14 +2,25 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, SupportsFloat, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ganserve._arguments import UINT32_LIMIT, Attributes, Label, label_list, uint32
+from ganserve._arguments import (
+    UINT32_LIMIT,
+    Attributes,
+    Label,
+    Labels,
+    check_picture_size,
+    integer,
+    invalid,
+    label_list,
+    uint32,
+)
 from ganserve._attributes import of_image
 from ganserve._calls import AsyncCalls, Calls
 from ganserve._each import EachProgress
@@ -25,8 +36,9 @@ from ganserve.errors import (
     ServerError,
     UnavailableError,
 )
+from ganserve.images import GeneratedImage, ImageBatch
 from ganserve.models import Model
-from ganserve.provenance import Interpolation, Provenance
+from ganserve.provenance import Interpolation, Provenance, read_provenance
 
 DEFAULT_TIMEOUT_S = 30.0
 STREAM_ABOVE = 256  # images: more come as a stream, so that no message gets too large
@@ -38,8 +50,10 @@ OF_ONE_REPLICA = (*NOT_READY_YET, AuthenticationError, ServerError)
 _TIMEOUT_S_PER_IMAGE = 0.02  # added to the default timeout for each image
 _LONGEST_TIMEOUT_S = 86_400.0 * 365  # gRPC treats much longer timeouts as none
 _SHEET_ROWS_UNCONDITIONAL = 4
+_MOST_STEPS = 65_536  # of an interpolation: their latents are made here, and the server has a lower limit
 
 FilePath = str | os.PathLike[str]
+Source = Provenance | GeneratedImage | ImageBatch | FilePath | bytes | BinaryIO  # of images to make again
 
 
 class BaseClient:
@@ -55,6 +69,10 @@ class BaseClient:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address}{' closed' if self._calls.closed else ''}>"
 
+    def __reduce__(self) -> Any:
+        name = type(self).__name__
+        raise TypeError(f"a {name} cannot be pickled, because it has connections; make one in each process")
+
     def _timeout_s(self, given: float | None, images: int = 0) -> float:
         timeout_s = self.timeout_s if given is None else given
         if timeout_s is None:
@@ -69,12 +87,12 @@ class BaseClient:
     def _each_progress(
         self,
         model: str,
-        label: Label | Iterable[Label] | None,
-        truncation: float,
-        version: int | None,
+        label: Labels | Iterable[Label] | None,
+        truncation: SupportsFloat,
+        version: SupportsIndex | None,
         timeout_s: float | None,
         attributes: Attributes | None,
-        input_seeds: Mapping[str, int] | None,
+        input_seeds: Mapping[str, SupportsIndex] | None,
     ) -> EachProgress:
         request = images_request(
             model,
@@ -91,24 +109,32 @@ class BaseClient:
 
     @staticmethod
     def _sheet_rows(
-        model: Model, label: Label | Sequence[Label] | None, columns: int
+        model: Model, label: Labels | None, columns: int, scale: int
     ) -> tuple[int, list[Label] | None, list[str]]:
-        """Return the number of images, the label of each, and the rows' names."""
-        if not isinstance(columns, int) or columns < 1:
-            raise InvalidRequestError(f"columns is {columns!r}; it must be an integer, 1 or more")
+        """Return the number of images, the label of each, and the rows' names.
+
+        Raises:
+            InvalidRequestError: the model has no such class, or the sheet would be too large.
+        """
         if not model.conditional and label is None:
-            return _SHEET_ROWS_UNCONDITIONAL * columns, None, []
-        rows = [model.label(row) for row in (range(len(model.class_names)) if label is None else label_list(label))]
+            rows = [0] * _SHEET_ROWS_UNCONDITIONAL
+        else:
+            rows = [model.label(row) for row in (range(len(model.class_names)) if label is None else label_list(label))]
+        check_picture_size(model.width * columns * scale, model.height * len(rows) * scale)
+        if not model.conditional:
+            return len(rows) * columns, None, []
         each: list[Label] = [row for row in rows for _ in range(columns)]
         return len(each), each, [model.class_names[row] for row in rows]
 
     @staticmethod
-    def _way(seed_a: int, seed_b: int, steps: int, kind: Literal["slerp", "linear"]) -> Interpolation:
+    def _way(
+        seed_a: SupportsIndex, seed_b: SupportsIndex, steps: SupportsIndex, kind: Literal["slerp", "linear"] | None
+    ) -> Interpolation:
         """Check the arguments of an interpolation."""
-        if kind not in WAYS:
+        kind = "slerp" if kind is None else kind
+        if not isinstance(kind, str) or kind not in WAYS:
             raise InvalidRequestError(f"kind is {kind!r}; it must be slerp or linear")
-        if not isinstance(steps, int) or steps < 2:
-            raise InvalidRequestError(f"steps is {steps!r}; it must be an integer, 2 or more")
+        steps = integer("steps", steps, 2, _MOST_STEPS)
         return Interpolation(kind, uint32("seed_a", seed_a), uint32("seed_b", seed_b), steps, tuple(range(steps)))
 
     @staticmethod
@@ -130,6 +156,27 @@ class BaseClient:
         """Return the latents [n, latent_dim] of an interpolation's images."""
         places = np.linspace(0, 1, way.steps)[list(way.shown)]
         return between(way.seed_a, way.seed_b, places, way.kind, model.latent_dim, model.distribution)
+
+    @staticmethod
+    def _provenance_of(source: Source) -> Provenance:
+        """Return a provenance, or that of images or of a file.
+
+        Raises:
+            InvalidRequestError: `source` is something else, or an empty batch.
+            NoProvenanceError: the file has none.
+        """
+        if isinstance(source, Provenance):
+            return source
+        if isinstance(source, GeneratedImage | ImageBatch):
+            return source.provenance
+        if isinstance(source, str | os.PathLike):
+            return read_provenance(Path(source))
+        if isinstance(source, bytes) or hasattr(source, "read"):
+            return read_provenance(source)
+        raise invalid(
+            "source",
+            f"source is a {type(source).__name__}; it must be a provenance, an image, a batch, or a file",
+        )
 
     @staticmethod
     def _sources(provenance: Provenance) -> tuple[tuple[int, ...], list[Label] | None]:

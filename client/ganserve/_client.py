@@ -1,16 +1,16 @@
 """`Client`: images by blocking calls. `AsyncClient` in `_async_client` has the same methods for asyncio."""
 
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, SupportsIndex
 
 from numpy.typing import ArrayLike
 
-from ganserve._arguments import Attributes, Label, seed_iterator
+from ganserve._arguments import MOST_PIXELS, Attributes, Labels, integer, seed_iterator
 from ganserve._base_client import (
     NOT_READY_YET,
     OF_ONE_REPLICA,
@@ -19,6 +19,7 @@ from ganserve._base_client import (
     STREAM_ABOVE,
     BaseClient,
     FilePath,
+    Source,
 )
 from ganserve._calls import Calls
 from ganserve._each import each
@@ -40,7 +41,6 @@ from ganserve._streams import one_by_one, stream
 from ganserve.errors import GanserveError, InvalidRequestError, UnavailableError
 from ganserve.images import GeneratedImage, ImageBatch, concatenate, gathered
 from ganserve.models import Model
-from ganserve.provenance import Provenance
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,14 +99,14 @@ class Client(BaseClient):
         self,
         model: str,
         *,
-        count: int | None = None,
-        seed: int | None = None,
-        label: Label | Sequence[Label] | None = None,
+        count: SupportsIndex | None = None,
+        seed: SupportsIndex | None = None,
+        label: Labels | None = None,
         latents: ArrayLike | None = None,
-        truncation: float = 1.0,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
         """Make images.
@@ -164,13 +164,13 @@ class Client(BaseClient):
         self,
         model: str,
         *,
-        count: int,
-        seed: int | None = None,
-        label: Label | Sequence[Label] | None = None,
-        truncation: float = 1.0,
+        count: SupportsIndex,
+        seed: SupportsIndex | None = None,
+        label: Labels | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> Generator[GeneratedImage, None, None]:
         """Make any number of images, and yield them one by one and in order, as they arrive.
@@ -203,13 +203,13 @@ class Client(BaseClient):
         self,
         model: str,
         *,
-        count: int,
-        seed: int | None = None,
-        label: Label | Sequence[Label] | None = None,
-        truncation: float = 1.0,
+        count: SupportsIndex,
+        seed: SupportsIndex | None = None,
+        label: Labels | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> Generator[ImageBatch, None, None]:
         """Yield images in batches of the server's size: like `stream`, but with less work for each image.
@@ -233,13 +233,13 @@ class Client(BaseClient):
     def generate_each(
         self,
         model: str,
-        seeds: Iterable[int],
+        seeds: Iterable[SupportsIndex],
         *,
-        label: Label | Iterable[Label] | None = None,
-        truncation: float = 1.0,
+        label: Labels | Iterable[int | str] | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> Generator[GeneratedImage, None, None]:
         """Make the image of each of these seeds, which need not be consecutive, and yield the images in their order.
@@ -279,16 +279,16 @@ class Client(BaseClient):
     def interpolate(
         self,
         model: str,
-        seed_a: int,
-        seed_b: int,
-        steps: int = 16,
+        seed_a: SupportsIndex,
+        seed_b: SupportsIndex,
+        steps: SupportsIndex = 16,
         *,
         kind: Literal["slerp", "linear"] | None = None,
-        label: Label | Sequence[Label] | None = None,
-        truncation: float = 1.0,
+        label: Labels | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
         timeout_s: float | None = None,
     ) -> ImageBatch:
         """Make the images between those of two seeds; the first and the last image are those of the seeds.
@@ -313,7 +313,7 @@ class Client(BaseClient):
         Raises:
             GanserveError: as `generate` does.
         """
-        way = self._way(seed_a, seed_b, steps, kind or "slerp")
+        way = self._way(seed_a, seed_b, steps, kind)
         described = self.model(model, version, timeout_s=timeout_s)
         way = self._way_through(described, way, kind)
         batch = self.generate(
@@ -328,24 +328,26 @@ class Client(BaseClient):
         )
         return replace(batch, interpolation=way)
 
-    def reproduce(self, provenance: Provenance, *, timeout_s: float | None = None) -> ImageBatch:
-        """Make images again from the provenance in a file or of a batch.
+    def reproduce(self, source: Source, *, timeout_s: float | None = None) -> ImageBatch:
+        """Make the images of a file or of a batch again, from their provenance.
 
         The pixels are identical if the server's version is the same file (`digest`) and runs on the same kind of
         machine; on another kind they may differ by a grey level.
 
         >>> client.generate("cdcgan-mnist", count=4, seed=1, label=7).sheet().save("sevens.png")
-        >>> client.reproduce(read_provenance("sevens.png")).seeds
+        >>> client.reproduce("sevens.png").seeds
         (1, 2, 3, 4)
 
         Args:
-            provenance: the provenance of one image or several, as `read_provenance` returns it.
+            source: a file that has its provenance (its path, its bytes, or the open file), an image, a batch, or what
+                `read_provenance` returns.
             timeout_s: for each of at most two calls; if the seeds are not consecutive, as for `generate_each`.
 
         Raises:
             NoProvenanceError: the provenance does not say what each image was made from.
             GanserveError: as `generate` does.
         """
+        provenance = self._provenance_of(source)
         seeds, labels = self._sources(provenance)
         how: Any = {
             "label": labels,
@@ -372,14 +374,14 @@ class Client(BaseClient):
         self,
         model: str,
         *,
-        columns: int = 10,
-        label: Label | Sequence[Label] | None = None,
-        seed: int | None = None,
-        truncation: float = 1.0,
+        columns: SupportsIndex = 10,
+        label: Labels | None = None,
+        seed: SupportsIndex | None = None,
+        truncation: SupportsFloat = 1.0,
         attributes: Attributes | None = None,
-        input_seeds: Mapping[str, int] | None = None,
-        version: int | None = None,
-        scale: int = 2,
+        input_seeds: Mapping[str, SupportsIndex] | None = None,
+        version: SupportsIndex | None = None,
+        scale: SupportsIndex = 2,
         timeout_s: float | None = None,
     ) -> "Image":
         """Make a picture of many images, with a named row for each class of a conditional model.
@@ -401,8 +403,9 @@ class Client(BaseClient):
         Raises:
             GanserveError: as `generate` does.
         """
+        columns, scale = integer("columns", columns, 1, MOST_PIXELS), integer("scale", scale, 1, MOST_PIXELS)
         described = self.model(model, version, timeout_s=timeout_s)
-        count, labels, names = self._sheet_rows(described, label, columns)
+        count, labels, names = self._sheet_rows(described, label, columns, scale)
         batch = self.generate(
             model,
             count=count,
@@ -433,7 +436,7 @@ class Client(BaseClient):
             page = next_models_request(response)
         return listed
 
-    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Model:
+    def model(self, name: str, version: SupportsIndex | None = None, *, timeout_s: float | None = None) -> Model:
         """Describe a version of a model; None takes the newest one.
 
         >>> client.model("cdcgan-mnist").latent_dim
@@ -479,7 +482,7 @@ class Client(BaseClient):
             self._calls.pause(readiness.delay_s(last))
 
     def replicas(
-        self, model: str | None = None, version: int | None = None, *, timeout_s: float | None = None
+        self, model: str | None = None, version: SupportsIndex | None = None, *, timeout_s: float | None = None
     ) -> list[Replica]:
         """Ask every address that this client calls in turn, and not only the next one, whether it serves.
 
@@ -515,7 +518,9 @@ class Client(BaseClient):
         with ThreadPoolExecutor(REPLICAS_AT_ONCE) as threads:
             return list(threads.map(ask, targets(self._calls.endpoint.target)))
 
-    def wait_for_version(self, model: str | None, version: int | None, timeout_s: float = 60.0) -> list[Replica]:
+    def wait_for_version(
+        self, model: str | None, version: SupportsIndex | None, timeout_s: float = 60.0
+    ) -> list[Replica]:
         """Wait until every replica that `replicas` lists serves this version of a model.
 
         Each round asks DNS again: the wait includes replicas that start meanwhile, but not replicas that stop.

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
 from itertools import repeat
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grpc
 
-from ganserve._arguments import Label, check_label_container, invalid, label_value, uint32
+from ganserve._arguments import check_label_container, invalid, label_value, uint32
 from ganserve._calls import AsyncCalls, Calls, readable
 from ganserve._forks import answers_of, cancelled_on_exit, check_fork, lost_in_fork
 from ganserve._messages import EachError, EachRequests, to_each
@@ -45,7 +45,7 @@ class _Asked:
 
     __slots__ = ("label", "outcome", "seed")
 
-    def __init__(self, seed: int, label: Label | None) -> None:
+    def __init__(self, seed: int, label: int | str | None) -> None:
         self.seed, self.label = seed, label
         self.outcome: ImageBatch | GanserveError | None = None
 
@@ -131,7 +131,7 @@ class EachProgress:
         """Whether this call brings nothing more: it does not bring the next image, or no image follows."""
         return self.failure is not None or (self.complete and self.error is not None)
 
-    def read(self, seeds: Iterator[int]) -> None:
+    def read(self, seeds: Iterator[SupportsIndex]) -> None:
         """Read seeds while there is room, and ask for their images.
 
         Reading takes no longer than the last answer took, so that slow seeds do not delay the images of earlier seeds.
@@ -268,7 +268,7 @@ class EachProgress:
     def _count(self) -> int:
         return self._got + len(self._asked)
 
-    def _label(self, label: Any) -> Label | None:
+    def _label(self, label: Any) -> int | str | None:
         return None if label is None and not self._labelled else label_value(label)
 
     def _translated(self, error: EachError, asked: _Asked) -> GanserveError:
@@ -279,7 +279,7 @@ class EachProgress:
         return failure
 
 
-def each(calls: Calls, progress: EachProgress, seeds: Iterator[int]) -> Generator[GeneratedImage, None, None]:
+def each(calls: Calls, progress: EachProgress, seeds: Iterator[SupportsIndex]) -> Generator[GeneratedImage, None, None]:
     """Yield the image of each seed."""
     call: Any = None
     attempts = Attempts(calls.policy)
@@ -321,7 +321,7 @@ def each(calls: Calls, progress: EachProgress, seeds: Iterator[int]) -> Generato
 
 
 async def each_async(
-    calls: AsyncCalls, progress: EachProgress, seeds: Iterator[int] | AsyncIterator[int]
+    calls: AsyncCalls, progress: EachProgress, seeds: Iterator[SupportsIndex] | AsyncIterator[SupportsIndex]
 ) -> AsyncGenerator[GeneratedImage, None]:
     """Yield the image of each seed, as `each` does."""
     call: Any = None
@@ -425,10 +425,10 @@ class _SeedReader:
     So no answer waits for a seed, and the end of a call does not interrupt the code that yields the seeds.
     """
 
-    def __init__(self, progress: EachProgress, seeds: Iterator[int] | AsyncIterator[int]) -> None:
+    def __init__(self, progress: EachProgress, seeds: Iterator[SupportsIndex] | AsyncIterator[SupportsIndex]) -> None:
         self._progress = progress
         self._fed, self._room = asyncio.Event(), asyncio.Event()
-        self._seeds: Iterator[int] = iter(())
+        self._seeds: Iterator[SupportsIndex] = iter(())
         self._feeding: asyncio.Task[None] | None = None
         if isinstance(seeds, AsyncIterator):
             self._feeding = asyncio.create_task(self._feed(seeds))
@@ -446,7 +446,7 @@ class _SeedReader:
             self._fed.clear()
             await self._fed.wait()
 
-    async def _feed(self, seeds: AsyncIterator[int]) -> None:
+    async def _feed(self, seeds: AsyncIterator[SupportsIndex]) -> None:
         progress = self._progress
         try:
             async for seed in seeds:

@@ -89,9 +89,11 @@ def endpoint(
     Raises:
         InvalidRequestError: an argument is invalid, a file cannot be read, or the token would be sent in plain text.
     """
-    address = address or os.environ.get("GANSERVE_ADDRESS") or DEFAULT_ADDRESS
+    name = "address"
+    if address is None:
+        address, name = os.environ.get("GANSERVE_ADDRESS") or DEFAULT_ADDRESS, "GANSERVE_ADDRESS"
     token = token or os.environ.get("GANSERVE_TOKEN") or None
-    target, local = _target(address)
+    target, local = _target(address, name)
     names = ("ca_file", "certificate_file", "key_file")
     given = (ca_file, certificate_file, key_file)
     files = {
@@ -125,24 +127,24 @@ def _switch(name: str) -> bool | None:
     return None if not value else value in _TRUE
 
 
-def _target(address: str) -> tuple[str, bool]:
-    """Return gRPC's target of an address, and whether the address is on this machine."""
+def _target(address: str, name: str) -> tuple[str, bool]:
+    """Return gRPC's target of an address, and whether the address is on this machine; errors call it `name`."""
     if not isinstance(address, str):
-        raise InvalidRequestError(f"address is {address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}")
+        raise InvalidRequestError(f"{name} is {address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}")
     if address.startswith(_SCHEMES):
         return address, address.startswith("unix")
     parts = [HOST_PORT.fullmatch(part.strip()) for part in address.split(",")]
     pairs = [(part[1].strip("[]"), int(part[2])) for part in parts if part is not None]
     if len(pairs) < len(parts) or not all(0 < port < 1 << 16 for _, port in pairs):
         raise InvalidRequestError(
-            f"address is {address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}, or several IP:PORT "
+            f"{name} is {address!r}; it must be HOST:PORT, such as {DEFAULT_ADDRESS}, or several IP:PORT "
             "separated by commas"
         )
     addresses = [_ip(host) for host, _ in pairs]
     versions = {None if ip is None else ip.version for ip in addresses}
     if len(pairs) > 1 and (None in versions or len(versions) > 1):
         raise InvalidRequestError(
-            f"address is {address!r}; several addresses must all be IPv4 or all IPv6; a name with several addresses "
+            f"{name} is {address!r}; several addresses must all be IPv4 or all IPv6; a name with several addresses "
             "needs no list"
         )
     local = all(

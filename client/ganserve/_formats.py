@@ -7,6 +7,8 @@ from typing import Any
 from PIL.Image import Exif, Image
 from PIL.PngImagePlugin import PngInfo
 
+from ganserve.errors import InvalidRequestError
+
 PNG_KEYWORD = "ganserve"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of the pixels, by the number of channels that a model may make
 # Pixels on each side of a model's image. With four channels, it then has at most 64 MiB, as much as an answer may have.
@@ -133,7 +135,7 @@ def arguments(name: str, image: Image, text: str | None, known: Mapping[Any, Ima
         ValueError: the image has alpha, and the format has not; the text names those of `known` that have.
     """
     if why := without_alpha(name, len(image.getbands()), known):
-        raise ValueError(why)
+        raise InvalidRequestError(why)
     image_format = FORMATS.get(name.upper())
     return {} if image_format is None else image_format.arguments(text)
 

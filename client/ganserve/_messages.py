@@ -5,7 +5,7 @@ on without reading them. (`_statuses` reads google.rpc's error details.)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import numpy as np
 from google.protobuf import json_format
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ganserve._arguments import (
     Attributes,
-    Label,
+    Labels,
     attribute_values,
     invalid,
     items_of,
@@ -59,14 +59,14 @@ class Stubs:
 def images_request(
     model: str,
     *,
-    count: int | None,
-    seed: int | None,
+    count: SupportsIndex | None,
+    seed: SupportsIndex | None,
     latents: ArrayLike | None,
-    label: Label | Sequence[Label] | None,
-    truncation: float,
-    version: int | None,
+    label: Labels | None,
+    truncation: SupportsFloat,
+    version: SupportsIndex | None,
     attributes: Attributes | None = None,
-    input_seeds: Mapping[str, int] | None = None,
+    input_seeds: Mapping[str, SupportsIndex] | None = None,
 ) -> pb.GenerateImagesRequest:
     """Build the request of `Client.generate`.
 
@@ -76,10 +76,10 @@ def images_request(
     if seed is not None and latents is not None:
         raise invalid("seed", "give a seed or latents, not both")
     try:
-        if truncation is None or isinstance(truncation, bool):  # protobuf accepts None as absent, and bool as a number
+        if isinstance(truncation, bool | str):
             raise TypeError
-        request = pb.GenerateImagesRequest(model=model_name(model), truncation=truncation)
-    except (TypeError, ValueError) as error:
+        request = pb.GenerateImagesRequest(model=model_name(model), truncation=float(truncation))
+    except (TypeError, ValueError, OverflowError) as error:
         raise invalid("truncation", f"truncation is {truncation!r}; it must be a number from 0 to 2") from error
     if count is not None:
         request.count = uint32("count", count, least=1)
@@ -128,7 +128,7 @@ def next_models_request(response: pb.ListModelsResponse) -> pb.ListModelsRequest
     return pb.ListModelsRequest(page_token=token) if (token := response.next_page_token) else None
 
 
-def model_request(name: str | None, version: int | None) -> pb.GetModelRequest:
+def model_request(name: str | None, version: SupportsIndex | None) -> pb.GetModelRequest:
     """Build the request of `Client.model`.
 
     Raises:
@@ -338,20 +338,20 @@ class EachRequests:
 
     def __init__(self, common: pb.GenerateImagesRequest) -> None:
         self.common = common
-        self._of_labels: dict[Label | None, pb.GenerateEachRequest] = {}
-        self._spellings: dict[Label | None, Label] = {}  # class names as the model spells them
+        self._of_labels: dict[int | str | None, pb.GenerateEachRequest] = {}
+        self._spellings: dict[int | str | None, int | str] = {}  # class names as the model spells them
 
-    def serialized(self, seed: int, label: Label | None) -> bytes:
+    def serialized(self, seed: int, label: int | str | None) -> bytes:
         """Return the request for one image."""
         request = self._of_labels.get(label) or self._with_label(label)
         request.generate.seed = seed
         return request.SerializeToString()
 
-    def with_label(self, label: Label | None) -> pb.GenerateImagesRequest:
+    def with_label(self, label: int | str | None) -> pb.GenerateImagesRequest:
         """Return the request for an image with this label."""
         return (self._of_labels.get(label) or self._with_label(label)).generate
 
-    def _with_label(self, label: Label | None) -> pb.GenerateEachRequest:
+    def _with_label(self, label: int | str | None) -> pb.GenerateEachRequest:
         request = self._of_labels[label] = pb.GenerateEachRequest(generate=self.common)
         spelling = self._spellings.get(label, label)
         if isinstance(spelling, str):
@@ -365,7 +365,7 @@ class EachRequests:
         self.common.version = version
         self._of_labels.clear()
 
-    def correct(self, label: Label | None, request: pb.GenerateImagesRequest) -> None:
+    def correct(self, label: int | str | None, request: pb.GenerateImagesRequest) -> None:
         """Spell a label as `request` does in all later requests."""
         self._spellings[label] = request.label_names[0]
         self._of_labels.pop(label)

@@ -9,10 +9,12 @@ from typing import IO, Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ganserve import _formats
+from ganserve.errors import InvalidRequestError
 from ganserve.provenance import Provenance
 
 _GAP = 2  # pixels between the images of a sheet
-_SHORTEST_FRAME_MS = 20  # browsers show shorter frames for 100 ms
+SHORTEST_FRAME_MS = 20  # browsers show shorter frames for 100 ms
+LONGEST_FRAME_MS = 655_350  # a GIF counts hundredths of a second in 16 bits
 
 
 class Sheet(Image.Image):
@@ -62,7 +64,7 @@ def format_of(name: str) -> str:
     ending = os.path.splitext(name)[1] or name
     pillow_format = Image.registered_extensions().get(ending.lower())
     if pillow_format not in Image.SAVE:
-        raise ValueError(
+        raise InvalidRequestError(
             f"{name!r} does not have the extension of a picture; the known extensions are "
             f"{', '.join(_formats.EXTENSIONS)} and, without provenance in the file, the others that Pillow writes"
         )
@@ -127,9 +129,7 @@ def animate(
             f"format is {kind!r}; it must be {_formats.in_words(_formats.ANIMATED)}",
         )
     if (pillow_format := pillow_format.upper()) not in _formats.ANIMATED:
-        raise ValueError(wrong)
-    if frame_ms < _SHORTEST_FRAME_MS:
-        raise ValueError(f"frame_ms is {frame_ms}; browsers do not show an image for less than {_SHORTEST_FRAME_MS} ms")
+        raise InvalidRequestError(wrong)
     text = None if provenance is None else provenance.to_json()
     arguments = _formats.arguments(pillow_format, frames[0], text, _formats.ANIMATED)
     if pillow_format == "GIF":
@@ -144,7 +144,9 @@ def _format(target: Path | IO[bytes], kind: str | None) -> str:
         return format_of(str(target))
     Image.init()  # otherwise Pillow knows only the formats that it has used
     if (kind or "").upper() not in Image.SAVE:
-        raise ValueError(f"format is {kind!r}; it must be {', '.join(_formats.FORMATS)}, or another that Pillow writes")
+        raise InvalidRequestError(
+            f"format is {kind!r}; it must be {', '.join(_formats.FORMATS)}, or another that Pillow writes"
+        )
     return str(kind).upper()
 
 

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from ganserve._endpoint import HOST_PORT
 from ganserve.errors import (
@@ -67,7 +68,7 @@ def targets(target: str) -> list[str]:
     return sorted(of_ipv4 or of_ipv6)
 
 
-def awaited(address: str, model: str | None, version: int | None) -> str:
+def awaited(address: str, model: str | None, version: SupportsIndex | None) -> str:
     """Return the name of what a client waits for, for errors and the log."""
     what = "the server" if model is None else f"model {model}" if version is None else f"version {version} of {model}"
     return f"{what} at each address of {address}"

@@ -86,8 +86,11 @@ class GanserveError(Exception):
         self.args = (self.text + more,)
 
 
-class InvalidRequestError(GanserveError):
-    """An argument is wrong: the text says which, the limit, and what to do; `field` is its name."""
+class InvalidRequestError(GanserveError, ValueError):
+    """An argument is wrong: the text says which, the limit, and what to do; `field` is its name.
+
+    It is also a ValueError.
+    """
 
     reason = "invalid"
     field: str | None = None

@@ -6,16 +6,20 @@ import html
 import io
 import math
 import operator
+import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, overload
+from typing import IO, TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ganserve._arguments import MOST_PIXELS, check_picture_size, integer, invalid
 from ganserve._attributes import Values, joined, of_image, part
+from ganserve.errors import InvalidRequestError
 from ganserve.provenance import Interpolation, Provenance
 
 if TYPE_CHECKING:
@@ -121,6 +125,15 @@ class GeneratedImage:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.pixels, dtype=dtype, copy=copy)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the images have the same pixels and provenance."""
+        if not isinstance(other, GeneratedImage):
+            return NotImplemented
+        return self.provenance == other.provenance and np.array_equal(self.pixels, other.pixels)
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.version, self.digest, self.seed, self.label))
+
     def __repr__(self) -> str:
         way = self.provenance.interpolation
         source = "own latent" if self.seed is None else f"seed {self.seed}"
@@ -211,6 +224,20 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the images have the same pixels and provenance; the times may differ."""
+        if not isinstance(other, ImageBatch):
+            return NotImplemented
+        return self._origin() == other._origin() and np.array_equal(self.pixels, other.pixels)
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.version, self.digest, self.seeds, self.labels))
+
+    def _origin(self) -> tuple[Any, ...]:
+        """Return how the images were made, without the times."""
+        made = (self.model, self.version, self.digest, self.truncation)
+        return *made, self.seeds, self.labels, self.interpolation, self.attributes, self.input_seeds
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.pixels, dtype=dtype, copy=copy)
 
@@ -292,14 +319,22 @@ class ImageBatch:
                 "an open file takes one image, or one picture of all images with sheet().save(file, 'PNG')"
             )
         pattern = fspath(pattern)
+        if not pattern or Path(pattern).is_dir():
+            example = os.path.join(pattern, "{index}.png")
+            raise InvalidRequestError(f"{pattern!r} is a folder; give a pattern of file names, such as {example!r}")
         paths = [Path(self._file_name(pattern, index)) for index in range(len(self))]
         if len(set(paths)) < len(paths):
-            sheet = f", or write one picture of all images with sheet().save({pattern!r})" if "{" not in pattern else ""
-            raise ValueError(f"{pattern!r} gives two images the same name; put {{index}} or {{seed}} into it{sheet}")
+            one = "{" not in pattern and Path(pattern).suffix
+            sheet = f", or write one picture of all images with sheet().save({pattern!r})" if one else ""
+            raise InvalidRequestError(
+                f"{pattern!r} gives two images the same name; put {{index}} or {{seed}} into it{sheet}"
+            )
         format_of(pattern)
         return [image.save(pattern, provenance=provenance) for image in self]
 
-    def sheet(self, columns: int | None = None, *, row_names: Sequence[str] = (), scale: int = 1) -> "Sheet":
+    def sheet(
+        self, columns: SupportsIndex | None = None, *, row_names: Sequence[str] = (), scale: SupportsIndex = 1
+    ) -> "Sheet":
         """Arrange the images in one picture, row by row: a PIL image, whose `save` writes how to make them again.
 
         The background is black; behind images with alpha, it is transparent.
@@ -310,14 +345,21 @@ class ImageBatch:
             scale: enlarges every pixel to a square of scale x scale.
 
         Raises:
-            ValueError: there are no images, or columns or scale is below 1.
+            InvalidRequestError: there are no images, columns or scale is below 1, there are more names than rows, or
+                the picture would have more pixels than Pillow reads.
         """
         from ganserve._pictures import Sheet, lay_out
 
         provenance = self.provenance
-        columns = math.ceil(math.sqrt(len(self))) if columns is None else columns
-        _check_positive(columns=columns, scale=scale)
-        return Sheet.of(lay_out(self.pil(), columns, row_names, scale), provenance)
+        wide = math.ceil(math.sqrt(len(self))) if columns is None else integer("columns", columns, 1, MOST_PIXELS)
+        scale = integer("scale", scale, 1, MOST_PIXELS)
+        wide = min(wide, len(self))
+        rows = math.ceil(len(self) / wide)
+        if len(row_names) > rows or not all(isinstance(name, str) for name in row_names):
+            raise invalid("row_names", f"row_names is {reprlib.repr(row_names)}; it must be at most {rows} texts")
+        _, height, width, _ = self.pixels.shape
+        check_picture_size(width * wide * scale, height * rows * scale)
+        return Sheet.of(lay_out(self.pil(), wide, row_names, scale), provenance)
 
     @overload
     def gif(
@@ -325,9 +367,9 @@ class ImageBatch:
         path: str | PathLike[str],
         format: str | None = None,
         *,
-        frame_ms: int = 80,
+        frame_ms: SupportsIndex = 80,
         bounce: bool = True,
-        scale: int = 1,
+        scale: SupportsIndex = 1,
         provenance: bool = True,
     ) -> Path: ...
 
@@ -337,9 +379,9 @@ class ImageBatch:
         path: IO[bytes],
         format: str | None = None,
         *,
-        frame_ms: int = 80,
+        frame_ms: SupportsIndex = 80,
         bounce: bool = True,
-        scale: int = 1,
+        scale: SupportsIndex = 1,
         provenance: bool = True,
     ) -> None: ...
 
@@ -348,9 +390,9 @@ class ImageBatch:
         path: str | PathLike[str] | IO[bytes],
         format: str | None = None,
         *,
-        frame_ms: int = 80,
+        frame_ms: SupportsIndex = 80,
         bounce: bool = True,
-        scale: int = 1,
+        scale: SupportsIndex = 1,
         provenance: bool = True,
     ) -> Path | None:
         """Write an animation that shows the images in turn and loops forever. Creates missing folders.
@@ -370,10 +412,13 @@ class ImageBatch:
                 not, frame_ms is below 20, or scale is below 1.
             OSError: the file can't be written.
         """
-        from ganserve._pictures import animate
+        from ganserve._pictures import LONGEST_FRAME_MS, SHORTEST_FRAME_MS, animate
 
         origin = self.provenance
-        _check_positive(scale=scale)
+        scale = integer("scale", scale, 1, MOST_PIXELS)
+        frame_ms = integer("frame_ms", frame_ms, SHORTEST_FRAME_MS, LONGEST_FRAME_MS)
+        _, height, width, _ = self.pixels.shape
+        check_picture_size(width * scale, height * scale * len(self))
         frames = self.pil()
         if bounce:
             frames += frames[-2:0:-1]
@@ -427,7 +472,7 @@ class ImageBatch:
 
     def _check_some(self) -> None:
         if not len(self):
-            raise ValueError("there are no images in this batch")
+            raise InvalidRequestError("there are no images in this batch")
 
     def _file_name(self, pattern: str, index: int) -> str:
         values: dict[str, Any] = {"index": index, "model": self.model, "version": self.version}
@@ -439,7 +484,7 @@ class ImageBatch:
             return pattern.format_map(values)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             names = ", ".join(f"{{{name}}}" for name in values)
-            raise ValueError(f"{pattern!r} cannot be filled in; these images have {names}") from error
+            raise InvalidRequestError(f"{pattern!r} cannot be filled in; these images have {names}") from error
 
 
 def concatenate(batches: Sequence[ImageBatch]) -> ImageBatch:
@@ -479,12 +524,6 @@ def _to_pil(pixels: NDArray[np.uint8]) -> "Image":
     from PIL import Image
 
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be 1 or more")
 
 
 def _value(value: float | tuple[float, ...]) -> str:

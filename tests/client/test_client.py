@@ -3,15 +3,19 @@
 import asyncio
 import dataclasses
 import inspect
+import pickle
 import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import grpc
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.client.servers import Twin, ask, both
 from tests.conftest import RunningServer
 
@@ -33,6 +37,8 @@ from ganserve import (
 )
 from ganserve._endpoint import DEFAULT_ADDRESS
 from ganserve.v1 import generation_pb2 as pb
+
+NOBODY = "127.0.0.1:1"  # where no server is
 
 
 @pytest.fixture
@@ -535,6 +541,45 @@ def test_the_address_comes_from_argument_environment_or_default(monkeypatch: pyt
     monkeypatch.setenv("GANSERVE_ADDRESS", "there:1")
     assert Client().address == "there:1"
     assert Client("here:1").address == "here:1"
+    with pytest.raises(InvalidRequestError, match="address is ''"):
+        Client("")  # of an empty configuration, which must not lead to another server
+    monkeypatch.setenv("GANSERVE_ADDRESS", "bad")
+    with pytest.raises(InvalidRequestError, match="GANSERVE_ADDRESS is 'bad'"):
+        Client()
+
+
+def test_a_client_is_not_pickled() -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(TypeError, match="make one in each process"):
+            pickle.dumps(kind(NOBODY))
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=3),
+    st.binary(max_size=3),
+    st.lists(st.one_of(st.integers(-2, 2**33), st.text(max_size=2), st.none()), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.one_of(st.integers(), st.text(max_size=2)), max_size=2),
+    st.just(object()),
+    st.just(np.array([[1, 2], [3, 4]])),
+    st.just(np.array(["a"])),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_whatever_the_arguments_are_only_errors_of_the_sdk_come(data: st.DataObject) -> None:
+    with Client(NOBODY, retries=False) as client:
+        name = data.draw(st.sampled_from(["generate", "stream", "generate_each", "interpolate", "contact_sheet"]))
+        method = getattr(client, name)
+        known = list(inspect.signature(method).parameters)
+        needed = {"generate_each": {"seeds": [1]}, "interpolate": {"seed_a": 1, "seed_b": 2}, "stream": {"count": 2}}
+        odd = data.draw(st.dictionaries(st.sampled_from(known), ODD, min_size=1, max_size=3))
+        with pytest.raises(GanserveError):
+            list(method(**{"model": "digits", "timeout_s": 0.01, **needed.get(name, {}), **odd}))
 
 
 @pytest.mark.parametrize(
@@ -579,10 +624,32 @@ def test_models_that_no_message_can_name_are_refused(client: Client, name: Any, 
         client.model(name, version)
 
 
-@pytest.mark.parametrize("columns", [0, -1, 1.5, "2"])
-def test_a_contact_sheet_has_whole_columns(client: Client, columns: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="columns"):
-        client.contact_sheet("cdcgan-mnist", columns=columns)
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
+def test_what_a_contact_sheet_cannot_have_is_refused_before_any_call(wrong: Any) -> None:
+    with Client(NOBODY) as client:
+        for argument in ("columns", "scale"):
+            with pytest.raises(InvalidRequestError, match=argument):
+                client.contact_sheet("cdcgan-mnist", **{argument: wrong})
+
+
+def test_a_contact_sheet_that_is_too_large_is_refused_before_its_images_are_made(client: Client) -> None:
+    for size in ({"scale": 10**6}, {"columns": 10**7}):
+        with pytest.raises(InvalidRequestError, match="pixels; it may have at most 178956970"):
+            client.contact_sheet("cdcgan-mnist", **size)
+
+
+def test_files_images_and_batches_are_made_again(client: Client, tmp_path: Path) -> None:
+    batch = client.generate("cdcgan-mnist", count=3, seed=5, label=[1, 2, 3])
+    batch.sheet().save(tmp_path / "sheet.png")
+    content = (tmp_path / "sheet.png").read_bytes()
+    for source in (batch, batch.provenance, tmp_path / "sheet.png", str(tmp_path / "sheet.png"), content):
+        assert client.reproduce(source) == batch
+    assert client.reproduce(batch[1])[0] == batch[1]
+    with open(tmp_path / "sheet.png", "rb") as file:
+        assert client.reproduce(file) == batch
+    for wrong in (7, None, {}):
+        with pytest.raises(InvalidRequestError, match="source is a"):
+            client.reproduce(wrong)  # type: ignore[arg-type]
 
 
 def test_numpy_scalars_are_numbers(client: Client) -> None:

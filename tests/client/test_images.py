@@ -7,12 +7,13 @@ import json
 import pickle
 import re
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from ganserve import Client, GeneratedImage, ImageBatch, Interpolation, read_provenance
+from ganserve import Client, GeneratedImage, ImageBatch, Interpolation, InvalidRequestError, read_provenance
 from ganserve.images import concatenate
 
 KNOWN_ENDINGS = r"the known extensions are \.png, \.jpg, \.jpeg, \.webp, \.gif, \.tif, \.tiff"
@@ -119,12 +120,6 @@ def test_a_sheet_names_its_rows_beside_the_images() -> None:
     assert np.asarray(named)[:32, :margin].any()
 
 
-@pytest.mark.parametrize("wrong", [{"columns": 0}, {"columns": -1}, {"scale": 0}])
-def test_a_sheet_has_columns_and_pixels(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}; it must be 1 or more"):
-        batch().sheet(**wrong)  # type: ignore[arg-type]
-
-
 def test_no_images_make_no_picture(tmp_path: Path) -> None:
     empty = batch()[5:]
     assert (len(empty), list(empty), empty.pil(), empty.save(tmp_path / "{seed}.png")) == (0, [], [], [])
@@ -195,6 +190,59 @@ def test_iteration_gives_the_images_in_order() -> None:
     assert [image.seed for image in batch()] == [7, 8, 9]
     assert [image.label for image in batch(labels=False)] == [None] * 3
     assert np.array_equal(np.stack(list(batch())), batch().pixels)
+
+
+def test_batches_and_images_are_equal_if_their_pixels_and_provenance_are() -> None:
+    again = dataclasses.replace(batch(), queue_s=9.0, compute_s=9.0)
+    assert batch() == again
+    assert hash(batch()) == hash(again)
+    assert batch()[1] == again[1]
+    assert len({batch()[1], again[1], batch()[2]}) == 2
+    other = batch().pixels.copy()
+    other[1, 3, 4] += 1
+    for different in (
+        dataclasses.replace(batch(), pixels=other),
+        dataclasses.replace(batch(), seeds=(7, 9, 9)),
+        dataclasses.replace(batch(), truncation=0.5),
+        batch(2),
+        batch(model="letters"),
+    ):
+        assert batch() != different
+    assert batch()[0] == dataclasses.replace(batch(), pixels=other)[0]
+    assert batch()[1] != dataclasses.replace(batch(), pixels=other)[1]
+    assert batch() != "digits"
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments"),
+    [
+        ("scale", {"scale": 0}),
+        ("scale", {"scale": "2"}),
+        ("scale", {"scale": 2000}),  # 15 x 4 times 2,000 x 2,000 pixels
+        ("columns", {"columns": 0}),
+        ("columns", {"columns": 1.5}),
+        ("columns", {"columns": True}),
+        ("row_names", {"columns": 3, "row_names": ["a", "b"]}),
+        ("row_names", {"columns": 3, "row_names": [1]}),
+    ],
+)
+def test_a_sheet_that_cannot_be_is_refused_before_it_is_drawn(field: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        batch().sheet(**arguments)
+    assert caught.value.field == field
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("frame_ms", [19, 655_351, 40.0])
+def test_a_frame_that_no_animation_can_have_is_refused(tmp_path: Path, frame_ms: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"frame_ms.*20 to 655350"):
+        batch().gif(tmp_path / "walk.gif", frame_ms=frame_ms)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_is_not_saved_to_a_folder_alone(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"is a folder; .*\{index\}\.png"):
+        batch().save(tmp_path)
 
 
 def test_an_image_cannot_be_changed() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 from ganserve import _formats, _pictures
+from ganserve._arguments import MOST_PIXELS
 from ganserve._cli.connection import Connection, with_connection
 from ganserve._cli.output import (
     STDOUT,
@@ -55,7 +56,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 _Number = TypeVar("_Number", int, float)
 _COUNT = 16  # images by default
 _MOST_LABELS = 10  # in a line
-_MOST_PIXELS = 178_956_970  # of a picture: programs that use Pillow, such as `ganserve inspect`, refuse larger ones
 
 
 @with_connection
@@ -293,11 +293,11 @@ def check_size(size: tuple[int, int], scale: int, pillow_format: str) -> None:
     known = _formats.FORMATS.get(pillow_format)
     limit = None if known is None else known.longest_side
     too_long = limit is not None and max(width, height) > limit
-    if too_long or width * height > _MOST_PIXELS:
+    if too_long or width * height > MOST_PIXELS:
         most = (
             f"a {pillow_format} may have at most {limit} on each side"
             if too_long
-            else f"a picture may have at most {_MOST_PIXELS} in total"
+            else f"a picture may have at most {MOST_PIXELS} in total"
         )
         raise typer.BadParameter(
             f"the picture would be {width}x{height} pixels, but {most}; give a smaller --scale or --count, or --out "
