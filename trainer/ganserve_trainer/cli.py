@@ -182,7 +182,9 @@ def train(
             f"the run is complete, with {resumed.images_seen:,} images; to continue it, increase --images",
             file=sys.stderr,
         )
-    data = load_dataset(settings.dataset, data_root, train=True, image_size=settings.image_size)
+    data = load_dataset(
+        settings.dataset, data_root, train=True, image_size=settings.image_size, reading=settings.reading()
+    )
     measure = quick_measure(settings, data, data_root, report=_say) if settings.evaluate_every_images else None
     with _progress(settings) as report:
         complete = loop.train(settings, data, out, resume=resume, report=report, measure=measure)
@@ -280,7 +282,7 @@ def sweep(
         return _settings(named, config, given | values, None)
 
     def train_one(settings: Settings, folder: Path) -> None:
-        data = load(settings.dataset, data_root, train=True, image_size=settings.image_size)
+        data = load(settings.dataset, data_root, train=True, image_size=settings.image_size, reading=settings.reading())
         with _progress(settings) as report:
             if not loop.train(settings, data, folder, resume=True, report=report):
                 print("stopped; the same command resumes", file=sys.stderr)
@@ -289,7 +291,7 @@ def sweep(
     def measure_one(folder: Path) -> dict[str, float]:
         checkpoint = load_checkpoint(folder)
         settings = checkpoint.settings
-        data = load(settings.dataset, data_root, train=True, image_size=settings.image_size)
+        data = load(settings.dataset, data_root, train=True, image_size=settings.image_size, reading=settings.reading())
         measure = quick_measure(settings, data, data_root, images=measured_images, report=_say)
         return measure(checkpoint.ema_generator())
 

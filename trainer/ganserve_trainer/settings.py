@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from ganserve_trainer.data.reading import Reading
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.losses import LOSSES, AdversarialLoss
 
@@ -65,8 +66,27 @@ class Settings:
     preset: str
 
     dataset: str = _setting(
-        "mnist", "Data", "Data set: mnist, fashion-mnist, cifar10, stacked-mnist, or a folder such as ./photos."
+        "mnist", "Data", "Data set: mnist, fashion-mnist, cifar10, stacked-mnist, or files such as ./photos or ./a.zip."
     )
+    train_folder: str = _setting("", "Data", "Folder of the training images, in the data set.")
+    test_folder: str = _setting("", "Data", "Folder of the test images, in the data set or elsewhere.")
+    split: float | None = _setting(
+        None,
+        "Data",
+        "Share of all images to train on; the others are for testing. Without it, folders called train and test or "
+        "val are the parts, or else 0.9 trains.",
+        minimum=0.01,
+        maximum=0.99,
+    )
+    train_on_all: bool = _setting(False, "Data", "Train on all images, and keep none for testing.")
+    channels: int | None = _setting(
+        None,
+        "Data",
+        "1 for grey, 3 for colour, 4 for colour and transparency; by itself 1 if all images are grey, else 3.",
+        minimum=1,
+        maximum=4,
+    )
+    background: str = _setting("white", "Data", "Colour behind transparent pixels, such as black or #a0c0ff.")
     image_size: int | None = _setting(
         None, "Data", "Resize and crop images to this many pixels on each side.", minimum=4, maximum=1024
     )
@@ -203,6 +223,10 @@ class Settings:
             of_discriminator = self.learning_rate
         return share * self.learning_rate, share * of_discriminator
 
+    def reading(self) -> Reading:
+        """Return how a data set of files is read."""
+        return Reading(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Reading)})
+
     @property
     def adversarial_loss(self) -> AdversarialLoss:
         """The loss that `loss` names."""
@@ -255,6 +279,7 @@ def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
 
 
 def _check_together(settings: Settings) -> None:
+    settings.reading()
     unknown = [name for name in settings.augmentations() if name not in AUGMENTATIONS]
     if unknown:
         raise TrainerError(f"augment is {settings.augment!r}; choose from {', '.join(AUGMENTATIONS)}, joined by +")

@@ -1,5 +1,9 @@
-"""Data sets as whole tensors: the built-in ones, folders of images, and clusters that replace classes.
+"""Data sets as whole tensors: the built-in ones, images in files, and clusters that replace classes.
 
-Other packages get a `Dataset` (images, labels, `ImageSpec`) from `load_dataset`. This package may import only `errors`:
-it knows no network, no run and no setting.
+Files pass through these modules: `sources` lists what is in a folder, an archive or a file of arrays; `splitting`
+decides what trains and which class each image has; `decoding` makes pixels of files; `cache` keeps them on the disk for
+all processes, which map them. `folders` connects these steps, and `reading` has the settings for them.
+
+Other packages get a `Dataset` (images, labels, `ImageSpec`) from `load_dataset`. This package may import only `errors`
+and `files`: it knows no network, no run and no setting.
 """

@@ -1,10 +1,9 @@
 """Data sets as whole tensors: images uint8, labels int64. Training uses only the training part."""
 
 import gzip
-import hashlib
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from ganserve_trainer.data.image_folders import read_image_folder
+from ganserve_trainer.data.cache import digest_of
+from ganserve_trainer.data.folders import read_folder
+from ganserve_trainer.data.reading import Reading
 from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
 
@@ -61,40 +62,64 @@ class Dataset:
     labels: Tensor  # int64 [n]
     spec: ImageSpec
     skipped: int = 0  # the number of files of this part that were skipped
+    _digest: str = field(default="", init=False, compare=False)  # not copied by dataclasses.replace
 
     def digest(self) -> str:
         """Return the SHA-256 of images and labels, without shape and class names, which identifies the content."""
-        content = hashlib.sha256(self.images.numpy().tobytes())
-        content.update(self.labels.numpy().tobytes())
-        return f"sha256:{content.hexdigest()}"
+        return self._digest or digest_of(self.images.numpy(), self.labels.numpy())
 
 
-def load_dataset(name: str, data_root: Path, *, train: bool, image_size: int | None = None) -> Dataset:
-    """Read one part of a built-in data set, or of a folder of images.
+def load_dataset(
+    name: str, data_root: Path, *, train: bool, image_size: int | None = None, reading: Reading = Reading()
+) -> Dataset:
+    """Read one part of a built-in data set, or of a data set of files, whose images are mapped from the disk.
 
     Built-in data sets are read from `data_root`, from Debian's package, or from their download, in this order.
 
     Args:
-        name: one of `DATASETS`, or the path of a folder, which contains a slash or starts with a dot: `./photos`.
+        name: one of `DATASETS`, or the path of a folder, an archive or a file of arrays: `./photos`, `./photos.zip`.
         data_root: the folder of the built-in data sets, to which they are also downloaded.
         train: whether to read the training part or the test part; the parts share no image.
         image_size: resize to squares of this many pixels a side; images that are not square are cropped to the centre.
             None keeps the images' size; the images of a folder must then all have the same size. Images are resized
             with Pillow's antialiased bicubic filter, or its equivalent in torch: without antialiasing, FID changes by
             points (Parmar et al., 2022).
+        reading: which images of a data set of files train, and what becomes of their pixels.
 
     Raises:
-        TrainerError: there is no such data set, or its files are missing or damaged; for a folder, as
-            `read_image_folder`.
+        TrainerError: there is no such data set, its files are missing or damaged, or memory runs out; for files, as
+            `read_folder`.
     """
-    if "/" in name or name.startswith("."):
-        folder = Path(name).expanduser()
-        images, labels, class_names, skipped = read_image_folder(folder, train=train, image_size=image_size)
-        return Dataset(folder.resolve().name, images, labels, _spec(images, class_names), skipped)
+    try:
+        return _load(name, data_root, train, image_size, reading)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise TrainerError(
+            f"out of memory while reading the data set {name}: end other programs, use a smaller --image-size, or give "
+            "a data set of files (a folder, a zip or a tar), which is not held in memory"
+        ) from error
+
+
+def _load(name: str, data_root: Path, train: bool, image_size: int | None, reading: Reading) -> Dataset:
+    if "/" in name or name.startswith(".") or (name not in DATASETS and Path(name).exists()):
+        path = Path(name).expanduser()
+        title, pixels, numbers, class_names, skipped, digest = read_folder(
+            path, train=train, image_size=image_size, reading=reading
+        )
+        images, labels = torch.from_numpy(pixels), torch.from_numpy(numbers)
+        dataset = Dataset(title, images, labels, _spec(images, class_names), skipped)
+        object.__setattr__(dataset, "_digest", digest)
+        return dataset
     if name not in DATASETS:
         raise TrainerError(
-            f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}, or give the path of a folder of "
-            "images, such as ./photos"
+            f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}, or give the path of a folder or "
+            "archive of images, such as ./photos or ./photos.zip"
+        )
+    if reading != Reading():
+        raise TrainerError(
+            f"{name} is a built-in data set with parts and colours of its own: leave out train_folder, test_folder, "
+            "split, train_on_all, channels and background, which are for data sets of files"
         )
     source = "mnist" if name == "stacked-mnist" else name
     images, labels = _load_source(source, data_root, train)

@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.data.datasets import Dataset, load_dataset
+from ganserve_trainer.data.reading import Reading
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation.kept import (
     EVALUATION_FILE_NAME,
@@ -73,8 +76,9 @@ def load_parts(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> t
     """
     configured = card.training.configuration.get("image_size", "")  # "None" for the data set's own
     size = int(configured) if configured.isdecimal() else None
-    train = load_dataset(name, data_root, train=True, image_size=size)
-    test = load_dataset(name, data_root, train=False, image_size=size)
+    reading = _reading_of(card, whole=name == card.dataset)
+    train = load_dataset(name, data_root, train=True, image_size=size, reading=reading)
+    test = load_dataset(name, data_root, train=False, image_size=size, reading=reading)
     spec = train.spec
     made, real = (card.channels, card.height, card.width), (spec.channels, spec.height, spec.width)
     if made != real:
@@ -88,6 +92,20 @@ def load_parts(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> t
             "the data set it was trained on (--dataset)"
         )
     return train, test
+
+
+def _reading_of(card: pb.ModelCard, *, whole: bool) -> Reading:
+    """Return how the model's data set was read; of another data set, only what its images become."""
+    configured = card.training.configuration
+    values: dict[str, Any] = {
+        "channels": int(configured["channels"]) if configured.get("channels", "None") != "None" else None,
+        "background": configured.get("background", "white"),
+    }
+    if whole:
+        values |= {name: configured.get(name, "") for name in ("train_folder", "test_folder")}
+        values["split"] = float(configured["split"]) if configured.get("split", "None") != "None" else None
+        values["train_on_all"] = configured.get("train_on_all") == "True"
+    return Reading(**values)
 
 
 def _keep(evaluation: Evaluation, checkpoint: Checkpoint, path: Path) -> None:
@@ -149,7 +167,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> tuple[Generate, pb.ModelCard]:
         width=spec.width,
         channels=spec.channels,
         class_names=spec.class_names if settings.conditional else (),
-        training=pb.Training(configuration={"image_size": str(settings.image_size)}),
+        training=pb.Training(configuration={key: str(value) for key, value in asdict(settings).items()}),
     )
     return generate, card
 
@@ -158,7 +176,9 @@ def quick_measure(
     settings: Settings, train: Dataset, data_root: Path, *, images: int = 2000, report: Report = lambda _: None
 ) -> Callable[[Generator], dict[str, float]]:
     """Return a function that measures a generator with QuickEvaluation, and adds its FID as a multiple of the floor."""
-    test = load_dataset(settings.dataset, data_root, train=False, image_size=settings.image_size)
+    test = load_dataset(
+        settings.dataset, data_root, train=False, image_size=settings.image_size, reading=settings.reading()
+    )
     quick = QuickEvaluation(
         train,
         test,

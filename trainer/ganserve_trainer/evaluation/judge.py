@@ -7,7 +7,6 @@ A judge is cached in the user's cache folder, and is trained again if it is miss
 
 import hashlib
 import io
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from ganserve_trainer.data.datasets import Dataset, load_dataset
 from ganserve_trainer.data.spec import ImageSpec
-from ganserve_trainer.files import replace_atomically
+from ganserve_trainer.files import cache_folder, replace_atomically
 from ganserve_trainer.train.devices import best_device, bf16_is_fast
 
 FEATURES = 128
@@ -86,7 +85,7 @@ def judge_of(train: Dataset, data_root: Path, report: Callable[[str], None] = la
     if stacked:
         train = load_dataset("mnist", data_root, train=True, image_size=train.spec.height)
     network = _build(train.spec)
-    path = _cache_folder() / f"{train.digest().removeprefix('sha256:')[:32]}-{_RECIPE}.pt"
+    path = cache_folder("judges") / f"{train.digest().removeprefix('sha256:')[:32]}-{_RECIPE}.pt"
     if not _load(network, path):
         report(f"training the judge of {train.name}, once: it is stored as {path}")
         network = train_network(train)
@@ -210,10 +209,6 @@ def _digest(state: dict[str, Tensor]) -> str:
         content.update(f"{name} {tuple(tensor.shape)}".encode())
         content.update(tensor.contiguous().cpu().numpy().tobytes())
     return f"sha256:{content.hexdigest()}"
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ganserve" / "judges"
 
 
 def _load(network: nn.Sequential, path: Path) -> bool:

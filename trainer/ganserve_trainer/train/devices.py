@@ -28,6 +28,11 @@ def bf16_is_fast(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Return whether so much data leaves half of the device's free memory to a training."""
+    return device.type != "cuda" or 2 * nbytes <= torch.cuda.mem_get_info(device)[0]
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the rest of this process; does nothing on other systems.
 

@@ -22,7 +22,7 @@ from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import Settings
 from ganserve_trainer.train import processes
 from ganserve_trainer.train.checkpoints import Checkpoint, all_finite
-from ganserve_trainer.train.devices import keep_freed_memory
+from ganserve_trainer.train.devices import fits, keep_freed_memory
 from ganserve_trainer.train.ema import EMA
 from ganserve_trainer.train.weights import Weights
 
@@ -40,11 +40,15 @@ class Run:
         self.elapsed_s = 0.0
         self.history = History()
         self.images_a_step = settings.batch_size * settings.discriminator_steps * processes.count()
-        # The whole data set is kept on the device, as bytes.
-        self.images = dataset.images.to(device)
+        # Kept on the device, as bytes, if it fits; otherwise where it is, which may be mapped from a file.
+        self.images = dataset.images.to(device) if fits(dataset.images.nbytes, device) else dataset.images
         self.labels = dataset.labels.to(device)
         self._classes = len(self.spec.class_names) if settings.conditional else settings.clusters
         self._batch = settings.batch_size * processes.count()
+        if len(self.images) < 2 * processes.count():
+            raise TrainerError(
+                f"the training part has {len(self.images)} images; each process needs at least 2: add images"
+            )
         if len(self.images) < self._batch:
             raise TrainerError(
                 f"the data set has {len(self.images)} images, fewer than a batch of {self._batch}; "
@@ -55,7 +59,7 @@ class Run:
         self.discriminator = build_discriminator(settings, self.spec)
         if settings.clusters:
             # The labels of a self-conditioned GAN (Liu et al., 2020): clusters of the images by k-means.
-            self._clusters = k_means(self.images, settings.clusters)
+            self._clusters = k_means(self.images, settings.clusters).to(device)
             self.generator.bounds.copy_(cluster_bounds(self._clusters, settings.clusters))
         for network in (self.generator, self.discriminator):
             network.to(device).to(memory_format=torch.channels_last)
@@ -159,7 +163,7 @@ class Run:
             self._epoch = epoch
         start = batch * self._batch + processes.rank() * size
         index = self._order[start : start + size]
-        images = self.images[index].to(torch.float32).div_(127.5).sub_(1)
+        images = self.images[index.to(self.images.device)].to(self.device).to(torch.float32).div_(127.5).sub_(1)
         label = None
         if self.settings.conditional:
             label = self.labels[index]
