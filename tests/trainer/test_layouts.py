@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -406,3 +407,23 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Reading(split=0.5, train_on_all=True)
     with pytest.raises(TrainerError, match=r"mnist is a built-in data set.*leave out train_folder"):
         load_dataset("mnist", Path("nowhere"), train=True, reading=Reading(split=0.5))
+
+
+def test_parquet_files_of_datasets_are_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    for part, numbers in {"train-00000-of-00002": (1, 2), "train-00001-of-00002": (3,), "test-0": (4, 5)}.items():
+        rows = [{"image": {"bytes": png(number), "path": None}, "label": number % 2} for number in numbers]
+        content = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(features)})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        parquet.write_table(content, tmp_path / "data" / f"{part}.parquet", row_group_size=1)
+    assert found(load(tmp_path)) == {1: "dog", 2: "cat", 3: "dog"}
+    assert found(load(tmp_path, train=False)) == {4: "cat", 5: "dog"}
+
+
+def test_parquet_files_without_pyarrow_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(TrainerError, match=r"pip install 'ganserve\[parquet\]'"):
+        load(tmp_path)

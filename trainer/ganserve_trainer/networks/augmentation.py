@@ -13,7 +13,12 @@ def augment(images: Tensor, names: tuple[str, ...]) -> Tensor:
 
 
 def _color(images: Tensor) -> Tensor:
-    """Add -0.5…0.5 to the brightness, multiply the saturation by 0…2 and the contrast by 0.5…1.5, for each image."""
+    """Add -0.5…0.5 to the brightness, multiply the saturation by 0…2 and the contrast by 0.5…1.5, for each image.
+
+    Transparency, the fourth channel, stays.
+    """
+    if images.shape[1] == 4:
+        return torch.cat([_color(images[:, :3]), images[:, 3:]], 1)
     images = images + (_uniform(images) - 0.5)
     mean = images.mean(1, keepdim=True)
     images = (images - mean) * (_uniform(images) * 2) + mean

@@ -11,8 +11,11 @@ from ganserve_trainer.files import replace_atomically
 
 
 def save_contact_sheet(images: Tensor, columns: int, path: Path) -> None:
-    """Write images in -1…1, [n, channels, height, width], as one PNG, row by row."""
-    grid = make_grid(images.float().cpu(), nrow=columns, normalize=True, value_range=(-1, 1))
+    """Write images in -1…1, [n, channels, height, width], as one PNG, row by row; transparent pixels become white."""
+    images = images.float().cpu()
+    if images.shape[1] == 4:
+        images = torch.lerp(torch.ones_like(images[:, :3]), images[:, :3], (images[:, 3:] + 1) / 2)
+    grid = make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
     with replace_atomically(path) as file:
         save_image(grid, file, format="png")
 
