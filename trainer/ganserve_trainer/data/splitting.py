@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ganserve_trainer.data.reading import Reading
@@ -132,7 +132,7 @@ def _by_names(tree: _Tree, reading: Reading, notes: list[str]) -> tuple[list[_Un
     """Find the parts by what the source says, or by the names of folders."""
     apart = reading.split is None and not reading.train_on_all
     if any(item.part for item, _ in tree.items):
-        return _by_own_parts(tree, apart, notes)
+        return _by_own_parts(tree, apart, reading, notes)
     prefix: tuple[str, ...] = ()
     while True:
         images, deep, loose = tree.images(prefix)
@@ -169,14 +169,14 @@ def _by_names(tree: _Tree, reading: Reading, notes: list[str]) -> tuple[list[_Un
     return tree.with_classes(prefix, None), _described(reading)
 
 
-def _by_own_parts(tree: _Tree, apart: bool, notes: list[str]) -> tuple[list[_Undecided], str]:
+def _by_own_parts(tree: _Tree, apart: bool, reading: Reading, notes: list[str]) -> tuple[list[_Undecided], str]:
     """Take the parts that the source itself names: splits of parquet files, of shards, or of a column."""
     counts = Counter(item.part or "train" for item, _ in tree.items)
     if not counts["train"]:
         raise TrainerError(f"{tree.path} has the parts {', '.join(sorted(counts))}, but no training part: {_ASK}")
     test = "test" if counts["test"] else "val" if counts["val"] else ""
     if not apart or not test:
-        return [(item, item.class_name or "", None) for item, _ in tree.items], "a hash of each name"
+        return [(item, item.class_name or "", None) for item, _ in tree.items], _described(reading)
     if test == "test" and counts["val"]:
         notes.append(f"the {counts['val']:,} images of the validation part are not used")
     placed: list[_Undecided] = []
@@ -280,8 +280,6 @@ def _by_settings(
         pooled, _ = _by_names(rest, Reading(train_on_all=True), notes)
         training = [(item, name, True) for item, name, _ in pooled]
         tree.empty_classes |= rest.empty_classes
-    used = {item.name for item, _, _ in training}
-    testing = [each for each in testing if each[0].name not in used] if not train or not test else testing
     if test:
         _check_common(tree, reading.train_folder or str(tree.path), training, reading.test_folder, testing, notes)
         return training + testing, f"{reading.train_folder or 'all others'} and {reading.test_folder}"
@@ -300,11 +298,7 @@ def _elsewhere(tree: _Tree, reading: Reading, stack: ExitStack, scratch: Path) -
     other = _Tree(path, items, [tuple(folder.split("/")) for folder in listing.folders], listing.labelled)
     pooled, _ = _by_names(other, Reading(train_on_all=True), [])
     tree.empty_classes |= other.empty_classes
-    return [(_renamed(item, str(path)), name, False) for item, name, _ in pooled]
-
-
-def _renamed(item: Item, folder: str) -> Item:
-    return Item(f"{folder}/{item.name}", item.read, item.class_name, item.part)
+    return [(replace(item, name=f"{path}/{item.name}"), name, False) for item, name, _ in pooled]
 
 
 def _parts_of(folder: str) -> tuple[str, ...]:
@@ -314,7 +308,7 @@ def _parts_of(folder: str) -> tuple[str, ...]:
 def _described(reading: Reading) -> str:
     if reading.train_on_all:
         return "all images train"
-    return f"{1 - (reading.split or _SPLIT):.0%} are kept for testing, by a hash of each name"
+    return f"about {1 - (reading.split or _SPLIT):.0%} are kept for testing, by a hash of each name"
 
 
 def _split(path: Path, placed: list[_Undecided], reading: Reading, labelled: bool) -> list[tuple[Item, str, bool]]:
