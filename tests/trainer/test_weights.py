@@ -27,7 +27,7 @@ def test_descend_is_adam() -> None:
     weights.learning_rate = 0.01
     adam = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.5, 0.99))
     for step in range(5):
-        weights.descend(objective(ours, step))
+        weights.descend([objective(ours, step)])
         adam.zero_grad()
         objective(theirs, step).backward()
         adam.step()
@@ -38,7 +38,7 @@ def test_betas_may_be_whole_numbers_as_a_file_of_settings_writes_them() -> None:
     whole, decimal = (Weights(network(), betas, bf16=False) for betas in ((0, 0.99), (0.0, 0.99)))
     for weights in (whole, decimal):
         weights.learning_rate = 1
-        weights.descend(objective(weights.network, 0))
+        weights.descend([objective(weights.network, 0)])
     torch.testing.assert_close(whole.state_dict(), decimal.state_dict(), rtol=0, atol=0)
 
 
@@ -57,7 +57,7 @@ def test_a_weight_without_a_gradient_stays_and_counts_no_step() -> None:
     weights = Weights(net, (0.0, 0.99), bf16=True)
     weights.learning_rate = 0.1
     before = {name: value.clone() for name, value in weights.state_dict().items()}
-    weights.descend(net[0](torch.randn(4, 6, dtype=torch.bfloat16)).float().sum())
+    weights.descend([net[0](torch.randn(4, 6, dtype=torch.bfloat16)).float().sum()])
     for name, state in weights.optimizer_state().items():
         assert int(state["step"]) == name.startswith("0.")
         assert torch.equal(before[name], weights.state_dict()[name]) == (not name.startswith("0."))
@@ -71,7 +71,7 @@ def test_steps_too_small_for_bf16_add_up_in_fp32() -> None:
     before = weights.state_dict()["0.weight"].clone()
     held = net[0].weight.detach().clone()
     for step in range(10):
-        weights.descend(objective(net, step))
+        weights.descend([objective(net, step)])
     moved = (weights.state_dict()["0.weight"] - before).abs()
     assert 0 < moved.max() < 2e-4
     assert net[0].weight.dtype == torch.bfloat16
@@ -84,10 +84,10 @@ def test_a_state_comes_back_whole() -> None:
     for weights in (first, second):
         weights.learning_rate = 0.01
     for step in range(3):
-        first.descend(objective(first.network, step))
+        first.descend([objective(first.network, step)])
     second.load_state_dict(first.state_dict(), first.optimizer_state())
     for weights in (first, second):
-        weights.descend(objective(weights.network, 3))
+        weights.descend([objective(weights.network, 3)])
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
     with pytest.raises(RuntimeError):
         second.load_state_dict({}, first.optimizer_state())

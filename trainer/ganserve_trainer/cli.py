@@ -240,7 +240,9 @@ def presets() -> None:
         changed = [
             f"{field.name} {getattr(preset.settings, field.name)}"
             for field in dataclasses.fields(Settings)
-            if field.name != "preset" and getattr(preset.settings, field.name) != field.default
+            if field.name != "preset"
+            # The learning rate is what people look for first, so it is shown for each preset.
+            and (field.name == "learning_rate" or getattr(preset.settings, field.name) != field.default)
         ]
         table.add_row(name, preset.summary, "\n".join(changed))
     console.print(table)

@@ -25,6 +25,7 @@ Architecture = Literal["mlp", "dcgan", "progressive"]
 Conditioning = Literal["label-channels", "projection"]
 MinibatchLayer = Literal["none", "stddev", "discrimination"]
 Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["auto", "constant", "linear", "cosine"]
 
 
 class ExportPrecision(StrEnum):
@@ -163,16 +164,33 @@ class Settings:
         "Learning rate of the discriminator (TTUR); the same as learning_rate if not given.",
         minimum=0,
     )
+    schedule: Schedule = _setting(
+        "auto",
+        "Optimisation",
+        "How the learning rates fall to 0 at the end of the run; auto is linear if decay_from is below 1, otherwise "
+        "constant.",
+    )
     decay_from: float = _setting(
         1.0,
         "Optimisation",
-        "Share of the images after which the learning rates start to fall; they reach 0 at the last image.",
+        "Share of the run, by images or by minutes, after which the learning rates start to fall; with schedule linear "
+        "or cosine, 1 is from the start on.",
         minimum=0,
         maximum=1,
+    )
+    warm_up_images: int = _setting(
+        0, "Optimisation", "The learning rates rise from 0 over this many images; 0 is no warm-up.", minimum=0
     )
     beta1: float = _setting(0.0, "Optimisation", "Adam's decay rate of the first moment.", minimum=0, maximum=0.9999)
     beta2: float = _setting(0.99, "Optimisation", "Adam's decay rate of the second moment.", minimum=0, maximum=0.99999)
     batch_size: int = _setting(64, "Optimisation", "Real images per step and process.", minimum=2, maximum=65_536)
+    accumulate: int = _setting(
+        1,
+        "Optimisation",
+        "Compute a batch in this many parts and add up their gradients, which takes less memory.",
+        minimum=1,
+        maximum=65_536,
+    )
     discriminator_steps: int = _setting(
         1, "Optimisation", "Number of discriminator steps before the generator steps.", minimum=1, maximum=100
     )
@@ -214,10 +232,28 @@ class Settings:
         """Return whether a run with the given progress is complete."""
         return images_seen >= self.images or (self.minutes > 0 and elapsed_s >= 60 * self.minutes)
 
-    def learning_rates(self, images_seen: int) -> tuple[float, float]:
-        """Return the learning rates of the generator and of the discriminator after `images_seen` images."""
-        left = 1 - images_seen / self.images
-        share = 1.0 if self.decay_from >= 1 else min(max(left / (1 - self.decay_from), 0.0), 1.0)
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rates fall; the length of the run then determines its weights."""
+        return self.schedule in ("linear", "cosine") or (self.schedule == "auto" and self.decay_from < 1)
+
+    def learning_rates(self, images_seen: int, elapsed_s: float = 0.0) -> tuple[float, float]:
+        """Return the learning rates of the generator and of the discriminator at a point of the run.
+
+        The progress of the run is its share of `images` or, if that is more, of `minutes`.
+        """
+        share = 1.0
+        if self.decays:
+            start = self.decay_from if self.decay_from < 1 else 0.0
+            progress = images_seen / self.images
+            if self.minutes:
+                progress = max(progress, elapsed_s / (60 * self.minutes))
+            share = min(max((1 - progress) / (1 - start), 0.0), 1.0)
+            if self.schedule == "cosine":
+                # Loshchilov & Hutter, 2017, eq. 5, without restarts.
+                share = (1 - math.cos(math.pi * share)) / 2
+        if images_seen < self.warm_up_images:
+            share *= images_seen / self.warm_up_images
         of_discriminator = self.discriminator_learning_rate
         if of_discriminator is None:
             of_discriminator = self.learning_rate
@@ -246,6 +282,12 @@ FREE_ON_RESUME = (
     "evaluate_every_images",
     "stop_on_collapse",
 )
+
+
+def free_on_resume(settings: Settings) -> tuple[str, ...]:
+    """Return the settings that may change on resuming: not the run's length, if the learning rates depend on it."""
+    return tuple(name for name in FREE_ON_RESUME if not (settings.decays and name in ("images", "minutes")))
+
 
 # The group size of each minibatch layer; 4 is from Karras et al., 2018, section 3.
 MINIBATCH_GROUPS: dict[MinibatchLayer, int] = {"none": 1, "stddev": 4, "discrimination": 16}
@@ -289,6 +331,16 @@ def _check_together(settings: Settings) -> None:
             f"minibatch {settings.minibatch} compares groups of {group} images; batch_size {settings.batch_size} is "
             "not a multiple of that"
         )
+    if settings.batch_size % (group * settings.accumulate):
+        needed = f"a multiple of {settings.accumulate}" + (f" times the group of {group}" if group > 1 else "")
+        raise TrainerError(
+            f"accumulate {settings.accumulate} divides a batch into equal parts; batch_size {settings.batch_size} must "
+            f"be {needed}"
+        )
+    if settings.accumulate > 1 and settings.feature_matching:
+        raise TrainerError("feature_matching compares the means of whole batches; leave accumulate out")
+    if settings.schedule == "constant" and settings.decay_from < 1:
+        raise TrainerError(f"schedule constant never falls, but decay_from is {settings.decay_from}; leave out one")
     if settings.label_smoothing and not settings.adversarial_loss.has_targets:
         raise TrainerError(f"label_smoothing needs a loss that has targets; {settings.loss} has none")
     if settings.attention and settings.architecture != "dcgan":

@@ -25,7 +25,7 @@ from ganserve_trainer.networks.generator import Generator
 from ganserve_trainer.report.events import TensorBoardWriter
 from ganserve_trainer.report.history import Alarm, Measurement, Point
 from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolations
-from ganserve_trainer.settings import FREE_ON_RESUME, Settings, write_config
+from ganserve_trainer.settings import Settings, free_on_resume, write_config
 from ganserve_trainer.train import processes
 from ganserve_trainer.train.checkpoints import (
     FOLDER_NAME,
@@ -128,6 +128,10 @@ def _train(
             numbers = torch.cat([means, run.gradient_norms(), diverse.view(1)]).tolist()
             if not all(math.isfinite(number) for number in numbers[:4]):
                 raise diverged(run.images_seen)
+            if settings.minutes and settings.decays:
+                # The clocks of processes differ, but their learning rates must not.
+                elapsed = torch.tensor(run.elapsed_s, dtype=torch.float64, device=run.device)
+                run.scheduled_s = processes.average(elapsed).item()
             point = Point(run.images_seen, run.elapsed_s, *numbers)
             run.history.points.append(point)
             rate = (run.images_seen - last_point[1]) / max(run.elapsed_s - last_point[0], 1e-9)
@@ -233,7 +237,7 @@ def _check_same_run(checkpoint: Checkpoint, settings: Settings, dataset: Dataset
         TrainerError: the settings or the data differ, or the run has already seen more images.
     """
     before, now = asdict(checkpoint.settings), asdict(settings)
-    free = FREE_ON_RESUME if settings.decay_from >= 1 else tuple(name for name in FREE_ON_RESUME if name != "images")
+    free = free_on_resume(settings)
     differing = [name for name in before if name not in free and before[name] != now[name]]
     if differing:
         changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)

@@ -6,6 +6,7 @@ versions.
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -38,6 +39,7 @@ class Run:
         self.dataset_digest = dataset.digest()
         self.images_seen = 0
         self.elapsed_s = 0.0
+        self.scheduled_s = 0.0  # the time by which a schedule with minutes goes; the same in all processes
         self.history = History()
         self.images_a_step = settings.batch_size * settings.discriminator_steps * processes.count()
         # Kept on the device, as bytes, if it fits; otherwise where it is, which may be mapped from a file.
@@ -88,29 +90,29 @@ class Run:
             for this process.
         """
         settings = self.settings
-        rates = settings.learning_rates(self.images_seen)
+        rates = settings.learning_rates(self.images_seen, self.scheduled_s)
         self.generator_weights.learning_rate, self.discriminator_weights.learning_rate = rates
-        judged = []
+        judged: list[Tensor] = []
         for index in range(settings.discriminator_steps):
-            real = self._real_batch()
-            # The generator's step reuses the images of the last discriminator step, so these need gradients.
-            with torch.set_grad_enabled(index == settings.discriminator_steps - 1):
-                fake = self._fake_batch("step")
-            objective, figures = self._objective.of_discriminator(real, fake, self.images_seen // self._batch)
-            self.discriminator_weights.descend(objective)
+            real, drawn = self._parts(*self._real_batch()), self._parts(*self._draw("step"))
+            # The generator's step reuses the images of the last discriminator step, so these need gradients. A batch in
+            # parts is generated again instead, because the graphs of all its parts take the memory of a whole batch.
+            reused = index == settings.discriminator_steps - 1 and settings.accumulate == 1
+            fake = self._generated(drawn, gradients=reused)
+            if reused:
+                fake = kept = list(fake)
+            self.discriminator_weights.descend(self._discriminator_objectives(real, fake, judged))
             if settings.adversarial_loss.clips_weights:
                 self.discriminator_weights.clip(settings.weight_clip)
-            judged.append(figures)
             self.images_seen += self._batch
 
         self.discriminator_weights.requires_grad_(False)
-        losses = []
+        losses: list[Tensor] = []
         for index in range(settings.generator_steps):
             if index:
-                fake = self._fake_batch(f"generator step {index}")
-            objective, loss = self._objective.of_generator(real, fake)
-            self.generator_weights.descend(objective)
-            losses.append(loss)
+                drawn = self._parts(*self._draw(f"generator step {index}"))
+            fake = kept if reused and not index else self._generated(drawn, gradients=True)
+            self.generator_weights.descend(self._generator_objectives(real, fake, losses))
         self.discriminator_weights.requires_grad_(True)
         self.ema.update(self.generator_weights, self.images_a_step, self.images_seen)
         self._grow()
@@ -147,11 +149,35 @@ class Run:
             torch.cuda.manual_seed(seed)
         return latent, label
 
-    def _fake_batch(self, purpose: str) -> Batch:
-        """Generate this process's share of a batch."""
-        latent, label = self._draw(purpose)
-        with self._autocast():
-            return Batch(self.generator(latent, label).to(self._image_type), label)
+    def _parts(self, values: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Divide a batch into the parts to compute at once."""
+        count = self.settings.accumulate
+        return list(zip(values.chunk(count), [None] * count if labels is None else labels.chunk(count), strict=True))
+
+    def _generated(self, drawn: list[tuple[Tensor, Tensor | None]], *, gradients: bool) -> Iterator[Batch]:
+        """Generate the images of the parts of a batch, one part at a time."""
+        for latent, label in drawn:
+            with torch.set_grad_enabled(gradients), self._autocast():
+                images = self.generator(latent, label).to(self._image_type)
+            yield Batch(images, label)
+
+    def _discriminator_objectives(
+        self, real: list[tuple[Tensor, Tensor | None]], fake: Iterable[Batch], figures: list[Tensor]
+    ) -> Iterator[Tensor]:
+        """Compute the objective of each part, whose sum is that of the batch; append the figures of each part."""
+        for part, made in zip(real, fake, strict=True):
+            objective, of_part = self._objective.of_discriminator(Batch(*part), made, self.images_seen // self._batch)
+            figures.append(of_part)
+            yield objective / len(real) if len(real) > 1 else objective
+
+    def _generator_objectives(
+        self, real: list[tuple[Tensor, Tensor | None]], fake: Iterable[Batch], losses: list[Tensor]
+    ) -> Iterator[Tensor]:
+        """Compute the objective of each part, whose sum is that of the batch; append the loss of each part."""
+        for part, made in zip(real, fake, strict=True):
+            objective, loss = self._objective.of_generator(Batch(*part), made)
+            losses.append(loss)
+            yield objective / len(real) if len(real) > 1 else objective
 
     def _real_batch(self) -> Batch:
         """Return this process's next real images, in the epoch's order."""
@@ -208,7 +234,7 @@ class Run:
             TrainerError: its weights do not fit the networks.
         """
         self.images_seen = checkpoint.images_seen
-        self.elapsed_s = checkpoint.elapsed_s
+        self.elapsed_s = self.scheduled_s = checkpoint.elapsed_s
         self.history = checkpoint.history
         try:
             self.generator_weights.load_state_dict(checkpoint.generator, checkpoint.generator_optimizer)

@@ -1,5 +1,6 @@
 """A network's weights: in fp32 for Adam, the EMA and the checkpoints, and in the precision of the computation."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,13 +48,17 @@ class Weights:
         for parameter in self._held:
             parameter.requires_grad_(wanted)
 
-    def descend(self, objective: Tensor) -> None:
-        """Take one step of Adam with the objective's gradient, averaged over processes; skip weights without one."""
+    def descend(self, objectives: Iterable[Tensor]) -> None:
+        """Take one step of Adam with the gradient of the objectives' sum, averaged over processes.
+
+        Each objective's graph is freed before the next objective is computed. Weights without a gradient are skipped.
+        """
         for parameter in self._held:
             parameter.grad = None
-        objective.backward()
+        for number, objective in enumerate(objectives):
+            objective.backward()
+            self._take_gradients(add=number > 0)
         with torch.no_grad():
-            self._take_gradients()
             processes.average_gradients(self.masters.values())
             self._adam.param_groups[0]["lr"] = self.learning_rate
             self._adam.step()
@@ -94,7 +99,9 @@ class Weights:
                 value.copy_(optimizer_state[name][key])
         self._refresh()
 
-    def _take_gradients(self) -> None:
+    @torch.no_grad()
+    def _take_gradients(self, *, add: bool) -> None:
+        """Move the copies' gradients to the fp32 weights, where their sum keeps its precision."""
         theirs, mine = [], []
         for name, copy in self._copies.items():
             master = self.masters[name]
@@ -105,8 +112,9 @@ class Weights:
                 master.grad = torch.empty_like(master)
             theirs.append(copy.grad)
             mine.append(master.grad)
+            copy.grad = None
         if mine:
-            torch._foreach_copy_(mine, theirs)
+            (torch._foreach_add_ if add else torch._foreach_copy_)(mine, theirs)
 
     def _refresh(self) -> None:
         if self._copies:
