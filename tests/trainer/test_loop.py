@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.metadata
+import json
 import os
 import re
 import signal
@@ -139,6 +140,8 @@ def test_a_run_leaves_sheets_report_configuration_checkpoints_and_board(data_roo
     ]
     assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "tensorboard").iterdir())
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images_seen"] for line in lines] == [64, 128]
     content = tomllib.loads((tmp_path / "run.toml").read_text())
     assert content.pop("versions")["torch"] == importlib.metadata.version("torch")
     assert content == {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}

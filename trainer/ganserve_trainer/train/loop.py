@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from ganserve_trainer.data.datasets import Dataset
 from ganserve_trainer.data.spec import ImageSpec
-from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.errors import CollapsedError, TrainerError
 from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.networks.generator import Generator
 from ganserve_trainer.report.events import TensorBoardWriter
 from ganserve_trainer.report.history import Alarm, Measurement, Point
+from ganserve_trainer.report.metrics_file import FILE_NAME as METRICS_FILE_NAME
+from ganserve_trainer.report.metrics_file import MetricsFile
 from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolations
-from ganserve_trainer.settings import Settings, free_on_resume, write_config
+from ganserve_trainer.settings import Settings, free_on_resume, versions, write_config
 from ganserve_trainer.train import processes
 from ganserve_trainer.train.checkpoints import (
     FOLDER_NAME,
@@ -54,8 +56,9 @@ def train(
 ) -> bool:
     """Train until `settings.images` images are seen or `settings.minutes` have passed; write everything to `out`.
 
-    `out` contains `run.toml`, `checkpoints/`, `samples/`, `report.html` and `tensorboard/`. SIGINT and SIGTERM save a
-    checkpoint and end the run early. Under torchrun every process calls this, and only the first process writes.
+    `out` contains `run.toml`, `checkpoints/`, `samples/`, `report.html`, `metrics.jsonl` and `tensorboard/`. SIGINT and
+    SIGTERM save a checkpoint and end the run early. Under torchrun every process calls this, and only the first process
+    writes.
 
     Args:
         settings: the settings of the run.
@@ -76,10 +79,11 @@ def train(
     """
     processes.start()
     try:
-        if processes.rank():
-            return _train(settings, dataset, out, resume, report, measure)
-        out.mkdir(parents=True, exist_ok=True)
-        with _only_trainer_of(out):
+        with ExitStack() as stack:
+            with processes.failing_together():
+                if processes.rank() == 0:
+                    out.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_only_trainer_of(out))
             return _train(settings, dataset, out, resume, report, measure)
     finally:
         processes.stop()
@@ -140,14 +144,16 @@ def _train(
             collapse = next((alarm for alarm in alarms if alarm.name == MODE_COLLAPSE), None)
             ends = collapse is not None and settings.stop_on_collapse
             if folder is not None:
+                folder.tensorboard.point(point)
+                folder.metrics.add(point)
                 for alarm in alarms:
                     folder.ring(alarm)
-                folder.tensorboard.point(point)
                 report(point, rate)
                 if evaluate and measure is not None:
                     measurement = Measurement(run.images_seen, run.elapsed_s, measure(run.ema.network))
                     run.history.measurements.append(measurement)
                     folder.tensorboard.measurement(measurement)
+                    folder.metrics.add(measurement)
                 if save or ends:
                     folder.tensorboard.flush()
                     save_checkpoint(run.checkpoint(), out)
@@ -158,26 +164,48 @@ def _train(
                 started = time.monotonic() - run.elapsed_s
             last_point = (run.elapsed_s, run.images_seen)
             if ends and collapse is not None:
-                raise TrainerError(
+                raise CollapsedError(
                     f"{collapse.message} The run ends here because of stop_on_collapse; its files are in {out}"
                 )
     return settings.are_fulfilled(run.images_seen, run.elapsed_s)
 
 
+def resolved(settings: Settings) -> Settings:
+    """Return the settings with the precision that auto has on this machine."""
+    if settings.precision != "auto":
+        return settings
+    return replace(settings, precision="bf16" if bf16_is_fast(best_device()) else "fp32")
+
+
 def _begin(settings: Settings, dataset: Dataset, out: Path, *, resume: bool) -> Run:
     device = best_device()
-    if settings.precision == "auto":
-        settings = replace(settings, precision="bf16" if bf16_is_fast(device) else "fp32")
-    checkpoint = None
-    if checkpoint_files(out):
-        if not resume:
-            raise TrainerError(f"{out} already has a run; resume it with --resume, or choose another --out")
-        checkpoint = load_checkpoint(out)
-        _check_same_run(checkpoint, settings, dataset)
-    run = Run(settings, dataset, device)
-    if checkpoint is not None:
-        run.restore(checkpoint)
+    with processes.failing_together():
+        settings = resolved(settings)
+        checkpoint = None
+        if checkpoint_files(out):
+            if not resume:
+                raise TrainerError(f"{out} already has a run; resume it with --resume, or choose another --out")
+            checkpoint = load_checkpoint(out)
+            _check_same_run(checkpoint, settings, dataset)
+    processes.check_same(_facts(settings, dataset, checkpoint))
+    with processes.failing_together():
+        run = Run(settings, dataset, device)
+        if checkpoint is not None:
+            run.restore(checkpoint)
     return run
+
+
+def _facts(settings: Settings, dataset: Dataset, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """Return what must be the same in all processes."""
+    started = "none" if checkpoint is None else f"of {checkpoint.images_seen} images, {checkpoint.digest()[:19]}"
+    return {
+        "data": f"{len(dataset.images)} images, {dataset.digest()[:19]}",
+        "classes": _described(dataset.spec),
+        "checkpoint": started,
+        # Not the path of the data set, whose digest counts.
+        **{name: str(value) for name, value in asdict(settings).items() if name != "dataset"},
+        **versions(),
+    }
 
 
 def _announce(run: Run, dataset: Dataset) -> None:
@@ -205,6 +233,7 @@ class _Folder:
             file.write(write_config(run.settings).encode())
         (out / "samples").mkdir(exist_ok=True)
         self.tensorboard = TensorBoardWriter(out / "tensorboard", resume_at=run.images_seen or None)
+        self.metrics = MetricsFile(out / METRICS_FILE_NAME, run.history)
         classes = min(len(run.spec.class_names), _SHEET_ROWS) if run.settings.conditional else 0
         rows = classes or _SHEET_ROWS
         self._latent = _fixed_latents(run.settings, "sheet", rows * _SHEET_COLUMNS)
@@ -214,6 +243,7 @@ class _Folder:
         """Print and record an alarm."""
         print(f"ALARM after {alarm.images_seen} images: {alarm.name}. {alarm.message}", file=sys.stderr, flush=True)
         self.tensorboard.alarm(alarm)
+        self.metrics.add(alarm)
 
     def sample(self, run: Run) -> None:
         """Write the EMA generator's images of the run's fixed latents, and the report."""

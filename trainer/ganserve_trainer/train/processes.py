@@ -7,17 +7,23 @@ which each process draws itself.
 """
 
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.train.devices import best_device
+
 
 def start() -> None:
     """Join the process group if torchrun started several processes: over NCCL on GPUs, over Gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        best_device()  # over NCCL, each process talks through a GPU of its own
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -35,6 +41,57 @@ def rank() -> int:
 def count() -> int:
     """Return how many processes train together."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """End all processes with an error if the block fails in one of them; otherwise the others would wait for it.
+
+    Raises:
+        TrainerError: the block failed in another process, which the text names.
+    """
+    if count() == 1:
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except (TrainerError, OSError) as error:
+        own = error
+    # Not the text of another's error, where this process has one.
+    errors = [error for error in _gathered(str(own) if own else None) if error[1] is not None]
+    if own is not None:
+        raise own
+    if errors:
+        where, text = errors[0]
+        raise TrainerError(f"{where} has failed: {text}")
+
+
+def check_same(facts: dict[str, str]) -> None:
+    """Compare facts about the run, such as the digest of its data, over the processes.
+
+    Raises:
+        TrainerError: a process differs from process 0, in all processes.
+    """
+    if count() == 1:
+        return
+    (first, expected), *others = _gathered(facts)
+    for where, theirs in others:
+        if differing := [name for name in expected if theirs[name] != expected[name]]:
+            details = "; ".join(f"{name}: {expected[name]} in {first}, {theirs[name]} in {where}" for name in differing)
+            raise TrainerError(
+                f"all processes must train the same run from the same data, but {where} has other "
+                f"{' and '.join(differing)} than {first} ({details}). Give each machine the same files, versions and "
+                "options, and share --out or copy the run's folder to each"
+            )
+
+
+def _gathered(own: Any) -> list[tuple[str, Any]]:
+    """Return the value of each process, with the process and its machine."""
+    named = (f"process {rank()} on {socket.gethostname()}", own)
+    found: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(found, named)
+    return found
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

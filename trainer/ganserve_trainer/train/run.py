@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ganserve_trainer.data.clustering import cluster_bounds, k_means
 from ganserve_trainer.data.datasets import Dataset
-from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.errors import DivergedError, TrainerError
 from ganserve_trainer.networks.augmentation import augment
 from ganserve_trainer.networks.discriminator import build_discriminator
 from ganserve_trainer.networks.generator import build_generator
@@ -98,7 +98,7 @@ class Run:
             # The generator's step reuses the images of the last discriminator step, so these need gradients. A batch in
             # parts is generated again instead, because the graphs of all its parts take the memory of a whole batch.
             reused = index == settings.discriminator_steps - 1 and settings.accumulate == 1
-            fake = self._generated(drawn, gradients=reused)
+            fake: Iterable[Batch] = self._generated(drawn, gradients=reused)
             if reused:
                 fake = kept = list(fake)
             self.discriminator_weights.descend(self._discriminator_objectives(real, fake, judged))
@@ -249,9 +249,9 @@ class Run:
             network.grow_to(self.images_seen)
 
 
-def diverged(images_seen: int) -> TrainerError:
+def diverged(images_seen: int) -> DivergedError:
     """Return the error for a run whose losses or weights are no longer finite."""
-    return TrainerError(
+    return DivergedError(
         f"losses or weights are no longer finite after {images_seen} images; the last checkpoint, if there is one, is "
         "older than that; try a smaller --learning-rate or --precision fp32"
     )
