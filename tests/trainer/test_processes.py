@@ -2,6 +2,8 @@
 
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -29,8 +31,13 @@ def settings(data_root: Path, out: Path, batch_size: int, *arguments: str) -> li
     return [str(part) for part in command]
 
 
-def train(command: list[str], processes: int) -> list["subprocess.CompletedProcess[str]"]:
-    """Start processes with the environment of torchrun's, which also keeps the store by which they find each other."""
+def train(
+    command: list[str], processes: int, *, second: list[str] | None = None
+) -> list["subprocess.CompletedProcess[str]"]:
+    """Start processes with the environment of torchrun's, which also keeps the store by which they find each other.
+
+    The second process may have other arguments.
+    """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with ExitStack() as stack:
@@ -38,7 +45,8 @@ def train(command: list[str], processes: int) -> list["subprocess.CompletedProce
         for rank in range(processes):
             numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            program = Program([installed("ganserve-trainer"), *command], env=os.environ | place | numbers, **pipes)
+            given = second if second is not None and rank == 1 else command
+            program = Program([installed("ganserve-trainer"), *given], env=os.environ | place | numbers, **pipes)
             started.append(stack.enter_context(ended(program)))
         outputs = [process.communicate(timeout=TIMEOUT_S) for process in started]
     return [
@@ -81,6 +89,42 @@ def test_an_error_in_all_processes_is_told(data_root: Path, tmp_path: Path) -> N
     for done in train(settings(data_root, tmp_path, 300, "--preset", "mlp"), 2):
         assert done.returncode == 2
         assert "400 images, fewer than a batch of 600; use --batch-size 200 or fewer" in done.stderr
+
+
+def test_processes_that_would_train_other_runs_are_refused(data_root: Path, tmp_path: Path) -> None:
+    other_data = tmp_path / "data"
+    shutil.copytree(data_root / "MNIST", other_data / "MNIST")
+    images = next((other_data / "MNIST" / "raw").glob("train-images*"))
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.chmod(0o644)
+    images.write_bytes(content)
+    out = tmp_path / "run"
+    command = settings(data_root, out, 64, *MLP)
+
+    def refused(second: list[str], first: list[str]) -> str:
+        results = train(first, 2, second=second)
+        assert [done.returncode for done in results] == [2, 2], results[0].stderr + results[1].stderr
+        assert socket.gethostname() in results[0].stderr
+        return results[0].stderr
+
+    text = refused(settings(other_data, out, 64, *MLP), command)
+    assert "process 1 on" in text
+    assert "has other data than process 0 on" in text
+    assert "has other learning_rate than" in refused([*command, "--learning-rate", "0.1"], command)
+    assert not (out / "checkpoints").exists()
+    (alone,) = train([*settings(data_root, out, 64, *MLP), "--images", "128"], 1)
+    assert alone.returncode == 0, alone.stderr
+    # The second machine has no such folder, or one of a run that is behind.
+    resume = ["train", "--resume", "--data-root", str(data_root), "--images", "256"]
+    text = refused([*resume, "--out", str(tmp_path / "elsewhere")], [*resume, "--out", str(out)])
+    assert "process 1 on" in text
+    assert "there is no run in" in text
+    (behind,) = train([*settings(data_root, tmp_path / "behind", 64, *MLP), "--images", "64"], 1)
+    assert behind.returncode == 0, behind.stderr
+    text = refused([*resume, "--out", str(tmp_path / "behind")], [*resume, "--out", str(out)])
+    assert "has other checkpoint than" in text
+    assert "checkpoint: of 128 images, sha256:" in text
 
 
 @pytest.mark.parametrize(("kills", "images"), [(2, 1_280), pytest.param(20, 6_400, marks=pytest.mark.slow)])

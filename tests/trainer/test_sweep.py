@@ -10,6 +10,7 @@ from ganserve_trainer.evaluation import judge
 from ganserve_trainer.report.history import Alarm, History, Point
 from ganserve_trainer.train.checkpoints import load_checkpoint
 from ganserve_trainer.train.monitoring import MODE_COLLAPSE
+from ganserve_trainer.train.run import Run
 from ganserve_trainer.train.sweep import combinations, outcome, parse_axis, table
 
 
@@ -82,9 +83,9 @@ def test_a_sweep_trains_measures_and_goes_on_where_it_was(
     assert float(rows[2][rows[0].index("diversity")]) > 0
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     trained = ["loss=hinge,label_smoothing=0.0", "loss=minimax,label_smoothing=0.0", "loss=minimax,label_smoothing=0.1"]
-    assert sorted(results) == trained
-    assert 0 <= results[trained[0]]["label_accuracy"] <= 1
-    folder = tmp_path / "sweep" / trained[0]
+    assert [name.rpartition(",")[0] for name in sorted(results)] == trained
+    assert 0 <= results[min(results)]["label_accuracy"] <= 1
+    folder = tmp_path / "sweep" / min(results)
     assert load_checkpoint(folder).settings.conditional
 
     # What is complete is left alone: the run could not even be read any more.
@@ -93,6 +94,46 @@ def test_a_sweep_trains_measures_and_goes_on_where_it_was(
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out == printed.out
+
+
+def test_a_changed_sweep_never_shows_the_figures_of_another_run(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(judge, "_LEAST_STEPS", 2)
+    monkeypatch.setattr(judge, "_EPOCHS", 0)
+    steps = []
+    step = Run.step
+    monkeypatch.setattr(Run, "step", lambda run: steps.append(run.settings.width) or step(run))
+
+    def swept(width: int, images: int, measured: int = 50) -> tuple[str, dict[str, dict[str, object]]]:
+        """Return the folder, and the figures."""
+        steps.clear()
+        command = ["ganserve-trainer", "sweep", "--out", str(tmp_path / "sweep"), "--data-root", str(data_root)]
+        command += ["--preset", "mlp", "--width", str(width), "--images", str(images), "--batch-size", "16"]
+        monkeypatch.setattr(sys, "argv", [*command, "--measured-images", str(measured), "--vary", "loss=hinge"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, capsys.readouterr().err
+        capsys.readouterr()
+        ((folder, row),) = json.loads((tmp_path / "sweep" / "results.json").read_text()).items()
+        return folder, row
+
+    first = swept(4, 64)
+    assert (first[1]["images"], steps) == (64, [4] * 4)
+    assert swept(4, 64) == first
+    assert not steps
+    # Another width is another run; a longer run continues; a shorter one is trained anew, beside the longer one.
+    wider = swept(8, 64)
+    assert (wider[0] != first[0], wider[1]["fid"] != first[1]["fid"], steps) == (True, True, [8] * 4)
+    longer = swept(4, 128)
+    assert (longer[0], longer[1]["images"], steps) == (first[0], 128, [4] * 4)
+    shorter = swept(4, 64)
+    assert (shorter[1]["images"], shorter[1]["fid"], steps) == (64, first[1]["fid"], [4] * 4)
+    # More images to measure: no step is trained, but the figures are others.
+    again = swept(4, 128, measured=60)
+    assert (again[1]["images"], again[1]["fid"] != longer[1]["fid"], steps) == (128, True, [])
+    assert swept(4, 64)[1] == shorter[1]
 
 
 def test_a_sweep_in_which_nothing_can_be_trained_says_so(

@@ -82,6 +82,17 @@ class _Layout(StrEnum):
     NHWC = "NHWC"
 
 
+class _Search(StrEnum):
+    GRID = "grid"
+    TPE = "tpe"
+
+
+class _Pruner(StrEnum):
+    MEDIAN = "median"
+    HYPERBAND = "hyperband"
+    NONE = "none"
+
+
 _CONFIG = typer.Option(help="TOML file of settings, such as a run's run.toml; flags take precedence over it.")
 
 
@@ -169,23 +180,25 @@ def train(
     from ganserve_trainer.data.datasets import load_dataset
     from ganserve_trainer.evaluation.evaluate import quick_measure
     from ganserve_trainer.report.page import FILE_NAME
-    from ganserve_trainer.train import loop
+    from ganserve_trainer.train import loop, processes
     from ganserve_trainer.train.checkpoints import checkpoint_files, load_checkpoint
 
-    begun = resume and bool(checkpoint_files(out))
-    if resume and not begun and preset is None and config is None:
-        raise TrainerError(f"there is no run in {out} to resume; to start one there, add --preset or --config")
-    resumed = load_checkpoint(out) if begun else None
-    settings = _settings(preset, config, given, resumed.settings if resumed else None)
-    if resumed and settings.are_fulfilled(resumed.images_seen, resumed.elapsed_s):
-        print(
-            f"the run is complete, with {resumed.images_seen:,} images; to continue it, increase --images",
-            file=sys.stderr,
+    processes.start()
+    with processes.failing_together():
+        begun = resume and bool(checkpoint_files(out))
+        if resume and not begun and preset is None and config is None:
+            raise TrainerError(f"there is no run in {out} to resume; to start one there, add --preset or --config")
+        resumed = load_checkpoint(out) if begun else None
+        settings = _settings(preset, config, given, resumed.settings if resumed else None)
+        if resumed and settings.are_fulfilled(resumed.images_seen, resumed.elapsed_s):
+            print(
+                f"the run is complete, with {resumed.images_seen:,} images; to continue it, increase --images",
+                file=sys.stderr,
+            )
+        data = load_dataset(
+            settings.dataset, data_root, train=True, image_size=settings.image_size, reading=settings.reading()
         )
-    data = load_dataset(
-        settings.dataset, data_root, train=True, image_size=settings.image_size, reading=settings.reading()
-    )
-    measure = quick_measure(settings, data, data_root, report=_say) if settings.evaluate_every_images else None
+        measure = quick_measure(settings, data, data_root, report=_say) if settings.evaluate_every_images else None
     with _progress(settings) as report:
         complete = loop.train(settings, data, out, resume=resume, report=report, measure=measure)
     if not complete:
@@ -257,36 +270,71 @@ def sweep(
     ],
     vary: Annotated[
         list[str],
-        typer.Option(help="Setting and its values, such as loss=hinge,minimax; repeat --vary for more settings."),
+        typer.Option(
+            help="Setting and its values, such as loss=hinge,minimax or, with --search tpe, learning_rate=1e-4..1e-2; "
+            "repeat --vary for more settings."
+        ),
     ],
     preset: Annotated[str | None, _PRESET] = None,
     config: Annotated[Path | None, _CONFIG] = None,
     data_root: DataRoot = Path("data"),
     measured_images: Annotated[int, typer.Option(min=10, help="Number of images to measure each run on.")] = 10_000,
+    search: Annotated[
+        _Search, typer.Option(help="grid: all combinations; tpe: Optuna's search for the lowest FID.")
+    ] = _Search.GRID,
+    trials: Annotated[int, typer.Option(min=1, help="tpe: number of trials, of all processes together.")] = 20,
+    pruner: Annotated[
+        _Pruner, typer.Option(help="tpe: which trials to end early, by their FID every --evaluate-every-images.")
+    ] = _Pruner.MEDIAN,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="tpe: database URL of the study, such as postgresql://…", show_default="a file in --out"),
+    ] = None,
     **given: Any,
 ) -> None:
-    """Train all combinations of some values of some settings, and compare the runs in a table.
+    """Train all combinations of some values of some settings, or search for good ones; compare the runs in a table.
 
-    A stopped sweep resumes where it was, and keeps its complete runs.
+    A stopped sweep resumes where it was, and keeps its complete runs. With --search tpe, the same command on another
+    machine that shares --out takes part in the same search.
     """
     from ganserve_trainer.data.datasets import load_dataset
+    from ganserve_trainer.evaluation import judge
     from ganserve_trainer.evaluation.evaluate import quick_measure
     from ganserve_trainer.train import loop
     from ganserve_trainer.train.checkpoints import load_checkpoint
-    from ganserve_trainer.train.sweep import parse_axis
+    from ganserve_trainer.train.sweep import Runner, Watch, parse_axis
     from ganserve_trainer.train.sweep import sweep as run_sweep
 
     load = functools.lru_cache(maxsize=1)(load_dataset)
+
+    @functools.lru_cache(maxsize=1)
+    def digest(dataset: str, image_size: int | None) -> str:
+        return load(dataset, data_root, train=True, image_size=image_size).digest()
 
     def settings_of(values: dict[str, Any]) -> Settings:
         values = dict(values)
         named = values.pop("preset", preset)
         return _settings(named, config, given | values, None)
 
-    def train_one(settings: Settings, folder: Path) -> None:
+    def train_one(settings: Settings, folder: Path, watch: Watch) -> None:
         data = load(settings.dataset, data_root, train=True, image_size=settings.image_size, reading=settings.reading())
-        with _progress(settings) as report:
-            if not loop.train(settings, data, folder, resume=True, report=report):
+        measure, seen = None, 0
+        if settings.evaluate_every_images:
+            quick = quick_measure(settings, data, data_root, report=_say)
+
+            def measure(generator: Any) -> dict[str, float]:
+                metrics = quick(generator)
+                watch(seen, metrics)
+                return metrics
+
+        with _progress(settings) as show:
+
+            def report(point: "Point", images_per_s: float) -> None:
+                nonlocal seen
+                seen = point.images_seen
+                show(point, images_per_s)
+
+            if not loop.train(settings, data, folder, resume=True, report=report, measure=measure):
                 print("stopped; the same command resumes", file=sys.stderr)
                 raise typer.Exit(130)
 
@@ -297,7 +345,23 @@ def sweep(
         measure = quick_measure(settings, data, data_root, images=measured_images, report=_say)
         return measure(checkpoint.ema_generator())
 
-    print(run_sweep(out, [parse_axis(axis) for axis in vary], settings_of, train_one, measure_one), end="")
+    runner = Runner(
+        out,
+        lambda settings: digest(settings.dataset, settings.image_size),
+        train_one,
+        measure_one,
+        (measured_images, judge._RECIPE),
+    )
+    if search is _Search.GRID:
+        values = [parse_axis(axis) for axis in vary]
+        print(run_sweep(runner, cast("list[tuple[str, list[Any]]]", values), settings_of), end="")
+        return
+    try:
+        from ganserve_trainer.train.search import search as run_search
+    except ModuleNotFoundError as error:
+        raise TrainerError(f"--search tpe needs {error.name}: install 'ganserve[search]'") from error
+    axes = [parse_axis(axis, ranges=True) for axis in vary]
+    print(run_search(runner, axes, settings_of, trials=trials, pruner=pruner.value, storage=storage), end="")
 
 
 @app.command()
