@@ -321,7 +321,11 @@ def _canonical(requirement: str) -> str:
 
 @pytest.mark.parametrize(
     ("room", "extras"),
-    [("client", ("playground",)), ("server", ("server", "tracing")), ("trainer", ("trainer", "parquet", "search"))],
+    [
+        ("client", ("playground",)),
+        ("server", ("server", "tracing")),
+        ("trainer", ("trainer", "parquet", "search", "wandb", "mlflow")),
+    ],
 )
 def test_a_room_imports_nothing_but_what_its_extras_name(room: str, extras: tuple[str, ...]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": {"errors", "losses", "data"},
     "networks": {"errors", "wrap", "settings", "data"},
     "objectives": {"losses", "settings", "networks"},
-    "report": {"files", "settings", "data"},
+    "report": {"errors", "files", "settings", "data"},
     "train": {"errors", "files", "settings", "data", "networks", "objectives", "report"},
     "evaluation": {"errors", "files", "model_file", "settings", "data", "networks", "report", "train"},
     "export": {"errors", "files", "model_file", "settings", "networks", "train", "evaluation"},

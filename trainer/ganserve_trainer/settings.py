@@ -38,6 +38,7 @@ class ExportPrecision(StrEnum):
 
 _VERSIONS_OF = ("ganserve", "torch", "torchvision", "numpy")
 AUGMENTATIONS = ("color", "translation", "cutout")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 def _setting(
@@ -222,6 +223,11 @@ class Settings:
         minimum=0,
     )
     stop_on_collapse: bool = _setting(False, "Run", "End the run when it raises the alarm for mode collapse.")
+    log: str = _setting(
+        "tensorboard",
+        "Run",
+        "Trackers to send the history to: any of tensorboard, wandb, mlflow, joined by a comma; or none.",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -272,6 +278,10 @@ class Settings:
         """Return the differentiable augmentations to apply, in order."""
         return tuple(name for name in self.augment.split("+") if name)
 
+    def trackers(self) -> tuple[str, ...]:
+        """Return the trackers to send the history to."""
+        return () if self.log == "none" else tuple(name.strip() for name in self.log.split(","))
+
 
 # Settings that may change on resuming: the length of a run, and how often it reports.
 FREE_ON_RESUME = (
@@ -281,6 +291,7 @@ FREE_ON_RESUME = (
     "checkpoint_every_images",
     "evaluate_every_images",
     "stop_on_collapse",
+    "log",
 )
 
 
@@ -325,6 +336,8 @@ def _check_together(settings: Settings) -> None:
     unknown = [name for name in settings.augmentations() if name not in AUGMENTATIONS]
     if unknown:
         raise TrainerError(f"augment is {settings.augment!r}; choose from {', '.join(AUGMENTATIONS)}, joined by +")
+    if not set(settings.trackers()) <= set(TRACKERS):
+        raise TrainerError(f"log is {settings.log!r}; choose from {', '.join(TRACKERS)}, joined by a comma, or none")
     group = MINIBATCH_GROUPS[settings.minibatch]
     if settings.batch_size % group:
         raise TrainerError(

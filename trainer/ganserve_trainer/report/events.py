@@ -8,6 +8,19 @@ from PIL import Image
 from ganserve_trainer.report.history import Alarm, Measurement, Point
 
 
+def scalars_of(point: Point) -> dict[str, float]:
+    """Return the values of the curves by the names that trackers show."""
+    return {
+        "loss/discriminator": point.discriminator_loss,
+        "loss/generator": point.generator_loss,
+        "accuracy/real": point.real_accuracy,
+        "accuracy/fake": point.fake_accuracy,
+        "gradient_norm/discriminator": point.discriminator_gradient_norm,
+        "gradient_norm/generator": point.generator_gradient_norm,
+        "diversity": point.diversity,
+    }
+
+
 class TensorBoardWriter:
     """Writes one folder of TensorBoard events. Closing it, or leaving its `with` statement, writes the last events."""
 
@@ -27,16 +40,7 @@ class TensorBoardWriter:
 
     def point(self, point: Point) -> None:
         """Write the next values of the curves."""
-        values = {
-            "loss/discriminator": point.discriminator_loss,
-            "loss/generator": point.generator_loss,
-            "accuracy/real": point.real_accuracy,
-            "accuracy/fake": point.fake_accuracy,
-            "gradient_norm/discriminator": point.discriminator_gradient_norm,
-            "gradient_norm/generator": point.generator_gradient_norm,
-            "diversity": point.diversity,
-        }
-        self._scalars(values, point.images_seen)
+        self._scalars(scalars_of(point), point.images_seen)
 
     def measurement(self, measurement: Measurement) -> None:
         """Write metrics."""

@@ -22,11 +22,11 @@ from ganserve_trainer.errors import CollapsedError, TrainerError
 from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.networks.generator import Generator
-from ganserve_trainer.report.events import TensorBoardWriter
 from ganserve_trainer.report.history import Alarm, Measurement, Point
 from ganserve_trainer.report.metrics_file import FILE_NAME as METRICS_FILE_NAME
 from ganserve_trainer.report.metrics_file import MetricsFile
 from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolations
+from ganserve_trainer.report.trackers import Trackers
 from ganserve_trainer.settings import Settings, free_on_resume, versions, write_config
 from ganserve_trainer.train import processes
 from ganserve_trainer.train.checkpoints import (
@@ -94,7 +94,8 @@ def _train(
 ) -> bool:
     run = _begin(settings, dataset, out, resume=resume)
     settings = run.settings
-    folder = _Folder(out, run) if processes.rank() == 0 else None
+    with processes.failing_together():
+        folder = _Folder(out, run) if processes.rank() == 0 else None
     probe = build_probe(run.images, run.labels, conditional=settings.conditional)
     probe_latent = _fixed_latents(settings, "probe", probe.size)
     if folder is not None:
@@ -107,7 +108,7 @@ def _train(
     def due(every: int) -> bool:
         return bool(every) and run.images_seen // every > (run.images_seen - run.images_a_step) // every
 
-    with _stop_signals() as stop, folder.tensorboard if folder is not None else nullcontext():
+    with _stop_signals() as stop, folder.trackers if folder is not None else nullcontext():
         last = settings.are_fulfilled(run.images_seen, run.elapsed_s)
         while not last:
             recent.append(run.step())
@@ -144,7 +145,7 @@ def _train(
             collapse = next((alarm for alarm in alarms if alarm.name == MODE_COLLAPSE), None)
             ends = collapse is not None and settings.stop_on_collapse
             if folder is not None:
-                folder.tensorboard.point(point)
+                folder.trackers.point(point)
                 folder.metrics.add(point)
                 for alarm in alarms:
                     folder.ring(alarm)
@@ -152,10 +153,10 @@ def _train(
                 if evaluate and measure is not None:
                     measurement = Measurement(run.images_seen, run.elapsed_s, measure(run.ema.network))
                     run.history.measurements.append(measurement)
-                    folder.tensorboard.measurement(measurement)
+                    folder.trackers.measurement(measurement)
                     folder.metrics.add(measurement)
                 if save or ends:
-                    folder.tensorboard.flush()
+                    folder.trackers.flush()
                     save_checkpoint(run.checkpoint(), out)
                 if sample or ends:
                     folder.sample(run)
@@ -232,7 +233,8 @@ class _Folder:
         with replace_atomically(out / CONFIG_FILE_NAME) as file:
             file.write(write_config(run.settings).encode())
         (out / "samples").mkdir(exist_ok=True)
-        self.tensorboard = TensorBoardWriter(out / "tensorboard", resume_at=run.images_seen or None)
+        config = asdict(run.settings) | versions()
+        self.trackers = Trackers(run.settings.trackers(), out, config, resume_at=run.images_seen or None)
         self.metrics = MetricsFile(out / METRICS_FILE_NAME, run.history)
         classes = min(len(run.spec.class_names), _SHEET_ROWS) if run.settings.conditional else 0
         rows = classes or _SHEET_ROWS
@@ -242,7 +244,7 @@ class _Folder:
     def ring(self, alarm: Alarm) -> None:
         """Print and record an alarm."""
         print(f"ALARM after {alarm.images_seen} images: {alarm.name}. {alarm.message}", file=sys.stderr, flush=True)
-        self.tensorboard.alarm(alarm)
+        self.trackers.alarm(alarm)
         self.metrics.add(alarm)
 
     def sample(self, run: Run) -> None:
@@ -251,7 +253,7 @@ class _Folder:
         save_contact_sheet(run.show(self._latent, self._label), _SHEET_COLUMNS, path)
         rows = None if self._label is None else self._label[::_SHEET_COLUMNS]
         save_interpolations(run.show, run.settings.latent_dim, self.out / "interpolations.png", label=rows)
-        self.tensorboard.sheet(path, run.images_seen)
+        self.trackers.sheet(path, run.images_seen)
         report_on(run.checkpoint(), self.out)
 
 
