@@ -683,6 +683,24 @@ def test_the_class_of_a_training_script_is_found_without_training(
     assert made(bring(tmp_path / "generator.pth", *options)) == [picture(seed) for seed in range(4)]
 
 
+def test_a_file_that_demands_a_gpu_is_imported_without_one(
+    bring: Callable[..., ModelVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "demanding.py").write_text(
+        "import torch\n"
+        "assert torch.cuda.is_available(), 'You need a GPU with CUDA'\n"
+        "class Generator(torch.nn.Module):\n    def __init__(self, nz):\n        super().__init__()\n"
+        "        self.nz, self.level = nz, torch.nn.Parameter(torch.zeros(12))\n"
+        "        self.register_buffer('step', torch.zeros(12))\n"
+        "    def forward(self, z):\n"
+        "        return (self.level + torch.sign(z[:, :1]) * self.step).reshape(-1, 3, 2, 2)\n"
+    )
+    torch.save({"level": LEVEL, "step": STEP}, tmp_path / "generator.pth")
+    options = ("--module", "demanding.py:Generator", "--arguments", '{"nz": 4}')
+    assert made(bring(tmp_path / "generator.pth", *options)) == [picture(seed) for seed in range(4)]
+
+
 def test_a_network_that_draws_noise_in_fp16_and_wants_a_gpu_is_imported(
     bring: Callable[..., ModelVersion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
