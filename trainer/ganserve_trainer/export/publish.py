@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from torch import nn
 
 from ganserve.v1 import generation_pb2 as pb
@@ -97,6 +98,7 @@ def export_module(
     check_effect_of_latent(session, known)
     return publish_with_card(
         model,
+        session,
         repository,
         name,
         inputs=known,
@@ -110,6 +112,7 @@ def export_module(
 
 def publish_with_card(
     model: onnx.ModelProto,
+    session: onnxruntime.InferenceSession,
     repository: Path,
     name: str,
     *,
@@ -124,6 +127,7 @@ def publish_with_card(
 
     Args:
         model: the graph.
+        session: the graph, open.
         repository: the model repository.
         name: the name of the model.
         inputs: the inputs of the graph.
@@ -143,7 +147,7 @@ def publish_with_card(
         channels=channels,
         class_names=class_names,
         generator_parameters=parameters,
-        golden_images=golden_images(open_session(model), inputs),
+        golden_images=golden_images(session, inputs),
         inputs=inputs.of_card(),
         trainer_version=importlib.metadata.version("ganserve"),
     )

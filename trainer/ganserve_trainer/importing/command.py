@@ -68,9 +68,11 @@ class Import:
     def publish(self, repository: Path, name: str) -> Path:
         """Publish the model as the next version of model `name`; return the file."""
         inputs = self.inputs.served
-        check_effect_of_latent(open_session(self.model), inputs)
+        session = open_session(self.model)
+        check_effect_of_latent(session, inputs)
         return publish_with_card(
             self.model,
+            session,
             repository,
             name,
             inputs=inputs,
