@@ -226,9 +226,14 @@ def _model(message: pb.Model) -> Model:
         further_latents=tuple(each.name for each in card.inputs[1:] if each.HasField("latent")),
         distribution=_distribution(card),
         truncation=_TRUNCATIONS.get(message.truncation, "latent"),
-        metrics=tuple(QualityMetric(metric.name, metric.value, metric.method) for metric in card.metrics),
+        metrics=tuple(_metric(metric) for metric in card.metrics),
         card=json_format.MessageToDict(card),
     )
+
+
+def _metric(metric: pb.QualityMetric) -> QualityMetric:
+    error = metric.standard_error if metric.HasField("standard_error") else None
+    return QualityMetric(metric.name, metric.value, metric.method, error)
 
 
 def _attributes(card: pb.ModelCard) -> tuple[Attribute, ...]:

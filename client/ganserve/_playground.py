@@ -433,7 +433,7 @@ def _card(model: Model) -> str:
     known = "".join(f"<tr><td>{key}</td><td>{html.escape(value)}</td></tr>" for key, value in facts.items() if value)
     measured = "".join(
         f'<tr><td><span title="{html.escape(metric.method)}">{html.escape(metric.name.replace("_", " "))}</span></td>'
-        f"<td>{metric.value:.4g}</td></tr>"
+        f"<td>{metric.text()}</td></tr>"
         for metric in model.metrics
     )
     quality = f"<h3>Quality</h3><table>{measured}</table>" if measured else ""

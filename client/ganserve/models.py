@@ -37,6 +37,12 @@ class QualityMetric:
     name: str
     value: float
     method: str = field(repr=False)  # for people: which images were measured, and against which
+    standard_error: float | None = field(default=None, repr=False)  # None if it was not estimated
+
+    def text(self, digits: int = 4) -> str:
+        """Return the value with some significant digits and, if there is one, its standard error: "0.9967 ± 0.0006"."""
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
+        return f"{self.value:.{digits}g}{error}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -124,7 +130,7 @@ class Model:
         if self.attributes:
             facts["attributes"] = ", ".join(each.name for each in self.attributes)
         rows = [(name, value, "") for name, value in facts.items()]
-        rows += [(metric.name, f"{metric.value:.4g}", metric.method) for metric in self.metrics]
+        rows += [(metric.name, metric.text(), metric.method) for metric in self.metrics]
         cells = "".join(
             f'<tr title="{html.escape(title)}"><td>{html.escape(name)}</td>'
             f'<td style="text-align: left">{html.escape(value)}</td></tr>'

@@ -222,7 +222,7 @@ def test_the_card_the_quality_and_the_latency_are_shown(page: Page, client: Clie
     card = page.locator("#card")
     expect(card).to_contain_text(f"{int(model.card['training']['imagesSeen']):,}")
     for metric in model.metrics:
-        expect(card).to_contain_text(f"{metric.name.replace('_', ' ')}{metric.value:.4g}")
+        expect(card).to_contain_text(f"{metric.name.replace('_', ' ')}{metric.text()}")
     latency = page.locator("#latency")
     expect(latency).to_contain_text("ms round trip")
     expect(latency).to_contain_text("median of 1:")

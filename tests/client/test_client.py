@@ -430,7 +430,10 @@ def test_a_model_and_its_figures_are_told_in_a_line(client: Client) -> None:
     assert "&lt;script&gt;" in page
     text = re.sub("<[^>]*>", "|", page)
     assert "|classes||&amp;||" in text
-    assert all(f"|{metric.name}||{metric.value:.4g}||" in text for metric in model.metrics)
+    assert all(f"|{metric.name}||{metric.text()}||" in text for metric in model.metrics)
+    measured = dataclasses.replace(model.metrics[0], value=0.98765, standard_error=0.00123)
+    assert measured.text() == "0.9877 ± 0.0012"
+    assert "|0.9877 ± 0.0012||" in re.sub("<[^>]*>", "|", dataclasses.replace(model, metrics=(measured,))._repr_html_())
 
 
 def test_latents_of_another_shape_are_told_with_both_shapes(client: Client) -> None:

@@ -2,7 +2,10 @@ import dataclasses
 import io
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ import torch
 from google.protobuf import json_format
 from numpy.typing import NDArray
 from PIL import Image
+from tests.programs import Program, ended, installed
+from tests.programs import run as program
 from torch import Tensor
 
 from ganserve.v1 import generation_pb2 as pb
@@ -24,18 +29,18 @@ from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation import evaluate as evaluation_module
 from ganserve_trainer.evaluation import judge as judge_module
+from ganserve_trainer.evaluation import measure as measure_module
 from ganserve_trainer.evaluation.evaluate import evaluate
-from ganserve_trainer.evaluation.judge import FEATURES, Judge, judge_of
-from ganserve_trainer.evaluation.measure import Generate, QuickEvaluation, classification_accuracy_score, measure
+from ganserve_trainer.evaluation.judge import FEATURES, Judge, judge_of, train_network
+from ganserve_trainer.evaluation.measure import Generate, QuickEvaluation, classification_accuracy, measure
 from ganserve_trainer.export.publish import export
 from ganserve_trainer.settings import from_preset
 from ganserve_trainer.train.checkpoints import checkpoint_files, load_checkpoint
 from ganserve_trainer.train.loop import train
 
-ALL_METRICS = {
-    *("fid", "fid_floor", "fid_over_floor", "kid", "precision", "recall", "density", "coverage"),
-    *("data_copying", "class_kl"),
-}
+FIDS = {"fid", "fid_floor", "fid_over_floor"}
+# Without those of FID, for which the digits are too few.
+ALL_METRICS = {"kid", "precision", "recall", "density", "coverage", "data_copying", "class_kl"}
 
 
 @contextmanager
@@ -49,10 +54,11 @@ def steps(count: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_training(train_part: Dataset, data_root: Path) -> Iterator[None]:
-    """Train the judge of the digits, and whatever else hardly at all."""
+    """Train the judge of the digits, and whatever else hardly at all; measure on few images."""
     with steps(60):
         judge_of(train_part, data_root)
-    with steps(2):
+    with steps(2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure_module, "_LEAST_IMAGES", 10)
         yield
 
 
@@ -143,13 +149,15 @@ def test_a_quick_look_leaves_the_random_state_alone(quick: QuickEvaluation, trai
 def test_the_classification_accuracy_score_of_real_images_is_high_and_of_one_image_is_chance(
     train_part: Dataset, test_part: Dataset
 ) -> None:
+    def score(generate: Generate) -> float:
+        return float(classification_accuracy(generate, 1, train_part, test_part).double().mean())
+
     with steps(60):
-        assert classification_accuracy_score(real_images(train_part), 1, train_part, test_part) > 0.9
+        assert score(real_images(train_part)) > 0.9
         # Right labels on all but half of the classes: the classifier never learns the other half.
-        half = classification_accuracy_score(real_images(train_part, wrong_from=5), 1, train_part, test_part)
-        assert half == pytest.approx(0.5, abs=0.15)
+        assert score(real_images(train_part, wrong_from=5)) == pytest.approx(0.5, abs=0.15)
     with steps(10):
-        assert classification_accuracy_score(one_image(train_part.images[0]), 1, train_part, test_part) < 0.3
+        assert score(one_image(train_part.images[0])) < 0.3
 
 
 def test_a_generator_that_copies_training_images_is_found_out(
@@ -168,6 +176,61 @@ def test_a_generator_that_copies_training_images_is_found_out(
     assert data_copying(test_part) == 0.5
 
 
+def test_every_figure_has_a_standard_error_and_the_card_too(train_part: Dataset, data_root: Path) -> None:
+    card = pb.ModelCard(latent_dim=1, class_names=train_part.spec.class_names)
+    with steps(60), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure_module, "_LEAST_IMAGES", 200)
+        # The training part in place of the test part, which is too small.
+        found = measure(real_images(train_part), card, train_part, train_part, data_root, 200)
+    assert not found.withheld
+    estimates = {metric["name"]: (metric["value"], metric["standard_error"]) for metric in found.metrics}
+    assert estimates.keys() == ALL_METRICS | FIDS | {"label_accuracy", "classification_accuracy_score"}
+    accuracy, error = estimates["label_accuracy"]
+    assert error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 200), rel=0.5)
+    assert all(error > 0 for _, error in estimates.values())
+    ratio = estimates["fid"][0] / estimates["fid_floor"][0]
+    assert estimates["fid_over_floor"][0] == pytest.approx(ratio, rel=1e-3)
+    message = json_format.ParseDict(dict(found.metrics[0]), pb.QualityMetric())
+    assert message.standard_error == pytest.approx(error)
+
+
+def test_figures_of_few_images_or_of_a_poor_judge_are_withheld_with_the_reason(
+    train_part: Dataset, test_part: Dataset, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """23 test images, of which the judge recognises 15 of two classes; blurry noise once had a precision of 1.0."""
+    monkeypatch.setattr(measure_module, "_LEAST_IMAGES", 200)
+
+    def two_classes(part: Dataset, count: int) -> Dataset:
+        spec = dataclasses.replace(part.spec, class_names=("a", "b"))
+        images = part.images[:count]
+        return dataclasses.replace(part, name="two", images=images, labels=torch.arange(len(images)) % 2, spec=spec)
+
+    noise = torch.rand(300, 1, 7, 7, generator=torch.Generator().manual_seed(0)) * 255
+    blurry = torch.nn.functional.interpolate(noise, 28, mode="bicubic").clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    card = pb.ModelCard(latent_dim=1, class_names=("a", "b"))
+
+    def reasons(test: Dataset, right: int) -> dict[str, str]:
+        hits = torch.arange(len(test.images)) < right
+        monkeypatch.setattr(Judge, "right", lambda *_: hits)
+        evaluation = measure(lambda _, labels: blurry[: len(labels)], card, train, test, data_root, 250)
+        named = {each["name"]: each["reason"] for each in evaluation.withheld}
+        assert not named.keys() & {metric["name"] for metric in evaluation.metrics}
+        return named
+
+    train = two_classes(train_part, 300)
+    everything = ALL_METRICS | FIDS | {"label_accuracy", "classification_accuracy_score"}
+    poor = reasons(two_classes(test_part, 23), 15)
+    assert poor.keys() == everything
+    assert "right on 15 of 23 test images, 0.65" in poor["precision"]
+    assert "must reach 0.76, halfway from chance (0.52) to 1" in poor["precision"]
+    # With a good judge, what needs no test image remains.
+    few = reasons(two_classes(test_part, 24), 24)
+    assert few.keys() == everything - {"label_accuracy", "class_kl"}
+    assert few["precision"] == "it needs at least 200 and there are 24 test images"
+    # With enough images, a poor judge is enough of a reason.
+    assert reasons(two_classes(train_part, 240), 120).keys() == everything
+
+
 def test_the_picture_shows_samples_and_their_nearest_training_images(
     train_part: Dataset, test_part: Dataset, data_root: Path
 ) -> None:
@@ -183,6 +246,61 @@ def test_the_judge_is_trained_once(judge: Judge, train_part: Dataset, data_root:
     again = judge_of(train_part, data_root)
     assert again.digest() == judge.digest()
     assert torch.equal(again.features(train_part.images[:9]), judge.features(train_part.images[:9]))
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_training_that_was_killed_ends_with_the_same_weights(
+    train_part: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_module, "_SAVED_EVERY_S", 0.0)
+    fashion = dataclasses.replace(few(train_part), name="fashion-mnist")  # its images are mirrored at random
+    with steps(6):
+        whole = train_network(fashion).state_dict()
+
+        def killed_at(share: float) -> Callable[..., None]:
+            def report(_: str, done: float = 0.0) -> None:
+                if done > share:
+                    raise KilledError
+
+            return report
+
+        for share in (0.3, 0.6):
+            with pytest.raises(KilledError):
+                train_network(fashion, tmp_path / "state", killed_at(share))
+        done: list[float] = []
+        resumed = train_network(fashion, tmp_path / "state", lambda _, share=0.0: done.append(share)).state_dict()
+    assert done == pytest.approx([0, 5 / 6, 1])
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_an_evaluation_that_was_killed_resumes_with_the_same_command(
+    evaluated: Path, data_root: Path, tmp_path: Path
+) -> None:
+    def command(out: str) -> list[str]:
+        flags = ["--data-root", str(data_root), "--images", "200", "--out", str(tmp_path / out)]
+        return [installed("ganserve-trainer"), "evaluate", str(evaluated), *flags]
+
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with ended(Program(command("resumed"), stderr=subprocess.PIPE, text=True, env=environment)) as process:
+        assert process.stderr is not None
+        before = list(iter(process.stderr.readline, "looking for copies of training images …\n"))
+        process.kill()
+    assert "generating 200 images …\n" in before
+    assert not (tmp_path / "resumed").exists()
+    kept = tmp_path / "cache" / "ganserve" / "evaluations"
+    assert list(kept.iterdir())
+    after = program("ganserve-trainer", *command("resumed")[1:], env=environment)
+    assert after.returncode == 0, after.stderr
+    assert not re.search("training the judge|generating|computing", after.stderr)
+    assert not list(kept.iterdir())
+    shutil.rmtree(tmp_path / "cache" / "ganserve" / "features")
+    assert program("ganserve-trainer", *command("unbroken")[1:], env=environment).returncode == 0
+    files = [tmp_path / out / "evaluation.json" for out in ("resumed", "unbroken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "label_accuracy" in [metric["name"] for metric in json.loads(files[0].read_text())["metrics"]]
 
 
 def foreign(_: bytes) -> bytes:
@@ -210,11 +328,15 @@ def test_a_damaged_judge_is_trained_again(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said: list[str] = []
-    digest = judge_of(few(train_part), data_root, said.append).digest()
+
+    def report(stage: str, done: float = 0.0) -> None:
+        said.extend([] if done else [stage])
+
+    digest = judge_of(few(train_part), data_root, report).digest()
     (file,) = tmp_path.rglob("*.pt")
     file.write_bytes(damage(file.read_bytes()))
     for _ in range(2):
-        assert judge_of(few(train_part), data_root, said.append).digest() == digest
+        assert judge_of(few(train_part), data_root, report).digest() == digest
     assert len(said) == 2
 
 
@@ -281,7 +403,7 @@ def test_modes_of_stacked_mnist_are_counted_channel_by_channel(
         spec = ImageSpec(3, 28, 28, tuple(f"{index:03}" for index in range(1000)))
         return Dataset("stacked-mnist", images, torch.tensor([int(triple) for triple in triples]), spec)
 
-    real = stacked("012", "345", "678", "901")
+    real = stacked(*(5 * ["012", "345", "678", "901"]))
     of_stacked = judge_of(real, data_root)
     features = of_stacked.features(real.images)
     assert torch.allclose(features[1, FEATURES : 2 * FEATURES], judge.features(by_digit[4][None, None])[0], atol=1e-5)
@@ -308,8 +430,8 @@ def test_an_evaluation_says_what_was_measured_on_what(evaluated: Path, judge: Ju
     metrics = {metric["name"]: metric for metric in kept["metrics"]}
     assert metrics.keys() == ALL_METRICS | {"label_accuracy", "classification_accuracy_score"}
     assert all(judge.digest()[:19] in metric["method"] for metric in metrics.values())
-    ratio = metrics["fid"]["value"] / metrics["fid_floor"]["value"]
-    assert metrics["fid_over_floor"]["value"] == pytest.approx(ratio, rel=1e-4)
+    assert {each["name"] for each in kept["withheld"]} == FIDS
+    assert "more than the 128 features" in kept["withheld"][0]["reason"]
     with Image.open(evaluated / "neighbours.png") as picture:
         assert picture.size == (10 * 30 + 2, 10 * 30 + 2)
 
@@ -322,7 +444,7 @@ def test_an_exported_model_carries_the_figures_and_gets_the_same_ones(
     card = json_format.Parse(onnx.load(model).metadata_props[0].value, pb.ModelCard())
     assert [metric.name for metric in card.metrics] == [metric["name"] for metric in kept["metrics"]]
     again = evaluate(model, None, data_root, 50, tmp_path / "out")
-    for metric, before in zip(again, kept["metrics"], strict=True):
+    for metric, before in zip(again.metrics, kept["metrics"], strict=True):
         # BatchNorm is folded: a few grey levels differ by one.
         assert metric["value"] == pytest.approx(before["value"], rel=0.05, abs=0.1), metric["name"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "neighbours.png"]
@@ -343,14 +465,15 @@ def test_two_evaluations_give_the_same_figures_which_are_printed(
     assert not ended.value.code
     printed = capsys.readouterr().out
     for metric in json.loads((evaluated / "evaluation.json").read_text())["metrics"]:
-        assert f"{metric['name']} {metric['value']:.4f}  (" in printed
+        assert f"{metric['name']} {metric['value']:.4f} ± {metric['standard_error']:.2g}  (" in printed
+    assert "fid is withheld: 50 images; FID needs more than the 128 features" in printed
     assert printed.endswith(f"next: ganserve-trainer export {evaluated} --repository DIR --name NAME\n")
     for name in ("evaluation.json", "neighbours.png"):
         assert (tmp_path / "again" / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 def test_unconditional_models_get_all_but_what_needs_labels(data_root: Path, tmp_path: Path) -> None:
-    metrics = evaluate(run("mlp", data_root, tmp_path), None, data_root, 20)
+    metrics = evaluate(run("mlp", data_root, tmp_path), None, data_root, 20).metrics
     assert {metric["name"] for metric in metrics} == ALL_METRICS
 
 
@@ -372,7 +495,14 @@ def test_a_smaller_evaluation_does_not_take_the_place_of_a_larger_one(
 def test_figures_are_kept_in_the_run_and_its_report_or_beside_a_lone_checkpoint(
     evaluated: Path, data_root: Path, tmp_path: Path
 ) -> None:
-    assert "fid_over_floor" in (evaluated / "report.html").read_text()
+    page = (evaluated / "report.html").read_text()
+    (copying,) = [
+        each
+        for each in json.loads((evaluated / "evaluation.json").read_text())["metrics"]
+        if each["name"] == "data_copying"
+    ]
+    assert f"{copying['value']:.6g} ± {copying['standard_error']:.2g}" in page
+    assert "withheld" in page
     (file,) = checkpoint_files(evaluated)
     shutil.copy(file, tmp_path / "lone.pt")
     evaluate(tmp_path / "lone.pt", None, data_root, 20)

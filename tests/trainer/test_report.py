@@ -118,15 +118,26 @@ def test_a_report_shows_all_there_is(tmp_path: Path) -> None:
     sheets(tmp_path, 3)
     for name in ("interpolations", "neighbours"):
         Image.new("L", (30, 20)).save(tmp_path / f"{name}.png")
-    figures = [{"name": "label_accuracy", "value": 0.98765, "method": "by 10 images"}]
+    figures = [{"name": "label_accuracy", "value": 0.98765, "standard_error": 0.00123, "method": "by 10 images"}]
+    withheld = [{"name": "precision", "reason": "only 23 test images"}]
     (tmp_path / "evaluation.json").write_text(
-        json.dumps({"checkpoint": "sha256:abc", "metrics": figures, "class_histogram": [40, 60]})
+        json.dumps({"checkpoint": "sha256:abc", "metrics": figures, "withheld": withheld, "class_histogram": [40, 60]})
     )
     page = report(tmp_path, full_history(), settings={"learning_rate": 0.0125})
     for text in ("mlp on mnist", "unfinished: 50 %", "600,000", "5 min 00 s", "2,000", "cpu", "torch", "2.9.1"):
         assert text in page.text
-    for text in ("mode collapse", "all the same since", "fid", "3.333", "recall", "label_accuracy", "0.98765", "zero"):
+    for text in (
+        "mode collapse",
+        "all the same since",
+        "fid",
+        "3.333",
+        "recall",
+        "label_accuracy",
+        "0.98765 ± 0.0012",
+        "zero",
+    ):
         assert text in page.text
+    assert "only 23 test images" in page.text
     for setting in dataclasses.fields(PRESET):
         assert setting.name in page.text
     assert [row["class"] for row in page.all("tr") if "class" in row] == ["changed"]

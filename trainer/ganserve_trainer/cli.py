@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ganserve_trainer.errors import TrainerError
@@ -32,6 +34,7 @@ from ganserve_trainer.settings import (
 )
 
 if TYPE_CHECKING:
+    from ganserve_trainer.evaluation.progress import Report as EvaluationReport
     from ganserve_trainer.importing.source import Layout
     from ganserve_trainer.report.history import Point
     from ganserve_trainer.train.loop import Report
@@ -212,8 +215,37 @@ def train(
         print(f"next: ganserve-trainer export {out} --repository DIR --name NAME")
 
 
-def _say(stage: str) -> None:
-    print(f"{stage} …", file=sys.stderr, flush=True)
+def _say(stage: str, done: float = 0.0) -> None:
+    if not done:
+        print(f"{stage} …", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _stages() -> Iterator["EvaluationReport"]:
+    """Show a bar for each stage, with its remaining time, or a line at its start and every ten seconds."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task, current, started, shown, first = None, "", 0.0, 0.0, 0.0
+
+        def report(stage: str, done: float = 0.0) -> None:
+            nonlocal task, current, started, shown, first
+            now = time.monotonic()
+            if stage != current:
+                if task is not None:
+                    progress.update(task, completed=1.0)
+                current, started, shown, first = stage, now, now, done
+                task = progress.add_task(escape(stage), total=1.0)
+                if not console.is_terminal:
+                    _say(stage)
+            if task is not None:
+                progress.update(task, completed=done)
+            if not console.is_terminal and done > first and now - shown >= 10:
+                shown = now
+                left = (now - started) * (1 - done) / (done - first)
+                print(f"{stage}: {done:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+        yield report
 
 
 @contextmanager
@@ -380,18 +412,39 @@ def evaluate(
             show_default="the run's folder; none for a file",
         ),
     ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="judge|inception=FILE|clip=FILE|FILE",
+            help="Networks to compare images with, besides the judge; repeat --features for more. inception and clip "
+            "take the file of their weights. FILE alone is a network (TorchScript, .pt2, .onnx) that maps uint8 "
+            "[n, channels, height, width] to features [n, d].",
+            show_default="judge",
+        ),
+    ] = None,
 ) -> None:
     """Measure a generator: FID, KID, precision, recall and more, with a network trained on the real training images.
 
-    A run's evaluation is stored next to its checkpoint, and `export` writes it into the model card.
+    A run's evaluation is stored next to its checkpoint, and `export` writes it into the model card. Each figure has its
+    standard error. A figure that would say nothing is withheld, and the reason is printed. A killed evaluation resumes
+    with the same command.
     """
     from ganserve_trainer.evaluation.evaluate import evaluate as evaluate_model
-    from ganserve_trainer.evaluation.measure import JUDGE
+    from ganserve_trainer.evaluation.measure import FEATURES, JUDGE
 
-    metrics = evaluate_model(model, str(dataset) if dataset else None, data_root, images, out, _say)
-    for metric in metrics:
-        print(f"{metric['name']} {metric['value']:.4f}  ({metric['method'].partition(JUDGE)[0]})")
-    print(metrics[0]["method"].partition(JUDGE)[2])
+    with _stages() as report:
+        found = evaluate_model(
+            model, str(dataset) if dataset else None, data_root, images, out, report, features or ["judge"]
+        )
+    networks: dict[str, None] = {}  # in order, without repetitions
+    for metric in found.metrics:
+        how, _, network = metric["method"].replace(FEATURES, JUDGE).partition(JUDGE)
+        print(f"{metric['name']} {metric['value']:.4f} ± {metric['standard_error']:.2g}  ({how})")
+        networks[network] = None
+    for withheld in found.withheld:
+        print(f"{withheld['name']} is withheld: {withheld['reason']}")
+    for network in networks:
+        print(network)
     if model.suffix != ".onnx":
         print(f"next: ganserve-trainer export {model} --repository DIR --name NAME")
 

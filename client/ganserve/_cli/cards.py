@@ -188,7 +188,7 @@ def _card(model: Model) -> Group:
     metrics.add_column(style="dim", overflow="fold")
     methods, shared = _methods(model)
     for metric, method in zip(model.metrics, methods, strict=True):
-        metrics.add_row(_plain(metric.name), f"{metric.value:.6g}", _plain(method))
+        metrics.add_row(_plain(metric.name), metric.text(6), _plain(method))
     pictures = [Group(_drawn(image.png), _plain(image.caption)) for image in _golden_images(model)]
     title = Text(model.name, style="bold")
     end = _plain(f"all with this {shared}" if shared else "")
@@ -251,7 +251,7 @@ def card_page(model: Model) -> str:
     )
     methods, shared = _methods(model)
     metrics = "".join(
-        f'<tr><th>{html.escape(metric.name)}<td class="value">{metric.value:.6g}'
+        f'<tr><th>{html.escape(metric.name)}<td class="value">{metric.text(6)}'
         f'<td class="method">{html.escape(method)}\n'
         for metric, method in zip(model.metrics, methods, strict=True)
     )

@@ -352,14 +352,16 @@ class Training(_message.Message):
     def __init__(self, images_seen: _Optional[int] = ..., duration: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., device: _Optional[str] = ..., configuration: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class QualityMetric(_message.Message):
-    __slots__ = ("name", "value", "method")
+    __slots__ = ("name", "value", "method", "standard_error")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_ERROR_FIELD_NUMBER: _ClassVar[int]
     name: str
     value: float
     method: str
-    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ..., method: _Optional[str] = ...) -> None: ...
+    standard_error: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ..., method: _Optional[str] = ..., standard_error: _Optional[float] = ...) -> None: ...
 
 class GoldenImage(_message.Message):
     __slots__ = ("seed", "label", "digest", "png")

@@ -1,7 +1,8 @@
 """Evaluates a run, a checkpoint or a model file on images of fixed seeds; stores the metrics in the run's folder."""
 
+import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.data.datasets import Dataset, load_dataset
 from ganserve_trainer.data.reading import Reading
 from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.evaluation.features import JUDGE, feature_networks
 from ganserve_trainer.evaluation.kept import (
     EVALUATION_FILE_NAME,
     Evaluation,
-    Metric,
     images_evaluated,
     write_evaluation,
 )
-from ganserve_trainer.evaluation.measure import Generate, QuickEvaluation, Report, measure
+from ganserve_trainer.evaluation.measure import Generate, QuickEvaluation, measure
+from ganserve_trainer.evaluation.progress import Report, silent
 from ganserve_trainer.model_file import CARD_KEY, load_session, run_session
 from ganserve_trainer.networks.generator import Generator, UInt8Generator
 from ganserve_trainer.settings import Settings
@@ -37,8 +39,9 @@ def evaluate(
     data_root: Path,
     images: int,
     out: Path | None = None,
-    report: Report = lambda _: None,
-) -> list[Metric]:
+    report: Report = silent,
+    features: Sequence[str] = (JUDGE,),
+) -> Evaluation:
     """Measure a run, a checkpoint or an exported model; store a run's metrics in its folder.
 
     Args:
@@ -47,25 +50,30 @@ def evaluate(
         data_root: the folder of the data set.
         images: the number of images to generate, from seeds 0, 1, …; image i has class i modulo the number of classes.
         out: the folder for evaluation.json and neighbours.png, instead of the run's folder.
-        report: called with a line for each stage.
+        report: called with the progress.
+        features: the networks whose features are compared, as for `feature_networks`; the judge is always one.
 
     Raises:
-        TrainerError: the model or the data set cannot be read, or their images differ in shape.
+        TrainerError: the model, the data set or a network cannot be read, or images of model and data set differ in
+            shape.
     """
+    networks = feature_networks(features)
     if model.suffix == ".onnx":
         generate, card = _from_onnx(model)
         checkpoint = None
+        identity = hashlib.sha256(model.read_bytes()).hexdigest()
     else:
         checkpoint = load_checkpoint(model)
+        identity = checkpoint.digest()
         generate, card = _from_checkpoint(checkpoint)
     train, test = load_parts(model, card, dataset_name or card.dataset, data_root)
-    evaluation = measure(generate, card, train, test, data_root, images, report)
+    evaluation = measure(generate, card, train, test, data_root, images, report, networks, identity)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_evaluation(evaluation, checkpoint, out)
     elif checkpoint is not None:
         _keep(evaluation, checkpoint, model)
-    return evaluation.metrics
+    return evaluation
 
 
 def load_parts(model: Path, card: pb.ModelCard, name: str, data_root: Path) -> tuple[Dataset, Dataset]:
@@ -173,7 +181,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> tuple[Generate, pb.ModelCard]:
 
 
 def quick_measure(
-    settings: Settings, train: Dataset, data_root: Path, *, images: int = 2000, report: Report = lambda _: None
+    settings: Settings, train: Dataset, data_root: Path, *, images: int = 2000, report: Report = silent
 ) -> Callable[[Generator], dict[str, float]]:
     """Return a function that measures a generator with QuickEvaluation, and adds its FID as a multiple of the floor."""
     test = load_dataset(

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from google.protobuf import json_format
 from torch import Tensor
@@ -25,6 +25,14 @@ class Metric(TypedDict):
     name: str
     value: float
     method: str
+    standard_error: NotRequired[float]  # absent if it cannot be estimated
+
+
+class Withheld(TypedDict):
+    """A metric that was not measured, because its value would say nothing."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class Evaluation:
     """The metrics; `details` describes the measured images, and has the results that are not single numbers."""
 
     metrics: list[Metric]
+    withheld: list[Withheld]
     details: dict[str, Any]
     neighbours: Tensor  # uint8 [rows, columns, channels, height, width]: a sample and its nearest training images
 
@@ -48,7 +57,7 @@ def images_evaluated(path: Path, checkpoint: Checkpoint) -> int:
 def write_evaluation(evaluation: Evaluation, checkpoint: Checkpoint | None, folder: Path) -> None:
     """Write evaluation.json and neighbours.png; `checkpoint` is the measured one, or None for a model file."""
     content: dict[str, Any] = {"checkpoint": checkpoint.digest()} if checkpoint else {}
-    content |= {**evaluation.details, "metrics": evaluation.metrics}
+    content |= {**evaluation.details, "metrics": evaluation.metrics, "withheld": evaluation.withheld}
     neighbours = evaluation.neighbours.float() / 127.5 - 1
     save_contact_sheet(neighbours.flatten(0, 1), neighbours.shape[1], folder / NEIGHBOURS_FILE_NAME)
     with replace_atomically(folder / EVALUATION_FILE_NAME) as file:

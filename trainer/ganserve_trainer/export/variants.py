@@ -17,7 +17,8 @@ from ganserve.v1 import generation_pb2 as pb
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation.evaluate import load_parts
 from ganserve_trainer.evaluation.kept import Metric
-from ganserve_trainer.evaluation.measure import Generate, Report, compare
+from ganserve_trainer.evaluation.measure import Generate, compare
+from ganserve_trainer.evaluation.progress import Report, silent
 from ganserve_trainer.export.card import card_of, with_card
 from ganserve_trainer.export.graph import to_onnx, to_onnx_in_fp16
 from ganserve_trainer.export.publish import check_name, publish
@@ -42,7 +43,7 @@ def export(
     precision: ExportPrecision,
     data_root: Path,
     images: int = 10_000,
-    report: Report = lambda _: None,
+    report: Report = silent,
 ) -> Path:
     """Publish a checkpoint's EMA generator in fp16 or int8 as the next version of `name`, if it passes the gate.
 
@@ -53,7 +54,7 @@ def export(
         precision: fp16 or int8.
         data_root: the folder of the data set that the run was trained on.
         images: the number of images of each precision to compare.
-        report: called with a line for each stage.
+        report: called with the progress.
 
     Raises:
         TrainerError: as `publish.export`; or the data set is missing or not the run's; or the gate rejects the model.

@@ -61,7 +61,8 @@ class _Metrics(NamedTuple):
 
 class _Evaluation(NamedTuple):
     digest: str
-    metrics: list[tuple[str, str, str]]  # name, value, method
+    metrics: list[tuple[str, str, str]]  # name, value with its standard error, method
+    withheld: list[tuple[str, str]]  # name, reason
     histogram: Markup
 
 
@@ -244,12 +245,18 @@ def _evaluation(path: Path, spec: ImageSpec) -> _Evaluation | None:
     try:
         evaluation = json.loads(path.read_bytes())
         metrics = [
-            (str(metric["name"]), f"{metric['value']:.6g}", str(metric["method"])) for metric in evaluation["metrics"]
+            (str(metric["name"]), _with_error(metric), str(metric["method"])) for metric in evaluation["metrics"]
         ]
+        withheld = [(str(each["name"]), str(each["reason"])) for each in evaluation.get("withheld", [])]
         histogram = _histogram(evaluation.get("class_histogram"), spec)
-        return _Evaluation(str(evaluation["checkpoint"]), metrics, histogram)
+        return _Evaluation(str(evaluation["checkpoint"]), metrics, withheld, histogram)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _with_error(metric: dict[str, Any]) -> str:
+    error = metric.get("standard_error")
+    return f"{metric['value']:.6g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _histogram(counts: Any, spec: ImageSpec) -> Markup:
