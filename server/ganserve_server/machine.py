@@ -47,6 +47,19 @@ def memory_limit() -> int | None:
     return None if (limit := min(limits)) == _NO_LIMIT else limit
 
 
+def processes_killed_for_memory() -> int | None:
+    """Return how many processes of the machine the kernel has killed since its start because memory was short.
+
+    This includes the limits of cgroups. None: the kernel does not count them.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
+
+
 def memory_left() -> int:
     """Return how many more bytes this process can take: of the machine's memory, and of the limit of each cgroup."""
     left = [_NO_LIMIT]

@@ -1,5 +1,6 @@
 """Model files that crash, hang or exhaust what reads them, in a server that answers calls meanwhile."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -23,6 +24,7 @@ from tests.server.test_workers import Caller, workers_of
 
 from ganserve import Client, ModelNotFoundError
 from ganserve.v1 import administration_pb2 as pb
+from ganserve_server.machine import processes_killed_for_memory
 from ganserve_server.observe.metrics import Metrics
 from ganserve_server.repository.lifecycle import Lifecycle
 from ganserve_server.repository.prober import Prober
@@ -253,6 +255,43 @@ async def test_a_small_model_is_checked_where_little_memory_is_left(monkeypatch:
     prober = Prober(ServerSettings(provider="cpu", threads=2))
     assert (await prober.probe(BUNDLED_MODELS / "cdcgan-mnist" / "1" / "model.onnx")).outcome == "passed"
     await prober.close()
+
+
+@pytest.mark.skipif(processes_killed_for_memory() is None, reason="the kernel does not count kills for memory")
+async def test_a_probe_that_somebody_kills_or_stops_says_nothing_about_its_file(tmp_path: Path) -> None:
+    file = publish(tmp_path, 1, HOSTILE["endless-loop"][0]()) / "model.onnx"
+    prober = Prober(ServerSettings(provider="cpu", threads=1, load_timeout_s=2))
+    for number, how in ((signal.SIGKILL, "killed"), (signal.SIGSTOP, "stopped")):
+        assert (await prober.probe(GOOD)).outcome == "passed"  # it has started
+        probing = asyncio.create_task(prober.probe(file))
+        await asyncio.sleep(0)  # the request is sent
+        os.kill(probe_of(os.getpid()), number)
+        found = await probing
+        assert found.outcome == "unreadable"
+        assert how in found.reason
+
+
+def probe_of(pid: int) -> int:
+    """Return the process id of the probe of a server."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    probe = b"ganserve_server.repository.probe"
+    (found,) = (int(child) for child in children if probe in Path(f"/proc/{child}/cmdline").read_bytes())
+    return found
+
+
+@pytest.mark.parametrize("harm", ["full", "removed"])
+def test_a_file_is_quarantined_though_the_state_folder_is_full_or_was_removed(harm: str, tmp_path: Path) -> None:
+    settings = ServerSettings(models=tmp_path, state_dir=str(tmp_path / "state"))
+    folder = StateFolder(settings)
+    shutil.rmtree(tmp_path / "state" / "quarantine")
+    if harm == "full":
+        (tmp_path / "state" / "quarantine").write_text("no folder, so that nothing can be written in it")
+    folder.quarantine("sha256:1", 10, "…", "a process was killed by SIGFPE")
+    assert folder.quarantined("sha256:1")
+    assert folder.marked_sizes() == {10}
+    assert bool(StateFolder(settings).quarantined("sha256:1")) == (harm == "removed")
+    folder.release("sha256:1")
+    assert not folder.quarantined("sha256:1")
 
 
 async def test_a_model_is_opened_only_if_its_memory_is_left_and_tried_again_when_it_is(

@@ -272,3 +272,35 @@ async def test_no_error_ends_the_watch_and_each_is_logged_once(
         "the kernel does not report changes of the repository",
         "a look at the repository failed",
     ]
+
+
+def test_odd_links_and_files_hold_up_no_other_model(start_server: Start, tmp_path: Path) -> None:
+    """A link to a name that is not UTF-8, names with line feeds, and a file of /proc that is never read to its end."""
+    publish(tmp_path, 1)
+    server = start_server("--models", tmp_path, "--admin-address=127.0.0.1:0")
+    for name in ("dangling", "endless", "line\nfeed"):
+        (tmp_path / name).mkdir()
+    os.symlink(b"/no/\xff\n", bytes(tmp_path) + b"/dangling/1")
+    for name in ("endless", "line\nfeed"):
+        (tmp_path / name / "1").mkdir()
+        (tmp_path / name / "1" / "model.onnx").symlink_to("/proc/kmsg")
+    publish(tmp_path, 1, GOOD.read_bytes() + b"\x82\x01\x00", "later")  # an unknown field of no bytes
+    lines_until(server, "model loaded", model="later")
+    with administration(server) as stub:
+        states = {
+            state.model: state.reason for state in stub.ReloadModels(pb.ReloadModelsRequest(), timeout=60).versions
+        }
+    assert states.keys() == {"dangling", "digits", "endless", "later"}
+    assert "leads to /no/?, which does not exist" in states["dangling"]
+
+
+def test_a_file_that_changes_in_place_without_its_size_and_time_is_loaded(start_server: Start, tmp_path: Path) -> None:
+    """As with rsync --inplace from a source whose files all have one time, as reproducible builds make them."""
+    content = GOOD.read_bytes()
+    file = publish(tmp_path, 1, content + b"\x82\x01\x01a") / "model.onnx"  # an unknown field of one byte
+    os.utime(file, (0, 0))
+    server = start_server("--models", tmp_path)
+    with file.open("r+b") as opened:
+        opened.write(content + b"\x82\x01\x01b")
+    os.utime(file, (0, 0))
+    lines_until(server, "model loaded", model="digits", version=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ganserve_server.repository.scan import MODEL_FILE_NAME, Key, Look, Stamp
 
-UNKNOWN: Stamp = (0, 0, 0)  # of a file that is to be read at the next look, whatever its stamp
+UNKNOWN: Stamp = (0, 0, 0, 0)  # of a file that is to be read at the next look, whatever its stamp
 # A copy in place writes more often than this, so it is read once. A longer time would delay every new version.
 _SETTLE_S = 1.0
 # A folder that is removed and created again, or a link that is removed and set again, is back sooner.

@@ -21,7 +21,7 @@ from typing import Any
 from ganserve_server.errors import ModelNotFound, ModelNotLoaded, Unavailable
 from ganserve_server.machine import memory_left
 from ganserve_server.repository.changes import UNKNOWN, Changes
-from ganserve_server.repository.probed import Probed
+from ganserve_server.repository.probed import Probed, one_line
 from ganserve_server.repository.prober import Prober
 from ganserve_server.repository.scan import MODEL_FILE_NAME, Key, Stamp, look
 from ganserve_server.repository.state_folder import StateFolder
@@ -163,7 +163,7 @@ class Lifecycle:
             if name in self._unloaded:
                 reason = "an operator unloaded it; LoadModel loads it again"
             digest = version.probed.digest if version else ""
-            states.append(VersionState(name, number, version is not None, digest, reason))
+            states.append(VersionState(name, number, version is not None, digest, one_line(reason)))
         return states
 
     async def withdraw(self, name: str, number: int, digest: str, reason: str) -> None:
@@ -479,12 +479,13 @@ def _opened(path: Path) -> BufferedReader:
     """Open a file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file, such as a pipe, which would never end.
+        OSError: it cannot be read, is empty, or is no regular file, such as a pipe, which would never end.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:  # a file of /proc has no size, and may never end
         file.close()
-        raise OSError("it is not a regular file")
+        raise OSError("it is not a regular file, or empty")
     return file
 
 

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# passed: it can be served. rejected: it breaks a rule. unreadable: it cannot be read now. died: the probe was killed by
+# passed: it can be served. rejected: it breaks a rule. unreadable: it cannot be read now, or somebody ended or
+# stopped the probe; the next look tries again. died: the probe was killed by
 # what the file made it do. timeout: it took too long. memory: it needed more memory than is left.
 Outcome = Literal["passed", "rejected", "unreadable", "died", "timeout", "memory"]
 

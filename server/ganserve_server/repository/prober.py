@@ -3,24 +3,30 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ganserve_server.compute.cuda import nvidia_driver
-from ganserve_server.machine import cores, memory_left
+from ganserve_server.machine import cores, memory_left, processes_killed_for_memory
 from ganserve_server.repository.probed import Outcome, Probed, one_line
+from ganserve_server.repository.state_folder import how_it_ended
 from ganserve_server.settings import ServerSettings
 
+_STEP_S = 1.0  # of a time limit
 _MAX_LINE_BYTES = 64 << 20  # of an answer; a card has up to 1 MiB
 _MOST_OUTPUT = 4096  # bytes; the last line has the exception
 _START_TIMEOUT_S = 60.0  # for the imports of a probe, on a busy machine
 # Variables that a probe must not have: it reports nothing to systemd, and a crash is one line in the log.
 _NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "PYTHONFAULTHANDLER", "PROMETHEUS_MULTIPROC_DIR")
+
+_Result = TypeVar("_Result")
 
 
 class Prober:
@@ -110,21 +116,23 @@ class Prober:
             "memory_bytes": memory_bytes if self._on_cpu else None,
             "gently": gently,
         }
+        killed = processes_killed_for_memory()
         try:
             if not self._greeted:
-                async with asyncio.timeout(_START_TIMEOUT_S):
-                    self._greeted = await self._read() is not None
-            async with asyncio.timeout(limit_s):
-                answer = await self._ask(request) if self._greeted else None
+                self._greeted = await _within(_START_TIMEOUT_S, self._read()) is not None
+            answer = await _within(limit_s, self._ask(request)) if self._greeted else None
         except TimeoutError:
+            stopped = self._is_stopped()
             await self.close()
+            if stopped:
+                return _interrupted("stopped (SIGSTOP)")
             return _failed(
                 "timeout",
                 f"checking it takes longer than {limit_s:g} s, the limit set by --load-timeout-s: export a faster "
                 "model, or raise the limit",
             )
         if answer is None:
-            return await self._ended(memory_bytes)
+            return await self._ended(memory_bytes, killed)
         probed = Probed(**answer)
         return _short_of_memory(memory_bytes, probed.digest) if probed.outcome == "memory" else probed
 
@@ -143,22 +151,53 @@ class Prober:
         line = await self._process.stdout.readline()
         return dict(json.loads(line)) if line.endswith(b"\n") else None
 
-    async def _ended(self, memory_bytes: int) -> Probed:
+    def _is_stopped(self) -> bool:
+        """Return whether somebody stopped the process, so that the time says nothing about its file."""
+        assert self._process is not None
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{self._process.pid}/stat").read_text()
+            return status.rpartition(")")[2].split()[0] in ("T", "t")
+        return False
+
+    async def _ended(self, memory_bytes: int, killed_before: int | None) -> Probed:
         """Return what the end of the process says about the file that it checked."""
         assert self._process is not None
         status = await self._process.wait()
         last = os.pread(self._output, _MOST_OUTPUT, max(0, os.fstat(self._output).st_size - _MOST_OUTPUT))
         await self.close()
-        if status == -signal.SIGKILL:  # by the kernel, which does this if memory is short
-            return _short_of_memory(memory_bytes, "")
+        if status == -signal.SIGKILL:
+            killed = processes_killed_for_memory()
+            if killed is None or killed != killed_before:
+                return _short_of_memory(memory_bytes, "")
+            return _interrupted("killed (SIGKILL), not by the kernel for want of memory")
         if status >= 0:
             lines = last.decode(errors="replace").strip().splitlines() or [""]
             return _failed("died", f"the process that checked it ended with status {status}: {one_line(lines[-1])}")
         return _failed(
             "died",
-            f"the process that checked it was killed by {signal.Signals(-status).name}: onnx or onnxruntime cannot "
+            f"the process that checked it {how_it_ended(status)}: onnx or onnxruntime cannot "
             "handle the file; export the model again, with another opset",
         )
+
+
+async def _within(limit_s: float, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Wait for some work; do not count the time in which this process itself stood still, as in a paused container.
+
+    Raises:
+        TimeoutError: it takes longer than the limit.
+    """
+    task = asyncio.create_task(work)
+    try:
+        for _ in range(math.ceil(limit_s / _STEP_S)):
+            if (await asyncio.wait((task,), timeout=min(_STEP_S, limit_s)))[0]:
+                return task.result()
+        raise TimeoutError
+    finally:
+        task.cancel()
+
+
+def _interrupted(how: str) -> Probed:
+    return _failed("unreadable", f"the process that checks model files was {how}; the next look tries again")
 
 
 def _failed(outcome: Outcome, problem: str, digest: str = "") -> Probed:

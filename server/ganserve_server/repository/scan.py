@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ganserve_server.repository.probed import one_line
 from ganserve_server.start_errors import StartError
 
 MODEL_FILE_NAME = "model.onnx"
@@ -18,7 +19,8 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_REPORTED = 3
 
 Key = tuple[str, int]  # a model and its version
-Stamp = tuple[int, int, int] | None  # inode, mtime and size, which change with a file's content; None: no file
+# Inode, mtime, ctime and size, which change with a file's content; None: no file. A copy in place may set the mtime.
+Stamp = tuple[int, int, int, int] | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,7 +81,7 @@ def _stamp(path: Path) -> Stamp:
     status = path.stat()
     if stat.S_ISREG(status.st_mode):  # opening a pipe would have an effect on its writer
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def _why_unreadable(error: OSError, *paths: Path) -> str:
@@ -92,7 +94,9 @@ def _why_unreadable(error: OSError, *paths: Path) -> str:
     if error.errno not in (errno.ENOENT, errno.ENOTDIR):
         return error.strerror or str(error)
     dangling = (path for path in paths if os.path.islink(path) and not os.path.exists(path))
-    return next((f"the link {path.name} leads to {os.readlink(path)}, which does not exist" for path in dangling), "")
+    return next(
+        (f"the link {path.name} leads to {one_line(os.readlink(path))}, which does not exist" for path in dangling), ""
+    )
 
 
 def find_versions(repository: Path) -> Iterator[tuple[str, int, Path]]:

@@ -53,7 +53,7 @@ class StateFolder:
     def __init__(self, settings: ServerSettings) -> None:
         self.problem = ""
         self._folder: Path | None = None
-        self._marks: dict[str, dict[str, Any]] = {}  # by digest, if there is no folder
+        self._marks: dict[str, dict[str, Any]] = {}  # by digest, if they cannot be written
         self._setting = {name: getattr(settings, name) for name in _SETTINGS}
         self._versions: list[str] = []
         for folder in _candidates(settings):
@@ -82,7 +82,7 @@ class StateFolder:
     def keep(self, probed: Probed) -> None:
         """Keep the result of a probe."""
         if self._folder is not None:
-            _write(self._folder / "passed" / self._key(probed.digest), probed.to_json())
+            self._write(self._folder / "passed" / self._key(probed.digest), probed.to_json())
             files = sorted(self._listed("passed"), key=_modified, reverse=True)
             for old in files[_MOST_PASSED:]:
                 old.unlink(missing_ok=True)
@@ -114,6 +114,7 @@ class StateFolder:
         """Forget the deaths of a file that was loaded and run successfully."""
         mark = self._mark(digest)
         if mark and not mark["quarantined"]:
+            self._marks.pop(digest, None)
             with contextlib.suppress(OSError):
                 self._of_mark(digest).unlink(missing_ok=True)
 
@@ -135,7 +136,7 @@ class StateFolder:
             own_fault = status is not None and -status in _OWN_FAULTS and len(content) == 1
             for digest, facts in content.items():
                 deaths = (self._mark(digest) or {"deaths": 0}).get("deaths", 0) + 1
-                how = "ended" if status is None else _how_it_ended(status)
+                how = "ended" if status is None else how_it_ended(status)
                 times = "" if deaths == 1 else f" {deaths} times, the last time"
                 self._put(
                     digest,
@@ -153,6 +154,7 @@ class StateFolder:
 
     def risk(self) -> "AtRisk":
         """Return the record of this process's files at risk."""
+        self._make_again()
         return AtRisk(self, self._folder)
 
     def _listed(self, kind: str) -> list[Path]:
@@ -169,14 +171,35 @@ class StateFolder:
                 yield mark
 
     def _mark(self, digest: str) -> dict[str, Any] | None:
-        if self._folder is None:
-            return self._marks.get(digest)
+        if (mark := self._marks.get(digest)) is not None or self._folder is None:
+            return mark
         return _read(self._of_mark(digest))
 
     def _put(self, digest: str, mark: dict[str, Any]) -> None:
         mark = {"digest": digest, "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **mark}
-        if self._folder is None or not _write(self._of_mark(digest), mark):
+        if self._folder is not None and self._write(self._of_mark(digest), mark):
+            self._marks.pop(digest, None)
+        else:  # for example because the disk is full
             self._marks[digest] = mark
+
+    def _write(self, file: Path, content: dict[str, Any]) -> bool:
+        """Write a file whole or not at all; return whether that worked."""
+        self._make_again()
+        beside = file.with_name(f"{os.urandom(6).hex()}.tmp")
+        try:
+            beside.write_text(json.dumps(content))
+            beside.replace(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            return False
+        return True
+
+    def _make_again(self) -> None:
+        """Create the folder again if somebody has removed it."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                _make(self._folder)
 
     def _of_mark(self, digest: str) -> Path:
         assert self._folder is not None
@@ -287,19 +310,6 @@ def _make(folder: Path) -> None:
             raise PermissionError(0, "it cannot be written")
 
 
-def _write(file: Path, content: dict[str, Any]) -> bool:
-    """Write a file whole or not at all; return whether that worked."""
-    beside = file.with_name(f"{os.urandom(6).hex()}.tmp")
-    try:
-        beside.write_text(json.dumps(content))
-        beside.replace(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        return False
-    return True
-
-
 def _read(file: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError):
         content: dict[str, Any] = json.loads(file.read_bytes())
@@ -317,7 +327,7 @@ def _left_behind(file: Path) -> dict[str, Any] | None:
     return None
 
 
-def _how_it_ended(status: int) -> str:
+def how_it_ended(status: int) -> str:
     """Return how a process ended: was killed by SIGFPE, or ended with status 1."""
     if status >= 0:
         return f"ended with status {status}"

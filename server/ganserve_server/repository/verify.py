@@ -210,10 +210,10 @@ def _read(path: Path, max_model_mib: int) -> bytes:
         if not path.is_file():
             raise ModelRejected(why_missing(path))
         with path.open("rb") as file:
+            if not (size_bytes := os.fstat(file.fileno()).st_size):  # reading one of /proc may never end
+                raise ModelRejected("the file is empty")
             # Not up to the limit: Python allocates as much as may be read.
-            content = file.read(min(os.fstat(file.fileno()).st_size, max_model_mib << 20) + 1)
-        if not content:
-            raise ModelRejected("the file is empty")
+            content = file.read(min(size_bytes, max_model_mib << 20) + 1)
         if len(content) > max_model_mib << 20:
             raise ModelRejected(f"the file has more than {max_model_mib} MiB, the limit set by --max-model-mib")
         return content
