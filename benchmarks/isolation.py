@@ -17,8 +17,13 @@ temporary  the temporary folder of a replica is a full file system (root)
 kill       SIGKILL of a worker; of a replica that has one worker
 stop       SIGSTOP of a worker; of a replica that has one worker, and SIGCONT after 10 s
 
+A Prometheus with the rules of deploy/ scrapes both replicas each second. A row for each harm has the alerts that fired,
+with the seconds since the harm began, and those that wait for their time (`for`) when it ends.
+
 Bounds: with the SDK's retries, no call fails. Without retries, none fails but in `kill`, where 1 of 1,000 may, and in
-`stop`, which has no bound: calls on the connections of a stopped process wait until it is replaced.
+`stop`, which has no bound: calls on the connections of a stopped process wait until it is replaced. In both,
+the proxies repeat calls that no replica has begun, as in deploy/; otherwise, they repeat nothing. The alerts are those
+of `RINGS`, and no others.
 
     python -m benchmarks.isolation [--only restart,kill,…] [--behind envoy,haproxy,direct] [--workers 1,2] [--check]
 """
@@ -28,6 +33,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,11 +41,14 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -51,6 +60,8 @@ from benchmarks.balancing import (
     MODEL,
     NO_RETRIES,
     PATIENCE_S,
+    RETRIES,
+    ROOT,
     Host,
     Load,
     Replica,
@@ -60,6 +71,7 @@ from benchmarks.balancing import (
     chosen,
     load,
     name_server,
+    program,
     row,
     table,
     until,
@@ -364,6 +376,75 @@ HARMS: dict[str, Callable[[list[Victim]], str]] = {
 MAY_FAIL = {kill: 1, stop: 1000}
 
 
+# The alerts that an operator must get. One that has to last for a minute may be pending when the harm ends.
+RINGS: dict[Callable[[list[Victim]], str], set[str]] = {
+    hostile: {"GanserveModelRejected", "GanserveModelQuarantined"},
+    removed: {"GanserveRepositoryUnreadable"},
+    unreadable: {"GanserveRepositoryUnreadable"},
+    pipe: {"GanserveLogLinesDropped"},
+    stop: {"GanserveEventLoopStandsStill"},
+}
+STUCK = "GanserveWorkerStuck"  # also rings for `stop` where there is a worker to replace
+
+
+@dataclass
+class Alerted(Row):
+    """The alerts of a harm."""
+
+    alerts: str = ""
+
+    def cell(self) -> str:
+        return self.alerts or "none"
+
+
+class Alerts:
+    """A Prometheus that scrapes the replicas and judges deploy/'s rules each second."""
+
+    def __init__(self, site: Site) -> None:
+        self._address = f"{site.here.ip}:{site.port + 5}"
+        folder = site.scratch / "prometheus"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ROOT / "deploy" / "prometheus", folder)
+        targets = [f"{host.ip}:{site.metrics_port}" for host in site.hosts]
+        (folder / "targets/ganserve.yml").write_text(json.dumps([{"targets": targets}]))
+        config = folder / "prometheus.yml"
+        config.write_text(re.sub(r"(?<=_interval: )15s", "1s", config.read_text()))
+        command = [program("prometheus", "apt-get install prometheus"), f"--config.file={config}"]
+        command += [f"--web.listen-address={self._address}", f"--storage.tsdb.path={folder / 'data'}"]
+        with (site.scratch / "prometheus.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.began = math.inf
+
+    def wait(self) -> None:
+        """Wait until both replicas are scraped, and the rules judged; a harm begins."""
+        until(lambda: len(self._series('up{job="ganserve"} == 1')) == 2, "Prometheus' first scrapes")
+        self.began = time.time()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def since(self) -> tuple[dict[str, float], set[str]]:
+        """Return the alerts that fired, each with the seconds since the harm began, and those that are only pending."""
+        fired: dict[str, float] = {}
+        pending: set[str] = set()
+        for series in self._series("ALERTS"):
+            name, at_s = series["metric"]["alertname"], series["values"][0][0] - self.began
+            if series["metric"]["alertstate"] == "firing":
+                fired[name] = min(at_s, fired.get(name, math.inf))
+            else:
+                pending.add(name)
+        return fired, pending - fired.keys()
+
+    def _series(self, query: str) -> list[dict[str, Any]]:
+        now = time.time()
+        asked = urllib.parse.urlencode({"query": query, "start": min(self.began, now), "end": now, "step": 1})
+        with suppress(OSError), urllib.request.urlopen(f"http://{self._address}/api/v1/query_range?{asked}") as answer:
+            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+            return found
+        return []
+
+
 def large_model(mib: int) -> onnx.ModelProto:
     """Build a generator of 8x8 grey pixels with weights of this size."""
     side = 1024
@@ -413,7 +494,10 @@ def measure(name: str, site: Site, balancer: str, workers: int) -> Iterator[Row]
             one.flags = ["--load-timeout-s=5"] if harm is hostile else []  # for the files that load for ever
             one.start()
         site.known = [one.host.ip for one in running]
-        with balanced(balancer, site, NO_RETRIES) as address, ExitStack() as stack:
+        repeated = RETRIES if harm in MAY_FAIL else NO_RETRIES
+        with balanced(balancer, site, repeated) as address, ExitStack() as stack:
+            alerts = Alerts(site)
+            stack.callback(alerts.close)
             by_sdk = stack.enter_context(load(site, address, f"--rate={RATE}", retries=True))
             alone = stack.enter_context(load(site, address, f"--rate={RATE}"))
             by_triton = Triton(address) if balancer != "direct" else None
@@ -422,8 +506,10 @@ def measure(name: str, site: Site, balancer: str, workers: int) -> Iterator[Row]
             for one in running:
                 one.wait_for_calls()
             time.sleep(BEFORE_S)
+            alerts.wait()
             note = harm(running)
             time.sleep(AFTER_S)
+            rang = alerted(harm, workers, *alerts.since())
             stack.close()
     finally:
         for one in running:
@@ -435,6 +521,20 @@ def measure(name: str, site: Site, balancer: str, workers: int) -> Iterator[Row]
     if by_triton:
         done = Load(alone.process, by_triton.calls, dict(Counter(by_triton.failures)))
         yield row(f"{title}, tritonclient", balancer, done, note, failed=_may_fail(harm, done.calls))
+    rang.failure, rang.balancer = f"{title}, alerts", balancer
+    yield rang
+
+
+def alerted(harm: Callable[[list[Victim]], str], workers: int, fired: dict[str, float], pending: set[str]) -> Alerted:
+    """Return the row of the alerts of a harm."""
+    wanted = RINGS.get(harm, set()) | ({STUCK} if harm is stop and workers > 1 else set())
+    told = [f"{name} after {at_s:.0f} s" for name, at_s in sorted(fired.items(), key=lambda item: item[1])]
+    made = Alerted("", "", 0, 0, 0.0, alerts=", ".join([*told, *(f"{name} pending" for name in sorted(pending))]))
+    if missing := wanted - fired.keys() - pending:
+        made.broken = f"no {', '.join(sorted(missing))}"
+    elif extra := fired.keys() - wanted:
+        made.broken = f"{', '.join(sorted(extra))} should not fire"
+    return made
 
 
 def _may_fail(harm: Callable[[list[Victim]], str], calls: int) -> int:
@@ -448,7 +548,7 @@ def main() -> None:
     parser.add_argument("--behind", default=",".join(BALANCERS))
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is broken")
-    parser.add_argument("--port", type=int, default=25600, help="the first of five, on 127.0.0.1 and its neighbours")
+    parser.add_argument("--port", type=int, default=25600, help="the first of six, on 127.0.0.1 and its neighbours")
     options = parser.parse_args()
     names, balancers = chosen(options.only, tuple(HARMS)), chosen(options.behind, BALANCERS)
     rows: list[Row] = []
