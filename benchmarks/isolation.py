@@ -50,6 +50,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import onnx
 import tritonclient.grpc as triton
@@ -80,8 +81,9 @@ from google.protobuf import json_format
 from onnx import helper, numpy_helper
 from tests.hostile_models import HOSTILE
 
-from ganserve import Client, GanserveError
+from ganserve import Client
 from ganserve.v1 import generation_pb2 as pb
+from ganserve.v1 import generation_pb2_grpc as pb_grpc
 from ganserve_server.settings import BUNDLED_MODELS
 
 RATE = 100  # calls a second, of each load
@@ -151,6 +153,12 @@ class Victim(Replica):
         with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)
         return False
+
+    def drops_lines(self) -> bool:
+        """Return whether the log was not read for so long that lines were dropped."""
+        url = f"http://{self.host.ip}:{self._site.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return bool(re.search(rb"^ganserve_log_lines_dropped_total [1-9]", answer.read(), re.MULTILINE))
 
     @contextmanager
     def as_link(self) -> Iterator[Path]:
@@ -295,11 +303,14 @@ def pipe(running: list[Victim]) -> str:
     one.reads = False
     one.start()
     one.wait_for_calls()
-    with Client(f"{one.host.ip}:{one.port}", retries=False) as stranger:
+    with grpc.insecure_channel(f"{one.host.ip}:{one.port}") as channel:
+        stranger = pb_grpc.GenerationServiceStub(channel)
         end = time.monotonic() + HARMED_S
-        while time.monotonic() < end:
-            with suppress(GanserveError):
-                stranger.generate("unknown-" + "x" * 40)
+        while time.monotonic() < end or not (one.drops_lines() or time.monotonic() > end + PATIENCE_S):
+            unknown = pb.GenerateImagesRequest(model="unknown-" + "x" * 40)
+            for call in [stranger.GenerateImages.future(unknown, timeout=PATIENCE_S) for _ in range(50)]:
+                call.exception()
+    time.sleep(AFTER_S)  # for Prometheus
     ready = one.ready()
     began = time.monotonic()
     one.stop()
