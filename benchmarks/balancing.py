@@ -347,6 +347,7 @@ class Load:
     failures: dict[str, int] = field(default_factory=dict)
     worst_s: float = 0.0
     versions: dict[str, int] = field(default_factory=dict)
+    failed_at: list[tuple[float, str]] = field(default_factory=list)  # when (monotonic clock), and with which status
 
 
 @contextmanager

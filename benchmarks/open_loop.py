@@ -23,6 +23,7 @@ async def main(options: argparse.Namespace) -> None:
     latencies: list[float] = []
     failures: collections.Counter[str] = collections.Counter()
     versions: collections.Counter[int] = collections.Counter()
+    failed_at: list[tuple[float, str]] = []
 
     async def call(number: int, meant: float) -> None:
         try:
@@ -30,7 +31,9 @@ async def main(options: argparse.Namespace) -> None:
             batch = await client.generate(options.model, seed=number, timeout_s=options.timeout_s)
             versions[batch.version] += 1
         except GanserveError as error:
-            failures[f"{error.code.name if error.code else 'none'} ({error.reason})"] += 1
+            name = f"{error.code.name if error.code else 'none'} ({error.reason})"
+            failures[name] += 1
+            failed_at.append((meant, name))
             print(f"call {number}: {error}", file=sys.stderr, flush=True)
         latencies.append(time.monotonic() - meant)
 
@@ -50,7 +53,7 @@ async def main(options: argparse.Namespace) -> None:
     for client in clients:
         await client.close()
     told = {"calls": number, "failures": failures, "worst_s": max(latencies), "versions": versions}
-    print(json.dumps(told), flush=True)
+    print(json.dumps(told | {"failed_at": failed_at}), flush=True)
 
 
 if __name__ == "__main__":
