@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,7 +215,7 @@ async def test_a_version_that_is_withdrawn_waits_for_an_operator_and_is_at_risk_
     publish(models, 1)
     settings = ServerSettings(models=models, state_dir=str(state), provider="cpu", threads=1)
     folder, table, reports = StateFolder(settings), ModelTable(), list[tuple[str, int, str, str]]()
-    lifecycle = Lifecycle(settings, folder)
+    lifecycle = Lifecycle(settings, folder, Prober(settings))
     versions = ServedVersions(
         settings,
         Metrics(),
@@ -294,6 +296,26 @@ def test_a_file_is_quarantined_though_the_state_folder_is_full_or_was_removed(ha
     assert not folder.quarantined("sha256:1")
 
 
+async def test_folders_of_probes_whose_server_was_killed_are_removed_by_the_next_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left_behind, of_another_server = tmp_path / "ganserve-probe-left", tmp_path / "ganserve-probe-used"
+    for folder in (left_behind, of_another_server):
+        folder.mkdir()
+        (folder / "profile.json").touch()
+    lock = os.open(of_another_server, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    prober = Prober(ServerSettings(provider="cpu", threads=1))
+    await prober.probe(tmp_path / "no-model.onnx")
+    own = set(os.listdir(tmp_path)) - {of_another_server.name}
+    assert len(own) == 1
+    assert left_behind.name not in own
+    await prober.close()
+    assert os.listdir(tmp_path) == [of_another_server.name]
+    os.close(lock)
+
+
 async def test_a_model_is_opened_only_if_its_memory_is_left_and_tried_again_when_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +325,7 @@ async def test_a_model_is_opened_only_if_its_memory_is_left_and_tried_again_when
     publish(models, 1, name="other")
     settings = ServerSettings(models=models, state_dir=str(tmp_path / "state"), provider="cpu", threads=1)
     folder = StateFolder(settings)
-    lifecycle, table = Lifecycle(settings, folder), ModelTable()
+    lifecycle, table = Lifecycle(settings, folder, Prober(settings)), ModelTable()
     versions = ServedVersions(settings, Metrics(), table, *[lambda *_: None] * 3, folder.risk())
     lifecycle.serve_by(versions)
     await lifecycle.start()

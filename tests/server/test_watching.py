@@ -1,6 +1,7 @@
 """A repository as in real life: links that are swapped, folders that cannot be read, files that are being copied."""
 
 import asyncio
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -248,6 +249,22 @@ def test_a_model_that_is_removed_and_soon_created_again_is_not_unloaded(start_se
     assert [(state.served, state.reason) for state in states] == [(True, "")] * 2
     server.process.terminate()
     assert "model unloaded" not in events(seen + lines_until(server, "stopped"))
+
+
+def test_the_private_class_of_watchfiles_behaves_as_the_watch_needs_it(tmp_path: Path) -> None:
+    """The public functions begin to watch only when they wait, so a change during a look would be missed."""
+    watchfiles, ended = f"watchfiles {importlib.metadata.version('watchfiles')}", threading.Event()
+    try:
+        notify = watching._notify({tmp_path: None})
+        (tmp_path / "file").touch()
+        with notify:
+            changes = notify.watch(1600, 100, 0, ended)
+            ended.set()
+            afterwards = notify.watch(1600, 100, 0, ended)
+    except (AttributeError, TypeError, ValueError) as error:
+        pytest.fail(f"{watchfiles}: {error}")
+    assert {path for _, path in changes} == {str(tmp_path / "file")}, watchfiles
+    assert afterwards == "stop", watchfiles
 
 
 async def test_no_error_ends_the_watch_and_each_is_logged_once(

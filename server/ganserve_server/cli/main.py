@@ -1,25 +1,26 @@
 """The `ganserve-server` program: its flags are the fields of ServerSettings."""
 
-import http.client
+import contextlib
 import importlib.metadata
 import inspect
 import json
 import logging
+import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 from pydantic import ValidationError
 
 from ganserve_server.cli import admin as admin_commands
 from ganserve_server.cli import token as token_commands
 from ganserve_server.cli.problems import print_problems
+from ganserve_server.processes.channel import WORKER_VARIABLE
 from ganserve_server.processes.log_writer import LogWriter, log_what_python_prints
+from ganserve_server.repository.prober import Prober
+from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.settings import (
     BUNDLED_MODELS,
     CONFIG_VARIABLE,
@@ -66,11 +67,15 @@ def _serve(context: typer.Context, config: str | None, **flags: Any) -> None:
         raise typer.Exit(2) from error
     if context.invoked_subcommand:
         return
+    state, prober = StateFolder(settings), Prober(settings)
+    if not (state.has_passed or WORKER_VARIABLE in os.environ):
+        with contextlib.suppress(OSError):  # the probe of the first file reports it
+            prober.start()  # it imports its libraries at the same time as this process
     log = _configure_logs(settings.log_format)
     # Imported late, so that --help and a wrong flag do not wait for grpc and onnxruntime.
     from ganserve_server.processes import app
 
-    app.run(settings, log)
+    app.run(settings, log, state, prober)
 
 
 def _explain(error: ValidationError, given: Collection[str], config: str | None) -> list[str]:
@@ -117,6 +122,10 @@ def _health(context: typer.Context) -> None:
 
     The exit status is 1 if it is not ready.
     """
+    import http.client
+    import urllib.error
+    import urllib.request
+
     settings: ServerSettings = context.obj
     host, _, port = settings.metrics_address.rpartition(":")
     if not host:
@@ -284,6 +293,8 @@ def _default(value: object) -> str:
 
 def _configure_logs(log_format: str) -> LogWriter:
     """Send all log records, also of libraries, to standard error: as JSON lines, or coloured on a terminal."""
+    import structlog  # takes as long as typer and pydantic together, so the probe starts first
+
     console = log_format == "console" or (log_format != "json" and sys.stderr.isatty())
     shared: list[Any] = [
         structlog.stdlib.add_log_level,

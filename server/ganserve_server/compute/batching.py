@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from ganserve_server.compute.inputs import Feeds, images_in
-from ganserve_server.settings import ServerSettings
+
+if TYPE_CHECKING:  # importing pydantic takes longer than checking a model
+    from ganserve_server.settings import ServerSettings
 
 Compute = Callable[[Feeds], NDArray[np.uint8]]
 
@@ -63,7 +65,7 @@ class BatchLimits:
     seconds: float = 6.0  # of one batch; at most half of it for one image on an idle core
 
 
-def batch_limits(settings: ServerSettings) -> BatchLimits:
+def batch_limits(settings: "ServerSettings") -> BatchLimits:
     """Return the limits' part of the settings."""
     return BatchLimits(settings.max_batch_size, settings.batch_memory_mib << 20, settings.batch_timeout_s)
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from ganserve_server.compute.cuda import cuda_libraries
 from ganserve_server.compute.inputs import Feeds, Inputs, images_in
 from ganserve_server.compute.watchdog import Run
-from ganserve_server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from ganserve_server.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class GpuOptions:
     max_batch_size: int = 64
 
 
-def gpu_options(settings: ServerSettings) -> GpuOptions:
+def gpu_options(settings: "ServerSettings") -> GpuOptions:
     """Return the GPU's part of the settings."""
     return GpuOptions(settings.gpu_device, settings.gpu_mem_limit_mib, settings.tensorrt_cache, settings.max_batch_size)
 

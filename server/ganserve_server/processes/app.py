@@ -23,6 +23,8 @@ from ganserve_server.processes.management import Management
 from ganserve_server.processes.reports import ReportServing, report_draining
 from ganserve_server.processes.supervisor import Supervisor
 from ganserve_server.processes.systemd import beat, notify
+from ganserve_server.repository.prober import Prober
+from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.rates import SharedRates
 from ganserve_server.start_errors import StartError
@@ -38,7 +40,7 @@ _LEAST_OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 4
 _LONGEST_END_S = 5.0  # how long a worker may take to end after its drain
 
 
-def run(settings: ServerSettings, log: LogWriter) -> NoReturn:
+def run(settings: ServerSettings, log: LogWriter, state: StateFolder, prober: Prober) -> NoReturn:
     """Serve until SIGTERM or SIGINT, then drain, and end the process.
 
     `stopped` is the last line of the log, written after all lines of the workers. If the exit status is not 0, the log
@@ -48,7 +50,7 @@ def run(settings: ServerSettings, log: LogWriter) -> NoReturn:
     async def serve_until_stopped() -> None:
         stop, reload = asyncio.Event(), asyncio.Event()
         _handle_signals(asyncio.get_running_loop(), stop, reload, log)
-        await serve(settings, stop, reload, log)
+        await serve(settings, stop, reload, log, state, prober)
 
     status, runner = 0, asyncio.Runner()
     try:
@@ -71,7 +73,14 @@ def run(settings: ServerSettings, log: LogWriter) -> NoReturn:
     os._exit(status)
 
 
-async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event, log: LogWriter) -> None:
+async def serve(
+    settings: ServerSettings,
+    stop: asyncio.Event,
+    reload: asyncio.Event,
+    log: LogWriter,
+    state: StateFolder,
+    prober: Prober,
+) -> None:
     """Serve until `stop` is set, then drain; whenever `reload` is set, look for changes in the repository.
 
     Raises:
@@ -100,7 +109,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
         )
     if settings.without_effect:
         _log.warning("--transport grpcio ignores these settings", extra={"settings": settings.without_effect})
-    management = Management(settings, stop, reload)
+    management = Management(settings, stop, reload, state, prober)
 
     def report_serving(
         facts: Mapping[str, Any],
@@ -131,7 +140,7 @@ async def serve(settings: ServerSettings, stop: asyncio.Event, reload: asyncio.E
     try:
         with contextlib.closing(_heart(settings)) as heart:
             if workers == 1:
-                # In a thread: meanwhile the lifecycle starts a probe, which imports its libraries at the same time.
+                # In a thread: meanwhile the lifecycle asks the probe to check the first file.
                 alone = await asyncio.to_thread(importlib.import_module, "ganserve_server.processes.alone")
                 await alone.serve_alone(settings, stop, management, sockets, heart, log, report_serving)
             else:

@@ -8,6 +8,7 @@ from ganserve_server.auth.security import Security
 from ganserve_server.processes.admin_listener import AdminListener
 from ganserve_server.processes.systemd import reloading
 from ganserve_server.repository.lifecycle import Lifecycle
+from ganserve_server.repository.prober import Prober
 from ganserve_server.repository.scan import require_models
 from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.settings import ServerSettings
@@ -22,6 +23,8 @@ class Management:
         settings: the server's settings.
         stop: set when the server drains.
         reload: set on SIGHUP.
+        state: what is known of model files.
+        prober: checks new model files.
 
     Attributes:
         state: what is known of model files.
@@ -29,10 +32,16 @@ class Management:
         starting: the start of the lifecycle.
     """
 
-    def __init__(self, settings: ServerSettings, stop: asyncio.Event, reload: asyncio.Event) -> None:
-        self._settings, self._stop, self._reload = settings, stop, reload
-        self.state = StateFolder(settings)
-        self.lifecycle = Lifecycle(settings, self.state)
+    def __init__(
+        self,
+        settings: ServerSettings,
+        stop: asyncio.Event,
+        reload: asyncio.Event,
+        state: StateFolder,
+        prober: Prober,
+    ) -> None:
+        self._settings, self._stop, self._reload, self.state = settings, stop, reload, state
+        self.lifecycle = Lifecycle(settings, state, prober)
         self.starting = asyncio.create_task(self.lifecycle.start())
         self._admin: AdminListener | None = None
         self._tasks: list[asyncio.Task[None]] = []

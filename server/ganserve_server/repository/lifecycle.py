@@ -44,11 +44,11 @@ class Lifecycle:
     Args:
         settings: the server's settings.
         state: what is known of files from before.
+        prober: checks new files; its process may have been started.
     """
 
-    def __init__(self, settings: ServerSettings, state: StateFolder) -> None:
-        self._settings, self._state = settings, state
-        self._prober = Prober(settings)
+    def __init__(self, settings: ServerSettings, state: StateFolder, prober: Prober) -> None:
+        self._settings, self._state, self._prober = settings, state, prober
         self._servers: asyncio.Future[Servers] = asyncio.get_running_loop().create_future()
         self._served: dict[Key, ProbedVersion] = {}
         # Their files, held open: a worker that starts later opens the same bytes, though the file was replaced.
@@ -81,9 +81,6 @@ class Lifecycle:
             StartError: no model can be served, or the required provider is missing.
         """
         self._state.collect_deaths()
-        if not self._state.has_passed:
-            with contextlib.suppress(OSError):  # the probe of the first file reports it
-                await self._prober.start()
         try:
             await self._refresh(settled=True, starting=True)
         except OSError as error:

@@ -4,6 +4,9 @@ The kernel reports changes of folders, not of paths: it says nothing if a link o
 folder, or if a folder is removed and created again. So the folders are found anew before each look, also those that
 contain the links. Some file systems report no changes (NFS, FUSE), and the kernel limits how many folders a user may
 watch, so there is a look every few seconds in any case. No error ends the watch.
+
+The class of watchfiles that is used here is private; `tests/server/test_watching.py` fails, and names the version, if
+it has changed. The public functions begin to watch only when they wait, so a change during a look would be missed.
 """
 
 import asyncio
