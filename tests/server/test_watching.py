@@ -20,9 +20,15 @@ from tests.server.test_workers import workers_of
 
 from ganserve import Client
 from ganserve.v1 import administration_pb2 as pb
-from ganserve_server.repository import watching
+from ganserve_server.observe.metrics import Metrics
+from ganserve_server.repository import lifecycle, watching
+from ganserve_server.repository.prober import Prober
 from ganserve_server.repository.scan import Look, look
+from ganserve_server.repository.served import ServedVersions
+from ganserve_server.repository.state_folder import StateFolder
+from ganserve_server.repository.table import ModelTable
 from ganserve_server.repository.watching import Watch
+from ganserve_server.settings import ServerSettings
 
 Start = Callable[..., RunningServer]
 # Changes are then seen only if the kernel reports them.
@@ -265,6 +271,39 @@ def test_the_private_class_of_watchfiles_behaves_as_the_watch_needs_it(tmp_path:
         pytest.fail(f"{watchfiles}: {error}")
     assert {path for _, path in changes} == {str(tmp_path / "file")}, watchfiles
     assert afterwards == "stop", watchfiles
+
+
+async def test_a_file_system_that_hangs_is_logged_and_looked_at_again_once_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers, threads = threading.Event(), list[threading.Thread]()
+
+    def hang(repository: Path) -> Look:
+        threads.append(threading.current_thread())
+        answers.wait()
+        return look(repository)
+
+    monkeypatch.setattr(lifecycle, "LOOK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(lifecycle, "look", hang)
+    settings = ServerSettings(models=tmp_path, state_dir=str(tmp_path), provider="cpu", threads=1)
+    models = lifecycle.Lifecycle(settings, StateFolder(settings), Prober(settings))
+    models.serve_by(
+        ServedVersions(settings, Metrics(), ModelTable(), *[lambda *_: None] * 3, StateFolder(settings).risk())
+    )
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            await models.refresh()
+        assert len(threads) == 1
+        answers.set()
+        threads[0].join()
+        await models.refresh()
+    reasons = [getattr(record, "reason", "") for record in caplog.records]
+    assert [record.message for record in caplog.records] == [
+        "cannot read the repository",
+        "can read the repository again",
+    ]
+    assert "does not answer within 0.05 s" in reasons[0]
+    await models.close()
 
 
 async def test_no_error_ends_the_watch_and_each_is_logged_once(

@@ -26,6 +26,7 @@ from ganserve_server.repository.prober import Prober
 from ganserve_server.repository.scan import MODEL_FILE_NAME, Key, Stamp, look
 from ganserve_server.repository.state_folder import StateFolder
 from ganserve_server.repository.states import ProbedVersion, Served, Servers, VersionState
+from ganserve_server.repository.threads import LOOK_TIMEOUT_S, Limited
 from ganserve_server.settings import ServerSettings
 from ganserve_server.spelling import nearest
 from ganserve_server.start_errors import StartError
@@ -63,6 +64,7 @@ class Lifecycle:
         self._newly_rejected = 0
         self._models: set[str] = set()  # in the repository
         self._changes = Changes(settings.models)
+        self._look = Limited(lambda: look(settings.models), LOOK_TIMEOUT_S)
         self._notes: dict[Key, str] = {}  # why a version is not as in the repository; not logged
         self._unreadable: dict[Path, str] = {}  # what cannot be read, and why
         self._misplaced: dict[Path, str] = {}  # files that were probably meant as models, and why they are not served
@@ -211,7 +213,7 @@ class Lifecycle:
         async with self._refreshing:
             misplaced, served = self._misplaced, self._served.keys()
             try:
-                seen = await asyncio.to_thread(look, self._settings.models)
+                seen = await self._look()
             except OSError as error:
                 if starting:
                     raise

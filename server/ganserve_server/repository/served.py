@@ -7,15 +7,13 @@ and compared with its golden images here.
 
 import asyncio
 import base64
-import contextlib
 import functools
 import hashlib
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable
-from typing import IO, TypeVar
+from typing import IO
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve_server.compute.batching import Batching, batch_limits
@@ -33,13 +31,13 @@ from ganserve_server.repository.scan import MODEL_FILE_NAME
 from ganserve_server.repository.state_folder import AtRisk
 from ganserve_server.repository.states import ProbedVersion, Served
 from ganserve_server.repository.table import ModelTable
+from ganserve_server.repository.threads import in_thread_of_its_own
 from ganserve_server.settings import ServerSettings
 from ganserve_server.shared.scoreboard import Scoreboard
 from ganserve_server.start_errors import StartError
 
 _log = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 20
-_Result = TypeVar("_Result")
 _CLOSE_S = 1.0  # for the memory of versions that are no longer served
 
 
@@ -93,7 +91,7 @@ class ServedVersions:
         settings, limit_s = self._settings, self._settings.load_timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                model = await _in_thread_of_its_own(lambda: self._open(version))
+                model = await in_thread_of_its_own(lambda: self._open(version))
         except TimeoutError:
             return f"opening it takes longer than {limit_s:g} s, the limit set by --load-timeout-s"
         except ProviderUnavailable as error:
@@ -272,25 +270,3 @@ async def _let_go(batcher: Batcher) -> None:
     await batcher.retire()
     del batcher  # frees its model, once finished calls are freed
     await asyncio.to_thread(give_back_memory)
-
-
-async def _in_thread_of_its_own(function: Callable[[], _Result]) -> _Result:
-    """Run a function in a daemon thread: the process can end while it runs, unlike with asyncio's threads."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[_Result] = loop.create_future()
-
-    def settle(finished: Callable[[], None]) -> None:
-        if not result.done():  # otherwise nobody waits any more
-            finished()
-
-    def run() -> None:
-        try:
-            value = function()
-            finished = functools.partial(result.set_result, value)
-        except Exception as error:
-            finished = functools.partial(result.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, finished)
-
-    threading.Thread(target=run, name="opening", daemon=True).start()
-    return await result

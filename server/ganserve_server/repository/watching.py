@@ -21,6 +21,7 @@ from pathlib import Path
 from watchfiles._rust_notify import RustNotify
 
 from ganserve_server.repository.scan import MODEL_FILE_NAME, is_model_name, is_version
+from ganserve_server.repository.threads import LOOK_TIMEOUT_S, Limited
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Watch:
 
     def __init__(self, repository: Path, look: Callable[[], Awaitable[float]], every_s: float) -> None:
         self._repository, self._look, self._every_s = repository, look, every_s
+        self._find_places = Limited(lambda: find_places(repository), LOOK_TIMEOUT_S)
         self._problems: dict[str, str] = {}  # what was logged, by event
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -56,14 +58,14 @@ class Watch:
     async def _look_and_wait(self, stopped: "asyncio.Task[bool]") -> None:
         within_s, places, notify = self._every_s, Places(), None
         with self._logged("the kernel does not report changes of the repository", every_s=self._every_s):
-            places = await asyncio.to_thread(find_places, self._repository)
+            places = await self._find_places()
             try:
                 notify = await asyncio.to_thread(_notify, places)  # before the look, so that no change is missed
             except FileNotFoundError:  # a folder has gone meanwhile
                 within_s = min(within_s, _SOON_S)
         with self._logged("a look at the repository failed"):
             within_s = min(within_s, await self._look())
-            if places != await asyncio.to_thread(find_places, self._repository):
+            if places != await self._find_places():
                 within_s = min(within_s, _SOON_S)
         if notify is None:
             await asyncio.wait((stopped,), timeout=within_s)
