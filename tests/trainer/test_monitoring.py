@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from pathlib import Path
 
@@ -5,9 +6,12 @@ import pytest
 import torch
 
 from ganserve_trainer.data.datasets import load_dataset
-from ganserve_trainer.report.history import Alarm, Point
+from ganserve_trainer.report.history import Alarm, History, Modes, Point
+from ganserve_trainer.train.modes import ModeCounter
 from ganserve_trainer.train.monitoring import (
+    COPIES,
     DISCRIMINATOR_OVERPOWERS,
+    DROPPED_MODES,
     MODE_COLLAPSE,
     Monitor,
     build_probe,
@@ -146,3 +150,59 @@ def test_a_resumed_run_rings_what_the_whole_one_would_have() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_ring_nothing(value: float) -> None:
     assert rung(points((50, {"diversity": abs(value), "real_accuracy": value, "fake_accuracy": value}))) == []
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_missing_digits_and_copies_ring_and_new_digits_do_not(labelled: bool, data_root: Path) -> None:
+    digits, test = (load_dataset("mnist", data_root, train=train) for train in (True, False))
+    spec = digits.spec if labelled else dataclasses.replace(digits.spec, class_names=())
+    counter = ModeCounter(dataclasses.replace(digits, spec=spec), conditional=False)
+    assert (counter.names == digits.spec.class_names) is labelled
+
+    def rings(images: torch.Tensor) -> list[str]:
+        generator, monitor = torch.Generator().manual_seed(0), Monitor()
+
+        def generate(asked: torch.Tensor) -> torch.Tensor:
+            drawn = torch.randint(len(images), (len(asked),), generator=generator)
+            return images[drawn].float() / 127.5 - 1
+
+        counts = [counter.count(20_000 * n, generate) for n in (1, 2, 3)]
+        return [alarm.name for count in counts for alarm in monitor.observe_modes(count)]
+
+    assert rings(test.images[test.labels == 1]) == [DROPPED_MODES]
+    assert rings(test.images[test.labels < 6]) == [DROPPED_MODES]
+    assert rings(digits.images) == [COPIES]
+    if labelled:  # the test part has no images of some clusters
+        assert rings(test.images) == []
+
+
+def test_a_class_that_is_asked_for_and_not_made_is_missing(data_root: Path) -> None:
+    digits = load_dataset("mnist", data_root, train=True)
+    counter = ModeCounter(digits, conditional=True)
+
+    def generate(asked: torch.Tensor) -> torch.Tensor:
+        """Make a real digit of each label, but a 4 instead of a 9."""
+        chosen = torch.where(asked == 9, 4, asked)
+        first = torch.stack([(digits.labels == digit).nonzero()[0, 0] for digit in range(10)])
+        return digits.images[first[chosen]].float() / 127.5 - 1
+
+    count = counter.count(20_000, generate)
+    shares = [made / asked for made, asked in zip(count.generated, count.expected, strict=True)]
+    assert shares[9] < 0.1
+    assert min(shares[:9]) > 0.9
+
+
+def test_an_alarm_for_modes_rings_once_until_it_has_cleared_also_when_resumed() -> None:
+    good = Modes(0, ("a", "b"), (500.0, 500.0), (500.0, 500.0), 0.9, 1.0)
+    bad = good._replace(generated=(990.0, 10.0))
+    counts = [
+        count._replace(images_seen=20_000 * n)
+        for n, count in enumerate([good, bad, bad, bad, bad, good, good, good, bad, bad, bad], 1)
+    ]
+    monitor = Monitor()
+    rung = [alarm for count in counts for alarm in monitor.observe_modes(count)]
+    assert [alarm.images_seen for alarm in rung] == [80_000, 220_000]
+    assert "b (2%)" in rung[0].message
+    kept = History.from_plain(History(modes=counts[:4]).to_plain())
+    assert Monitor(modes=kept.modes).observe_modes(counts[4]) == []
+    assert History.from_plain({"points": [], "measurements": [], "alarms": []}).modes == []

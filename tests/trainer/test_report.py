@@ -12,7 +12,7 @@ from PIL import Image
 
 from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.report.charts import Series, bar_chart, line_chart
-from ganserve_trainer.report.history import Alarm, History, Measurement, Point
+from ganserve_trainer.report.history import Alarm, History, Measurement, Modes, Point
 from ganserve_trainer.report.page import write_report
 from ganserve_trainer.report.pictures import save_interpolations, slerp
 from ganserve_trainer.settings import Settings
@@ -111,6 +111,7 @@ def full_history() -> History:
         [point(n) for n in range(1, 50)],
         [Measurement(n * 10_000, n * 60.0, {"fid": 10.0 / n, "recall": 0.5}) for n in range(1, 4)],
         [Alarm(25_000, "mode collapse", "all the same since 20,000 images; try something")],
+        [Modes(20_000, ("zero", "one"), (3.0, 997.0), (500.0, 500.0), 0.6, 0.9)],
     )
 
 
@@ -145,12 +146,15 @@ def test_a_report_shows_all_there_is(tmp_path: Path) -> None:
     # Three in the timeline, the last once more, and two other pictures, each with a text.
     assert len(page.all("img")) == 6
     assert all(image["alt"] for image in page.all("img"))
-    # Losses, accuracies, gradient norms, diversity; fid, recall; the classes.
+    assert "one, expected: 500" in page.text
+    # Losses, accuracies, gradient norms, diversity, modes; fid, recall; the classes.
     assert [chart["aria-label"] for chart in page.all("svg")] == [
         "Losses",
         "Discriminator accuracy",
         "Gradient norms",
         "Diversity",
+        "Modes in generated images",
+        "Coverage, and distance to training images",
         "fid",
         "recall",
         "Classes of the generated images",

@@ -103,12 +103,22 @@ def line_chart(
     return _figure(title, legend, _svg(title, parts))
 
 
-def bar_chart(title: str, y_label: str, bars: Sequence[tuple[str, float]]) -> Markup:
-    """Draw a bar from 0 for each name. A name is written if there is room for it, and always shown on hovering."""
+def bar_chart(
+    title: str, y_label: str, bars: Sequence[tuple[str, float]], levels: Sequence[float] = (), of_levels: str = ""
+) -> Markup:
+    """Draw a bar from 0 for each name. A name is written if there is room for it, and always shown on hovering.
+
+    Args:
+        title: the title of the chart; also its text for screen readers.
+        y_label: the label of the vertical axis.
+        bars: the names and the values.
+        levels: a value for each bar to compare it with, which is drawn as a line across it.
+        of_levels: what the levels are, for the legend.
+    """
     bars = [(name, value if math.isfinite(value) and 0 <= value < _LARGEST else 0.0) for name, value in bars]
     if not bars:
         return _figure(title, "", '<p class="none">No values yet.</p>')
-    ticks = _ticks(*_widened([0.0, *(value for _, value in bars)]))
+    ticks = _ticks(*_widened([0.0, *(value for _, value in bars), *levels]))
     ticks = [tick for tick in ticks if tick >= 0]
     room = (_WIDTH - _LEFT - _RIGHT) / len(bars)
     floor = _HEIGHT - _BOTTOM
@@ -124,13 +134,20 @@ def bar_chart(title: str, y_label: str, bars: Sequence[tuple[str, float]]) -> Ma
             f'<rect class="bar" x="{x + room * 0.1:.2f}" y="{floor - height:.1f}" width="{room * 0.8:.2f}" '
             f'height="{height:.1f}"><title>{escape(name)}: {_short(value, digits=4)}</title></rect>'
         )
+        if levels:
+            y = floor - levels[index] / ticks[-1] * (floor - _TOP)
+            parts.append(
+                f'<path class="line s1" d="M{x + room * 0.05:.2f} {y:.1f}h{room * 0.9:.2f}">'
+                f"<title>{escape(name)}, {escape(of_levels)}: {_short(levels[index], digits=4)}</title></path>"
+            )
         if len(bars) <= 20:
             short = name if len(name) * 7.5 <= room else name[: max(int(room / 7.5) - 1, 1)] + "…"
             parts.append(f'<text class="x" x="{x + room / 2:.1f}" y="{_HEIGHT - 28}">{escape(short)}</text>')
     middle = (_TOP + floor) / 2
     parts.append(f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}">class</text>')
     parts.append(f'<text class="label" transform="translate(14 {middle}) rotate(-90)">{escape(y_label)}</text>')
-    return _figure(title, "", _svg(title, parts))
+    legend = f'<span><i class="s1"></i>{escape(of_levels)}</span>' if levels else ""
+    return _figure(title, legend, _svg(title, parts))
 
 
 def _figure(title: str, legend: str, body: str) -> Markup:

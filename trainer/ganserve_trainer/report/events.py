@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ganserve_trainer.report.history import Alarm, Measurement, Point
+from ganserve_trainer.report.history import Alarm, Measurement, Modes, Point
 
 
 def scalars_of(point: Point) -> dict[str, float]:
@@ -19,6 +19,12 @@ def scalars_of(point: Point) -> dict[str, float]:
         "gradient_norm/generator": point.generator_gradient_norm,
         "diversity": point.diversity,
     }
+
+
+def scalars_of_modes(modes: Modes) -> dict[str, float]:
+    """Return the share of the least frequent group, coverage and distance by the names that trackers show."""
+    shares = [made / wanted for made, wanted in zip(modes.generated, modes.expected, strict=True) if wanted]
+    return {"modes/least_share": min(shares), "modes/coverage": modes.coverage, "modes/distance": modes.distance}
 
 
 class TensorBoardWriter:
@@ -46,6 +52,10 @@ class TensorBoardWriter:
         """Write metrics."""
         values = {f"metrics/{name}": value for name, value in measurement.metrics.items()}
         self._scalars(values, measurement.images_seen)
+
+    def modes(self, modes: Modes) -> None:
+        """Write the share of the least frequent group, coverage and the distance to the training images."""
+        self._scalars(scalars_of_modes(modes), modes.images_seen)
 
     def alarm(self, alarm: Alarm) -> None:
         """Write an alarm as a text."""

@@ -1,4 +1,4 @@
-"""The record of a run: a point every few steps, metrics at intervals, and the alarms that rang."""
+"""The record of a run: a point every few steps, metrics and modes at intervals, and the alarms that rang."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,11 +26,22 @@ class Measurement(NamedTuple):
     metrics: dict[str, float]
 
 
+class Modes(NamedTuple):
+    """How often the EMA generator makes each class or cluster of the data, and how near its images are to the data."""
+
+    images_seen: int
+    names: tuple[str, ...]  # of the groups: classes, or clusters
+    generated: tuple[float, ...]  # estimated number of generated images of each group
+    expected: tuple[float, ...]  # number among as many real images, or the number asked for
+    coverage: float  # share of real images that have a generated image nearby (Naeem et al., 2020)
+    distance: float  # median distance to the nearest training image, over that of held-out real images; 0 are copies
+
+
 class Alarm(NamedTuple):
     """A condition that a person should look at."""
 
     images_seen: int
-    name: str  # "mode collapse" or "discriminator overpowers"
+    name: str  # one of the names in monitoring
     message: str
 
 
@@ -41,6 +52,7 @@ class History:
     points: list[Point] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
+    modes: list[Modes] = field(default_factory=list)
 
     def to_plain(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return plain tuples, which load from a checkpoint without running code."""
@@ -48,6 +60,7 @@ class History:
             "points": [tuple(point) for point in self.points],
             "measurements": [tuple(measurement) for measurement in self.measurements],
             "alarms": [tuple(alarm) for alarm in self.alarms],
+            "modes": [tuple(count) for count in self.modes],
         }
 
     @classmethod
@@ -57,4 +70,5 @@ class History:
             [Point(*point) for point in plain["points"]],
             [Measurement(*measurement) for measurement in plain["measurements"]],
             [Alarm(*alarm) for alarm in plain["alarms"]],
+            [Modes(*count) for count in plain.get("modes", [])],
         )

@@ -110,7 +110,7 @@ def write_report(
         timeline=[sheet for sheet in timeline if sheet.image],
         chosen=len(chosen),
         sheets=len(sheets),
-        curves=_curves(history),
+        curves=[*_curves(history), *_modes(history)],
         metrics=_metrics(history),
         final=_sheet(sheets[-1], _PICTURE_BYTES) if sheets else None,
         interpolations=_image(out / "interpolations.png", _PICTURE_BYTES),
@@ -168,6 +168,27 @@ def _curves(history: History) -> list[Markup]:
             y_range=(0, 1),
             levels=[Mark(1, "real images")],
             events=events,
+        ),
+    ]
+
+
+def _modes(history: History) -> list[Markup]:
+    """Draw the last count of modes, and how near generated and real images are in each count."""
+    counts = history.modes
+    if not counts:
+        return []
+    last, x = counts[-1], [count.images_seen for count in counts]
+    bars = list(zip(last.names, last.generated, strict=True))
+    return [
+        bar_chart("Modes in generated images", "images", bars, last.expected, "expected"),
+        line_chart(
+            "Coverage, and distance to training images",
+            "share of real images'",
+            [
+                Series("coverage", x, [count.coverage for count in counts]),
+                Series("distance", x, [count.distance for count in counts]),
+            ],
+            y_range=(0, 1),
         ),
     ]
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.files import replace_atomically
-from ganserve_trainer.report.events import TensorBoardWriter, scalars_of
-from ganserve_trainer.report.history import Alarm, Measurement, Point
+from ganserve_trainer.report.events import TensorBoardWriter, scalars_of, scalars_of_modes
+from ganserve_trainer.report.history import Alarm, Measurement, Modes, Point
 
 IDS_FILE_NAME = "trackers.json"  # the run's identifiers in the trackers, with which a resumed run continues
 _WAITING_ENTRIES = 1000
@@ -182,6 +182,12 @@ class Trackers:
         self._scalars(
             {f"metrics/{name}": value for name, value in measurement.metrics.items()}, measurement.images_seen
         )
+
+    def modes(self, modes: Modes) -> None:
+        """Send the share of the least frequent group, coverage and the distance to the training images."""
+        if self._board is not None:
+            self._board.modes(modes)
+        self._scalars(scalars_of_modes(modes), modes.images_seen)
 
     def alarm(self, alarm: Alarm) -> None:
         """Send an alarm."""

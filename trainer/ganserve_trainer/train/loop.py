@@ -37,6 +37,7 @@ from ganserve_trainer.train.checkpoints import (
     save_checkpoint,
 )
 from ganserve_trainer.train.devices import best_device, bf16_is_fast
+from ganserve_trainer.train.modes import EVERY_IMAGES, ModeCounter
 from ganserve_trainer.train.monitoring import MODE_COLLAPSE, Monitor, build_probe, diversity
 from ganserve_trainer.train.reporting import report_on
 from ganserve_trainer.train.run import Run, derived_seed, diverged
@@ -100,7 +101,8 @@ def _train(
     probe_latent = _fixed_latents(settings, "probe", probe.size)
     if folder is not None:
         _announce(run, dataset)
-    monitor = Monitor(run.history.points, critic=settings.adversarial_loss.is_critic)
+    monitor = Monitor(run.history.points, modes=run.history.modes, critic=settings.adversarial_loss.is_critic)
+    counter: ModeCounter | None = None  # made when a count is first due, because a short run needs none
     recent: list[Tensor] = []
     started = time.monotonic() - run.elapsed_s
     last_point = (run.elapsed_s, run.images_seen)
@@ -123,7 +125,8 @@ def _train(
             sample = last or due(settings.sample_every_images)
             save = last or due(settings.checkpoint_every_images)
             evaluate = measure is not None and due(settings.evaluate_every_images)
-            if not (point_due or sample or save or evaluate):
+            count = due(EVERY_IMAGES)
+            if not (point_due or sample or save or evaluate or count):
                 continue
 
             # One transfer for all steps since the last point: reading each step's loss would stall a GPU.
@@ -147,6 +150,15 @@ def _train(
             if folder is not None:
                 folder.trackers.point(point)
                 folder.metrics.add(point)
+                if count:
+                    counter = counter or ModeCounter(dataset, conditional=settings.conditional)
+                    counted = counter.count(run.images_seen, _generate(run))
+                    run.history.modes.append(counted)
+                    folder.trackers.modes(counted)
+                    folder.metrics.add(counted)
+                    dropped = monitor.observe_modes(counted)
+                    run.history.alarms += dropped
+                    alarms += dropped
                 for alarm in alarms:
                     folder.ring(alarm)
                 report(point, rate)
@@ -255,6 +267,18 @@ class _Folder:
         save_interpolations(run.show, run.settings.latent_dim, self.out / "interpolations.png", label=rows)
         self.trackers.sheet(path, run.images_seen)
         report_on(run.checkpoint(), self.out)
+
+
+def _generate(run: Run) -> Callable[[Tensor], Tensor]:
+    """Return a function that makes images of labels [n], from latents that depend on the progress and the seed."""
+    settings = run.settings
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "modes", run.images_seen))
+
+    def generate(label: Tensor) -> Tensor:
+        latent = torch.randn(len(label), settings.latent_dim, generator=generator)
+        return run.show(latent, label if settings.conditional else None)
+
+    return generate
 
 
 def _fixed_latents(settings: Settings, purpose: str, count: int) -> Tensor:
