@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ganserve_trainer.export.publish import export
 from ganserve_trainer.networks.generator import Generator, build_generator
 from ganserve_trainer.networks.layers import UnflattenPixels
 from ganserve_trainer.report.history import Alarm, Point
-from ganserve_trainer.settings import PRESETS, Settings, from_preset
+from ganserve_trainer.settings import PRESETS, Settings, from_preset, unused_settings
 from ganserve_trainer.train.checkpoints import all_finite, load_checkpoint, save_checkpoint
 from ganserve_trainer.train.ema import EMA
 from ganserve_trainer.train.loop import train
@@ -473,6 +474,33 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(
     assert load_checkpoint(tmp_path / "again").digest() == load_checkpoint(tmp_path / "run").digest()
     trainer("train", "--resume", "--out", tmp_path / "run", "--images", "96")
     assert load_checkpoint(tmp_path / "run").settings == dataclasses.replace(settings, images=96)
+
+
+def test_settings_without_effect_are_named() -> None:
+    changes = {"gradient_penalty": 5.0, "growth_images": 100, "width": 8}
+    assert [text.split()[0] for text in unused_settings(from_preset("dcgan", changes))] == list(changes)[1::-1]
+    assert unused_settings(from_preset("pggan", changes)) == []
+    assert all(unused_settings(preset.settings) == [] for preset in PRESETS.values())
+
+
+def test_a_bad_setting_is_found_before_torch_is_imported() -> None:
+    code = (
+        "import sys\nfrom ganserve_trainer.cli import main\n"
+        "sys.argv = 'ganserve-trainer train --preset cdcgan --batch-size 1 --out run'.split()\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "2 False\n"
+    assert "batch_size is 1" in found.stderr
+
+
+def test_a_growing_network_that_ends_small_says_so(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny("pggan", images=64, sample_every_images=1000), data_root, tmp_path)
+    told = capsys.readouterr().err
+    assert "full size after 384 images, and the run ends before, after 64" in told
+    assert "WARNING: the images are not full-size: they have the detail of 4x4 pixels, in 32x32." in told
 
 
 def test_bad_configurations_are_told_in_one_line(

@@ -31,6 +31,7 @@ from ganserve_trainer.settings import (
     choices_of,
     from_preset,
     read_config,
+    unused_settings,
 )
 
 if TYPE_CHECKING:
@@ -180,6 +181,9 @@ def train(
     For several GPUs or machines: torchrun --nproc-per-node 2 -m ganserve_trainer train …; each process has its own
     batch.
     """
+    if not resume:
+        _settings(preset, config, given, None)  # before torch is imported, so that errors are found at once
+
     from ganserve_trainer.data.datasets import load_dataset
     from ganserve_trainer.evaluation.evaluate import quick_measure
     from ganserve_trainer.report.page import FILE_NAME
@@ -193,6 +197,8 @@ def train(
             raise TrainerError(f"there is no run in {out} to resume; to start one there, add --preset or --config")
         resumed = load_checkpoint(out) if begun else None
         settings = _settings(preset, config, given, resumed.settings if resumed else None)
+        for unused in unused_settings(settings):
+            print(f"warning: {unused}", file=sys.stderr)
         if resumed and settings.are_fulfilled(resumed.images_seen, resumed.elapsed_s):
             print(
                 f"the run is complete, with {resumed.images_seen:,} images; to continue it, increase --images",

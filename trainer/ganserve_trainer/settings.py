@@ -12,7 +12,7 @@ import platform
 import tomllib
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -300,6 +300,17 @@ def free_on_resume(settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in FREE_ON_RESUME if not (settings.decays and name in ("images", "minutes")))
 
 
+# Settings that have an effect only with some values of others: what they need, and whether the settings have it.
+_NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
+    "conditioning": ("conditional or clusters", lambda settings: settings.conditional or settings.clusters > 0),
+    "dense_width": ("architecture dcgan", lambda settings: settings.architecture == "dcgan"),
+    "growth_images": ("architecture progressive", lambda settings: settings.architecture == "progressive"),
+    "two_sided_smoothing": ("label_smoothing above 0", lambda settings: settings.label_smoothing > 0),
+    "r1_every_steps": ("r1 above 0", lambda settings: settings.r1 > 0),
+    "gradient_penalty": ("loss wasserstein-gp", lambda settings: settings.adversarial_loss.penalises_gradient),
+    "weight_clip": ("loss wasserstein-clip", lambda settings: settings.adversarial_loss.clips_weights),
+}
+
 # The group size of each minibatch layer; 4 is from Karras et al., 2018, section 3.
 MINIBATCH_GROUPS: dict[MinibatchLayer, int] = {"none": 1, "stddev": 4, "discrimination": 16}
 
@@ -426,6 +437,16 @@ def from_preset(name: str, changes: Mapping[str, Any]) -> Settings:
         if key not in known:
             raise TrainerError(f"there is no setting {key!r}{_similar(key, known)}; see ganserve-trainer train --help")
     return dataclasses.replace(PRESETS[name].settings, **changes)
+
+
+def unused_settings(settings: Settings) -> list[str]:
+    """Return a sentence for each setting that differs from its preset's value and has no effect on this run."""
+    preset = PRESETS[settings.preset].settings
+    return [
+        f"{name} {getattr(settings, name)} has no effect: it needs {needs}"
+        for name, (needs, are_met) in _NEEDS.items()
+        if getattr(settings, name) != getattr(preset, name) and not are_met(settings)
+    ]
 
 
 def read_config(path: Path) -> dict[str, Any]:

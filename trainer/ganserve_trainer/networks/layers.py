@@ -201,6 +201,14 @@ class ProgressiveGenerator(nn.Module):
         """Set the resolution for this number of images seen."""
         self.growth = growth_after(images_seen, self.growth_images, len(self.blocks))
 
+    def full_size_after(self) -> int:
+        """Return the number of images after which the last resolution has faded in."""
+        return 2 * self.growth_images * (len(self.blocks) - 1)
+
+    def doublings_left(self) -> int:
+        """Return how often the current resolution must still double, without one that is fading in."""
+        return len(self.blocks) - 1 - int(self.growth)
+
     def forward(self, latent: Tensor) -> Tensor:
         """Make images in -1…1 of the full size."""
         level, fade = int(self.growth), self.growth % 1

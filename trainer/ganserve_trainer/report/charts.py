@@ -135,9 +135,9 @@ def bar_chart(
             f'height="{height:.1f}"><title>{escape(name)}: {_short(value, digits=4)}</title></rect>'
         )
         if levels:
-            y = floor - levels[index] / ticks[-1] * (floor - _TOP)
+            level = floor - levels[index] / ticks[-1] * (floor - _TOP)
             parts.append(
-                f'<path class="line s1" d="M{x + room * 0.05:.2f} {y:.1f}h{room * 0.9:.2f}">'
+                f'<path class="line s1" d="M{x + room * 0.05:.2f} {level:.1f}h{room * 0.9:.2f}">'
                 f"<title>{escape(name)}, {escape(of_levels)}: {_short(levels[index], digits=4)}</title></path>"
             )
         if len(bars) <= 20:

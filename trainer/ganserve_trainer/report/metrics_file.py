@@ -20,7 +20,9 @@ class MetricsFile:
         """Write the history so far: of a resumed run it is its checkpoint's, so that later lines of the file go."""
         self._path = path
         entries: list[_Entry] = [*history.points, *history.modes, *history.alarms, *history.measurements]
-        entries.sort(key=lambda entry: entry.images_seen)  # which keeps points, modes, alarms and measurements in this order
+        entries.sort(
+            key=lambda entry: entry.images_seen
+        )  # which keeps points, modes, alarms and measurements in this order
         with replace_atomically(path) as file:
             file.write("".join(map(_line, entries)).encode())
 

@@ -22,6 +22,7 @@ from ganserve_trainer.errors import CollapsedError, TrainerError
 from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.networks.generator import Generator
+from ganserve_trainer.networks.layers import ProgressiveGenerator
 from ganserve_trainer.report.history import Alarm, Measurement, Point
 from ganserve_trainer.report.metrics_file import FILE_NAME as METRICS_FILE_NAME
 from ganserve_trainer.report.metrics_file import MetricsFile
@@ -180,6 +181,8 @@ def _train(
                 raise CollapsedError(
                     f"{collapse.message} The run ends here because of stop_on_collapse; its files are in {out}"
                 )
+    if folder is not None:
+        _warn_if_not_full_size(run)
     return settings.are_fulfilled(run.images_seen, run.elapsed_s)
 
 
@@ -234,6 +237,28 @@ def _announce(run: Run, dataset: Dataset) -> None:
         file=sys.stderr,
         flush=True,
     )
+    layers = run.generator.layers
+    if isinstance(layers, ProgressiveGenerator):
+        never = (
+            f", and the run ends before, after {settings.images:,}"
+            if settings.images < layers.full_size_after()
+            else ""
+        )
+        print(f"the images reach their full size after {layers.full_size_after():,} images{never}", file=sys.stderr)
+
+
+def _warn_if_not_full_size(run: Run) -> None:
+    """Print a warning on stderr if the generator still makes images of a lower resolution."""
+    layers = run.generator.layers
+    if isinstance(layers, ProgressiveGenerator) and (left := layers.doublings_left()):
+        height, width = run.spec.height >> left, run.spec.width >> left
+        print(
+            f"WARNING: the images are not full-size: they have the detail of {height}x{width} pixels, in "
+            f"{run.spec.height}x{run.spec.width}. The full size is reached after {layers.full_size_after():,} images: "
+            "resume with more --images, or start again with a lower --growth-images",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _Folder:
