@@ -134,7 +134,9 @@ def test_a_run_leaves_sheets_report_configuration_checkpoints_and_board(data_roo
     run(settings, data_root, tmp_path)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000000000064.png", "000000000128.png"]
     with Image.open(tmp_path / "samples" / "000000000064.png") as sheet:
-        assert sheet.size == (10 * 30 + 2, 10 * 30 + 2)
+        assert sheet.height == 10 * 30 + 2
+    with Image.open(tmp_path / "real.png") as real:
+        assert real.height == 10 * 30 + 2
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "000000000064.pt",
         "000000000128.pt",
@@ -474,6 +476,18 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(
     assert load_checkpoint(tmp_path / "again").digest() == load_checkpoint(tmp_path / "run").digest()
     trainer("train", "--resume", "--out", tmp_path / "run", "--images", "96")
     assert load_checkpoint(tmp_path / "run").settings == dataclasses.replace(settings, images=96)
+
+
+def test_counting_modes_leaves_the_weights_as_they_are(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny("mlp"), data_root, tmp_path / "without")
+    monkeypatch.setattr("ganserve_trainer.train.loop.EVERY_IMAGES", 64)
+    run(tiny("mlp"), data_root, tmp_path / "with")
+    without, counted = (load_checkpoint(tmp_path / name) for name in ("without", "with"))
+    assert [count.images_seen for count in counted.history.modes] == [64, 128]
+    assert counted.digest() == without.digest()
+    assert "Modes in generated images" in (tmp_path / "with" / "report.html").read_text()
 
 
 def test_settings_without_effect_are_named() -> None:

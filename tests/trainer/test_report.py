@@ -14,7 +14,7 @@ from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.report.charts import Series, bar_chart, line_chart
 from ganserve_trainer.report.history import Alarm, History, Measurement, Modes, Point
 from ganserve_trainer.report.page import write_report
-from ganserve_trainer.report.pictures import save_interpolations, slerp
+from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolations, slerp
 from ganserve_trainer.settings import Settings
 
 SECTIONS = (
@@ -117,7 +117,7 @@ def full_history() -> History:
 
 def test_a_report_shows_all_there_is(tmp_path: Path) -> None:
     sheets(tmp_path, 3)
-    for name in ("interpolations", "neighbours"):
+    for name in ("interpolations", "neighbours", "real"):
         Image.new("L", (30, 20)).save(tmp_path / f"{name}.png")
     figures = [{"name": "label_accuracy", "value": 0.98765, "standard_error": 0.00123, "method": "by 10 images"}]
     withheld = [{"name": "precision", "reason": "only 23 test images"}]
@@ -143,8 +143,8 @@ def test_a_report_shows_all_there_is(tmp_path: Path) -> None:
         assert setting.name in page.text
     assert [row["class"] for row in page.all("tr") if "class" in row] == ["changed"]
     assert "0.0125" in page.text
-    # Three in the timeline, the last once more, and two other pictures, each with a text.
-    assert len(page.all("img")) == 6
+    # Three in the timeline, the last once more, and three other pictures, each with a text.
+    assert len(page.all("img")) == 7
     assert all(image["alt"] for image in page.all("img"))
     assert "one, expected: 500" in page.text
     # Losses, accuracies, gradient norms, diversity, modes; fid, recall; the classes.
@@ -382,3 +382,16 @@ def test_a_sheet_of_interpolations_has_a_walk_a_row_and_a_class_a_row(tmp_path: 
     assert torch.equal(torch.get_rng_state(), before)
     with Image.open(tmp_path / "interpolations.png") as image:
         assert image.size == (5 * 10 + 2, 3 * 10 + 2)
+
+
+def test_a_sheet_has_the_name_of_the_class_before_each_row(tmp_path: Path) -> None:
+    images = torch.full((4, 1, 28, 28), -1.0)
+    save_contact_sheet(images, 2, tmp_path / "plain.png")
+    save_contact_sheet(images, 2, tmp_path / "named.png", ["a", "a class whose name is far too long"])
+    plain, named = (Image.open(tmp_path / f"{name}.png").convert("L") for name in ("plain", "named"))
+    margin = named.width - plain.width
+    assert named.height == plain.height
+    written = [named.crop((0, top, margin, top + 30)).getbbox() for top in (0, 30)]
+    assert written[0] is not None
+    assert written[1] is not None
+    assert written[0][2] < written[1][2] <= margin

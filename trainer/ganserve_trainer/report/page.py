@@ -20,6 +20,7 @@ from ganserve_trainer.report.history import History
 from ganserve_trainer.settings import Settings
 
 FILE_NAME = "report.html"
+REAL_FILE_NAME = "real.png"
 
 _TIMELINE_LENGTH = 24
 # Sizes before base64, which turns 3 bytes into 4: the whole page stays below 5 MB.
@@ -83,8 +84,8 @@ def write_report(
     """Write `report.html` into a run's folder, from the history and the files in the folder.
 
     Args:
-        out: the run's folder; the page shows its `samples/*.png`, named by images seen, `interpolations.png`,
-            `neighbours.png` and `evaluation.json`, if they exist and are readable.
+        out: the run's folder; the page shows its `samples/*.png`, named by images seen, `real.png`,
+            `interpolations.png`, `neighbours.png` and `evaluation.json`, if they exist and are readable.
         settings: the settings of the run.
         spec: the shape and the classes of the data set's images.
         history: the history of the run.
@@ -113,6 +114,7 @@ def write_report(
         curves=[*_curves(history), *_modes(history)],
         metrics=_metrics(history),
         final=_sheet(sheets[-1], _PICTURE_BYTES) if sheets else None,
+        real=_image(out / REAL_FILE_NAME, _PICTURE_BYTES),
         interpolations=_image(out / "interpolations.png", _PICTURE_BYTES),
         neighbours=_image(out / "neighbours.png", _PICTURE_BYTES),
         evaluated=evaluation.exists(),

@@ -1,23 +1,46 @@
 """Contact sheets, and interpolations between latents."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from ganserve_trainer.files import replace_atomically
 
 
-def save_contact_sheet(images: Tensor, columns: int, path: Path) -> None:
-    """Write images in -1…1, [n, channels, height, width], as one PNG, row by row; transparent pixels become white."""
+def save_contact_sheet(images: Tensor, columns: int, path: Path, names: Sequence[str] = ()) -> None:
+    """Write images in -1…1, [n, channels, height, width], as one PNG, row by row, with a name before each row.
+
+    Transparent pixels become white.
+    """
     images = images.float().cpu()
     if images.shape[1] == 4:
         images = torch.lerp(torch.ones_like(images[:, :3]), images[:, :3], (images[:, 3:] + 1) / 2)
     grid = make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
     with replace_atomically(path) as file:
-        save_image(grid, file, format="png")
+        if names:
+            _named(to_pil_image(grid), names).save(file, format="png")
+        else:
+            save_image(grid, file, format="png")
+
+
+def _named(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
+    """Add a column with the name of each row, cut to 20 characters."""
+    row = sheet.height / len(names)
+    font = ImageFont.load_default(min(max(row / 3, 8), row))
+    short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
+    margin = math.ceil(max(font.getlength(name) for name in short)) + 4
+    wide = Image.new("RGB", (margin + sheet.width, sheet.height))
+    wide.paste(sheet, (margin, 0))
+    draw = ImageDraw.Draw(wide)
+    for index, name in enumerate(short):
+        draw.text((2, (index + 0.5) * row), name, "white", font, anchor="lm")
+    return wide
 
 
 def save_interpolations(

@@ -26,6 +26,7 @@ from ganserve_trainer.networks.layers import ProgressiveGenerator
 from ganserve_trainer.report.history import Alarm, Measurement, Point
 from ganserve_trainer.report.metrics_file import FILE_NAME as METRICS_FILE_NAME
 from ganserve_trainer.report.metrics_file import MetricsFile
+from ganserve_trainer.report.page import REAL_FILE_NAME
 from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolations
 from ganserve_trainer.report.trackers import Trackers
 from ganserve_trainer.settings import Settings, free_on_resume, versions, write_config
@@ -277,6 +278,8 @@ class _Folder:
         rows = classes or _SHEET_ROWS
         self._latent = _fixed_latents(run.settings, "sheet", rows * _SHEET_COLUMNS)
         self._label = torch.arange(rows).repeat_interleave(_SHEET_COLUMNS) if classes else None
+        self._names = run.spec.class_names[:classes]
+        save_contact_sheet(_real(run, self._label), _SHEET_COLUMNS, out / REAL_FILE_NAME, self._names)
 
     def ring(self, alarm: Alarm) -> None:
         """Print and record an alarm."""
@@ -287,11 +290,26 @@ class _Folder:
     def sample(self, run: Run) -> None:
         """Write the EMA generator's images of the run's fixed latents, and the report."""
         path = self.out / "samples" / f"{run.images_seen:012d}.png"
-        save_contact_sheet(run.show(self._latent, self._label), _SHEET_COLUMNS, path)
+        save_contact_sheet(run.show(self._latent, self._label), _SHEET_COLUMNS, path, self._names)
         rows = None if self._label is None else self._label[::_SHEET_COLUMNS]
         save_interpolations(run.show, run.settings.latent_dim, self.out / "interpolations.png", label=rows)
         self.trackers.sheet(path, run.images_seen)
         report_on(run.checkpoint(), self.out)
+
+
+def _real(run: Run, label: Tensor | None) -> Tensor:
+    """Return training images in -1…1 for a sheet: of the labels [n], class by class, or any if there are none.
+
+    A class with fewer images than its row repeats them.
+    """
+    order = torch.randperm(len(run.images), generator=torch.Generator().manual_seed(0)).to(run.device)
+    if label is None:
+        chosen = order[: _SHEET_ROWS * _SHEET_COLUMNS]
+    else:
+        members = [order[run.labels[order] == value] for value in label[::_SHEET_COLUMNS].tolist()]
+        columns = torch.arange(_SHEET_COLUMNS, device=run.device)
+        chosen = torch.cat([member[columns % len(member)] for member in members if len(member)])
+    return run.images[chosen].float().div(127.5).sub(1)
 
 
 def _generate(run: Run) -> Callable[[Tensor], Tensor]:

@@ -59,6 +59,7 @@ class ModeCounter:
         self._asked = dataset.labels.sort().values[torch.linspace(0, len(labels) - 1, IMAGES).round().long()]
         self._is_asked = False
         self.names: tuple[str, ...] = ()
+        self._recognise: Callable[[Tensor], Tensor]
         if 2 <= len(dataset.spec.class_names) <= _MOST_CLASSES:
             self._recognise_classes(labels[: len(fitted)], held_out, dataset.spec.class_names)
             self._is_asked = conditional and bool(self.names)
@@ -116,7 +117,8 @@ class ModeCounter:
         def recognise(points: Tensor) -> Tensor:
             offset = (points.double() - means[:, None]).transpose(1, 2)  # [groups, components, n]
             square = torch.linalg.solve_triangular(factors, offset, upper=False).square().sum(1)
-            return (constant[:, None] - square / 2).argmax(0)
+            group: Tensor = (constant[:, None] - square / 2).argmax(0)
+            return group
 
         found = recognise(self._real)
         if (found == true).double().mean() < _LEAST_ACCURACY:
