@@ -75,6 +75,17 @@ _PRESET = typer.Option(
 )
 
 
+class _Checkpoint(StrEnum):
+    BEST = "best"
+    LAST = "last"
+
+
+_CHECKPOINT = typer.Option(
+    "--checkpoint",
+    help="Checkpoint of a run's folder: the best one, which is the last one if the run was not measured, or the last.",
+)
+
+
 class _ValueRange(StrEnum):
     TANH = "tanh"
     SIGMOID = "sigmoid"
@@ -189,7 +200,9 @@ def train(
     from ganserve_trainer.report.page import FILE_NAME
     from ganserve_trainer.train import loop, processes
     from ganserve_trainer.train.checkpoints import checkpoint_files, load_checkpoint
+    from ganserve_trainer.train.stopping import outlive_terminal
 
+    outlive_terminal()
     processes.start()
     with processes.failing_together():
         begun = resume and bool(checkpoint_files(out))
@@ -209,7 +222,12 @@ def train(
         )
         measure = quick_measure(settings, data, data_root, report=_say) if settings.evaluate_every_images else None
     with _progress(settings) as report:
-        complete = loop.train(settings, data, out, resume=resume, report=report, measure=measure)
+        try:
+            complete = loop.train(settings, data, out, resume=resume, report=report, measure=measure)
+        except OSError:
+            if kept := checkpoint_files(out):
+                print(f"the last complete checkpoint is {kept[0]}; --resume continues from it", file=sys.stderr)
+            raise
     if not complete:
         print(
             f"stopped; to resume: ganserve-trainer train --resume --out {out} --data-root {data_root}", file=sys.stderr
@@ -340,9 +358,11 @@ def sweep(
     from ganserve_trainer.evaluation.evaluate import quick_measure
     from ganserve_trainer.train import loop
     from ganserve_trainer.train.checkpoints import load_checkpoint
+    from ganserve_trainer.train.stopping import outlive_terminal
     from ganserve_trainer.train.sweep import Runner, Watch, parse_axis
     from ganserve_trainer.train.sweep import sweep as run_sweep
 
+    outlive_terminal()
     load = functools.lru_cache(maxsize=1)(load_dataset)
 
     @functools.lru_cache(maxsize=1)
@@ -428,6 +448,7 @@ def evaluate(
             show_default="judge",
         ),
     ] = None,
+    which: Annotated[_Checkpoint, _CHECKPOINT] = _Checkpoint.BEST,
 ) -> None:
     """Measure a generator: FID, KID, precision, recall and more, with a network trained on the real training images.
 
@@ -437,10 +458,18 @@ def evaluate(
     """
     from ganserve_trainer.evaluation.evaluate import evaluate as evaluate_model
     from ganserve_trainer.evaluation.measure import FEATURES, JUDGE
+    from ganserve_trainer.train.best import Choice
 
     with _stages() as report:
         found = evaluate_model(
-            model, str(dataset) if dataset else None, data_root, images, out, report, features or ["judge"]
+            model,
+            str(dataset) if dataset else None,
+            data_root,
+            images,
+            out,
+            report,
+            features or ["judge"],
+            Choice(which),
         )
     networks: dict[str, None] = {}  # in order, without repetitions
     for metric in found.metrics:
@@ -469,17 +498,19 @@ def export(
     gate_images: Annotated[
         int, typer.Option(min=1000, help="Number of images to compare with those in fp32.")
     ] = 10_000,
+    which: Annotated[_Checkpoint, _CHECKPOINT] = _Checkpoint.BEST,
 ) -> None:
     """Publish the averaged generator as the model's next version, after comparing it with PyTorch.
 
     In fp16 and int8, only if its images are as good as in fp32, measured as `evaluate` does; this needs the data set.
     """
     from ganserve_trainer.export import publish, variants
+    from ganserve_trainer.train.best import Choice
 
     if precision is ExportPrecision.FP32:
-        file = publish.export(checkpoint, repository, name)
+        file = publish.export(checkpoint, repository, name, Choice(which))
     else:
-        file = variants.export(checkpoint, repository, name, precision, data_root, gate_images, _say)
+        file = variants.export(checkpoint, repository, name, precision, data_root, gate_images, _say, Choice(which))
     print(file)
     print(f"next: ganserve-server --models {repository}", file=sys.stderr)
 

@@ -23,6 +23,7 @@ from ganserve_trainer.losses import LOSSES, AdversarialLoss
 
 Architecture = Literal["mlp", "dcgan", "progressive"]
 Conditioning = Literal["label-channels", "projection"]
+InitialNetworks = Literal["generator", "both"]
 MinibatchLayer = Literal["none", "stddev", "discrimination"]
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["auto", "constant", "linear", "cosine"]
@@ -37,6 +38,7 @@ class ExportPrecision(StrEnum):
 
 
 _VERSIONS_OF = ("ganserve", "torch", "torchvision", "numpy")
+SELECTABLE = ("fid", "fid_over_floor", "precision", "recall", "label_accuracy")
 AUGMENTATIONS = ("color", "translation", "cutout")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
@@ -140,6 +142,24 @@ class Settings:
         minimum=1,
     )
 
+    init_from: str = _setting(
+        "",
+        "Initial weights",
+        "Run, checkpoint, or file of weights (.pt, .pth, .safetensors) whose weights the run starts from.",
+    )
+    init_networks: InitialNetworks = _setting(
+        "both", "Initial weights", "Which networks start from init_from: the generator, or both."
+    )
+    init_digest: str = _setting(
+        "", "Initial weights", "Digest of the weights of init_from; the run records it, and checks it if it is given."
+    )
+    freeze_discriminator: int = _setting(
+        0,
+        "Initial weights",
+        "Number of the discriminator's lowest layers that keep their initial weights (FreezeD).",
+        minimum=0,
+    )
+
     loss: str = _setting("non-saturating", "Loss", "The adversarial loss.", choices=LOSSES)
     label_smoothing: float = _setting(
         0.0, "Loss", "The discriminator's target for real images is 1 minus this.", minimum=0, maximum=0.49
@@ -215,13 +235,29 @@ class Settings:
     sample_every_images: int = _setting(
         60_000, "Run", "Number of images between two contact sheets and reports.", minimum=1
     )
+    sample_every_minutes: float = _setting(
+        10.0, "Run", "Minutes between two sheets and reports; the first come after one minute. 0 is never.", minimum=0
+    )
     checkpoint_every_images: int = _setting(60_000, "Run", "Number of images between two checkpoints.", minimum=1)
+    checkpoint_every_minutes: float = _setting(
+        10.0, "Run", "Minutes between two checkpoints; the first comes after one minute. 0 is never.", minimum=0
+    )
     evaluate_every_images: int = _setting(
         0,
         "Run",
         "Number of images between two measurements of FID, recall and label accuracy on 2,000 images; 0 is never.",
         minimum=0,
     )
+    select: str = _setting(
+        "fid",
+        "Run",
+        "Metric by which the best of the measured checkpoints is chosen, which export and evaluate use.",
+        choices=SELECTABLE,
+    )
+    patience: int = _setting(
+        0, "Run", "End the run after so many measurements without a better one; 0 is never.", minimum=0
+    )
+    keep: int = _setting(2, "Run", "Number of newest checkpoints to keep, beside the best one.", minimum=1)
     stop_on_collapse: bool = _setting(False, "Run", "End the run when it raises the alarm for mode collapse.")
     log: str = _setting(
         "tensorboard",
@@ -288,8 +324,13 @@ FREE_ON_RESUME = (
     "images",
     "minutes",
     "sample_every_images",
+    "sample_every_minutes",
     "checkpoint_every_images",
+    "checkpoint_every_minutes",
     "evaluate_every_images",
+    "select",
+    "patience",
+    "keep",
     "stop_on_collapse",
     "log",
 )
@@ -377,6 +418,18 @@ def _check_together(settings: Settings) -> None:
         raise TrainerError(
             "clusters must be 2 or more, and need an unconditional network, because they replace its classes"
         )
+    if settings.init_digest and not settings.init_from:
+        raise TrainerError("init_digest is the digest of init_from: add init_from")
+    if settings.freeze_discriminator and (not settings.init_from or settings.init_networks != "both"):
+        raise TrainerError(
+            "freeze_discriminator keeps weights that were trained: add init_from, with init_networks both"
+        )
+    if settings.freeze_discriminator and settings.architecture == "progressive":
+        raise TrainerError("freeze_discriminator is for architectures that do not grow: leave it out")
+    if settings.select == "label_accuracy" and not settings.conditional:
+        raise TrainerError("select label_accuracy needs labels: add conditional, or select another metric")
+    if settings.patience and not settings.evaluate_every_images:
+        raise TrainerError("patience counts measurements: add evaluate_every_images, or leave patience out")
     if settings.mismatched_labels and not settings.conditional:
         raise TrainerError("mismatched_labels needs labels: add conditional")
 

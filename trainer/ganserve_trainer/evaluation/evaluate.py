@@ -28,6 +28,7 @@ from ganserve_trainer.evaluation.progress import Report, silent
 from ganserve_trainer.model_file import CARD_KEY, load_session, run_session
 from ganserve_trainer.networks.generator import Generator, UInt8Generator
 from ganserve_trainer.settings import Settings
+from ganserve_trainer.train.best import Choice, load_chosen
 from ganserve_trainer.train.checkpoints import Checkpoint, load_checkpoint, run_folder
 from ganserve_trainer.train.devices import best_device
 from ganserve_trainer.train.reporting import report_on
@@ -41,6 +42,7 @@ def evaluate(
     out: Path | None = None,
     report: Report = silent,
     features: Sequence[str] = (JUDGE,),
+    choice: Choice = Choice.BEST,
 ) -> Evaluation:
     """Measure a run, a checkpoint or an exported model; store a run's metrics in its folder.
 
@@ -52,6 +54,7 @@ def evaluate(
         out: the folder for evaluation.json and neighbours.png, instead of the run's folder.
         report: called with the progress.
         features: the networks whose features are compared, as for `feature_networks`; the judge is always one.
+        choice: the checkpoint of a run's folder to measure.
 
     Raises:
         TrainerError: the model, the data set or a network cannot be read, or images of model and data set differ in
@@ -63,7 +66,7 @@ def evaluate(
         checkpoint = None
         identity = hashlib.sha256(model.read_bytes()).hexdigest()
     else:
-        checkpoint = load_checkpoint(model)
+        checkpoint = load_chosen(model, choice)
         identity = checkpoint.digest()
         generate, card = _from_checkpoint(checkpoint)
     train, test = load_parts(model, card, dataset_name or card.dataset, data_root)
@@ -128,7 +131,7 @@ def _keep(evaluation: Evaluation, checkpoint: Checkpoint, path: Path) -> None:
         try:
             write_evaluation(evaluation, checkpoint, folder)
             if path.is_dir():
-                report_on(checkpoint, folder)
+                report_on(load_checkpoint(path), folder, best=checkpoint.digest())
         except OSError as error:
             reason = f"{error.strerror}; an export will not have these metrics"
         else:

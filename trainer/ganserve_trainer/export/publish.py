@@ -25,7 +25,7 @@ from ganserve_trainer.files import sync_directory
 from ganserve_trainer.model_file import MODEL_FILE_NAME
 from ganserve_trainer.networks.architecture import parameter_count
 from ganserve_trainer.settings import ExportPrecision
-from ganserve_trainer.train.checkpoints import load_checkpoint
+from ganserve_trainer.train.best import Choice, load_chosen
 
 # The server finds only these names.
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -36,15 +36,17 @@ _MARK = ".highest-version-"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def export(checkpoint_path: Path, repository: Path, name: str) -> Path:
+def export(checkpoint_path: Path, repository: Path, name: str, choice: Choice = Choice.BEST) -> Path:
     """Publish a checkpoint's EMA generator, in fp32, as the next version of model `name`; return the file.
+
+    Of a run's folder, `choice` says which checkpoint.
 
     Raises:
         TrainerError: the name is not allowed, the checkpoint is unreadable, or the exported model differs from
             PyTorch's.
     """
     check_name(name)
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = load_chosen(checkpoint_path, choice)
     model = to_onnx(checkpoint)
     card = card_of(model, checkpoint, ExportPrecision.FP32)
     card.metrics.extend(read_metrics(checkpoint_path, checkpoint))

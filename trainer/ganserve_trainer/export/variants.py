@@ -25,7 +25,7 @@ from ganserve_trainer.export.publish import check_name, publish
 from ganserve_trainer.export.quantising import to_int8
 from ganserve_trainer.model_file import latents, load_session, run_session
 from ganserve_trainer.settings import ExportPrecision
-from ganserve_trainer.train.checkpoints import load_checkpoint
+from ganserve_trainer.train.best import Choice, load_chosen
 
 # The largest values of the metrics that pass the gate. A variant may be better than fp32: there is no lower limit.
 LIMITS = {"label_accuracy_loss": 0.002, "fid_over_fp32": 1.02, "grey_level_difference_mean": 2.0}
@@ -44,6 +44,7 @@ def export(
     data_root: Path,
     images: int = 10_000,
     report: Report = silent,
+    choice: Choice = Choice.BEST,
 ) -> Path:
     """Publish a checkpoint's EMA generator in fp16 or int8 as the next version of `name`, if it passes the gate.
 
@@ -55,12 +56,13 @@ def export(
         data_root: the folder of the data set that the run was trained on.
         images: the number of images of each precision to compare.
         report: called with the progress.
+        choice: the checkpoint of a run's folder to publish.
 
     Raises:
         TrainerError: as `publish.export`; or the data set is missing or not the run's; or the gate rejects the model.
     """
     check_name(name)
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = load_chosen(checkpoint_path, choice)
     fp32 = to_onnx(checkpoint)
     if precision is ExportPrecision.FP16:
         variant = to_onnx_in_fp16(checkpoint)

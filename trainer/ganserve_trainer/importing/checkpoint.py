@@ -141,6 +141,39 @@ def load_weights(module: nn.Module, content: object) -> str:
     Raises:
         TrainerError: weights are missing, or have other shapes.
     """
+    tensors, place, chosen = _fitting(module, content)
+    wanted, kind = module.state_dict(), type(module).__name__
+    needed = dict(module.named_parameters()) or wanted
+    if missing := [name for name in needed if name not in chosen]:
+        raise TrainerError(
+            f"weights of {kind} are missing in {_shown(place)}: {_some(missing)}; check --module and --arguments"
+        )
+    for name, other in chosen.items():
+        if tensors[other].shape != wanted[name].shape:
+            raise TrainerError(
+                f"{other} has shape {list(tensors[other].shape)} in the file, and {list(wanted[name].shape)} in "
+                f"{kind}; check --arguments"
+            )
+    module.load_state_dict({name: tensors[other] for name, other in chosen.items()}, strict=False)
+    used = set(chosen.values())
+    unexpected = [name for name in tensors if name not in used and (not place or name.startswith(f"{place}."))]
+    note = f"weights {_shown(place)}, {len(chosen)} of {len(wanted)}"
+    note += f"; not in the file: {_some(name for name in wanted if name not in chosen)}" * (len(chosen) < len(wanted))
+    return note + f"; not in {kind}: {_some(unexpected)}" * bool(unexpected)
+
+
+def weights_that_fit(module: nn.Module, content: object) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in a file's content by the names in a module, whatever their shapes, and a note on the place.
+
+    Raises:
+        TrainerError: no name is one of the module's.
+    """
+    tensors, place, chosen = _fitting(module, content)
+    return {name: tensors[other] for name, other in chosen.items()}, _shown(place)
+
+
+def _fitting(module: nn.Module, content: object) -> tuple[dict[str, Tensor], str, dict[str, str]]:
+    """Return all tensors of a file's content, the place of the module's, and their names there by the module's."""
     tensors: dict[str, Tensor] = {}
     for name, value in _leaves(content):
         if isinstance(value, nn.Module):
@@ -163,22 +196,7 @@ def load_weights(module: nn.Module, content: object) -> str:
         )
     place = min(places, key=lambda place: (-len(places[place].keys() & needed.keys()), _rank(place), len(place)))
     chosen = places[place]
-    if missing := [name for name in needed if name not in chosen]:
-        raise TrainerError(
-            f"weights of {kind} are missing in {_shown(place)}: {_some(missing)}; check --module and --arguments"
-        )
-    for name, other in chosen.items():
-        if tensors[other].shape != wanted[name].shape:
-            raise TrainerError(
-                f"{other} has shape {list(tensors[other].shape)} in the file, and {list(wanted[name].shape)} in "
-                f"{kind}; check --arguments"
-            )
-    module.load_state_dict({name: tensors[other] for name, other in chosen.items()}, strict=False)
-    used = set(chosen.values())
-    unexpected = [name for name in tensors if name not in used and (not place or name.startswith(f"{place}."))]
-    note = f"weights {_shown(place)}, {len(chosen)} of {len(wanted)}"
-    note += f"; not in the file: {_some(name for name in wanted if name not in chosen)}" * (len(chosen) < len(wanted))
-    return note + f"; not in {kind}: {_some(unexpected)}" * bool(unexpected)
+    return tensors, place, chosen
 
 
 def _leaves(content: object, name: str = "") -> Iterator[tuple[str, object]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ganserve_trainer.data.spec import ImageSpec
+from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.networks.architecture import channel_widths, class_count, product, start_and_doublings
 from ganserve_trainer.networks.layers import (
     LEAK,
@@ -96,6 +97,21 @@ def build_discriminator(settings: Settings, spec: ImageSpec) -> Discriminator:
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
                 spectral_norm(layer)
     return discriminator
+
+
+def lower_layers(discriminator: Discriminator, count: int) -> set[str]:
+    """Return the names of the weights in the lowest layers of the trunk that have any: those to freeze (FreezeD).
+
+    Raises:
+        TrainerError: the trunk has no more than `count` such layers.
+    """
+    layers = [name for name, layer in discriminator.trunk.named_children() if list(layer.parameters())]
+    if count and count >= len(layers):
+        raise TrainerError(
+            f"freeze_discriminator is {count}, but the discriminator has {len(layers)} layers: freeze fewer than that"
+        )
+    prefixes = tuple(f"trunk.{name}." for name in layers[:count])
+    return {name for name, _ in discriminator.named_parameters() if name.startswith(prefixes)}
 
 
 def _mlp_trunk(inputs: int, width: int, settings: Settings) -> tuple[nn.Sequential, int]:

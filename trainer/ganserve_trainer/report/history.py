@@ -1,7 +1,11 @@
 """The record of a run: a point every few steps, metrics and modes at intervals, and the alarms that rang."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+_SMALLER_IS_BETTER = ("fid", "fid_over_floor")
 
 
 class Point(NamedTuple):
@@ -72,3 +76,17 @@ class History:
             [Alarm(*alarm) for alarm in plain["alarms"]],
             [Modes(*count) for count in plain.get("modes", [])],
         )
+
+
+def score(measurement: Measurement, select: str) -> float:
+    """Return the value of the selected metric, higher for a better generator; -inf if it is missing or not finite."""
+    value = measurement.metrics.get(select, math.nan)
+    if not math.isfinite(value):
+        return -math.inf
+    return -value if select in _SMALLER_IS_BETTER else value
+
+
+def best_of(measurements: Sequence[Measurement], select: str) -> Measurement | None:
+    """Return the best measurement, the first of equal ones; None if none has a finite value."""
+    best = max(measurements, key=lambda each: score(each, select), default=None)
+    return None if best is None or score(best, select) == -math.inf else best

@@ -16,7 +16,7 @@ from PIL import Image
 from ganserve_trainer.data.spec import ImageSpec
 from ganserve_trainer.files import replace_atomically
 from ganserve_trainer.report.charts import Mark, Series, bar_chart, line_chart
-from ganserve_trainer.report.history import History
+from ganserve_trainer.report.history import History, best_of
 from ganserve_trainer.settings import Settings
 
 FILE_NAME = "report.html"
@@ -106,7 +106,7 @@ def write_report(
     evaluation = out / "evaluation.json"
     page = _TEMPLATE.render(
         title=f"{settings.preset} on {settings.dataset}",
-        facts=_facts(settings, images_seen, elapsed_s, device, finished),
+        facts=_facts(settings, images_seen, elapsed_s, device, finished) | _best(settings, history),
         alarms=history.alarms,
         timeline=[sheet for sheet in timeline if sheet.image],
         chosen=len(chosen),
@@ -137,6 +137,18 @@ def _facts(settings: Settings, images_seen: int, elapsed_s: float, device: str, 
         "time": _duration(elapsed_s),
         "images/s": f"{images_seen / elapsed_s:,.0f}" if elapsed_s > 0 else "–",
         "device": device,
+    }
+
+
+def _best(settings: Settings, history: History) -> dict[str, str]:
+    """Return the figure of the best checkpoint beside that of the last measurement."""
+    best = best_of(history.measurements, settings.select)
+    if best is None:
+        return {}
+    last = history.measurements[-1].metrics.get(settings.select, math.nan)
+    return {
+        f"best {settings.select}": f"{best.metrics[settings.select]:.4g} at {best.images_seen:,} images",
+        f"last {settings.select}": f"{last:.4g}",
     }
 
 

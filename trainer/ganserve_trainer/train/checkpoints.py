@@ -1,7 +1,7 @@
 """Checkpoints are written atomically, and loaded without running code.
 
-A run keeps its last two checkpoints, `checkpoints/<images seen>.pt`: if the newest is damaged, the run resumes from the
-other.
+A run keeps its newest checkpoints, `checkpoints/<images seen>.pt`, two by default: if the newest is damaged, the run
+resumes from the one before. Its best one is kept beside them (`train.best`).
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ from ganserve_trainer.settings import Settings
 
 FORMAT = 4
 FOLDER_NAME = "checkpoints"
-_KEPT = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +75,16 @@ def all_finite(state: dict[str, Tensor]) -> bool:
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> Path:
-    """Write the checkpoint into the run's folder, atomically, and delete all but the newest two; return the file."""
+    """Write the checkpoint into the run's folder, delete all but the newest `Settings.keep`, and return the file."""
+    path = run / FOLDER_NAME / f"{checkpoint.images_seen:012d}.pt"
+    write_checkpoint(checkpoint, path)
+    for old in checkpoint_files(run)[checkpoint.settings.keep :]:
+        old.unlink()
+    return path
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the checkpoint into a file, atomically."""
     fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     fields["settings"] = dataclasses.asdict(checkpoint.settings)
     fields["spec"] = dataclasses.asdict(checkpoint.spec)
@@ -84,14 +92,9 @@ def save_checkpoint(checkpoint: Checkpoint, run: Path) -> Path:
     # Through memory, because torch's writer replaces the operating system's error with its own.
     content = io.BytesIO()
     torch.save({"format": FORMAT, **fields}, content)
-    folder = run / FOLDER_NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{checkpoint.images_seen:012d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(path) as file:
         file.write(content.getbuffer())
-    for old in checkpoint_files(run)[_KEPT:]:
-        old.unlink()
-    return path
 
 
 def checkpoint_files(run: Path) -> list[Path]:

@@ -3,15 +3,12 @@
 import fcntl
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +28,7 @@ from ganserve_trainer.report.pictures import save_contact_sheet, save_interpolat
 from ganserve_trainer.report.trackers import Trackers
 from ganserve_trainer.settings import Settings, free_on_resume, versions, write_config
 from ganserve_trainer.train import processes
+from ganserve_trainer.train.best import BestCheckpoint, is_out_of_patience
 from ganserve_trainer.train.checkpoints import (
     FOLDER_NAME,
     Checkpoint,
@@ -38,11 +36,14 @@ from ganserve_trainer.train.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from ganserve_trainer.train.clock import Clock
 from ganserve_trainer.train.devices import best_device, bf16_is_fast
 from ganserve_trainer.train.modes import EVERY_IMAGES, ModeCounter
 from ganserve_trainer.train.monitoring import MODE_COLLAPSE, Monitor, build_probe, diversity
 from ganserve_trainer.train.reporting import report_on
 from ganserve_trainer.train.run import Run, derived_seed, diverged
+from ganserve_trainer.train.starting import start_from
+from ganserve_trainer.train.stopping import caught_signals
 
 Report = Callable[[Point, float], None]  # the latest point, images per second
 Measure = Callable[[Generator], dict[str, float]]
@@ -50,6 +51,7 @@ Measure = Callable[[Generator], dict[str, float]]
 CONFIG_FILE_NAME = "run.toml"
 _POINT_EVERY_STEPS = 20
 _SPARSENESS = 1000
+_SLOW_POINT_S = 30.0
 _SHEET_COLUMNS = 10
 _SHEET_ROWS = 10
 
@@ -59,9 +61,9 @@ def train(
 ) -> bool:
     """Train until `settings.images` images are seen or `settings.minutes` have passed; write everything to `out`.
 
-    `out` contains `run.toml`, `checkpoints/`, `samples/`, `report.html`, `metrics.jsonl` and `tensorboard/`. SIGINT and
-    SIGTERM save a checkpoint and end the run early. Under torchrun every process calls this, and only the first process
-    writes.
+    `out` contains `run.toml`, `checkpoints/`, `samples/`, `report.html`, `metrics.jsonl` and `tensorboard/`. SIGINT,
+    SIGTERM and SIGHUP save a checkpoint and end the run early, SIGUSR1 saves one. Under torchrun every process calls
+    this, and only the first process writes.
 
     Args:
         settings: the settings of the run.
@@ -69,10 +71,11 @@ def train(
         out: the run's folder.
         resume: continue the run in `out`, if there is one.
         report: called with every point of the history.
-        measure: called with the EMA generator every `settings.evaluate_every_images` images; its time does not count.
+        measure: called with the EMA generator every `settings.evaluate_every_images` images and at the end; its time
+            does not count.
 
     Returns:
-        Whether the run is complete.
+        Whether the run is complete, or has ended because of `settings.patience`.
 
     Raises:
         TrainerError: `out` contains a run and `resume` is false, or a run with other settings or data and `resume` is
@@ -108,29 +111,47 @@ def _train(
     recent: list[Tensor] = []
     started = time.monotonic() - run.elapsed_s
     last_point = (run.elapsed_s, run.images_seen)
+    sheets = Clock(settings.sample_every_minutes)
+    saves = Clock(settings.checkpoint_every_minutes)
 
     def due(every: int) -> bool:
         return bool(every) and run.images_seen // every > (run.images_seen - run.images_a_step) // every
 
-    with _stop_signals() as stop, folder.trackers if folder is not None else nullcontext():
-        last = settings.are_fulfilled(run.images_seen, run.elapsed_s)
+    with caught_signals() as asked, folder.trackers if folder is not None else nullcontext():
+        if folder is not None and not run.images_seen:
+            folder.sample(run)
+        exhausted = is_out_of_patience(run.history.measurements, settings)
+        last = exhausted or settings.are_fulfilled(run.images_seen, run.elapsed_s)
         while not last:
             recent.append(run.step())
             run.elapsed_s = time.monotonic() - started
-            enough = stop.is_set() or settings.are_fulfilled(run.images_seen, run.elapsed_s)
+            enough = asked.stop.is_set() or settings.are_fulfilled(run.images_seen, run.elapsed_s)
             # Points become less frequent, so that the history of a long run does not outgrow its weights.
             point_due = len(recent) >= max(_POINT_EVERY_STEPS, run.images_seen // run.images_a_step // _SPARSENESS)
             if processes.count() > 1:
                 # All processes must agree. The exchange takes time, so it happens only when a point is due.
                 enough = point_due and processes.any_is_true(enough, run.device)
             last = enough or run.images_seen >= settings.images
-            sample = last or due(settings.sample_every_images)
-            save = last or due(settings.checkpoint_every_images)
-            evaluate = measure is not None and due(settings.evaluate_every_images)
+            sheet_due = folder is not None and sheets.is_due()
+            save_due = folder is not None and saves.is_due()
+            if processes.count() > 1:
+                sheet_due = point_due and processes.any_is_true(sheet_due, run.device)
+                save_due = point_due and processes.any_is_true(save_due or asked.save.is_set(), run.device)
+            else:
+                # The clock adds no points to the history, unless steps are slow.
+                timely = point_due or run.elapsed_s - last_point[0] > _SLOW_POINT_S
+                sheet_due, save_due = sheet_due and timely, (save_due and timely) or asked.save.is_set()
+            sample = last or sheet_due or due(settings.sample_every_images)
+            save = last or save_due or due(settings.checkpoint_every_images)
+            measurement_due = due(settings.evaluate_every_images)
+            complete = last and settings.are_fulfilled(run.images_seen, run.elapsed_s)
+            evaluate = measure is not None and (complete or measurement_due)
             count = due(EVERY_IMAGES)
             if not (point_due or sample or save or evaluate or count):
                 continue
 
+            if save:
+                asked.save.clear()
             # One transfer for all steps since the last point: reading each step's loss would stall a GPU.
             means = processes.average(torch.stack(recent).mean(0))
             recent.clear()
@@ -169,14 +190,22 @@ def _train(
                     run.history.measurements.append(measurement)
                     folder.trackers.measurement(measurement)
                     folder.metrics.add(measurement)
+                    folder.best.offer(run.checkpoint())
+                    exhausted = is_out_of_patience(run.history.measurements, settings)
+                save, sample = save or exhausted, sample or exhausted
                 if save or ends:
                     folder.trackers.flush()
-                    save_checkpoint(run.checkpoint(), out)
+                    with saves.writing():
+                        save_checkpoint(run.checkpoint(), out)
                 if sample or ends:
-                    folder.sample(run)
+                    with sheets.writing():
+                        folder.sample(run)
             if evaluate:
                 # Measuring is not training: its time counts neither for `minutes` nor for images per second.
                 started = time.monotonic() - run.elapsed_s
+            if measurement_due:
+                exhausted = processes.any_is_true(exhausted, run.device)
+                last = last or exhausted
             last_point = (run.elapsed_s, run.images_seen)
             if ends and collapse is not None:
                 raise CollapsedError(
@@ -184,7 +213,13 @@ def _train(
                 )
     if folder is not None:
         _warn_if_not_full_size(run)
-    return settings.are_fulfilled(run.images_seen, run.elapsed_s)
+    if exhausted and folder is not None:
+        print(
+            f"{settings.select} is not better than before in the last {settings.patience} measurements: the run ends "
+            f"after {run.images_seen:,} images; to continue it, increase --patience",
+            file=sys.stderr,
+        )
+    return exhausted or settings.are_fulfilled(run.images_seen, run.elapsed_s)
 
 
 def resolved(settings: Settings) -> Settings:
@@ -203,12 +238,16 @@ def _begin(settings: Settings, dataset: Dataset, out: Path, *, resume: bool) -> 
             if not resume:
                 raise TrainerError(f"{out} already has a run; resume it with --resume, or choose another --out")
             checkpoint = load_checkpoint(out)
+            if not settings.init_digest:
+                settings = replace(settings, init_digest=checkpoint.settings.init_digest)
             _check_same_run(checkpoint, settings, dataset)
     processes.check_same(_facts(settings, dataset, checkpoint))
     with processes.failing_together():
         run = Run(settings, dataset, device)
         if checkpoint is not None:
             run.restore(checkpoint)
+        elif settings.init_from:
+            run.settings = replace(settings, init_digest=start_from(run))
     return run
 
 
@@ -271,6 +310,7 @@ class _Folder:
         with replace_atomically(out / CONFIG_FILE_NAME) as file:
             file.write(write_config(run.settings).encode())
         (out / "samples").mkdir(exist_ok=True)
+        self.best = BestCheckpoint(out, run.settings.select)
         config = asdict(run.settings) | versions()
         self.trackers = Trackers(run.settings.trackers(), out, config, resume_at=run.images_seen or None)
         self.metrics = MetricsFile(out / METRICS_FILE_NAME, run.history)
@@ -294,7 +334,7 @@ class _Folder:
         rows = None if self._label is None else self._label[::_SHEET_COLUMNS]
         save_interpolations(run.show, run.settings.latent_dim, self.out / "interpolations.png", label=rows)
         self.trackers.sheet(path, run.images_seen)
-        report_on(run.checkpoint(), self.out)
+        report_on(run.checkpoint(), self.out, best=self.best.digest)
 
 
 def _real(run: Run, label: Tensor | None) -> Tensor:
@@ -378,22 +418,3 @@ def _remove_leftovers(out: Path) -> None:
     for folder in (out, out / FOLDER_NAME, out / "samples"):
         for path in folder.glob(".*.[0-9]*"):
             path.unlink()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Set the event on SIGINT and SIGTERM; a second signal has its usual effect."""
-    stop = threading.Event()
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)

@@ -7,8 +7,8 @@ from ganserve_trainer.settings import PRESETS, versions
 from ganserve_trainer.train.checkpoints import Checkpoint
 
 
-def report_on(checkpoint: Checkpoint, out: Path) -> None:
-    """Write `report.html` into a run's folder, for the state of a checkpoint."""
+def report_on(checkpoint: Checkpoint, out: Path, *, best: str | None = None) -> None:
+    """Write `report.html` into a run's folder, for the state of a checkpoint; `best` is the best generator's digest."""
     settings = checkpoint.settings
     write_report(
         out,
@@ -21,5 +21,5 @@ def report_on(checkpoint: Checkpoint, out: Path) -> None:
         elapsed_s=checkpoint.elapsed_s,
         device=checkpoint.device,
         finished=settings.are_fulfilled(checkpoint.images_seen, checkpoint.elapsed_s),
-        checkpoint_digest=checkpoint.digest(),
+        checkpoint_digest=best or checkpoint.digest(),
     )

@@ -16,7 +16,7 @@ from ganserve_trainer.data.clustering import cluster_bounds, k_means
 from ganserve_trainer.data.datasets import Dataset
 from ganserve_trainer.errors import DivergedError, TrainerError
 from ganserve_trainer.networks.augmentation import augment
-from ganserve_trainer.networks.discriminator import build_discriminator
+from ganserve_trainer.networks.discriminator import build_discriminator, lower_layers
 from ganserve_trainer.networks.generator import build_generator
 from ganserve_trainer.objectives import Batch, Objective
 from ganserve_trainer.report.history import History
@@ -69,7 +69,9 @@ class Run:
         processes.synchronise_batch_norm(self.generator)
         bf16, betas = settings.precision == "bf16", (settings.beta1, settings.beta2)
         self.generator_weights = Weights(self.generator, betas, bf16=bf16)
-        self.discriminator_weights = Weights(self.discriminator, betas, bf16=bf16)
+        self.discriminator_weights = Weights(
+            self.discriminator, betas, bf16=bf16, frozen=lower_layers(self.discriminator, settings.freeze_discriminator)
+        )
         if settings.compile:
             self.generator.layers.compile()
             self.discriminator.trunk.compile()

@@ -1,6 +1,6 @@
 """A network's weights: in fp32 for Adam, the EMA and the checkpoints, and in the precision of the computation."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ class Weights:
 
     Adam updates the fp32 weights, because its steps are too small for bf16 (Micikevicius et al., 2018, section 3.1).
     The copies, of dense and convolutional layers, are refreshed once a step. Autocast alone would convert each weight
-    at every use.
+    at every use. Weights whose names are in `frozen` keep their values.
     """
 
-    def __init__(self, network: nn.Module, betas: tuple[float, float], *, bf16: bool) -> None:
+    def __init__(
+        self, network: nn.Module, betas: tuple[float, float], *, bf16: bool, frozen: Collection[str] = ()
+    ) -> None:
         self.network = network
         self.learning_rate = 0.0
         self.masters: dict[str, nn.Parameter] = dict(network.named_parameters())
@@ -40,7 +42,12 @@ class Weights:
                 self._copies[name] = nn.Parameter(parameter.detach().to(torch.bfloat16))
                 setattr(layer, name.rpartition(".")[2], self._copies[name])
         # Stored as lists, because collecting them takes longer than using them.
-        self._held = list(network.parameters())
+        self._held = []
+        for name, parameter in network.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+            else:
+                self._held.append(parameter)
         self.buffers = list(network.buffers())  # such as BatchNorm's statistics
 
     def requires_grad_(self, wanted: bool) -> None:
