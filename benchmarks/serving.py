@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from running import cpu_s
 
 from ganserve.v1 import generation_pb2 as pb
 from ganserve.v1 import generation_pb2_grpc as pb_grpc
@@ -109,6 +108,15 @@ def bare_onnxruntime(path: Path, processes: int, threads: int, seconds: float, l
         process.stdin.write("\n")
         process.stdin.flush()
     return sum(float(process.communicate()[0]) for process in running)
+
+
+def cpu_s(pids: list[int]) -> float:
+    """Return the CPU seconds that the processes have used together."""
+    used = 0.0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
 def process_and_children(pid: int) -> list[int]:

@@ -38,6 +38,7 @@ class HeldEngine:
     on_cpu = True
     inline_images = 0
     least_batch = 1
+    gains_nothing_from_batches = False
     inputs = Inputs.of(pb.ModelCard())
 
     def __init__(self) -> None:
@@ -534,6 +535,37 @@ async def test_a_lone_caller_of_a_slow_model_waits_for_at_most_one_batch(
     large.cancel()
     for _ in range(10):
         engine.released.release()
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_images_that_gain_nothing_from_batches_are_made_one_by_one_if_they_take_long(engine: HeldEngine) -> None:
+    engine.gains_nothing_from_batches = True
+    for image_s, batches in ((0.009, [[0], [1], [2], [3]]), (0.007, [[0, 1, 2, 3]])):
+        scheduler = Scheduler(1)
+        engine.image_s = image_s
+        engine.batches.clear()
+        made = begin(queue_of(engine, scheduler), 0, 4)
+        for _ in batches:
+            await engine.wait_for_batch()
+            engine.released.release()
+        await made
+        assert engine.batches == batches
+        await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_lone_caller_of_a_slow_model_does_not_wait_for_all_images_of_another_call(engine: HeldEngine) -> None:
+    scheduler = Scheduler(1)
+    engine.image_s = 0.1
+    batcher = queue_of(engine, scheduler, max_batch_size=64)
+    others = begin(batcher, 100, 4, fairness_key="others")
+    await engine.wait_for_batch()
+    lone = begin(batcher, 7, fairness_key="lone")
+    await settle()
+    for _ in range(5):
+        batcher._core_s = engine.image_s  # for the held batches took no time
+        engine.released.release()
+    await asyncio.gather(others, lone)
+    assert engine.batches.index([7]) <= 2
     await asyncio.to_thread(scheduler.close)
 
 

@@ -262,6 +262,11 @@ class Engine:
         """The number of images whose own time exceeds the fixed cost of a batch."""
         return math.ceil(self._call_s / max(self._image_s, 1e-9))
 
+    @property
+    def gains_nothing_from_batches(self) -> bool:
+        """Whether the CPU makes images as fast one by one: they share little fixed cost, and none is computed twice."""
+        return self.on_cpu and not self.padding(1) and self.least_batch <= 1
+
     def seconds_for(self, images: int) -> float:
         """Estimate how long a batch takes on one core."""
         return self._call_s + images * self._image_s

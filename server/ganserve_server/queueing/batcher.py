@@ -71,7 +71,6 @@ class Batcher:
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
-        self.small = max(1, max_batch_size // _SMALL_PART)  # a request for this many images is never cut
         # A PNG has a byte more for each row.
         self._most_a_message = max(1, _MESSAGE_BYTES // (model.pixel_bytes + model.card.height + _FIELDS_BYTES))
         self._max_queue_images = max_queue_images
@@ -83,9 +82,16 @@ class Batcher:
         # Deadlines are checked by the pace, because it includes the work of the calls and of the other models.
         self._core_s = model.engine.seconds_for(max_batch_size) / max_batch_size
         self._pace_s = self._core_s / scheduler.cores
+        # A request for this many images is never cut. With images that take 0.1 s, a lone caller would wait for the 4
+        # images of another caller's message.
+        in_time = int(_BATCH_S / max(self._core_s, 1e-9))
+        self.small = max(1, min(max_batch_size // _SMALL_PART, in_time))
         # Batches of a slow model wait here until a core is free, instead of behind a running one. By the engine's
         # timing: while all cores are busy, `_core_s` of a fast model is larger.
         self.slow = model.engine.seconds_for(1) > _SLOW_S
+        # A batch of such a model gains nothing on the CPU: its layers no longer fit the core's cache. With images of
+        # 256x256 pixels that take 9 ms, batches of 4 took up to 14.
+        self._one_by_one = self.slow and model.engine.gains_nothing_from_batches
         self._running_images = 0
         self._bulk_credit = 0  # in eighths of an image
         self._large_credit = 0.0  # images
@@ -291,11 +297,15 @@ class Batcher:
 
     def batch_size(self) -> int:
         """Return the size of a full batch: small enough to keep waits short, large enough for full throughput."""
+        if self._one_by_one:
+            return 1
         return min(self.max_batch_size, max(self.least_batch, int(_BATCH_S / max(self._core_s, 1e-9))))
 
     @property
     def least_batch(self) -> int:
         """How many images are not worth spreading over more cores."""
+        if self._one_by_one:
+            return 1
         longest_s = _BATCH_S if self.slow else _LEAST_BATCH_S
         return max(1, min(_LEAST_BATCH, int(longest_s / max(self._core_s, 1e-9))))
 
