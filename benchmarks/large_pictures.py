@@ -24,7 +24,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from running import Running, counted, cpu_s, h2load, serving
+from running import Running, counted, h2load
+from running import serving as running_server
+from serving import cpu_s
 from torch import nn
 
 from ganserve.v1 import generation_pb2 as pb
@@ -112,7 +114,7 @@ def main() -> None:
             )
             for side in SIDES
         }
-        with serving("--workers=1", f"--models={scratch}") as running:
+        with running_server("--workers=1", f"--models={scratch}") as running:
             for _ in range(arguments.rounds):
                 for side, file in files.items():
                     found[side, BARE].append(bare(file, arguments.seconds))

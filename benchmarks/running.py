@@ -1,7 +1,6 @@
 """A server for a benchmark, its resource use, and calls from a C program (h2load), which does not limit the server."""
 
 import json
-import os
 import re
 import struct
 import subprocess
@@ -37,15 +36,6 @@ class Running:
 
 def _resident_kib(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
-
-
-def cpu_s(pids: list[int]) -> float:
-    """Return the CPU seconds that the processes have used together."""
-    used = 0.0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return used
 
 
 @contextmanager

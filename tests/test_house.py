@@ -324,7 +324,7 @@ def _canonical(requirement: str) -> str:
     [
         ("client", ("playground",)),
         ("server", ("server", "tracing")),
-        ("trainer", ("trainer", "parquet", "search", "wandb", "mlflow")),
+        ("trainer", ("trainer", "features", "parquet", "search", "wandb", "mlflow")),
     ],
 )
 def test_a_room_imports_nothing_but_what_its_extras_name(room: str, extras: tuple[str, ...]) -> None:

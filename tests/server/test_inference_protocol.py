@@ -605,7 +605,10 @@ async def main():
     logging.getLogger().addHandler(Listener())
     logging.getLogger().setLevel(logging.INFO)
     settings = ganserve_server.settings.ServerSettings(address="127.0.0.1:0", metrics_address="off")
-    server = asyncio.create_task(ganserve_server.processes.app.serve(settings, stop, asyncio.Event(), log))
+    state = ganserve_server.repository.state_folder.StateFolder(settings)
+    prober = ganserve_server.repository.prober.Prober(settings)
+    serve, reload = ganserve_server.processes.app.serve, asyncio.Event()
+    server = asyncio.create_task(serve(settings, stop, reload, log, state, prober))
     await asyncio.wait([server, address], return_when=asyncio.FIRST_COMPLETED)
     seed = tritonclient.grpc.aio.InferInput("seed", [1], "UINT32")
     seed.set_data_from_numpy(np.array([3], np.uint32))
@@ -625,7 +628,8 @@ asyncio.run(main())
 def test_one_program_can_be_server_and_both_clients(order: int, tmp_path: Path) -> None:
     modules = (
         "ganserve",
-        "ganserve_server.processes.app, ganserve_server.processes.log_writer, ganserve_server.settings",
+        "ganserve_server.processes.app, ganserve_server.processes.log_writer, ganserve_server.repository.prober, "
+        "ganserve_server.repository.state_folder, ganserve_server.settings",
         "tritonclient.grpc.aio",
     )
     program = tmp_path / "together.py"

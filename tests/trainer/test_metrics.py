@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ganserve_trainer.evaluation.metrics import (
+from ganserve_trainer.metrics import (
     class_histogram,
     data_copying,
     density_coverage,

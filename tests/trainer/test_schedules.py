@@ -56,15 +56,16 @@ def test_schedules_that_contradict_decay_from_are_refused_and_the_length_is_fixe
 def test_a_run_follows_its_schedule_by_the_clock(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A clock that advances by 6 s with every reading: the loop reads it once before the first step and once a step.
-    seconds = iter(range(0, 10_000, 6))
-    monkeypatch.setattr("ganserve_trainer.train.loop.time.monotonic", lambda: float(next(seconds)))
+    now = 0.0  # advances by 6 s with each step
+    monkeypatch.setattr("ganserve_trainer.train.loop.time.monotonic", lambda: now)
     monkeypatch.setattr("ganserve_trainer.train.loop._POINT_EVERY_STEPS", 1)
     rates = []
     step = Run.step
 
     def record(run: Run) -> torch.Tensor:
+        nonlocal now
         figures = step(run)
+        now += 6.0
         rates.append(run.generator_weights.learning_rate)
         return figures
 

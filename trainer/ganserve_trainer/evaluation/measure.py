@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ganserve.v1 import generation_pb2 as pb
+from ganserve_trainer import metrics as figures
 from ganserve_trainer.data.datasets import Dataset
 from ganserve_trainer.errors import TrainerError
 from ganserve_trainer.evaluation import cache
-from ganserve_trainer.evaluation import metrics as figures
 from ganserve_trainer.evaluation.features import FeatureNetwork, FileNetwork, kept_features
 from ganserve_trainer.evaluation.judge import Judge, judge_of, train_network, unfit
 from ganserve_trainer.evaluation.kept import Evaluation, Metric, Withheld
-from ganserve_trainer.evaluation.metrics import Estimate, with_standard_errors
 from ganserve_trainer.evaluation.progress import Report, silent
 from ganserve_trainer.files import cache_folder
+from ganserve_trainer.metrics import Estimate, with_standard_errors
 from ganserve_trainer.model_file import latents
 
 # latent [n, latent_dim], label [n] (ignored by unconditional generators) -> uint8 [n, height, width, channels]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ganserve_trainer.data.clustering import k_means
 from ganserve_trainer.data.datasets import Dataset
-from ganserve_trainer.evaluation.metrics import density_coverage, nearest
+from ganserve_trainer.metrics import density_coverage, nearest
 from ganserve_trainer.report.history import Modes
 
 IMAGES = 1000  # generated for each count
