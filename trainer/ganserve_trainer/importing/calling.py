@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ganserve_trainer import wrap
-from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.errors import TrainerError, one_line
 from ganserve_trainer.export.inputs import Input, Inputs, Label, Latent, Truncation
 from ganserve_trainer.importing.looking import LARGEST_LATENT, WRAPPER_ADVICE, as_images
 from ganserve_trainer.importing.noise import FixedNoise
-from ganserve_trainer.importing.source import Wishes, one_line
+from ganserve_trainer.importing.source import Wishes
 
 _TRIED = 3  # images
 _NAMES = {"torch": torch} | {

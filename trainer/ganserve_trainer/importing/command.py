@@ -11,13 +11,13 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.errors import TrainerError, one_line
 from ganserve_trainer.export.comparing import check_effect_of_latent, open_session
 from ganserve_trainer.export.inputs import Values, part, run_session
 from ganserve_trainer.export.publish import publish_with_card
 from ganserve_trainer.importing.looking import Images, Inputs, class_names, look_at_images, look_at_inputs
 from ganserve_trainer.importing.rewriting import Way, served
-from ganserve_trainer.importing.source import Source, numpy_type, one_line
+from ganserve_trainer.importing.source import Source, numpy_type
 from ganserve_trainer.model_file import load_session
 from ganserve_trainer.report.pictures import save_contact_sheet
 

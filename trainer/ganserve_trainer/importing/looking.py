@@ -17,12 +17,12 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.errors import TrainerError, one_line
 from ganserve_trainer.export.inputs import Attribute, Attributes, Label, Latent, Truncation, Values
 from ganserve_trainer.export.inputs import Inputs as ServedInputs
 from ganserve_trainer.importing.onnx_file import integer_constants, nodes_of
 from ganserve_trainer.importing.roles import Role, roles, type_and_sizes
-from ganserve_trainer.importing.source import Arrays, Layout, Source, Wishes, numpy_type, one_line
+from ganserve_trainer.importing.source import Arrays, Layout, Source, Wishes, numpy_type
 from ganserve_trainer.model_file import CARD_KEY
 from ganserve_trainer.wrap import ValueRange, to_bytes
 

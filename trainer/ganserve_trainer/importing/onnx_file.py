@@ -11,9 +11,9 @@ import onnx.version_converter
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.errors import TrainerError, one_line
 from ganserve_trainer.export.graph import strip_exporter_notes
-from ganserve_trainer.importing.source import Arrays, Source, Wishes, one_line
+from ganserve_trainer.importing.source import Arrays, Source, Wishes
 from ganserve_trainer.model_file import load_session
 
 _OLDEST_OPSET = 11  # the first with Round, and with Clip's limits as inputs

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.importing.source import one_line
+from ganserve_trainer.errors import TrainerError, one_line
 
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 

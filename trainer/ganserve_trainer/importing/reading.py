@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.importing.checkpoint import load_file, load_weights, pickled_module
+from ganserve_trainer.errors import TrainerError, one_line
+from ganserve_trainer.importing.checkpoint import load_file
 from ganserve_trainer.importing.onnx_file import read_onnx
 from ganserve_trainer.importing.project import build_module
-from ganserve_trainer.importing.source import Source, Wishes, one_line
+from ganserve_trainer.importing.source import Source, Wishes
 from ganserve_trainer.importing.torch_module import source_of_module, source_of_program
+from ganserve_trainer.weights_file import load_weights, pickled_module
 
 # Keras exports only a model that has run.
 _KERAS = """

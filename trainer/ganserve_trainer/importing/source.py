@@ -1,7 +1,6 @@
 """What the steps of an import hand to each other: the generator as it was found, and what the user set."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +45,6 @@ class Source:
 def numpy_type(onnx_type: int) -> np.dtype[Any]:
     """Return NumPy's type for a type of ONNX."""
     return onnx.helper.tensor_dtype_to_np_dtype(onnx_type)
-
-
-def one_line(error: Exception) -> str:
-    """Return the first line of an error's text, without the codes and the places in the source of onnxruntime."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/?\S+\.(?:cc|h):\d+ (?:.*\) )?", "", lines[0])
 
 
 def parse_classes(text: str | None, file: Path | None) -> tuple[str, ...]:

@@ -16,14 +16,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ganserve_trainer.errors import TrainerError
+from ganserve_trainer.errors import TrainerError, one_line
 from ganserve_trainer.export.graph import trace, write_fixed, write_torchscript
 from ganserve_trainer.export.inputs import Inputs, tensors
 from ganserve_trainer.importing.calling import Call, find_call, named_tensors
 from ganserve_trainer.importing.looking import choose_output
 from ganserve_trainer.importing.onnx_file import source_of
 from ganserve_trainer.importing.project import on_cpu
-from ganserve_trainer.importing.source import Arrays, Source, Wishes, one_line
+from ganserve_trainer.importing.source import Arrays, Source, Wishes
 from ganserve_trainer.model_file import MODEL_FILE_NAME
 from ganserve_trainer.networks.architecture import parameter_count
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ganserve_trainer.errors import TrainerError
-from ganserve_trainer.importing.checkpoint import load_file, weights_that_fit
 from ganserve_trainer.train.best import load_chosen
 from ganserve_trainer.train.checkpoints import load_checkpoint
 from ganserve_trainer.train.run import Run
+from ganserve_trainer.weights_file import load_tensors, weights_that_fit
 
 State = dict[str, Tensor]
 _OWN_FIELDS = {"format", "settings", "generator", "discriminator", "ema"}
@@ -63,7 +63,7 @@ def _read(path: Path, run: Run) -> _Source:
     if path.is_dir():
         checkpoint = load_chosen(path)
     else:
-        content = load_file(path, trusted=False, weights_only=True)
+        content = load_tensors(path, leave_out=True)
         if not (isinstance(content, dict) and content.keys() >= _OWN_FIELDS):
             return _of_others(path, content, run)
         checkpoint = load_checkpoint(path)
