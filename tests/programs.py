@@ -171,6 +171,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     if os.environ.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # though nohup started the tests
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = request["arguments"]

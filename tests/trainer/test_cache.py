@@ -122,6 +122,7 @@ def test_memory_that_runs_out_while_reading_advises_on_the_data(
     assert "batch" not in error
 
 
+@pytest.mark.slow  # trains, evaluates and exports
 def test_two_processes_decode_once_and_four_channels_reach_the_model(photos: Path, cache: Path, tmp_path: Path) -> None:
     command = ["train", "--preset", "cdcgan", "--dataset", str(photos), "--channels", "4", "--width", "4"]
     command += ["--images", "64", "--batch-size", "8", "--augment", "color"]

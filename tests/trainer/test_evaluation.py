@@ -276,6 +276,7 @@ def test_a_training_that_was_killed_ends_with_the_same_weights(
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
+@pytest.mark.slow  # evaluates three times
 def test_an_evaluation_that_was_killed_resumes_with_the_same_command(
     evaluated: Path, data_root: Path, tmp_path: Path
 ) -> None:

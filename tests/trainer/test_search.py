@@ -105,6 +105,7 @@ def test_hopeless_trials_are_pruned(tmp_path: Path, begun: Begun) -> None:
     assert all(row[3] == row[4] == "" for row in pruned)
 
 
+@pytest.mark.slow  # trains ten runs by two processes
 def test_a_search_of_which_a_process_is_killed_loses_nothing(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
