@@ -435,11 +435,11 @@ def test_a_learning_rate_far_too_high_rings_both_alarms(
 ) -> None:
     rarely = {"sample_every_images": 60_000, "checkpoint_every_images": 60_000}
     run(tiny("mlp", learning_rate=0.05, r1=0.0, batch_size=64, images=60_000, **rarely), data_root, tmp_path)
-    rung = {alarm.name for alarm in load_checkpoint(tmp_path).history.alarms}
-    assert rung == {MODE_COLLAPSE, DISCRIMINATOR_OVERPOWERS}
+    both = {MODE_COLLAPSE, DISCRIMINATOR_OVERPOWERS}
+    assert both <= {alarm.name for alarm in load_checkpoint(tmp_path).history.alarms}  # besides, modes are missing
     told = capsys.readouterr().err
     page = (tmp_path / "report.html").read_text()
-    for name in rung:
+    for name in both:
         assert f"images: {name}. The " in told
         assert page.count(f"<strong>{name}</strong>") >= 1
 

@@ -114,13 +114,13 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
 
     Args:
         logits: the classifier's outputs for generated images, [n, classes].
-        splits: the number of parts.
+        splits: the number of parts, at most one for each image.
     """
-    scores = []
-    for part in logits.double().tensor_split(splits):
-        log_share = part.log_softmax(1)
-        share = log_share.exp()
-        scores.append((share * (log_share - share.mean(0).log())).sum(1).mean().exp())
+    entropy, scores = torch.special.entr, []
+    for part in logits.double().tensor_split(min(splits, len(logits))):
+        share = part.softmax(1)
+        # The mean divergence is the entropy of the mean less the mean of the entropies. A share may be 0 here.
+        scores.append((entropy(share.mean(0)).sum() - entropy(share).sum(1).mean()).exp())
     return float(torch.stack(scores).mean())
 
 
