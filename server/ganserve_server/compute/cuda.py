@@ -10,7 +10,10 @@ from pathlib import Path
 
 _DRIVER = "libcuda.so.1"
 # Found without importing onnxruntime: the import takes long, and a supervisor does not need it.
-_ONNXRUNTIME = Path(importlib.util.find_spec("onnxruntime").submodule_search_locations[0])  # type: ignore[union-attr,index]
+_PACKAGE = importlib.util.find_spec("onnxruntime")
+if _PACKAGE is None or not _PACKAGE.submodule_search_locations:
+    raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+_ONNXRUNTIME = Path(_PACKAGE.submodule_search_locations[0])
 _CUDA_PROVIDER = _ONNXRUNTIME / "capi" / "libonnxruntime_providers_cuda.so"
 _TENSORRT_PROVIDER = _CUDA_PROVIDER.with_name("libonnxruntime_providers_tensorrt.so")
 # In the ELF format: the type of a section, the tag of an entry, and the description of a section.
