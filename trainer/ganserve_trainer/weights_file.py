@@ -56,7 +56,7 @@ def load_tensors(path: Path, *, leave_out: bool) -> Any:
         unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise TrainerError(
             f"{path} is not a file of tensors only ({unknown[1] if unknown else one_line(error)}); loading other "
-            "objects runs code of the file: if you trust it, add --trust"
+            "objects runs code of the file"
         ) from error
 
 

@@ -24,9 +24,11 @@ def load_file(path: Path, *, trusted: bool, weights_only: bool) -> Any:
     """
     try:
         return load_tensors(path, leave_out=weights_only)
-    except TrainerError:
-        if not trusted or path.suffix == ".safetensors":
+    except TrainerError as error:
+        if path.suffix == ".safetensors":
             raise
+        if not trusted:
+            raise TrainerError(f"{error}: if you trust it, add --trust") from error
     failures = []
     with in_project(Path.cwd()):
         for load in (_load_all, _unpickle):  # pickle wrote StyleGAN's files
